@@ -1,0 +1,166 @@
+"""Names that older training scripts pass and that transformers 5 no longer knows.
+
+One table each for the names that have a successor and for those that have none. Both become real
+dataclass fields of [`LegacyArguments`], so that `ORPOConfig(...)`, `HfArgumentParser`, YAML files
+and `--flag` accept them alike; [`resolve_legacy`] then moves the values to where they belong now.
+"""
+
+import math
+from dataclasses import field, make_dataclass
+from typing import Any
+
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+# name -> (type, the argument that holds the value now)
+RENAMED: dict[str, tuple[Any, str]] = {
+    "evaluation_strategy": (str, "eval_strategy"),
+    "no_cuda": (bool, "use_cpu"),
+    "warmup_ratio": (float, "warmup_steps"),
+    "group_by_length": (bool, "train_sampling_strategy"),
+    "include_inputs_for_metrics": (bool, "include_for_metrics"),
+}
+
+# name -> (type, what to do instead; empty where nothing is to be done)
+IGNORED: dict[str, tuple[Any, str]] = {
+    "overwrite_output_dir": (bool, ""),
+    "logging_dir": (str, "set the environment variable TENSORBOARD_LOGGING_DIR"),
+    "save_safetensors": (bool, "checkpoints are always safetensors"),
+    "per_gpu_train_batch_size": (int, "use per_device_train_batch_size"),
+    "per_gpu_eval_batch_size": (int, "use per_device_eval_batch_size"),
+    "fp16_backend": (str, ""),
+    "half_precision_backend": (str, ""),
+    "fp16_opt_level": (str, ""),
+    "include_tokens_per_second": (bool, "use include_num_input_tokens_seen"),
+    "push_to_hub_model_id": (str, "use hub_model_id"),
+    "push_to_hub_organization": (str, "use hub_model_id='organization/name'"),
+    "push_to_hub_token": (str, "use hub_token"),
+    "use_mps_device": (bool, "MPS is used where it is available"),
+    "ray_scope": (str, ""),
+    "past_index": (int, ""),
+    "jit_mode_eval": (bool, ""),
+    "tpu_num_cores": (int, ""),
+    "tpu_metrics_debug": (bool, "use debug='tpu_metrics_debug'"),
+    "fsdp_min_num_params": (int, "use fsdp_config={'min_num_params': ...}"),
+    "fsdp_transformer_layer_cls_to_wrap": (
+        str,
+        "use fsdp_config={'transformer_layer_cls_to_wrap': ...}",
+    ),
+    "dispatch_batches": (bool, "use accelerator_config={'dispatch_batches': ...}"),
+    "split_batches": (bool, "use accelerator_config={'split_batches': ...}"),
+    "use_ipex": (bool, ""),
+    "torchdynamo": (str, "use torch_compile_backend"),
+    "adafactor": (bool, "use optim='adafactor'"),
+    "mp_parameters": (str, ""),
+    "use_legacy_prediction_loop": (bool, ""),
+}
+
+# Optimisers that were renamed; every other name goes to transformers as it is.
+RENAMED_OPTIM = {"adamw_hf": "adamw_torch", "galore_adamw_8bit_bnb": "galore_adamw_8bit"}
+
+
+def flag(default: bool | None, help: str) -> Any:
+    """
+    A dataclass field for a boolean that may also be None, with `--name` alone meaning True.
+
+    `HfArgumentParser` demands a value after the flag of such a field unless it is told otherwise
+    here.
+    """
+    return field(default=default, metadata={"help": help, "nargs": "?", "const": True})
+
+
+def _legacy_field(name: str, kind: Any, help: str) -> tuple[str, Any, Any]:
+    made = flag(None, help) if kind is bool else field(default=None, metadata={"help": help})
+    return name, kind | None, made
+
+
+# A mixin made from the tables. None means "not given", whatever default the name once had.
+LegacyArguments = make_dataclass(
+    "LegacyArguments",
+    [
+        _legacy_field(name, kind, f"Older name; sets `{successor}`.")
+        for name, (kind, successor) in RENAMED.items()
+    ]
+    + [
+        _legacy_field(
+            name, kind, "Older name; accepted, has no effect" + (f": {hint}." if hint else ".")
+        )
+        for name, (kind, hint) in IGNORED.items()
+    ],
+)
+LegacyArguments.__module__ = __name__  # before Python 3.12 it would say "types"
+LegacyArguments.__doc__ = "Arguments of older releases of transformers, all None unless given."
+
+LEGACY_NAMES = frozenset(RENAMED) | frozenset(IGNORED)
+
+
+def resolve_legacy(args: Any) -> None:
+    """
+    Move the values of older names to today's arguments, in place, and clear the older names.
+
+    They are cleared so that `dataclasses.replace`, `to_dict` and pickling neither move a value
+    twice nor undo a later change of the new name. Each old name is reported once in the log.
+
+    Args:
+        args ([`LegacyArguments`] mixed into `transformers.TrainingArguments`):
+            The arguments, before `TrainingArguments.__post_init__` has run.
+
+    Raises:
+        ValueError: If `warmup_ratio` is outside [0, 1].
+    """
+    for name, (_, successor) in RENAMED.items():
+        value = getattr(args, name)
+        if value is None:
+            continue
+        logger.warning_once(f"`{name}` is an older name: its value goes to `{successor}`.")
+        setattr(args, name, None)
+        _RENAME[name](args, value)
+
+    for name, (_, hint) in IGNORED.items():
+        if getattr(args, name) is not None:
+            logger.warning_once(
+                f"`{name}` is gone from transformers and has no effect"
+                + (f": {hint}." if hint else ".")
+            )
+            setattr(args, name, None)
+
+    renamed = RENAMED_OPTIM.get(getattr(args.optim, "value", args.optim))
+    if renamed is not None:
+        logger.warning_once(f"optim={args.optim!r} is known as {renamed!r} now: using that.")
+        args.optim = renamed
+
+
+def _set_eval_strategy(args: Any, value: str) -> None:
+    args.eval_strategy = value
+
+
+def _set_use_cpu(args: Any, value: bool) -> None:
+    args.use_cpu = args.use_cpu or value
+
+
+def _set_warmup_steps(args: Any, value: float) -> None:
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"warmup_ratio is {value}; must lie in [0, 1]")
+    if args.warmup_steps == 0:
+        # transformers reads 1.0 as one step; the float below 1 still rounds up to every step.
+        args.warmup_steps = min(float(value), math.nextafter(1.0, 0.0))
+
+
+def _set_sampling(args: Any, value: bool) -> None:
+    if value:
+        args.train_sampling_strategy = "group_by_length"
+
+
+def _set_include_inputs(args: Any, value: bool) -> None:
+    if value and "inputs" not in args.include_for_metrics:
+        args.include_for_metrics = [*args.include_for_metrics, "inputs"]
+
+
+_RENAME = {
+    "evaluation_strategy": _set_eval_strategy,
+    "no_cuda": _set_use_cpu,
+    "warmup_ratio": _set_warmup_steps,
+    "group_by_length": _set_sampling,
+    "include_inputs_for_metrics": _set_include_inputs,
+}

@@ -1,0 +1,350 @@
+"""ORPOConfig: every argument of a training run."""
+
+import math
+import numbers
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available, logging
+
+from .arguments import LEGACY_NAMES, LegacyArguments, flag, resolve_legacy
+
+logger = logging.get_logger(__name__)
+
+TRUNCATION_MODES = ("keep_end", "keep_start")
+BETA_SCHEDULES = ("constant", "linear", "cosine")
+NLL_SCOPES = ("full", "completion")
+ODDS_RATIO_LINKS = ("logsigmoid", "identity")
+OVERLENGTH_POLICIES = ("truncate", "drop")
+
+# What TRL assumed when max_length was None.
+_MAX_LENGTH_OF_NONE = 512
+
+
+@dataclass
+class ORPOConfig(LegacyArguments, TrainingArguments):
+    r"""
+    Arguments of [`ORPOTrainer`]: those of [`~transformers.TrainingArguments`] and the ones below.
+
+    Takes the arguments of every TRL release, and the names that older releases of transformers had
+    ([`~oddsmith.arguments.LegacyArguments`]). Can be turned into command line flags with
+    [`~transformers.HfArgumentParser`].
+
+    Args:
+        learning_rate (`float`, *optional*, defaults to `1e-6`):
+            Initial learning rate.
+        logging_steps (`float`, *optional*, defaults to `10`):
+            Steps between two logs; below 1 a fraction of all steps.
+        gradient_checkpointing (`bool`, *optional*, defaults to `True`):
+            Recompute activations in the backward pass. `activation_checkpointing`, its newer name
+            in transformers, wins if both are given.
+        bf16 (`bool`, *optional*):
+            bfloat16 mixed precision. `None` means yes unless `fp16` is set. Falls back to fp32,
+            with a line in the log, where the hardware has no bfloat16.
+        beta (`float`, *optional*, defaults to `0.1`):
+            Weight of the odds ratio term (lambda in the paper). With a `beta_schedule` the value
+            training starts from.
+        beta_schedule (`str`, *optional*, defaults to `"constant"`):
+            `"constant"`, or how beta goes to `beta_end`: `"linear"` or `"cosine"`.
+        beta_end (`float`, *optional*):
+            Value of beta at the end of training; required by, and only allowed with, a schedule.
+        beta_anneal_start (`float`, *optional*, defaults to `0.0`):
+            Fraction of training, in [0, 1), during which beta stays as it is before it goes to
+            `beta_end`.
+        nll_scope (`str`, *optional*, defaults to `"full"`):
+            Tokens of the chosen sequence in the likelihood term: `"full"` (prompt and completion,
+            as TRL) or `"completion"`.
+        odds_ratio_link (`str`, *optional*, defaults to `"logsigmoid"`):
+            What is applied to the log odds ratio: `"logsigmoid"` (the paper and TRL) or
+            `"identity"` (the raw log odds ratio, which has no bound).
+        max_length (`int`, *optional*, defaults to `1024`):
+            Most tokens of prompt and completion together. `None` means 512.
+        max_prompt_length (`int`, *optional*):
+            If given, a pair that is too long has its prompt cut to this length first, then its
+            answers to the rest (the rule of TRL up to 0.27). If not, only answers are cut (TRL
+            today).
+        max_completion_length (`int`, *optional*):
+            Most tokens of a completion; encoder-decoder models only.
+        truncation_mode (`str`, *optional*, defaults to `"keep_end"`):
+            Which end of a prompt `max_prompt_length` keeps: `"keep_end"` or `"keep_start"`.
+        overlength (`str`, *optional*, defaults to `"truncate"`):
+            What happens to a pair that is too long: `"truncate"` or `"drop"`.
+        label_pad_token_id (`int`, *optional*, defaults to `-100`):
+            Label of the positions that are not learnt.
+        padding_value (`int`, *optional*):
+            Token id that pads the inputs. `None`: that of the tokenizer.
+        disable_dropout (`bool`, *optional*, defaults to `True`):
+            Set every dropout of the model, the adapter's included, to 0.
+        generate_during_eval (`bool`, *optional*, defaults to `False`):
+            Log completions of the model with each evaluation.
+        is_encoder_decoder (`bool`, *optional*):
+            Kind of the model that `model_init` returns.
+        model_init_kwargs (`dict[str, Any]` or `str`, *optional*):
+            Keyword arguments, or a JSON object of them, for `from_pretrained` where the model is a
+            string.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Allow models that bring their own Python code.
+        dataset_num_proc (`int`, *optional*):
+            Processes that prepare the data. The tokenizer uses all cores within one process too.
+        use_fused_head (`bool`, *optional*, defaults to `True`):
+            Compute the loss in the fused head, which never holds the logits of a batch. `False`:
+            from logits.
+        logits_budget (`int`, *optional*):
+            Bytes that the fused head may use for logits at a time. `None`: the head chooses.
+    """
+
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
+
+    learning_rate: float = field(
+        default=1e-6, metadata={"help": "The initial learning rate for the optimizer."}
+    )
+    logging_steps: float = field(
+        default=10,
+        metadata={"help": "Steps between two logs; below 1 a fraction of all training steps."},
+    )
+    gradient_checkpointing: bool = field(
+        default=True,
+        metadata={"help": "Recompute activations in the backward pass to save memory."},
+    )
+    bf16: bool | None = flag(
+        None,
+        "bfloat16 mixed precision. Default: yes unless fp16 is set, where the hardware has it.",
+    )
+
+    beta: float = field(default=0.1, metadata={"help": "Weight of the odds ratio term."})
+    beta_schedule: str = field(
+        default="constant",
+        metadata={"help": "How beta goes to beta_end.", "choices": list(BETA_SCHEDULES)},
+    )
+    beta_end: float | None = field(
+        default=None, metadata={"help": "Beta at the end of training, for a schedule."}
+    )
+    beta_anneal_start: float = field(
+        default=0.0, metadata={"help": "Fraction of training before beta starts to change."}
+    )
+    nll_scope: str = field(
+        default="full",
+        metadata={
+            "help": "Tokens in the likelihood term: prompt and completion, or completion only.",
+            "choices": list(NLL_SCOPES),
+        },
+    )
+    odds_ratio_link: str = field(
+        default="logsigmoid",
+        metadata={
+            "help": "Function of the log odds ratio in the loss.",
+            "choices": list(ODDS_RATIO_LINKS),
+        },
+    )
+
+    max_length: int | None = field(
+        default=1024, metadata={"help": "Most tokens of prompt and completion together."}
+    )
+    max_prompt_length: int | None = field(
+        default=None, metadata={"help": "Cut the prompts of pairs that are too long to this first."}
+    )
+    max_completion_length: int | None = field(
+        default=None, metadata={"help": "Most tokens of a completion; encoder-decoder models only."}
+    )
+    truncation_mode: str = field(
+        default="keep_end",
+        metadata={
+            "help": "Which end of a prompt max_prompt_length keeps.",
+            "choices": list(TRUNCATION_MODES),
+        },
+    )
+    overlength: str = field(
+        default="truncate",
+        metadata={
+            "help": "What happens to a pair that is too long.",
+            "choices": list(OVERLENGTH_POLICIES),
+        },
+    )
+    label_pad_token_id: int = field(
+        default=-100, metadata={"help": "Label of positions that are not learnt."}
+    )
+    padding_value: int | None = field(
+        default=None, metadata={"help": "Token id that pads the inputs. Default: the tokenizer's."}
+    )
+
+    disable_dropout: bool = field(default=True, metadata={"help": "Set every dropout to 0."})
+    generate_during_eval: bool = field(
+        default=False, metadata={"help": "Log completions of the model with each evaluation."}
+    )
+    is_encoder_decoder: bool | None = flag(None, "Kind of the model that `model_init` returns.")
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Keyword arguments (JSON on the command line) to load the model with."},
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Allow models that bring their own Python code."}
+    )
+    dataset_num_proc: int | None = field(
+        default=None, metadata={"help": "Processes that prepare the data."}
+    )
+
+    use_fused_head: bool = field(
+        default=True, metadata={"help": "Compute the loss in the fused head, without the logits."}
+    )
+    logits_budget: int | None = field(
+        default=None, metadata={"help": "Bytes the fused head may use for logits at a time."}
+    )
+
+    def __post_init__(self):
+        self._read_numbers()
+        resolve_legacy(self)
+        self._resolve_checkpointing()
+        self._resolve_precision()
+        if self.max_length is None:
+            logger.warning_once(f"`max_length` is None: using {_MAX_LENGTH_OF_NONE}.")
+            self.max_length = _MAX_LENGTH_OF_NONE
+        self._check()
+        super().__post_init__()
+        self._resolve_model_init_kwargs()
+
+    def _read_numbers(self) -> None:
+        """Read floats that arrive as strings: YAML takes 8e-6, having no dot, for a string."""
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if isinstance(value, str) and each.type in (float, float | None):
+                try:
+                    setattr(self, each.name, float(value))
+                except ValueError:
+                    raise ValueError(f"{each.name} is {value!r}; must be a number") from None
+
+    def _resolve_checkpointing(self) -> None:
+        # transformers 5.2x warns about the old name even where it only holds this class's default.
+        # Before that there is no new name, and nothing to do.
+        for old, new in (
+            ("gradient_checkpointing", "activation_checkpointing"),
+            ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"),
+        ):
+            if hasattr(type(self), new) and getattr(self, new) is None:
+                setattr(self, new, getattr(self, old))
+
+    def _resolve_precision(self) -> None:
+        if self.fp16 and self.bf16:
+            raise ValueError("fp16 and bf16 are both True; at most one may be")
+        wanted = not self.fp16 if self.bf16 is None else self.bf16
+        if self.use_cpu:
+            # By default only where the CPU has the instructions: without them torch emulates, about
+            # a hundred times slower than fp32. Asked for explicitly, it is granted.
+            missing = wanted and self.bf16 is None and not _cpu_has_bf16()
+        else:
+            missing = (wanted or self.bf16_full_eval) and not (
+                is_torch_bf16_gpu_available() or is_torch_xla_available()
+            )
+        if missing:
+            logger.warning_once("This hardware has no bfloat16: falling back to fp32.")
+            wanted = False
+            self.bf16_full_eval = self.bf16_full_eval and self.use_cpu
+        self.bf16 = wanted
+
+    def _resolve_model_init_kwargs(self) -> None:
+        # TrainingArguments.__post_init__ has read a JSON object by now.
+        kwargs = self.model_init_kwargs
+        if kwargs is None:
+            return
+        if not isinstance(kwargs, dict):
+            raise ValueError(f"model_init_kwargs is {kwargs!r}; must be a dict or a JSON object")
+        if "torch_dtype" in kwargs:
+            # The older name of dtype; to_dict makes only the newer one JSON-able.
+            kwargs = dict(kwargs)
+            kwargs.setdefault("dtype", kwargs.pop("torch_dtype"))
+            self.model_init_kwargs = kwargs
+
+    def _check(self) -> None:
+        _check_positive("beta", self.beta)
+        self.beta = float(self.beta)
+        _check_choice("beta_schedule", self.beta_schedule, BETA_SCHEDULES)
+        if self.beta_end is not None:
+            _check_positive("beta_end", self.beta_end)
+            self.beta_end = float(self.beta_end)
+        if self.beta_schedule != "constant" and self.beta_end is None:
+            raise ValueError(f"beta_schedule is {self.beta_schedule!r}; needs beta_end")
+        if self.beta_schedule == "constant" and self.beta_end is not None:
+            raise ValueError(
+                f"beta_end is {self.beta_end} with beta_schedule 'constant'; "
+                "set beta_schedule to 'linear' or 'cosine'"
+            )
+        if not 0.0 <= self.beta_anneal_start < 1.0:
+            raise ValueError(f"beta_anneal_start is {self.beta_anneal_start}; must lie in [0, 1)")
+        _check_choice("nll_scope", self.nll_scope, NLL_SCOPES)
+        _check_choice("odds_ratio_link", self.odds_ratio_link, ODDS_RATIO_LINKS)
+        _check_choice("truncation_mode", self.truncation_mode, TRUNCATION_MODES)
+        _check_choice("overlength", self.overlength, OVERLENGTH_POLICIES)
+        for name in (
+            "max_length",
+            "max_prompt_length",
+            "max_completion_length",
+            "dataset_num_proc",
+            "logits_budget",
+        ):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} is {value}; must be positive")
+        if self.label_pad_token_id >= 0:
+            raise ValueError(
+                f"label_pad_token_id is {self.label_pad_token_id}; must be negative, so that it "
+                "is no token"
+            )
+        if self.max_prompt_length is not None and self.max_prompt_length >= self.max_length:
+            raise ValueError(
+                f"max_prompt_length is {self.max_prompt_length}; must be below max_length "
+                f"{self.max_length}, or nothing is left for the answers"
+            )
+
+    def beta_at(self, step: int, max_steps: int) -> float:
+        """
+        Beta of a training step.
+
+        `beta` for the first `beta_anneal_start` of training; from there to `beta_end`, which is
+        reached at `max_steps`, on a line or on half a cosine.
+
+        Args:
+            step (`int`): Optimiser steps done so far.
+            max_steps (`int`): Optimiser steps of the whole training.
+
+        Raises:
+            ValueError: If there is a schedule and `max_steps` is not positive.
+        """
+        if self.beta_schedule == "constant":
+            return self.beta
+        if max_steps <= 0:
+            raise ValueError(f"max_steps is {max_steps}; must be positive for a beta_schedule")
+        start = self.beta_anneal_start
+        done = min(max((step / max_steps - start) / (1.0 - start), 0.0), 1.0)
+        if self.beta_schedule == "cosine":
+            done = 0.5 - 0.5 * math.cos(math.pi * done)
+        return self.beta + (self.beta_end - self.beta) * done
+
+    def to_dict(self) -> dict[str, Any]:
+        """All arguments as JSON-able values, without the older names, which are None here."""
+        kept = self.model_init_kwargs
+        try:
+            # TrainingArguments.to_dict writes strings for dtypes into the nested dict itself.
+            self.model_init_kwargs = dict(kept) if isinstance(kept, dict) else kept
+            all_values = super().to_dict()
+        finally:
+            self.model_init_kwargs = kept
+        return {name: value for name, value in all_values.items() if name not in LEGACY_NAMES}
+
+
+def _check_positive(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise ValueError(f"{name} is {value!r}; must be a number")
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} is {value}; must be positive and finite")
+
+
+def _check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; must be one of {', '.join(map(repr, allowed))}")
+
+
+def _cpu_has_bf16() -> bool:
+    # {"avx512_bf16": True, "amx_bf16": False, ...} on x86, "bf16" on ARM; absent from older torch.
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(name.endswith("bf16") and present is True for name, present in capabilities.items())

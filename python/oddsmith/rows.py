@@ -1,0 +1,354 @@
+"""RowBuilder: from the text of a pair to token ids, cut to length."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers.utils import is_torch_xla_available, logging
+
+logger = logging.get_logger(__name__)
+
+# Tokens of one side of a pair; keys "prompt_input_ids", "prompt_attention_mask", "input_ids",
+# "attention_mask".
+Side = dict[str, list[int]]
+
+# TRL's default for the completions of encoder-decoder models.
+_MAX_COMPLETION_LENGTH = 128
+
+
+class RowBuilder:
+    """
+    Builds rows of token ids from the prompt, chosen and rejected text of a pair, exactly as TRL
+    1.16 does.
+
+    Without `max_prompt_length` only answers are cut, each to what its prompt leaves of
+    `max_length`; a prompt longer than `max_length` stays whole (TRL's rule), so such a row has
+    empty completions and is longer than `max_length`. With `max_prompt_length` a pair that is too
+    long has its prompt cut to that first, then, if it is still too long, its answers to the rest
+    (the rule of TRL up to 0.27), and no row is longer than `max_length`.
+
+    One difference: no `prompt_token_type_ids`, which TRL carries along for BERT-like tokenizers and
+    uses nowhere.
+
+    Args:
+        processing_class (`PreTrainedTokenizerBase`):
+            The tokenizer.
+        max_length (`int`, *optional*, defaults to `1024`):
+            Most tokens of prompt and completion together. Not used for encoder-decoder models.
+        max_prompt_length (`int`, *optional*):
+            See above. For encoder-decoder models: most tokens of the prompt.
+        truncation_mode (`str`, *optional*, defaults to `"keep_end"`):
+            End of the prompt that `max_prompt_length` keeps: `"keep_end"` or `"keep_start"`.
+        label_pad_token_id (`int`, *optional*, defaults to `-100`):
+            Label of prompt tokens.
+        is_encoder_decoder (`bool`, *optional*, defaults to `False`):
+            Build rows of an encoder-decoder model: the prompt for the encoder, answers as labels.
+        max_completion_length (`int`, *optional*):
+            Most tokens of a completion, for encoder-decoder models; 128 if not given.
+        padding_value (`int`, *optional*):
+            Token id that pads rows to `max_length` on TorchXLA, where every new length compiles
+            anew.
+    """
+
+    def __init__(
+        self,
+        processing_class: Any,
+        max_length: int = 1024,
+        max_prompt_length: int | None = None,
+        truncation_mode: str = "keep_end",
+        label_pad_token_id: int = -100,
+        is_encoder_decoder: bool = False,
+        max_completion_length: int | None = None,
+        padding_value: int | None = None,
+    ):
+        if truncation_mode not in ("keep_end", "keep_start"):
+            raise ValueError(
+                f"truncation_mode is {truncation_mode!r}; must be 'keep_end' or 'keep_start'"
+            )
+        if max_length is None or max_length <= 0:
+            raise ValueError(f"max_length is {max_length}; must be positive")
+        if max_prompt_length is not None and not 0 < max_prompt_length < max_length:
+            raise ValueError(
+                f"max_prompt_length is {max_prompt_length}; must be positive and below max_length "
+                f"{max_length}"
+            )
+        if is_encoder_decoder and max_completion_length is None:
+            logger.warning_once(
+                "`max_completion_length` is not set for an encoder-decoder model: using "
+                f"{_MAX_COMPLETION_LENGTH}."
+            )
+            max_completion_length = _MAX_COMPLETION_LENGTH
+        self.processing_class = processing_class
+        self.max_length = max_length
+        self.max_prompt_length = max_prompt_length
+        self.truncation_mode = truncation_mode
+        self.label_pad_token_id = label_pad_token_id
+        self.is_encoder_decoder = is_encoder_decoder
+        self.max_completion_length = max_completion_length
+        self.padding_value = padding_value
+
+    def build_tokenized_answer(self, prompt: str, answer: str) -> Side:
+        """
+        Token ids of a prompt and its answer, encoded together and split where the answer begins.
+
+        Encoding them together may merge the end of the prompt with the answer; then the boundary
+        moves one token back, and the merged token belongs to the answer.
+
+        Args:
+            prompt (`str`): Text of the prompt.
+            answer (`str`): Text of the answer.
+
+        Returns:
+            `dict[str, list[int]]`: `prompt_input_ids`, `prompt_attention_mask`, `input_ids`,
+            `attention_mask`, without BOS and EOS.
+
+        Raises:
+            ValueError: If prompt and answer merge to fewer tokens than the prompt has alone.
+        """
+        prompt_ids, full_ids = self._encode([prompt, prompt + answer])
+        return _split(prompt_ids, full_ids)
+
+    def tokenize_row(
+        self,
+        feature: Mapping[str, Any],
+        model: Any = None,
+        build_tokenized_answer: Callable[[str, str], Side] | None = None,
+    ) -> dict[str, list[int]]:
+        """
+        Token ids, attention masks and labels of one row.
+
+        Args:
+            feature (`Mapping[str, Any]`):
+                Row with the strings `prompt`, `chosen` and `rejected`.
+            model (`PreTrainedModel`, *optional*):
+                An encoder-decoder model, to have its decoder inputs too.
+            build_tokenized_answer (`Callable`, *optional*):
+                Stands in for this class's method of that name.
+
+        Returns:
+            `dict[str, list[int]]`: `{chosen,rejected}_{input_ids,attention_mask,labels}` and
+            `prompt_{input_ids,attention_mask}`; for an encoder-decoder model
+            `{chosen,rejected}_labels` and the prompt.
+
+        Raises:
+            ValueError: If a field is no string, or the two sides disagree about the prompt by more
+            than its
+                last token.
+        """
+        texts = [_string(feature, name) for name in ("prompt", "chosen", "rejected")]
+        if build_tokenized_answer is None or self.is_encoder_decoder:
+            rows, _ = self.tokenize_batch(*([text] for text in texts))
+            row = rows[0]
+        else:
+            prompt, *answers = texts
+            sides = [build_tokenized_answer(prompt, answer) for answer in answers]
+            (prompt_ids,) = self._encode([prompt])
+            row = self._assemble(prompt_ids, *sides)[0]
+        if model is not None and hasattr(model, "prepare_decoder_input_ids_from_labels"):
+            if self.is_encoder_decoder:
+                for side in ("rejected", "chosen"):
+                    labels = torch.tensor([row[f"{side}_labels"]])
+                    decoder = model.prepare_decoder_input_ids_from_labels(labels=labels)
+                    row[f"{side}_decoder_input_ids"] = decoder[0].tolist()
+        return row
+
+    def tokenize_batch(
+        self,
+        prompts: Sequence[str],
+        chosen: Sequence[str],
+        rejected: Sequence[str],
+        where: Sequence[str] | None = None,
+    ) -> tuple[list[dict[str, list[int]]], list[bool]]:
+        """
+        [`~RowBuilder.tokenize_row`] for many rows, each text encoded once, all of them in one call.
+
+        Args:
+            prompts (`Sequence[str]`): Text of the prompts.
+            chosen (`Sequence[str]`): Text of the preferred answers.
+            rejected (`Sequence[str]`): Text of the other answers.
+            where (`Sequence[str]`, *optional*): Names of the rows, for errors.
+
+        Returns:
+            `tuple`: The rows, and for each whether it was too long.
+
+        Raises:
+            ValueError: As `tokenize_row`.
+        """
+        count = len(prompts)
+        if self.is_encoder_decoder:
+            build, texts = self._encoder_decoder_row, [*prompts, *chosen, *rejected]
+            encoded = self._encode(texts, add_special_tokens=True)
+        else:
+            build = self._decoder_row
+            texts = list(prompts)
+            for answers in (chosen, rejected):
+                texts += [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+            encoded = self._encode(texts)
+
+        rows, overlength = [], []
+        for index in range(count):
+            triple = [encoded[part * count + index] for part in range(3)]
+            try:
+                row, too_long = build(*triple, texts[index::count])
+            except ValueError as error:
+                raise ValueError(f"{where[index]}: {error}" if where else str(error)) from error
+            rows.append(row)
+            overlength.append(too_long)
+        return rows, overlength
+
+    def is_overlength(self, feature: Mapping[str, Any]) -> bool:
+        """
+        Whether a row has more tokens than allowed, and so is cut, or dropped where the caller
+        drops.
+
+        Args:
+            feature (`Mapping[str, Any]`): Row with the strings `prompt`, `chosen` and `rejected`.
+        """
+        texts = ([_string(feature, name)] for name in ("prompt", "chosen", "rejected"))
+        return self.tokenize_batch(*texts)[1][0]
+
+    def _encode(self, texts: list[str], add_special_tokens: bool = False) -> list[list[int]]:
+        if not texts:
+            return []
+        return self.processing_class(texts, add_special_tokens=add_special_tokens)["input_ids"]
+
+    def _decoder_row(
+        self, prompt: list[int], chosen: list[int], rejected: list[int], texts: list[str]
+    ) -> tuple[dict[str, list[int]], bool]:
+        return self._assemble(prompt, _split(prompt, chosen), _split(prompt, rejected))
+
+    def _assemble(self, prompt: list[int], chosen: Side, rejected: Side) -> tuple[dict, bool]:
+        """The row (BOS and EOS added, cut to length), and whether it was too long."""
+        chosen, rejected = (
+            {key: list(values) for key, values in side.items()} for side in (chosen, rejected)
+        )
+        prompts = chosen["prompt_input_ids"], rejected["prompt_input_ids"]
+        if prompts[0] != prompts[1]:
+            differing = sum(a != b for a, b in zip(*prompts, strict=False))
+            if differing > 1 or abs(len(prompts[0]) - len(prompts[1])) > 1:
+                raise ValueError(
+                    "the prompt's tokens differ between chosen and rejected by more than the last "
+                    "one; "
+                    "end the prompt where a word ends"
+                )
+        # A last token that merged with either answer is no part of the prompt to generate from.
+        prompt = prompt[: min(map(len, prompts))]
+        alone = {"prompt_input_ids": prompt, "prompt_attention_mask": [1] * len(prompt)}
+
+        sides = (chosen, rejected)
+        for tokens in (alone, *sides):
+            self._add_bos(tokens)
+        for tokens in sides:
+            self._add_eos(tokens)
+        longer = max(len(tokens["input_ids"]) for tokens in sides)
+        room = self.max_length - longer
+        overlength = any(
+            len(t["prompt_input_ids"]) + len(t["input_ids"]) > self.max_length for t in sides
+        )
+        if self.max_prompt_length is not None:
+            overlength = any(len(t["prompt_input_ids"]) > room for t in sides)
+            for tokens in (alone, *sides):
+                if len(tokens["prompt_input_ids"]) > room:
+                    self._cut_prompt(tokens)
+            for tokens in sides:
+                if len(tokens["prompt_input_ids"]) > room:
+                    _cut_answer(tokens, self.max_length - self.max_prompt_length)
+        else:
+            for tokens in sides:
+                _cut_answer(tokens, max(0, self.max_length - len(tokens["prompt_input_ids"])))
+                if not tokens["input_ids"]:
+                    logger.warning_once(
+                        f"A prompt alone fills max_length {self.max_length}, which leaves an "
+                        "empty completion: "
+                        "raise max_length, set max_prompt_length, or set overlength='drop'."
+                    )
+
+        row = {}
+        for name, tokens in (("chosen", chosen), ("rejected", rejected)):
+            for key in ("input_ids", "attention_mask"):
+                row[f"{name}_{key}"] = tokens[f"prompt_{key}"] + tokens[key]
+            masked = [self.label_pad_token_id] * len(tokens["prompt_input_ids"])
+            row[f"{name}_labels"] = masked + tokens["input_ids"]
+        row.update(alone)
+        return self._pad_for_xla(row), overlength
+
+    def _add_bos(self, tokens: Side) -> None:
+        bos, ids = self.processing_class.bos_token_id, tokens["prompt_input_ids"]
+        if bos is not None and (not ids or ids[0] != bos):
+            tokens["prompt_input_ids"] = [bos, *ids]
+            tokens["prompt_attention_mask"] = [1, *tokens["prompt_attention_mask"]]
+
+    def _add_eos(self, tokens: Side) -> None:
+        # Without an EOS id TRL appends None, which no collator can use; here nothing is appended.
+        eos, ids = self.processing_class.eos_token_id, tokens["input_ids"]
+        if eos is not None and (not ids or ids[-1] != eos):
+            tokens["input_ids"] = [*ids, eos]
+            tokens["attention_mask"] = [*tokens["attention_mask"], 1]
+
+    def _cut_prompt(self, tokens: Side) -> None:
+        keep_end = self.truncation_mode == "keep_end"
+        kept = slice(-self.max_prompt_length, None) if keep_end else slice(self.max_prompt_length)
+        for key in ("prompt_input_ids", "prompt_attention_mask"):
+            tokens[key] = tokens[key][kept]
+
+    def _encoder_decoder_row(
+        self, prompt: list[int], chosen: list[int], rejected: list[int], texts: list[str]
+    ) -> tuple[dict[str, list[int]], bool]:
+        limits = (self.max_prompt_length, self.max_completion_length, self.max_completion_length)
+        parts, overlength = [prompt, chosen, rejected], False
+        for index, limit in enumerate(limits):
+            if limit is not None and len(parts[index]) > limit:
+                # The tokenizer cuts, for it keeps its special tokens (T5's EOS) at the end.
+                overlength = True
+                cut = self.processing_class(texts[index], truncation=True, max_length=limit)
+                parts[index] = cut["input_ids"]
+        prompt, chosen, rejected = parts
+        row = {
+            "chosen_labels": chosen,
+            "rejected_labels": rejected,
+            "prompt_input_ids": prompt,
+            "prompt_attention_mask": [1] * len(prompt),
+        }
+        return self._pad_for_xla(row), overlength
+
+    def _pad_for_xla(self, row: dict[str, list[int]]) -> dict[str, list[int]]:
+        if not is_torch_xla_available():
+            return row
+        pad_id = self.padding_value
+        pad_id = self.processing_class.pad_token_id if pad_id is None else pad_id
+        pads = {"labels": self.label_pad_token_id, "input_ids": pad_id, "attention_mask": 0}
+        for key, values in row.items():
+            pad = pads[key.split("_", 1)[1]]
+            row[key] = values + [pad] * (self.max_length - len(values))
+        return row
+
+
+def _split(prompt: list[int], full: list[int]) -> Side:
+    if len(full) < len(prompt):
+        raise ValueError(
+            f"prompt and answer together have {len(full)} tokens, fewer than the prompt alone "
+            f"({len(prompt)}), "
+            "so the answer has no first token; end the prompt where a word ends"
+        )
+    boundary = len(prompt)
+    if full[:boundary] != prompt:
+        boundary -= 1
+    answer = full[boundary:]
+    return {
+        "prompt_input_ids": full[:boundary],
+        "prompt_attention_mask": [1] * boundary,
+        "input_ids": answer,
+        "attention_mask": [1] * len(answer),
+    }
+
+
+def _cut_answer(tokens: Side, length: int) -> None:
+    for key in ("input_ids", "attention_mask"):
+        tokens[key] = tokens[key][:length]
+
+
+def _string(feature: Mapping[str, Any], name: str) -> str:
+    value = feature[name]
+    if not isinstance(value, str):
+        raise ValueError(f"{name} is a {type(value).__name__}; must be a string")
+    return value
