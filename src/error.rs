@@ -1,0 +1,110 @@
+//! What can go wrong, in one table.
+
+use std::fmt;
+
+/// `Result` with this crate's [`Error`].
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// An argument that does not fit, or a failure underneath.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Error {
+    /// A tensor of the wrong shape.
+    Shape {
+        /// The op that was called.
+        op: &'static str,
+        /// The argument's name.
+        argument: &'static str,
+        /// What is allowed.
+        expected: String,
+        /// What came.
+        got: String,
+    },
+    /// A value out of range.
+    Value {
+        /// The op that was called.
+        op: &'static str,
+        /// The argument's name.
+        argument: &'static str,
+        /// What is allowed.
+        expected: String,
+        /// What came.
+        got: String,
+    },
+    /// A tensor of the wrong dtype.
+    Dtype {
+        /// The op that was called.
+        op: &'static str,
+        /// The argument's name.
+        argument: &'static str,
+        /// What is allowed.
+        expected: String,
+        /// What came.
+        got: String,
+    },
+    /// A tensor on the wrong device.
+    Device {
+        /// The op that was called.
+        op: &'static str,
+        /// The argument's name.
+        argument: &'static str,
+        /// What is allowed.
+        expected: String,
+        /// What came.
+        got: String,
+    },
+    /// What libtorch reported.
+    Torch(String),
+    /// A mistake of this library.
+    Internal(String),
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Error::Shape { op, argument, expected, got } => {
+                write!(f, "{op}: {argument} has shape {got}; must be {expected}")
+            }
+            Error::Value { op, argument, expected, got } => {
+                write!(f, "{op}: {argument} is {got}; must be {expected}")
+            }
+            Error::Dtype { op, argument, expected, got } => {
+                write!(f, "{op}: {argument} has dtype {got}; must be {expected}")
+            }
+            Error::Device { op, argument, expected, got } => {
+                write!(f, "{op}: {argument} is on {got}; must be on {expected}")
+            }
+            Error::Torch(message) => write!(f, "libtorch: {message}"),
+            Error::Internal(message) => write!(f, "internal error, please report it: {message}"),
+        }
+    }
+}
+
+impl std::error::Error for Error {}
+
+#[cfg(feature = "torch")]
+impl From<tch::TchError> for Error {
+    fn from(error: tch::TchError) -> Self {
+        let text = error.to_string();
+        // What follows is libtorch's own stack, twenty lines of it.
+        let end = text.find("\nException raised from").unwrap_or(text.len());
+        Error::Torch(text[..end].to_owned())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Error;
+
+    #[test]
+    fn messages_name_argument_value_and_what_is_allowed() {
+        let error = Error::Shape {
+            op: "linear_orpo",
+            argument: "bias",
+            expected: "(7,)".into(),
+            got: "[3]".into(),
+        };
+        assert_eq!(error.to_string(), "linear_orpo: bias has shape [3]; must be (7,)");
+        let error = Error::Dtype { op: "op", argument: "x", expected: "int64".into(), got: "bool".into() };
+        assert_eq!(error.to_string(), "op: x has dtype bool; must be int64");
+    }
+}

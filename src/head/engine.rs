@@ -1,0 +1,323 @@
+//! The two sweeps over the vocabulary that every variant of the head is made of.
+//!
+//! A sweep goes over the vocabulary in tiles: the product of the rows with the tile's words, then
+//! a pass over the product while it is in the cache. What differs between the variants is only
+//! what a sweep keeps:
+//!
+//! - [`Engine::forward`] keeps per-row statistics, and the logits if asked;
+//! - [`Engine::expectation`] accumulates `E_softmax[w]` on the way, rescaling when a row's maximum
+//!   moves (online softmax: Milakov and Gimelshein 2018, arXiv 1805.02867), so that a frozen head
+//!   needs one sweep;
+//! - [`Engine::backward`] turns logits, kept or recomputed, into gradients.
+
+use std::ops::Range;
+
+use super::backend::{Dims, Gemm, Team, for_rows};
+use super::real::Real;
+use super::row;
+use super::weight::{Head, Matrix};
+use crate::error::Result;
+
+/// Elements of a tile of logits: small enough to be read back from the cache by the pass that
+/// follows the product, large enough for the product to run at full speed. Tests cut their small
+/// vocabularies into several tiles.
+const TILE: usize = if cfg!(test) { 1 << 12 } else { 1 << 21 };
+
+/// Rows that share one sweep at most, which bounds the tile for long batches.
+pub const MAX_ROWS: usize = 4096;
+
+/// Gathered rows: hidden states times the head's logit scale, and the word to score in each.
+#[derive(Debug)]
+pub struct Rows<T> {
+    /// Row-major, `[len, width]`.
+    pub hidden: Vec<T>,
+    /// Word whose log-probability is wanted; none for rows of which only the logits' sum is.
+    pub targets: Vec<Option<usize>>,
+}
+
+impl<T: Real> Rows<T> {
+    /// Gathers the rows `index` of `hidden`.
+    pub fn gather(
+        team: &dyn Team,
+        head: &Head<'_, T>,
+        hidden: Matrix<'_, T>,
+        index: &[usize],
+        targets: Vec<Option<usize>>,
+    ) -> Self {
+        let width = head.width();
+        let mut rows = vec![T::ZERO; index.len() * width];
+        for_rows(team, &mut rows, width, &mut vec![(); index.len()], |i, row, ()| {
+            hidden.read(index[i] * width..(index[i] + 1) * width, row);
+            if head.logit_scale() != T::ONE {
+                row::scale(row, head.logit_scale());
+            }
+        });
+        Self { hidden: rows, targets }
+    }
+
+    /// Number of rows.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.targets.len()
+    }
+
+    /// True if there is no row.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.targets.is_empty()
+    }
+}
+
+/// Running statistics of a row's softmax.
+#[derive(Clone, Copy, Debug)]
+pub struct Stats {
+    max: f64,
+    /// Sum of `exp(logit - max)`.
+    sum: f64,
+    /// The target's logit.
+    label: f64,
+    /// Sum of the logits, where it is wanted.
+    pub total: f64,
+    /// Factor by which this tile's new maximum shrinks what was accumulated before.
+    rescale: f64,
+}
+
+impl Default for Stats {
+    fn default() -> Self {
+        Self { max: f64::NEG_INFINITY, sum: 0.0, label: 0.0, total: 0.0, rescale: 1.0 }
+    }
+}
+
+impl Stats {
+    /// Log-sum-exp of the logits.
+    #[must_use]
+    pub fn lse(&self) -> f64 {
+        self.max + self.sum.ln()
+    }
+
+    /// Log-probability of the target.
+    #[must_use]
+    pub fn logp(&self) -> f64 {
+        self.label - self.lse()
+    }
+
+    /// Moves the maximum to cover `max`; returns the shift for this tile's exponentials, or none
+    /// if every logit so far is `-inf`.
+    fn raise(&mut self, max: f64) -> Option<f64> {
+        self.rescale = 1.0;
+        if max.is_nan() {
+            self.max = f64::NAN;
+        } else if max > self.max {
+            self.rescale = (self.max - max).exp();
+            self.sum *= self.rescale;
+            self.max = max;
+        }
+        (self.max != f64::NEG_INFINITY).then_some(self.max)
+    }
+}
+
+/// Logits of a block of rows, kept from the forward sweep for the backward sweep. Tiles are
+/// contiguous, so that both sweeps run on dense matrices.
+#[derive(Debug, Default)]
+pub struct Kept<T> {
+    tiles: Vec<Vec<T>>,
+}
+
+/// Where the gradients go. Absent parts are not computed.
+#[derive(Debug, Default)]
+pub struct Gradients<'a, T> {
+    /// `[rows, width]`, zero at the start.
+    pub hidden: Option<&'a mut [T]>,
+    /// `[vocab, width]`.
+    pub weight: Option<&'a mut [T]>,
+    /// `[vocab]`.
+    pub bias: Option<&'a mut [T]>,
+    /// Add to `weight` and `bias` instead of overwriting them.
+    pub accumulate: bool,
+}
+
+/// A head with the means to compute on it.
+pub struct Engine<'a, T> {
+    /// The head.
+    pub head: &'a Head<'a, T>,
+    /// Matrix products.
+    pub gemm: &'a dyn Gemm<T>,
+    /// Threads.
+    pub team: &'a dyn Team,
+}
+
+impl<T: Real> Engine<'_, T> {
+    /// The vocabulary's tiles for a sweep of `rows` rows.
+    fn tiles(&self, rows: usize) -> impl Iterator<Item = Range<usize>> + use<T> {
+        let (vocab, wide) = (self.head.vocab(), (TILE / rows.max(1)).clamp(256, 8192) & !63);
+        (0..vocab).step_by(wide).map(move |first| first..(first + wide).min(vocab))
+    }
+
+    /// Statistics of every row; `keep` receives the logits.
+    ///
+    /// # Errors
+    /// What the matrix products report.
+    pub fn forward(&self, rows: &Rows<T>, mut keep: Option<&mut Kept<T>>) -> Result<Vec<Stats>> {
+        let mut stats = vec![Stats::default(); rows.len()];
+        let (mut logits, mut widened) = (Vec::new(), Vec::new());
+        for tile in self.tiles(rows.len()) {
+            if keep.is_some() {
+                logits = Vec::new();
+            }
+            let weight = self.head.tile(self.team, tile.clone(), &mut widened);
+            self.logits(rows, weight, &tile, &mut logits, &mut stats, |x, shift| match shift {
+                Some(shift) => row::exp_sum(x, shift),
+                None => 0.0,
+            })?;
+            if let Some(kept) = keep.as_deref_mut() {
+                kept.tiles.push(std::mem::take(&mut logits));
+            }
+        }
+        Ok(stats)
+    }
+
+    /// Statistics of every row and `d logp / d hidden`, negated: `E_softmax[w] - w_target` (times
+    /// the softcap's slope and the logit scale), so that a row's gradient is one factor away.
+    /// Rows without a target get zeros.
+    ///
+    /// # Errors
+    /// What the matrix products report.
+    pub fn expectation(&self, rows: &Rows<T>, out: &mut [T]) -> Result<Vec<Stats>> {
+        let width = self.head.width();
+        let mut stats = vec![Stats::default(); rows.len()];
+        let (mut logits, mut widened) = (Vec::new(), Vec::new());
+        let softcap = self.head.softcap();
+        out.fill(T::ZERO);
+        for tile in self.tiles(rows.len()) {
+            let weight = self.head.tile(self.team, tile.clone(), &mut widened);
+            self.logits(rows, weight, &tile, &mut logits, &mut stats, |x, shift| match shift {
+                Some(shift) => row::exp_in_place(x, shift, softcap),
+                None => {
+                    x.fill(T::ZERO);
+                    0.0
+                }
+            })?;
+            if tile.start > 0 && stats.iter().any(|s| s.rescale != 1.0) {
+                for_rows(self.team, out, width, &mut stats, |_, row, s| {
+                    if s.rescale != 1.0 {
+                        row::scale(row, T::from_f64(s.rescale));
+                    }
+                });
+            }
+            self.gemm.d_hidden(self.dims(rows.len(), &tile), &logits, weight, out)?;
+        }
+        for_rows(self.team, out, width, &mut stats, |i, row, s| {
+            let Some(word) = rows.targets[i] else {
+                return row.fill(T::ZERO);
+            };
+            let scale = self.head.logit_scale();
+            row::scale(row, T::from_f64(1.0 / s.sum) * scale);
+            let slope = self.label_slope(s.label);
+            let mut target = vec![T::ZERO; width];
+            self.head.word(word, &mut target);
+            row::axpy(row, -(scale * T::from_f64(slope)), &target);
+        });
+        Ok(stats)
+    }
+
+    /// Gradients of `sum_i -scale_i * logp_i`: every row's softmax minus its target's one-hot,
+    /// times `scale`. `kept` are the logits of a forward sweep over the same rows; without them
+    /// they are computed again. The kept logits are used up.
+    ///
+    /// # Errors
+    /// What the matrix products report.
+    pub fn backward(
+        &self,
+        rows: &Rows<T>,
+        lse: &[f64],
+        scale: &[f64],
+        kept: Option<Kept<T>>,
+        grads: &mut Gradients<'_, T>,
+    ) -> Result<()> {
+        let width = self.head.width();
+        let softcap = self.head.softcap();
+        let (mut logits, mut widened) = (Vec::new(), Vec::new());
+        let mut kept = kept.map(|k| k.tiles.into_iter());
+        let mut labels = vec![Stats::default(); rows.len()];
+        let ones = if grads.bias.is_some() { vec![self.head.logit_scale(); rows.len()] } else { vec![] };
+        for tile in self.tiles(rows.len()) {
+            let dims = self.dims(rows.len(), &tile);
+            let weight = self.head.tile(self.team, tile.clone(), &mut widened);
+            match kept.as_mut().and_then(Iterator::next) {
+                Some(tile) => logits = tile,
+                None => self.logits(rows, weight, &tile, &mut logits, &mut labels, |_, _| 0.0)?,
+            }
+            for_rows(self.team, &mut logits, tile.len(), &mut labels, |i, x, _| {
+                let column = rows.targets[i].and_then(|word| word.checked_sub(tile.start));
+                let label = column.filter(|&c| c < x.len()).map(|c| (c, x[c].to_f64()));
+                if scale[i] == 0.0 {
+                    return x.fill(T::ZERO);
+                }
+                row::softmax_gradient(x, T::from_f64(lse[i]), T::from_f64(scale[i]), softcap);
+                if let Some((column, logit)) = label {
+                    x[column] += T::from_f64(-scale[i] * self.label_slope(logit));
+                }
+            });
+            if let Some(d_hidden) = grads.hidden.as_deref_mut() {
+                self.gemm.d_hidden(dims, &logits, weight, d_hidden)?;
+            }
+            if let Some(d_weight) = grads.weight.as_deref_mut() {
+                let d_tile = &mut d_weight[tile.start * width..tile.end * width];
+                self.gemm.d_weight(dims, &logits, &rows.hidden, d_tile, grads.accumulate)?;
+            }
+            if let Some(d_bias) = grads.bias.as_deref_mut() {
+                let dims = Dims { width: 1, ..dims };
+                self.gemm.d_weight(dims, &logits, &ones, &mut d_bias[tile], grads.accumulate)?;
+            }
+        }
+        if let Some(d_hidden) = grads.hidden.as_deref_mut().filter(|_| self.head.logit_scale() != T::ONE) {
+            row::scale(d_hidden, self.head.logit_scale());
+        }
+        Ok(())
+    }
+
+    fn dims(&self, rows: usize, tile: &Range<usize>) -> Dims {
+        Dims { rows, tile: tile.len(), width: self.head.width() }
+    }
+
+    /// `d l / d z` at a target's logit.
+    fn label_slope(&self, logit: f64) -> f64 {
+        self.head.softcap().map_or(1.0, |cap| row::softcap_slope(logit, 1.0 / cap.to_f64()))
+    }
+
+    /// One tile of logits and the statistics it adds; `exp` sees each row with the shift for its
+    /// exponentials and returns their sum.
+    fn logits(
+        &self,
+        rows: &Rows<T>,
+        weight: &[T],
+        tile: &Range<usize>,
+        logits: &mut Vec<T>,
+        stats: &mut [Stats],
+        exp: impl Fn(&mut [T], Option<T>) -> f64 + Sync,
+    ) -> Result<()> {
+        let dims = self.dims(rows.len(), tile);
+        if logits.capacity() < dims.rows * dims.tile {
+            // A fresh zeroed allocation costs nothing: the kernel hands out zero pages.
+            *logits = vec![T::ZERO; dims.rows * dims.tile];
+        }
+        logits.resize(dims.rows * dims.tile, T::ZERO);
+        self.gemm.logits(dims, &rows.hidden, weight, logits)?;
+        let transform = self.head.transform(tile.clone());
+        for_rows(self.team, logits, dims.tile, stats, |i, x, s| {
+            let max = row::to_logits(x, transform).to_f64();
+            let target = rows.targets[i];
+            if let Some(column) = target.and_then(|word| word.checked_sub(tile.start)) {
+                if column < x.len() {
+                    s.label = x[column].to_f64();
+                }
+            }
+            if target.is_none() || transform.softcap.is_some() {
+                s.total += row::sum(x);
+            }
+            let shift = s.raise(max).map(T::from_f64);
+            s.sum += exp(x, shift);
+        });
+        Ok(())
+    }
+}

@@ -1,0 +1,138 @@
+//! The head's ops.
+
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+use tch::Tensor;
+
+use super::error::detached;
+use super::tensor::PyTensor;
+use crate::head::plan::DEFAULT_BUDGET;
+use crate::head::scores::Objective;
+use crate::odds_ratio::{Link, NllScope};
+use crate::torch::head::{self, Args, Pairs, Wants};
+
+/// The tensors and numbers that every op of the head starts with.
+struct Inputs {
+    hidden: PyTensor,
+    weight: PyTensor,
+    bias: Option<PyTensor>,
+    targets: PyTensor,
+    softcap: Option<f64>,
+    logit_scale: f64,
+}
+
+impl Inputs {
+    fn args(&self, op: &'static str) -> Args<'_> {
+        Args {
+            op,
+            hidden: &self.hidden.0,
+            weight: &self.weight.0,
+            bias: self.bias.as_ref().map(|bias| &bias.0),
+            targets: &self.targets.0,
+            softcap: self.softcap,
+            logit_scale: self.logit_scale,
+        }
+    }
+}
+
+fn wants((hidden, weight, bias): (bool, bool, bool)) -> Wants {
+    Wants { hidden, weight, bias }
+}
+
+fn list(tensors: impl IntoIterator<Item = Tensor>) -> Vec<PyTensor> {
+    tensors.into_iter().map(PyTensor).collect()
+}
+
+fn one_of<T: Copy>(argument: &str, got: &str, choices: &[(&str, T)]) -> PyResult<T> {
+    if let Some((_, value)) = choices.iter().find(|(name, _)| *name == got) {
+        return Ok(*value);
+    }
+    let names: Vec<String> = choices.iter().map(|(name, _)| format!("\"{name}\"")).collect();
+    let allowed = names.join(" or ");
+    Err(PyValueError::new_err(format!("linear_orpo: {argument} is \"{got}\"; must be {allowed}")))
+}
+
+#[pyfunction]
+#[allow(clippy::too_many_arguments)] // the op's schema, called from one place
+fn linear_logps(
+    py: Python<'_>,
+    hidden: PyTensor,
+    weight: PyTensor,
+    bias: Option<PyTensor>,
+    targets: PyTensor,
+    softcap: Option<f64>,
+    logit_scale: f64,
+    expectation: bool,
+) -> PyResult<Vec<PyTensor>> {
+    let inputs = Inputs { hidden, weight, bias, targets, softcap, logit_scale };
+    Ok(list(detached(py, move || head::logps(&inputs.args("linear_logps"), expectation))?))
+}
+
+#[pyfunction]
+#[allow(clippy::too_many_arguments)] // the op's schema, called from one place
+fn linear_logps_backward(
+    py: Python<'_>,
+    hidden: PyTensor,
+    weight: PyTensor,
+    bias: Option<PyTensor>,
+    targets: PyTensor,
+    softcap: Option<f64>,
+    logit_scale: f64,
+    lse: PyTensor,
+    upstream: PyTensor,
+    needs: (bool, bool, bool),
+) -> PyResult<Vec<PyTensor>> {
+    let inputs = Inputs { hidden, weight, bias, targets, softcap, logit_scale };
+    let run = move || head::logps_backward(&inputs.args("linear_logps"), &lse.0, &upstream.0, wants(needs));
+    Ok(list(detached(py, run)?))
+}
+
+#[pyfunction]
+#[allow(clippy::too_many_arguments)] // the op's schema, called from one place
+fn linear_orpo(
+    py: Python<'_>,
+    hidden: PyTensor,
+    weight: PyTensor,
+    bias: Option<PyTensor>,
+    targets: PyTensor,
+    softcap: Option<f64>,
+    logit_scale: f64,
+    sequence: PyTensor,
+    completion: PyTensor,
+    num_pairs: Option<i64>,
+    beta: f64,
+    nll_scope: &str,
+    odds_ratio_link: &str,
+    logits_budget: Option<i64>,
+    needs: (bool, bool, bool),
+) -> PyResult<Vec<PyTensor>> {
+    let scopes = [("full", NllScope::Full), ("completion", NllScope::Completion)];
+    let links = [("logsigmoid", Link::LogSigmoid), ("identity", Link::Identity)];
+    let budget = match logits_budget.map(usize::try_from) {
+        None => DEFAULT_BUDGET,
+        Some(Ok(budget)) => budget,
+        Some(Err(_)) => {
+            let message = "linear_orpo: logits_budget is negative; must be a number of bytes";
+            return Err(PyValueError::new_err(message));
+        }
+    };
+    let objective = Objective {
+        beta,
+        scope: one_of("nll_scope", nll_scope, &scopes)?,
+        link: one_of("odds_ratio_link", odds_ratio_link, &links)?,
+        budget,
+    };
+    let inputs = Inputs { hidden, weight, bias, targets, softcap, logit_scale };
+    let run = move || {
+        let pairs = Pairs { sequence: &sequence.0, completion: &completion.0, count: num_pairs };
+        head::orpo(&inputs.args("linear_orpo"), &pairs, objective, wants(needs))
+    };
+    Ok(list(detached(py, run)?))
+}
+
+/// Adds the head's functions to the module.
+pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add_function(wrap_pyfunction!(linear_logps, module)?)?;
+    module.add_function(wrap_pyfunction!(linear_logps_backward, module)?)?;
+    module.add_function(wrap_pyfunction!(linear_orpo, module)?)
+}

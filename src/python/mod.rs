@@ -1,0 +1,15 @@
+//! The Python module `oddsmith._core`: conversions and thin functions.
+
+mod error;
+mod head;
+mod tensor;
+
+use pyo3::prelude::*;
+
+/// The compiled core of oddsmith. Use the public functions of `oddsmith.functional` instead.
+#[pymodule]
+fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    module.add("TORCH_BUILD_VERSION", env!("TORCH_BUILD_VERSION"))?;
+    head::register(module)
+}
