@@ -1,0 +1,182 @@
+"""`oddsmith train`: from checked arguments to a trained model in a folder."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import AutoTokenizer
+
+from .chat import is_messages
+from .cli_arguments import AdapterArguments, RunArguments
+from .config import ORPOConfig
+from .data import ensure_pad_token
+from .errors import UserError
+from .report import save_curves
+from .sources import load_pairs
+from .trainer import ORPOTrainer
+
+logger = logging.getLogger("oddsmith")
+
+# Mistral's layout, for base models that come without a template. The special tokens are the
+# tokenizer's own, so that each is one token whatever the model.
+FALLBACK_CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}{{ message['content'] + eos_token }}"
+    "{% else %}{{ '[INST] ' + message['content'] + ' [/INST]' }}{% endif %}"
+    "{% endfor %}"
+)
+
+
+@contextmanager
+def user_errors(what: str) -> Iterator[None]:
+    """Turns what goes wrong with the user's input into a [`UserError`]."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        raise UserError(f"{what}: {error}" if what else str(error)) from error
+
+
+def load_tokenizer(run: RunArguments, config: ORPOConfig) -> Any:
+    """Loads the model's tokenizer, with a pad token and, if asked for, another chat template.
+
+    Raises:
+        UserError: If there is no such model, tokenizer or template.
+    """
+    name = run.model_name_or_path
+    path = Path(name).expanduser()
+    if not path.exists() and (name.startswith(("/", "./", "../", "~")) or name.count("/") > 1):
+        raise UserError(f"--model {name}: no such folder")
+    with user_errors(f"--model {name}"):
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=run.model_revision, trust_remote_code=config.trust_remote_code
+        )
+        ensure_pad_token(tokenizer)
+    if run.chat_template is not None:
+        with user_errors("--chat_template"):
+            template = Path(run.chat_template).expanduser()
+            tokenizer.chat_template = template.read_text(encoding="utf-8")
+    return tokenizer
+
+
+def ensure_chat_template(tokenizer: Any, dataset: Dataset) -> None:
+    """Sets the fallback template where the rows are conversations and the tokenizer has none."""
+    if tokenizer.chat_template is not None or not is_messages(dataset[0]["chosen"]):
+        return
+    tokenizer.chat_template = FALLBACK_CHAT_TEMPLATE
+    logger.warning(
+        "The tokenizer has no chat template: conversations are written as [INST] question [/INST] "
+        "answer, and the saved tokenizer has that template; --chat_template FILE sets another."
+    )
+
+
+def model_init_kwargs(run: RunArguments, config: ORPOConfig) -> dict[str, Any]:
+    """Arguments for `from_pretrained`: those of `--model_init_kwargs`, overruled by the flags."""
+    flags = {
+        "dtype": run.dtype,
+        "attn_implementation": run.attn_implementation,
+        "revision": run.model_revision,
+    }
+    return {
+        **(config.model_init_kwargs or {}),
+        **{name: value for name, value in flags.items() if value is not None},
+    }
+
+
+def make_adapter(adapter: AdapterArguments) -> Any:
+    """The PEFT configuration, or `None` without `--use_peft`."""
+    if not adapter.use_peft:
+        return None
+    from peft import LoraConfig
+
+    targets = adapter.lora_target_modules
+    return LoraConfig(
+        r=adapter.lora_r,
+        lora_alpha=adapter.lora_alpha,
+        lora_dropout=adapter.lora_dropout,
+        # PEFT takes "all-linear" only as a string; in a list it would be a module's name.
+        target_modules="all-linear" if targets == ["all-linear"] else targets,
+        modules_to_save=adapter.lora_modules_to_save,
+        use_rslora=adapter.use_rslora,
+        use_dora=adapter.use_dora,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+
+
+def checkpoint_to_resume(config: ORPOConfig) -> str | bool | None:
+    """`--resume_from_checkpoint`: a folder, or true for the newest in the output folder."""
+    wanted = config.resume_from_checkpoint
+    if isinstance(wanted, str) and wanted.lower() in ("true", "false"):
+        wanted = wanted.lower() == "true"
+    if isinstance(wanted, str) and not Path(wanted).is_dir():
+        raise UserError(f"--resume_from_checkpoint {wanted}: no such folder")
+    if wanted is True and not list(Path(config.output_dir).glob("checkpoint-*")):
+        raise UserError(
+            f"--resume_from_checkpoint true: {config.output_dir} holds no checkpoint; leave the "
+            "flag out to start anew"
+        )
+    return wanted or None
+
+
+def run_train(run: RunArguments, adapter: AdapterArguments, config: ORPOConfig) -> None:
+    """Trains a model and saves it.
+
+    Writes the model and its tokenizer, `trainer_state.json`, the metrics as JSON and, where
+    matplotlib is there, `curves.png` to `config.output_dir`, and prints where.
+
+    Args:
+        run (`RunArguments`): Model and data.
+        adapter (`AdapterArguments`): The LoRA adapter.
+        config (`ORPOConfig`): Everything else.
+
+    Raises:
+        UserError: If the model, the data or the arguments are at fault; nothing has been trained.
+    """
+    checkpoint = checkpoint_to_resume(config)
+    evaluates = config.eval_strategy != "no" or config.do_eval
+    tokenizer = load_tokenizer(run, config)
+    # One process reads and caches the data, the others of a launcher find the cache.
+    with config.main_process_first(desc="loading the dataset"):
+        train_dataset, eval_dataset = load_pairs(run, evaluates)
+    ensure_chat_template(tokenizer, train_dataset)
+    config.model_init_kwargs = model_init_kwargs(run, config)
+    with user_errors(""):
+        trainer = ORPOTrainer(
+            model=run.model_name_or_path,
+            args=config,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            peft_config=make_adapter(adapter),
+        )
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_metrics("train", result.metrics)
+    if eval_dataset is not None:
+        metrics = last_evaluation(trainer.state) or trainer.evaluate()
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+    trainer.save_model()
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        draw_curves(trainer.state.log_history, Path(config.output_dir))
+        what = "adapter" if adapter.use_peft else "model"
+        print(f"Saved the {what} and its tokenizer to {config.output_dir}")
+
+
+def last_evaluation(state: Any) -> dict[str, Any] | None:
+    """The evaluation of the finished model, if training ended with one."""
+    for entry in reversed(state.log_history):
+        if entry["step"] == state.global_step and "eval_loss" in entry:
+            return {name: value for name, value in entry.items() if name != "step"}
+    return None
+
+
+def draw_curves(history: list[dict[str, Any]], folder: Path) -> None:
+    try:
+        save_curves(history, folder / "curves.png", folder.name)
+    except (ModuleNotFoundError, ValueError) as error:
+        # No matplotlib, or a run too short to have logged: the model is what was asked for.
+        logger.warning(f"No curves: {error}")
