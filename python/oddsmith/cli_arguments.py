@@ -143,9 +143,7 @@ class TrainParser(HfArgumentParser):
         return names
 
     def suggest(self, name: str) -> str:
-        close = difflib.get_close_matches(
-            name.lstrip("-").replace("-", "_"), self.names(), n=1
-        )
+        close = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), self.names(), n=1)
         dashes = "--" if name.startswith("-") else ""
         return f"; did you mean {dashes}{close[0]}?" if close else ""
 
@@ -154,7 +152,8 @@ def read_settings(path: Path) -> dict[str, Any]:
     """Reads a settings file.
 
     Raises:
-        ValueError: If it cannot be read or is no mapping of names to values.
+        ValueError: If it cannot be read.
+        TypeError: If it holds anything but a mapping of names to values.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -166,7 +165,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     except (json.JSONDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"settings file {path} cannot be parsed: {error}") from error
     if not isinstance(settings, dict):
-        raise ValueError(f"settings file {path}: must hold a mapping such as 'beta: 0.1'")
+        raise TypeError(f"settings file {path}: must hold a mapping such as 'beta: 0.1'")
     return settings
 
 

@@ -13,9 +13,7 @@ PANELS = (
 )
 
 
-def read_series(
-    history: Iterable[Mapping[str, Any]], metric: str
-) -> tuple[list[int], list[float]]:
+def read_series(history: Iterable[Mapping[str, Any]], metric: str) -> tuple[list[int], list[float]]:
     """Collects one metric of a trainer's `log_history`.
 
     Args:
