@@ -333,12 +333,14 @@ def _apply_overlength(
 
 
 def _check_completions(empty: np.ndarray, builder: RowBuilder | None, name: str) -> None:
-    if empty.all():
-        limit = "" if builder is None else f" within {_limit(builder)}"
-        raise ValueError(
-            f"{name}: no row has a token of a completion left{limit}; raise max_length, or set "
-            "max_prompt_length"
-        )
+    count = int(empty.sum())
+    within = "" if builder is None else f" within {_limit(builder)}"
+    line = f"{name}: {count} of {len(empty)} rows have no token of a completion left{within}"
+    fix = "raise max_length, or set max_prompt_length"
+    if count == len(empty):
+        raise ValueError(f"{line}; {fix}")
+    if count:
+        logger.warning(f"{line}, for their prompt alone fills it; {fix}, or overlength='drop'.")
 
 
 def _limit(builder: RowBuilder) -> str:

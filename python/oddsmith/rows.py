@@ -228,8 +228,7 @@ class RowBuilder:
             if differing > 1 or abs(len(prompts[0]) - len(prompts[1])) > 1:
                 raise ValueError(
                     "the prompt's tokens differ between chosen and rejected by more than the last "
-                    "one; "
-                    "end the prompt where a word ends"
+                    "one; end the prompt where a word ends"
                 )
         # A last token that merged with either answer is no part of the prompt to generate from.
         prompt = prompt[: min(map(len, prompts))]
@@ -240,28 +239,7 @@ class RowBuilder:
             self._add_bos(tokens)
         for tokens in sides:
             self._add_eos(tokens)
-        longer = max(len(tokens["input_ids"]) for tokens in sides)
-        room = self.max_length - longer
-        overlength = any(
-            len(t["prompt_input_ids"]) + len(t["input_ids"]) > self.max_length for t in sides
-        )
-        if self.max_prompt_length is not None:
-            overlength = any(len(t["prompt_input_ids"]) > room for t in sides)
-            for tokens in (alone, *sides):
-                if len(tokens["prompt_input_ids"]) > room:
-                    self._cut_prompt(tokens)
-            for tokens in sides:
-                if len(tokens["prompt_input_ids"]) > room:
-                    _cut_answer(tokens, self.max_length - self.max_prompt_length)
-        else:
-            for tokens in sides:
-                _cut_answer(tokens, max(0, self.max_length - len(tokens["prompt_input_ids"])))
-                if not tokens["input_ids"]:
-                    logger.warning_once(
-                        f"A prompt alone fills max_length {self.max_length}, which leaves an "
-                        "empty completion: "
-                        "raise max_length, set max_prompt_length, or set overlength='drop'."
-                    )
+        overlength = self._cut(alone, chosen, rejected)
 
         row = {}
         for name, tokens in (("chosen", chosen), ("rejected", rejected)):
@@ -284,6 +262,28 @@ class RowBuilder:
         if eos is not None and (not ids or ids[-1] != eos):
             tokens["input_ids"] = [*ids, eos]
             tokens["attention_mask"] = [*tokens["attention_mask"], 1]
+
+    def _cut(self, alone: Side, chosen: Side, rejected: Side) -> bool:
+        """Cut to length in place; whether there was anything to cut."""
+        sides = (chosen, rejected)
+        overlength = False
+        if self.max_prompt_length is None:
+            for tokens in sides:
+                room = max(0, self.max_length - len(tokens["prompt_input_ids"]))
+                overlength = overlength or len(tokens["input_ids"]) > room
+                _cut_answer(tokens, room)
+            return overlength
+
+        # Both sides are measured with the longer answer, so that they keep the same prompt.
+        room = self.max_length - max(len(tokens["input_ids"]) for tokens in sides)
+        for tokens in (alone, *sides):
+            if len(tokens["prompt_input_ids"]) > room:
+                overlength = True
+                self._cut_prompt(tokens)
+        for tokens in sides:
+            if len(tokens["prompt_input_ids"]) > room:
+                _cut_answer(tokens, self.max_length - self.max_prompt_length)
+        return overlength
 
     def _cut_prompt(self, tokens: Side) -> None:
         keep_end = self.truncation_mode == "keep_end"
