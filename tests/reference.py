@@ -1,0 +1,65 @@
+"""Every op in a few naive lines that hold everything: what the fast ones are compared with."""
+
+import torch
+import torch.nn.functional as F
+
+
+def logits(hidden, weight, bias=None, softcap=None, logit_scale=1.0):
+    z = F.linear(hidden, weight, bias) * logit_scale
+    return z if softcap is None else softcap * torch.tanh(z / softcap)
+
+
+def linear_logps(hidden, weight, targets, bias=None, softcap=None, logit_scale=1.0):
+    logps = logits(hidden, weight, bias, softcap, logit_scale).log_softmax(-1)
+    picked = logps.gather(1, targets.clamp(min=0)[:, None])[:, 0]
+    return torch.where(targets == -100, torch.zeros_like(picked), picked)
+
+
+def log1mexp(x):
+    # Each branch sees arguments for which it is finite, so that the other's gradient is no NaN.
+    ln2 = 0.6931471805599453
+    far, near = x.clamp(max=-ln2), x.clamp(min=-ln2, max=-1e-45)
+    return torch.where(x < -ln2, torch.log1p(-torch.exp(far)), torch.log(-torch.expm1(near)))
+
+
+def log_odds(chosen, rejected):
+    return (chosen - rejected) - (log1mexp(chosen) - log1mexp(rejected))
+
+
+def linear_orpo(
+    hidden,
+    weight,
+    targets,
+    sequence,
+    completion,
+    beta,
+    bias=None,
+    softcap=None,
+    logit_scale=1.0,
+    nll_scope="full",
+    odds_ratio_link="logsigmoid",
+):
+    """The loss and a dict of what is reported beside it."""
+    logps = linear_logps(hidden, weight, targets, bias, softcap, logit_scale)
+    pairs = int(sequence.max()) // 2 + 1
+    scored, chosen = targets != -100, sequence < pairs
+    in_nll = scored & chosen & (completion if nll_scope == "completion" else True)
+    nll = -logps[in_nll].mean()
+    answer = scored & completion
+    means = torch.stack([logps[answer & (sequence == s)].mean() for s in range(2 * pairs)])
+    c, r = means[:pairs], means[pairs:]
+    whole = ~(c.isnan() | r.isnan())
+    ratio = torch.where(whole, log_odds(c, r), torch.zeros_like(c))
+    value = F.logsigmoid(ratio) if odds_ratio_link == "logsigmoid" else ratio
+    loss = nll - beta * (value * whole).sum() / pairs
+    z = logits(hidden, weight, bias, softcap, logit_scale)
+    return loss, {
+        "nll_loss": nll,
+        "chosen_logps": c.nan_to_num(),
+        "rejected_logps": r.nan_to_num(),
+        "log_odds_chosen": ratio,
+        "log_odds_ratio": F.logsigmoid(ratio) * whole,
+        "chosen_logits": z[chosen].mean(),
+        "rejected_logits": z[~chosen].mean(),
+        "empty_completions": (~whole).sum(),
+    }
