@@ -127,8 +127,8 @@ def main():
         eval_steps=options.eval_steps,
         save_strategy="steps",
         save_steps=options.save_steps,
-        # 8-bit AdamW with paged states ("paged_adamw_8bit") goes with a 4-bit base model. Neither is
-        # part of oddsmith yet; the states of a LoRA adapter are small without it.
+        # "paged_adamw_8bit", the usual choice beside a 4-bit base model, is not part of oddsmith
+        # yet, nor is 4-bit; the optimizer states of a LoRA adapter are small without it.
         optim="adamw_torch",
         warmup_ratio=0.1,
         report_to="tensorboard",

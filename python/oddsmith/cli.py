@@ -116,9 +116,11 @@ def train(argv: list[str]) -> int:
         print(TRAIN_USAGE, end="", file=sys.stdout if argv else sys.stderr)
         return 0 if argv else 2
     from .cli_arguments import parse_train_arguments
-    from .train import run_train
 
-    run_train(*parse_train_arguments(argv))
+    arguments = parse_train_arguments(argv)
+    from .train import run_train  # PEFT, datasets: not before the arguments are right
+
+    run_train(*arguments)
     return 0
 
 

@@ -1,7 +1,7 @@
 """`oddsmith demo`: a model trained with ORPO from nothing, offline, in about two minutes.
 
 Synthesises preference pairs with checkable answers, trains a byte-level BPE tokenizer and a small
-Mistral-shaped model on them, and leaves the model, the pairs, the metrics and the curves in a folder.
+Mistral-shaped model on them, and leaves model, pairs, metrics and curves in a folder.
 """
 
 import json

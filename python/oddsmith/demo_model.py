@@ -1,4 +1,4 @@
-"""A tokenizer and a Mistral-shaped model made on the spot, small enough to train on two CPU cores."""
+"""A tokenizer and a Mistral-shaped model made on the spot, fit to train on two CPU cores."""
 
 from collections.abc import Iterable
 
@@ -20,8 +20,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 352) -> PreTrainedTo
 
     Args:
         texts (`Iterable[str]`): The corpus.
-        vocab_size (`int`, *optional*, defaults to 352): Upper bound; 256 bytes and 6 special tokens
-            are always in it, so a text that the corpus does not cover is still encoded without loss.
+        vocab_size (`int`, *optional*, defaults to 352): Upper bound; the 256 bytes and 6 special
+            tokens are always in it, so no text is lost whatever the corpus.
     """
     tokenizer = Tokenizer(models.BPE(unk_token=None))
     # Digits stay single: a merged "17" would hide from the model what it has to add.
@@ -72,8 +72,8 @@ def build_model(
         max_position_embeddings=max_position_embeddings,
         sliding_window=None,
         tie_word_embeddings=False,
-        # The default, 0.02, suits a hidden size of thousands; at 128 it leaves the attention flat and
-        # copying unlearnt for a thousand steps. About 1 / sqrt(hidden_size) is what takes off.
+        # The default, 0.02, suits a hidden size of thousands; at 128 it leaves attention flat and
+        # copying unlearnt for a thousand steps. 1 / sqrt(hidden_size) takes off in a few hundred.
         initializer_range=hidden_size**-0.5,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

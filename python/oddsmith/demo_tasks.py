@@ -10,8 +10,8 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-# Capitals: the instructions are in small letters, so the merges that byte-level BPE learns from them
-# never swallow letters of a word, and reversing a word reverses its tokens.
+# Capitals: the instructions are in small letters, so the merges that byte-level BPE learns from
+# them never swallow letters of a word, and reversing a word reverses its tokens.
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -183,12 +183,12 @@ def make_pairs(count: int, seed: int, exclude: Iterable[str] = ()) -> list[dict]
     Args:
         count (`int`): Number of pairs.
         seed (`int`): Seed of the generator; the same seed gives the same pairs.
-        exclude (`Iterable[str]`): Values of `key` (see below) that must not occur: the held-out rows.
+        exclude (`Iterable[str]`): Values of `key` (see below) that must not occur: those held out.
 
     Returns:
-        `list[dict]`: Rows with `prompt`, `chosen` and `rejected` (message lists), `task`, and `key`,
-        which names the question whatever its phrasing, so that a held-out question does not
-        come back in other words.
+        `list[dict]`: Rows with `prompt`, `chosen` and `rejected` (message lists), `task`, and
+        `key`, which names the question whatever its phrasing, so that a held-out question does
+        not come back in other words.
     """
     rng = random.Random(seed)
     excluded = set(exclude)

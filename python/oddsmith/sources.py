@@ -58,7 +58,7 @@ def load_source(name: str, config: str | None = None) -> DatasetDict:
         except UserError:
             raise
         except Exception as error:  # pyarrow, json, datasets: each has its own families
-            raise UserError(f"dataset {name} cannot be read: {last_line(error)}") from error
+            raise UserError(f"dataset {name} cannot be read: {reason(error)}") from error
     elif is_path(name):
         raise UserError(f"dataset {name}: no such file or folder")
     else:
@@ -67,13 +67,13 @@ def load_source(name: str, config: str | None = None) -> DatasetDict:
         except Exception as error:
             raise UserError(
                 f"dataset {name} is no local path and cannot be loaded from the hub: "
-                f"{last_line(error)}"
+                f"{reason(error)}"
             ) from error
     return loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)
 
 
-def last_line(error: BaseException) -> str:
-    """The innermost reason of an error, in one line."""
+def reason(error: BaseException) -> str:
+    """The innermost message of an error, its first line."""
     while error.__cause__ is not None:
         error = error.__cause__
     text = str(error).strip().splitlines()
@@ -109,7 +109,14 @@ def load_local(path: Path) -> Dataset | DatasetDict:
         for file in files
         if file_kind(file) == kind and file.name not in ("dataset_info.json", "dataset_infos.json")
     ]
-    return load_dataset(kind, data_files=group_by_split(files))
+    # One by one: datasets wants the same columns in all splits of a call, and UltraFeedback's
+    # supervised splits have others than its preference splits.
+    return DatasetDict(
+        {
+            split: load_dataset(kind, data_files=group, split="train")
+            for split, group in group_by_split(files).items()
+        }
+    )
 
 
 def group_by_split(files: list[Path]) -> dict[str, list[str]]:

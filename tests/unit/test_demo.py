@@ -1,0 +1,113 @@
+"""The demo's tokenizer, model, scores and table."""
+
+import pytest
+import torch
+
+from oddsmith.demo_model import build_model, train_tokenizer
+from oddsmith.demo_score import answer, mean_logps, score
+from oddsmith.demo_tasks import TASKS, make_pairs
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return make_pairs(240, seed=2)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(rows):
+    return train_tokenizer(
+        message["content"]
+        for row in rows
+        for side in ("prompt", "chosen", "rejected")
+        for message in row[side]
+    )
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    torch.manual_seed(4)
+    return build_model(tokenizer, hidden_size=32, num_hidden_layers=2).eval()
+
+
+def test_words_and_digits_stay_single_letters(tokenizer):
+    tokens = tokenizer.tokenize('Reverse the word "STONE".')
+    assert [token for token in tokens if token.isupper() and len(token) == 1] == list("STONE")
+    assert tokenizer.tokenize("4096") == list("4096")
+
+
+def test_the_tokenizer_loses_nothing(tokenizer):
+    text = 'Sort: 3 1 2. "ÄΩ 🦀"\n'
+    assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
+
+
+def test_the_chat_template_continues_its_prompt(tokenizer, rows):
+    row = rows[0]
+    prompt = tokenizer.apply_chat_template(row["prompt"], tokenize=False)
+    whole = tokenizer.apply_chat_template(row["prompt"] + row["chosen"], tokenize=False)
+    assert prompt.startswith("<s>[INST]")
+    assert prompt.endswith("[/INST]")
+    assert whole == prompt + row["chosen"][0]["content"] + "</s>"
+
+
+def test_the_model_has_mistrals_proportions(model, tokenizer):
+    config = model.config
+    assert config.model_type == "mistral"
+    assert config.vocab_size == len(tokenizer)
+    assert config.intermediate_size / config.hidden_size == 14336 / 4096
+    assert config.num_attention_heads // config.num_key_value_heads == 32 // 8
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (
+        tokenizer.bos_token_id,
+        tokenizer.eos_token_id,
+        tokenizer.pad_token_id,
+    )
+
+
+def test_mean_logps_are_those_of_the_completion_alone(model, tokenizer, rows):
+    some = [rows[0], rows[2], rows[5]]  # completions and prompts of different lengths
+    got = mean_logps(model, tokenizer, some, "rejected")
+    for row, value in zip(some, got, strict=True):
+        prompt = tokenizer.apply_chat_template(row["prompt"], return_dict=False)
+        whole = tokenizer.apply_chat_template(row["prompt"] + row["rejected"], return_dict=False)
+        logps = model(torch.tensor([whole])).logits[0].log_softmax(-1)
+        terms = [logps[at - 1, whole[at]] for at in range(len(prompt), len(whole))]
+        torch.testing.assert_close(value, torch.stack(terms).mean(), rtol=1e-5, atol=1e-6)
+
+
+def test_answers_do_not_depend_on_the_padding_of_a_batch(model, tokenizer, rows):
+    some = rows[:6]
+    alone = [answer(model, tokenizer, [row])[0] for row in some]
+    assert answer(model, tokenizer, some) == alone
+
+
+def test_scores_average_over_tasks_and_scale_with_beta(model, tokenizer, rows):
+    scores = score(model, tokenizer, rows, beta=0.25)
+    assert list(scores) == ["all", *(task.name for task in TASKS)]
+    gaps = mean_logps(model, tokenizer, rows, "chosen") - mean_logps(
+        model, tokenizer, rows, "rejected"
+    )
+    assert scores["all"]["accuracy"] == pytest.approx((gaps > 0).double().mean().item())
+    assert scores["all"]["margin"] == pytest.approx(0.25 * gaps.double().mean().item(), rel=1e-6)
+    for metric in ("accuracy", "margin", "exact"):
+        by_task = [scores[task.name][metric] for task in TASKS]
+        assert scores["all"][metric] == pytest.approx(sum(by_task) / len(by_task), abs=1e-9)
+    doubled = score(model, tokenizer, rows[:12], beta=0.5)
+    single = score(model, tokenizer, rows[:12], beta=0.25)
+    assert doubled["all"]["margin"] == pytest.approx(2 * single["all"]["margin"])
+
+
+def test_a_model_that_knows_the_answers_scores_full_marks(tokenizer, rows, monkeypatch):
+    right = [row["chosen"][0]["content"] for row in rows]
+    monkeypatch.setattr("oddsmith.demo_score.answer", lambda *_: right)
+    monkeypatch.setattr(
+        "oddsmith.demo_score.mean_logps",
+        lambda model, tokenizer, rows, side: torch.full(
+            (len(rows),), -1.0 if side == "chosen" else -3.0
+        ),
+    )
+    model = torch.nn.Linear(1, 1)
+    assert score(model, tokenizer, rows, beta=0.5)["all"] == {
+        "accuracy": 1.0,
+        "margin": 1.0,
+        "exact": 1.0,
+    }
+    assert model.training
