@@ -1,0 +1,189 @@
+"""`oddsmith train` from the command line to the folder it leaves, on a tiny local model."""
+
+import gzip
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from oddsmith import cli
+from oddsmith.demo_tasks import make_pairs
+
+QUICK = [
+    "--max_steps", "2", "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2",
+    "--learning_rate", "3e-3", "--beta", "0.3", "--max_length", "96", "--logging_steps", "1",
+    "--use_cpu", "--bf16", "false", "--save_strategy", "no", "--disable_tqdm", "true",
+]  # fmt: skip
+
+
+def train(*argv):
+    return cli.main(["train", *map(str, argv)])
+
+
+def string_rows(count, seed):
+    return [
+        {
+            "prompt": row["prompt"][0]["content"] + "\n",
+            "chosen": row["chosen"][0]["content"],
+            "rejected": row["rejected"][0]["content"],
+        }
+        for row in make_pairs(count, seed)
+    ]
+
+
+def write_jsonl(path, rows):
+    with (gzip.open if path.suffix == ".gz" else open)(path, "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    return path
+
+
+def error_of(capsys, *argv):
+    """The single line that a failed run prints, after its exit code 1 is checked."""
+    assert train(*argv) == 1
+    errors = [
+        line
+        for line in capsys.readouterr().err.splitlines()
+        if line.startswith("oddsmith train: error: ")
+    ]
+    assert len(errors) == 1
+    return errors[0]
+
+
+def test_a_compressed_file_trains_all_weights(tiny_mistral, tmp_path, capsys):
+    data = write_jsonl(tmp_path / "pairs.jsonl.gz", string_rows(16, seed=1))
+    out = tmp_path / "out"
+    assert train("--model", tiny_mistral, "--dataset", data, "--output_dir", out, *QUICK) == 0
+    assert f"Saved the model and its tokenizer to {out}" in capsys.readouterr().out
+
+    before = AutoModelForCausalLM.from_pretrained(tiny_mistral).state_dict()
+    after = AutoModelForCausalLM.from_pretrained(out).state_dict()
+    assert before.keys() == after.keys()
+    # Every matrix moved, the head included: nothing was left out of the graph.
+    assert all(
+        not torch.equal(before[name], after[name]) for name in before if before[name].dim() == 2
+    )
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert tokenizer.pad_token == tokenizer.eos_token == "</s>"
+    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in history if "rewards/margins" in entry] == [1, 2]
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_settings_file_trains_an_adapter_on_ultrafeedback(
+    tiny_mistral, ultrafeedback, tmp_path, caplog
+):
+    settings = tmp_path / "run.yaml"
+    settings.write_text(
+        f"""\
+model: {tiny_mistral}
+dataset: {ultrafeedback}
+output_dir: {tmp_path / "out"}
+use_peft: true
+lora_r: 16
+lora_alpha: 12
+lora_target_modules: [q_proj, v_proj]
+learning_rate: 1e-3
+eval_strategy: steps
+eval_steps: 2
+"""
+    )
+    assert train(settings, *QUICK, "--lora_r", "4") == 0
+
+    adapter = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (adapter["r"], adapter["lora_alpha"]) == (4, 12)
+    assert sorted(adapter["target_modules"]) == ["q_proj", "v_proj"]
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    evaluation = json.loads((tmp_path / "out" / "eval_results.json").read_text())
+    assert 0.0 <= evaluation["eval_rewards/accuracies"] <= 1.0
+    # The base model has neither: both fallbacks are announced, and saved with the tokenizer.
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+    assert prompt == "<s>[INST] Hi [/INST]"
+    assert "has no chat template" in caplog.text
+
+
+def test_a_chat_template_from_a_file(tiny_mistral, ultrafeedback, tmp_path):
+    template = tmp_path / "chat.jinja"
+    template.write_text(
+        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    out = tmp_path / "out"
+    assert train("--model", tiny_mistral, "--dataset", ultrafeedback, "--output_dir", out,
+                 "--chat_template", template, *QUICK) == 0  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
+    ) == ("<user>Hi<assistant>")
+
+
+def test_a_run_goes_on_from_its_newest_checkpoint(tiny_mistral, ultrafeedback, tmp_path, capsys):
+    common = ["--model", tiny_mistral, "--dataset", ultrafeedback, *QUICK,
+              "--save_strategy", "steps", "--save_steps", "2", "--max_steps", "4",
+              "--lr_scheduler_type", "constant"]  # fmt: skip
+    assert train(*common, "--output_dir", tmp_path / "straight") == 0
+    resumed = [*common, "--output_dir", tmp_path / "resumed"]
+    assert "holds no checkpoint" in error_of(capsys, *resumed, "--resume_from_checkpoint", "true")
+    assert train(*resumed, "--max_steps", "2") == 0
+    assert train(*resumed, "--resume_from_checkpoint", "true") == 0
+    straight = AutoModelForCausalLM.from_pretrained(tmp_path / "straight").state_dict()
+    for name, weight in (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "resumed").state_dict().items()
+    ):
+        torch.testing.assert_close(weight, straight[name], rtol=1e-5, atol=1e-6)
+
+
+def test_missing_things_are_named(tiny_mistral, tmp_path, capsys):
+    data = write_jsonl(tmp_path / "pairs.jsonl", string_rows(8, seed=1))
+    out = ["--output_dir", tmp_path / "out", *QUICK]
+    absent = tmp_path / "absent"
+    assert f"--model {absent}: no such folder" in error_of(
+        capsys, "--model", absent, "--dataset", data, *out
+    )
+    assert f"dataset {absent}.jsonl: no such file" in error_of(
+        capsys, "--model", tiny_mistral, "--dataset", f"{absent}.jsonl", *out
+    )
+    assert "--eval_strategy needs rows" in error_of(
+        capsys, "--model", tiny_mistral, "--dataset", data, *out, "--eval_strategy", "epoch"
+    )
+    assert "--chat_template: " in error_of(
+        capsys, "--model", tiny_mistral, "--dataset", data, *out, "--chat_template", absent
+    )
+    assert f"{absent}: no such folder" in error_of(
+        capsys, "--model", tiny_mistral, "--dataset", data, *out, "--resume_from_checkpoint", absent
+    )
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("rows", "reason"),
+    [
+        ([{"text": "a"}], "no column chosen and no column rejected: its columns are text"),
+        ([{"prompt": "a", "chosen": "b"}], "no column rejected"),
+        ([{"prompt": 3, "chosen": "b", "rejected": "c"}], "prompt is 3"),
+        ([{"prompt": "a", "chosen": [1], "rejected": [2]}], "chosen is [1]"),
+        ([{"prompt": "Long " * 90, "chosen": "b", "rejected": "c"}] * 2, "max_length"),
+    ],
+)
+def test_wrong_rows_are_one_line(rows, reason, tiny_mistral, tmp_path, capsys):
+    data = write_jsonl(tmp_path / "pairs.jsonl", rows)
+    line = error_of(
+        capsys, "--model", tiny_mistral, "--dataset", data, "--output_dir", tmp_path, *QUICK
+    )
+    assert reason in line
+
+
+def test_the_module_runs_as_a_program(tmp_path):
+    """What `oddsmith` and a launcher start: exit codes reach the shell, errors are one line."""
+    run = subprocess.run(
+        [sys.executable, "-m", "oddsmith.cli", "train", "--model", "m", "--dataset",
+         str(tmp_path / "none.jsonl"), "--output_dir", str(tmp_path), "--beta", "-1", "--use_cpu"],
+        capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert run.returncode == 2
+    assert "Traceback" not in run.stderr
+    assert "beta is -1.0" in run.stderr

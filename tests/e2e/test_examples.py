@@ -1,0 +1,70 @@
+"""Every file of examples/ runs, for two steps, on a tiny local model."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from oddsmith import cli
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def test_no_example_is_forgotten():
+    assert sorted(path.name for path in EXAMPLES.iterdir() if path.is_file()) == [
+        "orpo_lora.py",
+        "train.yaml",
+    ]
+
+
+def test_orpo_lora(tiny_mistral, ultrafeedback, tmp_path):
+    pytest.importorskip("tensorboard", reason="the example reports to tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = tmp_path / "out"
+    run = subprocess.run(
+        [sys.executable, EXAMPLES / "orpo_lora.py", "--model", tiny_mistral,
+         "--dataset", ultrafeedback, "--output-dir", out, "--max-steps", "2",
+         "--eval-steps", "2", "--save-steps", "2", "--logging-steps", "1",
+         "--learning-rate", "1e-3", "--max-length", "96", "--max-prompt-length", "64"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-4000:]
+    assert f"Saved the adapter to {out}" in run.stdout
+    # What the start-up lints would say if the prompt were still there twice.
+    assert "have the prompt twice" not in run.stderr
+
+    adapter = json.loads((out / "adapter_config.json").read_text())
+    assert (adapter["r"], adapter["lora_alpha"]) == (16, 16)
+    assert len(adapter["target_modules"]) == 7
+    base = AutoModelForCausalLM.from_pretrained(tiny_mistral)
+    model = PeftModel.from_pretrained(base, out)
+    assert any(
+        weight.abs().max() > 0 for name, weight in model.named_parameters() if "lora_B" in name
+    )
+    assert (out / "checkpoint-2").is_dir()
+
+    (events,) = tmp_path.rglob("events.out.tfevents.*")
+    accumulator = EventAccumulator(str(events.parent))
+    accumulator.Reload()
+    tags = accumulator.Tags()["scalars"]
+    assert {"train/loss", "train/rewards/margins", "eval/rewards/accuracies"} <= set(tags)
+    assert [event.step for event in accumulator.Scalars("train/rewards/margins")] == [1, 2]
+
+
+def test_the_settings_file(tiny_mistral, ultrafeedback, tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard", reason="the settings report to tensorboard")
+    monkeypatch.chdir(tmp_path)
+    overrides = ["--model", tiny_mistral, "--dataset", ultrafeedback, "--max_steps", 2,
+                 "--eval_steps", 2, "--max_length", 96, "--max_prompt_length", 64,
+                 "--use_cpu"]  # fmt: skip
+    assert cli.main(["train", str(EXAMPLES / "train.yaml"), *map(str, overrides)]) == 0
+    out = tmp_path / "orpo_mistral7b_results"
+    assert json.loads((out / "adapter_config.json").read_text())["r"] == 16
+    assert "eval_rewards/accuracies" in json.loads((out / "eval_results.json").read_text())
