@@ -41,17 +41,6 @@ pub enum Error {
         /// What came.
         got: String,
     },
-    /// A tensor on the wrong device.
-    Device {
-        /// The op that was called.
-        op: &'static str,
-        /// The argument's name.
-        argument: &'static str,
-        /// What is allowed.
-        expected: String,
-        /// What came.
-        got: String,
-    },
     /// What libtorch reported.
     Torch(String),
     /// A mistake of this library.
@@ -69,9 +58,6 @@ impl fmt::Display for Error {
             }
             Error::Dtype { op, argument, expected, got } => {
                 write!(f, "{op}: {argument} has dtype {got}; must be {expected}")
-            }
-            Error::Device { op, argument, expected, got } => {
-                write!(f, "{op}: {argument} is on {got}; must be on {expected}")
             }
             Error::Torch(message) => write!(f, "libtorch: {message}"),
             Error::Internal(message) => write!(f, "internal error, please report it: {message}"),

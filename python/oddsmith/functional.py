@@ -250,6 +250,15 @@ class _LinearLogps(torch.autograd.Function):
         return (*gradients, *[None] * 4)
 
 
+def _same_device(op: str, hidden: Tensor, **others: Tensor | None) -> None:
+    """The dispatcher picks a kernel by the first device it meets, so this check comes before it."""
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != hidden.device:
+            raise ValueError(
+                f"{op}: {name} is on {tensor.device}; must be on the device of hidden, {hidden.device}"
+            )
+
+
 def _needs(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[bool, bool, bool]:
     enabled = torch.is_grad_enabled()
     return (
@@ -297,6 +306,7 @@ def linear_logps(
         ValueError: For a shape, device or value that does not fit; the message names the argument.
         TypeError: For a dtype that does not fit.
     """
+    _same_device("linear_logps", hidden, weight=weight, targets=targets, bias=bias)
     needs = _needs(hidden, weight, bias)
     return _LinearLogps.apply(hidden, weight, bias, needs, targets, softcap, logit_scale)
 
@@ -361,6 +371,8 @@ def linear_orpo(
         ValueError: For a shape, device or value that does not fit; the message names the argument.
         TypeError: For a dtype that does not fit.
     """
+    rows = {"targets": targets, "sequence": sequence, "completion": completion}
+    _same_device("linear_orpo", hidden, weight=weight, bias=bias, **rows)
     outputs = _LinearORPO.apply(
         hidden,
         weight,

@@ -116,11 +116,41 @@ impl Stats {
     }
 }
 
-/// Logits of a block of rows, kept from the forward sweep for the backward sweep. Tiles are
-/// contiguous, so that both sweeps run on dense matrices.
-#[derive(Debug, Default)]
+/// Room for logits that the forward sweep leaves to the backward sweep, which computes again what
+/// did not fit. Tiles are contiguous, so that both sweeps run on dense matrices; the room is
+/// reused from block to block, because fresh pages cost as much as a pass.
+#[derive(Debug)]
 pub struct Kept<T> {
-    tiles: Vec<Vec<T>>,
+    room: Vec<T>,
+    /// End of each kept tile.
+    ends: Vec<usize>,
+}
+
+impl<T: Real> Kept<T> {
+    /// Room for so many elements.
+    #[must_use]
+    pub fn new(elements: usize) -> Self {
+        Self { room: vec![T::ZERO; elements], ends: Vec::new() }
+    }
+
+    fn clear(&mut self) {
+        self.ends.clear();
+    }
+
+    /// The next tile's place, if it fits.
+    fn push(&mut self, size: usize) -> Option<&mut [T]> {
+        let start = self.ends.last().copied().unwrap_or(0);
+        let place = self.room.get_mut(start..start + size)?;
+        self.ends.push(start + size);
+        Some(place)
+    }
+
+    /// A tile of the last forward sweep, if it was kept.
+    fn tile(&mut self, index: usize) -> Option<&mut [T]> {
+        let end = *self.ends.get(index)?;
+        let start = if index == 0 { 0 } else { self.ends[index - 1] };
+        self.room.get_mut(start..end)
+    }
 }
 
 /// Where the gradients go. Absent parts are not computed.
@@ -134,6 +164,14 @@ pub struct Gradients<'a, T> {
     pub bias: Option<&'a mut [T]>,
     /// Add to `weight` and `bias` instead of overwriting them.
     pub accumulate: bool,
+}
+
+/// The first `size` elements of `scratch`, whatever they hold.
+fn room<T: Real>(scratch: &mut Vec<T>, size: usize) -> &mut [T] {
+    if scratch.len() < size {
+        *scratch = vec![T::ZERO; size];
+    }
+    &mut scratch[..size]
 }
 
 /// A head with the means to compute on it.
@@ -153,25 +191,25 @@ impl<T: Real> Engine<'_, T> {
         (0..vocab).step_by(wide).map(move |first| first..(first + wide).min(vocab))
     }
 
-    /// Statistics of every row; `keep` receives the logits.
+    /// Statistics of every row; `keep` receives the logits as far as they fit.
     ///
     /// # Errors
     /// What the matrix products report.
     pub fn forward(&self, rows: &Rows<T>, mut keep: Option<&mut Kept<T>>) -> Result<Vec<Stats>> {
         let mut stats = vec![Stats::default(); rows.len()];
-        let (mut logits, mut widened) = (Vec::new(), Vec::new());
+        let (mut scratch, mut widened) = (Vec::new(), Vec::new());
+        if let Some(kept) = keep.as_deref_mut() {
+            kept.clear();
+        }
         for tile in self.tiles(rows.len()) {
-            if keep.is_some() {
-                logits = Vec::new();
-            }
             let weight = self.head.tile(self.team, tile.clone(), &mut widened);
-            self.logits(rows, weight, &tile, &mut logits, &mut stats, |x, shift| match shift {
+            let size = rows.len() * tile.len();
+            let place = keep.as_deref_mut().and_then(|kept| kept.push(size));
+            let logits = place.unwrap_or_else(|| room(&mut scratch, size));
+            self.logits(rows, weight, &tile, logits, &mut stats, |x, shift| match shift {
                 Some(shift) => row::exp_sum(x, shift),
                 None => 0.0,
             })?;
-            if let Some(kept) = keep.as_deref_mut() {
-                kept.tiles.push(std::mem::take(&mut logits));
-            }
         }
         Ok(stats)
     }
@@ -185,12 +223,13 @@ impl<T: Real> Engine<'_, T> {
     pub fn expectation(&self, rows: &Rows<T>, out: &mut [T]) -> Result<Vec<Stats>> {
         let width = self.head.width();
         let mut stats = vec![Stats::default(); rows.len()];
-        let (mut logits, mut widened) = (Vec::new(), Vec::new());
+        let (mut scratch, mut widened) = (Vec::new(), Vec::new());
         let softcap = self.head.softcap();
         out.fill(T::ZERO);
         for tile in self.tiles(rows.len()) {
             let weight = self.head.tile(self.team, tile.clone(), &mut widened);
-            self.logits(rows, weight, &tile, &mut logits, &mut stats, |x, shift| match shift {
+            let logits = room(&mut scratch, rows.len() * tile.len());
+            self.logits(rows, weight, &tile, logits, &mut stats, |x, shift| match shift {
                 Some(shift) => row::exp_in_place(x, shift, softcap),
                 None => {
                     x.fill(T::ZERO);
@@ -204,7 +243,7 @@ impl<T: Real> Engine<'_, T> {
                     }
                 });
             }
-            self.gemm.d_hidden(self.dims(rows.len(), &tile), &logits, weight, out)?;
+            self.gemm.d_hidden(self.dims(rows.len(), &tile), logits, weight, out)?;
         }
         for_rows(self.team, out, width, &mut stats, |i, row, s| {
             let Some(word) = rows.targets[i] else {
@@ -221,8 +260,8 @@ impl<T: Real> Engine<'_, T> {
     }
 
     /// Gradients of `sum_i -scale_i * logp_i`: every row's softmax minus its target's one-hot,
-    /// times `scale`. `kept` are the logits of a forward sweep over the same rows; without them
-    /// they are computed again. The kept logits are used up.
+    /// times `scale`. `kept` are logits of a forward sweep over the same rows, which are used up;
+    /// others are computed again.
     ///
     /// # Errors
     /// What the matrix products report.
@@ -231,23 +270,25 @@ impl<T: Real> Engine<'_, T> {
         rows: &Rows<T>,
         lse: &[f64],
         scale: &[f64],
-        kept: Option<Kept<T>>,
+        mut kept: Option<&mut Kept<T>>,
         grads: &mut Gradients<'_, T>,
     ) -> Result<()> {
         let width = self.head.width();
         let softcap = self.head.softcap();
-        let (mut logits, mut widened) = (Vec::new(), Vec::new());
-        let mut kept = kept.map(|k| k.tiles.into_iter());
+        let (mut scratch, mut widened) = (Vec::new(), Vec::new());
         let mut labels = vec![Stats::default(); rows.len()];
         let ones = if grads.bias.is_some() { vec![self.head.logit_scale(); rows.len()] } else { vec![] };
-        for tile in self.tiles(rows.len()) {
+        for (index, tile) in self.tiles(rows.len()).enumerate() {
             let dims = self.dims(rows.len(), &tile);
             let weight = self.head.tile(self.team, tile.clone(), &mut widened);
-            match kept.as_mut().and_then(Iterator::next) {
-                Some(tile) => logits = tile,
-                None => self.logits(rows, weight, &tile, &mut logits, &mut labels, |_, _| 0.0)?,
-            }
-            for_rows(self.team, &mut logits, tile.len(), &mut labels, |i, x, _| {
+            let logits = if let Some(logits) = kept.as_deref_mut().and_then(|kept| kept.tile(index)) {
+                logits
+            } else {
+                let logits = room(&mut scratch, rows.len() * tile.len());
+                self.logits(rows, weight, &tile, logits, &mut labels, |_, _| 0.0)?;
+                logits
+            };
+            for_rows(self.team, logits, tile.len(), &mut labels, |i, x, _| {
                 let column = rows.targets[i].and_then(|word| word.checked_sub(tile.start));
                 let label = column.filter(|&c| c < x.len()).map(|c| (c, x[c].to_f64()));
                 if scale[i] == 0.0 {
@@ -259,15 +300,15 @@ impl<T: Real> Engine<'_, T> {
                 }
             });
             if let Some(d_hidden) = grads.hidden.as_deref_mut() {
-                self.gemm.d_hidden(dims, &logits, weight, d_hidden)?;
+                self.gemm.d_hidden(dims, logits, weight, d_hidden)?;
             }
             if let Some(d_weight) = grads.weight.as_deref_mut() {
                 let d_tile = &mut d_weight[tile.start * width..tile.end * width];
-                self.gemm.d_weight(dims, &logits, &rows.hidden, d_tile, grads.accumulate)?;
+                self.gemm.d_weight(dims, logits, &rows.hidden, d_tile, grads.accumulate)?;
             }
             if let Some(d_bias) = grads.bias.as_deref_mut() {
                 let dims = Dims { width: 1, ..dims };
-                self.gemm.d_weight(dims, &logits, &ones, &mut d_bias[tile], grads.accumulate)?;
+                self.gemm.d_weight(dims, logits, &ones, &mut d_bias[tile], grads.accumulate)?;
             }
         }
         if let Some(d_hidden) = grads.hidden.as_deref_mut().filter(|_| self.head.logit_scale() != T::ONE) {
@@ -292,16 +333,11 @@ impl<T: Real> Engine<'_, T> {
         rows: &Rows<T>,
         weight: &[T],
         tile: &Range<usize>,
-        logits: &mut Vec<T>,
+        logits: &mut [T],
         stats: &mut [Stats],
         exp: impl Fn(&mut [T], Option<T>) -> f64 + Sync,
     ) -> Result<()> {
         let dims = self.dims(rows.len(), tile);
-        if logits.capacity() < dims.rows * dims.tile {
-            // A fresh zeroed allocation costs nothing: the kernel hands out zero pages.
-            *logits = vec![T::ZERO; dims.rows * dims.tile];
-        }
-        logits.resize(dims.rows * dims.tile, T::ZERO);
         self.gemm.logits(dims, &rows.hidden, weight, logits)?;
         let transform = self.head.transform(tile.clone());
         for_rows(self.team, logits, dims.tile, stats, |i, x, s| {

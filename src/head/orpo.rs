@@ -31,7 +31,7 @@ struct Run<'a, 'e, T> {
     engine: &'a Engine<'e, T>,
     hidden: Matrix<'a, T>,
     batch: Batch<'a>,
-    budget: usize,
+    budget: Option<usize>,
     scores: Scores,
     /// Log-sum-exp of the rows swept so far.
     lse: Vec<f64>,
@@ -183,8 +183,10 @@ impl<T: Real> Run<'_, '_, T> {
             element: size_of::<T>(),
             longest_pair: self.scores.layout.longest_pair(),
         };
-        match plan::choose(sizes, self.budget) {
-            Variant::Keep { rows } => self.keep(rows, grads)?,
+        let rows = self.batch.targets.len();
+        let default = || plan::default_budget(rows, sizes.vocab, sizes.element);
+        match plan::choose(sizes, self.budget.unwrap_or_else(default)) {
+            Variant::Keep { rows, elements } => self.keep(rows, elements, grads)?,
             Variant::Accumulators => self.accumulators(grads)?,
             Variant::Recompute => self.recompute(grads)?,
         }
@@ -192,8 +194,10 @@ impl<T: Real> Run<'_, '_, T> {
         Ok(())
     }
 
-    /// 3 U: blocks of whole pairs, filled up with prompt rows.
-    fn keep(&mut self, limit: usize, grads: &mut Gradients<'_, T>) -> Result<()> {
+    /// 3 U, or more where not all logits fit: blocks of whole pairs, filled up with prompt rows.
+    fn keep(&mut self, limit: usize, elements: usize, grads: &mut Gradients<'_, T>) -> Result<()> {
+        // The first block carries two more rows.
+        let mut kept = Kept::new(elements + 2 * self.engine.head.vocab());
         let mut items: Vec<Vec<usize>> = (0..self.batch.pairs).map(|p| self.scores.layout.pair(p)).collect();
         items.extend(self.scores.layout.prompt.chunks(limit.div_ceil(16)).map(<[usize]>::to_vec));
         let sizes: Vec<usize> = items.iter().map(Vec::len).collect();
@@ -202,17 +206,21 @@ impl<T: Real> Run<'_, '_, T> {
             let index = items[first..end].concat();
             first = end;
             if !index.is_empty() {
-                self.kept_block(&index, grads)?;
+                self.kept_block(&index, &mut kept, grads)?;
             }
         }
         Ok(())
     }
 
     /// Forward and backward over rows whose coefficients the block itself settles.
-    fn kept_block(&mut self, index: &[usize], grads: &mut Gradients<'_, T>) -> Result<()> {
+    fn kept_block(
+        &mut self,
+        index: &[usize],
+        kept: &mut Kept<T>,
+        grads: &mut Gradients<'_, T>,
+    ) -> Result<()> {
         let rows = self.gather(index);
-        let mut kept = Kept::default();
-        let stats = self.engine.forward(&rows, Some(&mut kept))?;
+        let stats = self.engine.forward(&rows, Some(kept))?;
         self.record(index, &stats);
         let coefficients = self.scores.coefficients(index);
         self.backward(index, &rows, &coefficients, Some(kept), grads)
@@ -223,7 +231,7 @@ impl<T: Real> Run<'_, '_, T> {
         index: &[usize],
         rows: &Rows<T>,
         coefficients: &[f64],
-        kept: Option<Kept<T>>,
+        kept: Option<&mut Kept<T>>,
         grads: &mut Gradients<'_, T>,
     ) -> Result<()> {
         let width = self.width();
@@ -264,6 +272,7 @@ impl<T: Real> Run<'_, '_, T> {
         let (vocab, width) = (self.engine.head.vocab(), self.width());
         let (wants_weight, wants_bias) = (grads.weight.is_some(), grads.bias.is_some());
         let room = |wanted: bool, len: usize| vec![T::ZERO; if wanted { len } else { 0 }];
+        let mut kept = Kept::new((plan::BLOCK + 2) * vocab);
         zero_if_untouched(grads);
         for pair in 0..self.batch.pairs {
             let mut sides = Vec::new();
@@ -278,10 +287,9 @@ impl<T: Real> Run<'_, '_, T> {
                 for range in ranges(index.len(), plan::BLOCK) {
                     let index = &index[range];
                     let rows = self.gather(index);
-                    let mut kept = Kept::default();
                     let stats = self.engine.forward(&rows, Some(&mut kept))?;
                     self.record(index, &stats);
-                    self.backward(index, &rows, &vec![1.0; index.len()], Some(kept), &mut side)?;
+                    self.backward(index, &rows, &vec![1.0; index.len()], Some(&mut kept), &mut side)?;
                 }
                 sides.push((index, weight, bias));
             }
@@ -303,6 +311,6 @@ impl<T: Real> Run<'_, '_, T> {
             }
         }
         let prompt = self.scores.layout.prompt.clone();
-        prompt.chunks(plan::BLOCK).try_for_each(|index| self.kept_block(index, grads))
+        prompt.chunks(plan::BLOCK).try_for_each(|index| self.kept_block(index, &mut kept, grads))
     }
 }

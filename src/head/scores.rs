@@ -12,8 +12,8 @@ pub struct Objective {
     pub scope: NllScope,
     /// How the log odds enter.
     pub link: Link,
-    /// Bytes of logits that may be kept.
-    pub budget: usize,
+    /// Bytes of logits that may be kept; none: [`super::plan::default_budget`].
+    pub budget: Option<usize>,
 }
 
 /// The loss and what is reported beside it.

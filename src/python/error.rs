@@ -11,7 +11,7 @@ impl From<Error> for PyErr {
     fn from(error: Error) -> Self {
         let message = error.to_string();
         match error {
-            Error::Shape { .. } | Error::Value { .. } | Error::Device { .. } => PyValueError::new_err(message),
+            Error::Shape { .. } | Error::Value { .. } => PyValueError::new_err(message),
             Error::Dtype { .. } => PyTypeError::new_err(message),
             Error::Torch(_) | Error::Internal(_) => PyRuntimeError::new_err(message),
         }

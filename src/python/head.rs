@@ -6,7 +6,6 @@ use tch::Tensor;
 
 use super::error::detached;
 use super::tensor::PyTensor;
-use crate::head::plan::DEFAULT_BUDGET;
 use crate::head::scores::Objective;
 use crate::odds_ratio::{Link, NllScope};
 use crate::torch::head::{self, Args, Pairs, Wants};
@@ -108,14 +107,8 @@ fn linear_orpo(
 ) -> PyResult<Vec<PyTensor>> {
     let scopes = [("full", NllScope::Full), ("completion", NllScope::Completion)];
     let links = [("logsigmoid", Link::LogSigmoid), ("identity", Link::Identity)];
-    let budget = match logits_budget.map(usize::try_from) {
-        None => DEFAULT_BUDGET,
-        Some(Ok(budget)) => budget,
-        Some(Err(_)) => {
-            let message = "linear_orpo: logits_budget is negative; must be a number of bytes";
-            return Err(PyValueError::new_err(message));
-        }
-    };
+    let negative = |_| PyValueError::new_err("linear_orpo: logits_budget is negative; must be a number of bytes");
+    let budget = logits_budget.map(usize::try_from).transpose().map_err(negative)?;
     let objective = Objective {
         beta,
         scope: one_of("nll_scope", nll_scope, &scopes)?,
@@ -130,9 +123,16 @@ fn linear_orpo(
     Ok(list(detached(py, run)?))
 }
 
+/// Makes CPU tensors take the path of other devices, for tests.
+#[pyfunction]
+fn use_tensor_ops(on: bool) {
+    head::use_tensor_ops(on);
+}
+
 /// Adds the head's functions to the module.
 pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(linear_logps, module)?)?;
     module.add_function(wrap_pyfunction!(linear_logps_backward, module)?)?;
-    module.add_function(wrap_pyfunction!(linear_orpo, module)?)
+    module.add_function(wrap_pyfunction!(linear_orpo, module)?)?;
+    module.add_function(wrap_pyfunction!(use_tensor_ops, module)?)
 }

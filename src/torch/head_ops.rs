@@ -12,6 +12,7 @@ use super::head::{Args, Pairs, Report, Wants, report};
 use super::view::slice;
 use crate::error::Result;
 use crate::head::layout::{Batch, Role};
+use crate::head::plan::default_budget;
 use crate::head::scores::{Objective, Scores};
 
 /// Elements of a tile of logits. A device wants larger tiles than a cache.
@@ -71,13 +72,24 @@ impl<'a> Sweep<'a> {
         Ok(self.args.weight.f_detach()?.f_narrow(0, tile.start, tile.end - tile.start)?)
     }
 
+    /// `a b` with a result in `kind`: half-precision logits would lose more than their inputs did.
+    fn product(&self, a: &Tensor, b: &Tensor) -> Result<Tensor> {
+        if a.f_kind()? == self.kind {
+            return Ok(a.f_mm(b)?);
+        }
+        if matches!(a.device(), Device::Cuda(_)) {
+            return Ok(a.f_mm_dtype(b, self.kind)?);
+        }
+        Ok(a.f_to_kind(self.kind)?.f_mm(&b.f_to_kind(self.kind)?)?)
+    }
+
     /// A tensor with one number a row.
     fn full(&self, value: f64) -> Result<Tensor> {
         Ok(Tensor::f_full([self.rows()], value, (self.kind, self.args.hidden.device()))?)
     }
 
     fn logits(&self, tile: &Range<i64>) -> Result<Tensor> {
-        let mut z = self.hidden.f_mm(&self.weight(tile)?.f_tr()?)?.f_to_kind(self.kind)?;
+        let mut z = self.product(&self.hidden, &self.weight(tile)?.f_tr()?)?;
         if let Some(bias) = self.args.bias {
             let bias = bias.f_detach()?.f_narrow(0, tile.start, tile.end - tile.start)?.f_to_kind(self.kind)?;
             let _ = z.f_add_(&bias.f_mul_scalar(self.args.logit_scale)?)?;
@@ -137,7 +149,7 @@ impl<'a> Sweep<'a> {
                 let (column, inside) = self.label(tile)?;
                 slopes = slope.f_gather(1, &column, false)?.f_squeeze_dim(1)?.f_where_self(&inside, &slopes)?;
             }
-            let part = p.f_to_kind(native)?.f_mm(&self.weight(tile)?)?.f_to_kind(self.kind)?;
+            let part = self.product(&p.f_to_kind(native)?, &self.weight(tile)?)?;
             acc = acc.f_mul(&shrink.f_unsqueeze(1)?)?.f_add(&part)?;
             Ok(())
         })?;
@@ -174,7 +186,7 @@ impl<'a> Sweep<'a> {
             }
             let g = g.f_to_kind(native)?;
             if wants.hidden {
-                let part = g.f_mm(&self.weight(&tile)?)?.f_to_kind(self.kind)?;
+                let part = self.product(&g, &self.weight(&tile)?)?;
                 let _ = d_hidden.f_add_(&part)?;
             }
             if wants.weight {
@@ -264,7 +276,9 @@ pub fn orpo(args: &Args<'_>, pairs: &Pairs<'_>, count: i64, objective: Objective
     let sweep = Sweep::new(args, &index)?;
     let trained = wants.weight || wants.bias;
     let bytes = if sweep.kind == Kind::Double { 8 } else { 4 };
-    let fits = rows.len() * args.weight.size()[0] as usize * bytes <= objective.budget;
+    let vocab = args.weight.size()[0] as usize;
+    let budget = objective.budget.unwrap_or_else(|| default_budget(batch.targets.len(), vocab, bytes));
+    let fits = rows.len() * vocab * bytes <= budget;
     let mut kept = Vec::new();
     let (stats, expectation) = if wants.hidden && !trained {
         let (stats, expectation) = sweep.expectation()?;
@@ -290,7 +304,7 @@ pub fn orpo(args: &Args<'_>, pairs: &Pairs<'_>, count: i64, objective: Objective
         None => [empty(args)?, empty(args)?, empty(args)?],
     };
     let d_hidden = if wants.hidden { sweep.scatter(&index, &d_hidden)? } else { empty(args)? };
-    let outcome = scores.outcome(args.weight.size()[0] as usize);
+    let outcome = scores.outcome(vocab);
     let (device, kind) = (args.hidden.device(), sweep.kind);
     report(&outcome, kind, device, [d_hidden, d_weight, d_bias])
 }
