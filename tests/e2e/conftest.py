@@ -11,7 +11,7 @@ from oddsmith.demo_tasks import make_pairs
 
 
 def ultrafeedback_rows(count: int, seed: int) -> list[dict]:
-    """Rows shaped like HuggingFaceH4/ultrafeedback_binarized: a bare prompt, whole conversations."""
+    """Rows shaped as in ultrafeedback_binarized: a bare prompt beside whole conversations."""
     return [
         {
             "prompt": row["prompt"][0]["content"],
@@ -42,7 +42,7 @@ def ultrafeedback(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_mistral(tmp_path_factory) -> Path:
-    """Folder of a base model: Mistral's shape and special tokens, no chat template, no pad token."""
+    """Folder of a base model in Mistral's shape: no chat template, no pad token."""
     folder = tmp_path_factory.mktemp("tiny-mistral")
     texts = [
         message["content"]

@@ -1,0 +1,99 @@
+"""README.md keeps its word: its Python runs, its files exist, its flags are known."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+
+from oddsmith import cli
+from oddsmith.cli_arguments import TrainParser
+from oddsmith.demo_model import build_model, train_tokenizer
+from oddsmith.demo_tasks import make_pairs
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+SHELL = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.fixture
+def stand_ins(tmp_path) -> dict[str, str]:
+    """Local folders for the hub ids of the examples."""
+    pairs = make_pairs(48, seed=8)
+    rows = [
+        {
+            "prompt": row["prompt"][0]["content"],
+            "chosen": row["prompt"] + row["chosen"],
+            "rejected": row["prompt"] + row["rejected"],
+        }
+        for row in pairs
+    ]
+    (tmp_path / "pairs" / "data").mkdir(parents=True)
+    Dataset.from_list(rows).to_parquet(
+        tmp_path / "pairs" / "data" / "train_prefs-00000-of-00001.parquet"
+    )
+    tokenizer = train_tokenizer(row["prompt"] for row in rows)
+    torch.manual_seed(9)
+    build_model(tokenizer, hidden_size=32, num_hidden_layers=1).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return {
+        "mistralai/Mistral-7B-Instruct-v0.3": str(tmp_path / "model"),
+        "HuggingFaceH4/ultrafeedback_binarized": str(tmp_path / "pairs"),
+    }
+
+
+def test_there_are_examples():
+    assert len(PYTHON) >= 3
+    assert len(SHELL) >= 3
+
+
+@pytest.mark.parametrize("code", PYTHON, ids=lambda code: code.split("\n")[0])
+def test_python_examples_run(code, stand_ins, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    for hub_id, folder in stand_ins.items():
+        code = code.replace(hub_id, folder)
+    names = {"__name__": "readme"}
+    exec(compile(code, "README.md", "exec"), names)
+    if "trainer" in names:
+        assert names["trainer"].state.global_step == 6  # 48 rows in batches of 8
+    if "result" in names:
+        assert torch.isfinite(names["hidden"].grad).all()
+        assert names["weight"].grad.abs().sum() > 0
+
+
+def test_the_file_tree_is_true():
+    tree = re.search(r"## Files\n\n```\n(.*?)```", README, re.DOTALL).group(1)
+    folder, seen = ROOT, 0
+    for line in tree.splitlines():
+        indent, names = re.match(r"( *)(\S+(?:,? \S+[./]\S*)*)", line).groups()
+        for name in re.split(r",? ", names):
+            path = (ROOT if not indent else folder) / name
+            assert path.exists(), f"README names {path.relative_to(ROOT)}"
+            seen += 1
+        if not indent:
+            folder = ROOT / names
+    assert seen > 30
+
+
+def test_every_module_is_in_the_file_tree():
+    tree = re.search(r"## Files\n\n```\n(.*?)```", README, re.DOTALL).group(1)
+    for path in (ROOT / "python" / "oddsmith").glob("*.py"):
+        assert path.name in tree or path.name in ("__init__.py", "errors.py"), path.name
+
+
+def test_commands_and_flags_exist():
+    flags = {flag for block in SHELL for flag in re.findall(r"(?<= )--[a-z_]+", block)}
+    assert flags - {"--release"} <= set(TrainParser()._option_string_actions)
+    commands = {name for block in SHELL for name in re.findall(r"oddsmith (\w+)", block)}
+    assert commands == set(cli.COMMANDS)
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make (\w+)", "\n".join(SHELL), re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"make {target}"
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / target).exists(), target
