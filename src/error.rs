@@ -83,12 +83,8 @@ mod tests {
 
     #[test]
     fn messages_name_argument_value_and_what_is_allowed() {
-        let error = Error::Shape {
-            op: "linear_orpo",
-            argument: "bias",
-            expected: "(7,)".into(),
-            got: "[3]".into(),
-        };
+        let error =
+            Error::Shape { op: "linear_orpo", argument: "bias", expected: "(7,)".into(), got: "[3]".into() };
         assert_eq!(error.to_string(), "linear_orpo: bias has shape [3]; must be (7,)");
         let error = Error::Dtype { op: "op", argument: "x", expected: "int64".into(), got: "bool".into() };
         assert_eq!(error.to_string(), "op: x has dtype bool; must be int64");

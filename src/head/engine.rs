@@ -229,12 +229,12 @@ impl<T: Real> Engine<'_, T> {
         for tile in self.tiles(rows.len()) {
             let weight = self.head.tile(self.team, tile.clone(), &mut widened);
             let logits = room(&mut scratch, rows.len() * tile.len());
-            self.logits(rows, weight, &tile, logits, &mut stats, |x, shift| match shift {
-                Some(shift) => row::exp_in_place(x, shift, softcap),
-                None => {
+            self.logits(rows, weight, &tile, logits, &mut stats, |x, shift| {
+                let Some(shift) = shift else {
                     x.fill(T::ZERO);
-                    0.0
-                }
+                    return 0.0;
+                };
+                row::exp_in_place(x, shift, softcap)
             })?;
             if tile.start > 0 && stats.iter().any(|s| s.rescale != 1.0) {
                 for_rows(self.team, out, width, &mut stats, |_, row, s| {
@@ -343,10 +343,9 @@ impl<T: Real> Engine<'_, T> {
         for_rows(self.team, logits, dims.tile, stats, |i, x, s| {
             let max = row::to_logits(x, transform).to_f64();
             let target = rows.targets[i];
-            if let Some(column) = target.and_then(|word| word.checked_sub(tile.start)) {
-                if column < x.len() {
-                    s.label = x[column].to_f64();
-                }
+            let column = target.and_then(|word| word.checked_sub(tile.start));
+            if let Some(logit) = column.and_then(|column| x.get(column)) {
+                s.label = logit.to_f64();
             }
             if target.is_none() || transform.softcap.is_some() {
                 s.total += row::sum(x);

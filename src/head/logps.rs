@@ -28,7 +28,13 @@ fn words(targets: &[i64], index: &[usize]) -> Vec<Option<usize>> {
 }
 
 /// Adds the rows of `block` to the rows `index` of `out`, each times its factor.
-pub(super) fn scatter<T: Real>(out: &mut [T], width: usize, index: &[usize], block: &[T], factor: impl Fn(usize) -> T) {
+pub(super) fn scatter<T: Real>(
+    out: &mut [T],
+    width: usize,
+    index: &[usize],
+    block: &[T],
+    factor: impl Fn(usize) -> T,
+) {
     for (i, (&row, block)) in index.iter().zip(block.chunks_exact(width)).enumerate() {
         super::row::axpy(&mut out[row * width..(row + 1) * width], factor(i), block);
     }

@@ -118,7 +118,8 @@ impl<T: Real> Run<'_, '_, T> {
                 self.lse[row] = stats.lse();
             }
             if capped {
-                self.scores.totals[usize::from(self.batch.sequence[row] >= self.batch.pairs as i64)] += stats.total;
+                self.scores.totals[usize::from(self.batch.sequence[row] >= self.batch.pairs as i64)] +=
+                    stats.total;
             }
         }
         // The two rows of sums, where the block carried them.
@@ -131,7 +132,9 @@ impl<T: Real> Run<'_, '_, T> {
     /// The logits that no other sweep has summed: under a softcap those of rows without a role.
     fn finish_totals(&mut self) -> Result<()> {
         let rest: Vec<usize> = if self.engine.head.softcap().is_some() {
-            (0..self.scores.layout.roles.len()).filter(|&row| self.scores.layout.roles[row] == Role::None).collect()
+            (0..self.scores.layout.roles.len())
+                .filter(|&row| self.scores.layout.roles[row] == Role::None)
+                .collect()
         } else if self.sums_pending && !self.scores.layout.roles.is_empty() {
             return self.sweep(&[]);
         } else {
@@ -276,7 +279,8 @@ impl<T: Real> Run<'_, '_, T> {
         zero_if_untouched(grads);
         for pair in 0..self.batch.pairs {
             let mut sides = Vec::new();
-            for index in [self.scores.layout.chosen[pair].clone(), self.scores.layout.rejected[pair].clone()] {
+            for index in [self.scores.layout.chosen[pair].clone(), self.scores.layout.rejected[pair].clone()]
+            {
                 let (mut weight, mut bias) = (room(wants_weight, vocab * width), room(wants_bias, vocab));
                 let mut side = Gradients {
                     hidden: grads.hidden.as_deref_mut(),

@@ -265,7 +265,8 @@ mod tests {
                 let bias: Vec<f32> = wave(n).iter().map(|v| 0.1 * v).collect();
                 let transform = Transform { bias: Some(&bias), softcap };
                 let (mut a, mut b) = (wave(n), wave(n));
-                let (ma, mb) = (to_logits(&mut a, transform), to_logits_body::<f32, false>(&mut b, transform));
+                let (ma, mb) =
+                    (to_logits(&mut a, transform), to_logits_body::<f32, false>(&mut b, transform));
                 assert!((ma - mb).abs() <= 4e-6 * mb.abs());
                 assert!(a.iter().zip(&b).all(|(a, b)| (a - b).abs() < 2e-6 * (1.0 + b.abs())));
                 let (sa, sb) = (exp_sum(&a, ma), exp_sum_body::<f32, false>(&b, ma));

@@ -104,10 +104,13 @@ impl Case {
             rows.into_iter().map(|row| self.naive_logp(row)).sum::<f64>() / n
         };
         let side = |s: usize| {
-            rows.clone().filter(move |&r| self.sequence[r] == s as i64 && self.completion[r]).collect::<Vec<_>>()
+            rows.clone()
+                .filter(move |&r| self.sequence[r] == s as i64 && self.completion[r])
+                .collect::<Vec<_>>()
         };
         let scored = rows.clone().filter(|&r| {
-            (self.sequence[r] as usize) < self.pairs && (objective.scope == NllScope::Full || self.completion[r])
+            (self.sequence[r] as usize) < self.pairs
+                && (objective.scope == NllScope::Full || self.completion[r])
         });
         let mut loss = -mean(scored.collect());
         for p in 0..self.pairs {
@@ -121,7 +124,8 @@ impl Case {
     }
 
     fn naive_mean_logits(&self, side: usize) -> f64 {
-        let rows = (0..self.targets.len()).filter(|&r| (self.sequence[r] as usize >= self.pairs) == (side == 1));
+        let rows =
+            (0..self.targets.len()).filter(|&r| (self.sequence[r] as usize >= self.pairs) == (side == 1));
         let all: Vec<f64> = rows.flat_map(|row| self.logits(row)).collect();
         all.iter().sum::<f64>() / all.len() as f64
     }
@@ -143,14 +147,8 @@ where
     let (hidden, weight) = (cast(&case.hidden), cast(&case.weight));
     let bias = case.bias.as_deref().map(cast);
     let bias_view = bias.as_deref().map(Matrix::Native);
-    let head = Head::new(
-        Matrix::Native(&weight),
-        bias_view,
-        case.softcap,
-        case.logit_scale,
-        case.vocab,
-        case.width,
-    );
+    let head =
+        Head::new(Matrix::Native(&weight), bias_view, case.softcap, case.logit_scale, case.vocab, case.width);
     let engine = Engine { head: &head, gemm: &Portable, team: &Portable };
     let mut d_hidden = vec![T::ZERO; hidden.len()];
     let mut d_weight = vec![T::from_f64(f64::NAN); weight.len()];
@@ -177,7 +175,10 @@ fn close(a: f64, b: f64, tolerance: f64) -> bool {
 /// Largest difference, NaN on either side included.
 fn worst(a: &[f64], b: &[f64]) -> f64 {
     assert_eq!(a.len(), b.len());
-    a.iter().zip(b).map(|(a, b)| if (a - b).is_nan() { f64::INFINITY } else { (a - b).abs() }).fold(0.0, f64::max)
+    a.iter()
+        .zip(b)
+        .map(|(a, b)| if (a - b).is_nan() { f64::INFINITY } else { (a - b).abs() })
+        .fold(0.0, f64::max)
 }
 
 fn cases() -> Vec<Case> {
@@ -294,7 +295,8 @@ fn single_precision_is_near_double() {
     for case in cases() {
         let objective = objective(NllScope::Full, Link::LogSigmoid, 1 << 20);
         for trained in [false, true] {
-            let (single, double) = (run::<f32>(&case, objective, trained), run::<f64>(&case, objective, trained));
+            let (single, double) =
+                (run::<f32>(&case, objective, trained), run::<f64>(&case, objective, trained));
             assert!(close(single.outcome.loss, double.outcome.loss, 1e-6));
             assert!(worst(&single.hidden, &double.hidden) < 2e-6);
             if trained {
@@ -317,12 +319,8 @@ fn half_precision_weights_are_widened_exactly() {
     let head = Head::new(Matrix::Bf16(&stored), None, None, 1.0, case.vocab, case.width);
     let engine = Engine::<f32> { head: &head, gemm: &Portable, team: &Portable };
     let (mut d_hidden, mut d_weight) = (vec![0.0; case.hidden.len()], vec![0.0; case.weight.len()]);
-    let mut grads = Gradients {
-        hidden: Some(&mut d_hidden),
-        weight: Some(&mut d_weight),
-        bias: None,
-        accumulate: false,
-    };
+    let mut grads =
+        Gradients { hidden: Some(&mut d_hidden), weight: Some(&mut d_weight), bias: None, accumulate: false };
     let out = orpo(&engine, Matrix::F16(&hidden), case.batch(), objective, &mut grads).unwrap();
     assert!((out.loss - truth.outcome.loss).abs() == 0.0);
     assert!(d_weight.iter().zip(&truth.weight).all(|(a, b)| (f64::from(*a) - b).abs() == 0.0));
@@ -332,8 +330,14 @@ fn half_precision_weights_are_widened_exactly() {
 fn log_probabilities_and_their_gradients() {
     for case in cases() {
         let bias = case.bias.as_deref().map(Matrix::Native);
-        let head =
-            Head::new(Matrix::Native(&case.weight), bias, case.softcap, case.logit_scale, case.vocab, case.width);
+        let head = Head::new(
+            Matrix::Native(&case.weight),
+            bias,
+            case.softcap,
+            case.logit_scale,
+            case.vocab,
+            case.width,
+        );
         let engine = Engine::<f64> { head: &head, gemm: &Portable, team: &Portable };
         let hidden = Matrix::Native(&case.hidden[..]);
         let upstream = noise(case.targets.len(), 9);
@@ -351,7 +355,8 @@ fn log_probabilities_and_their_gradients() {
             accumulate: false,
         };
         logps::backward(&engine, hidden, &case.targets, &out.lse, &upstream, &mut grads).unwrap();
-        let scaled: Vec<f64> = expectation.iter().enumerate().map(|(i, e)| -e * upstream[i / case.width]).collect();
+        let scaled: Vec<f64> =
+            expectation.iter().enumerate().map(|(i, e)| -e * upstream[i / case.width]).collect();
         assert!(worst(&scaled, &d_hidden) < 1e-12);
         let value = |case: &Case| {
             let rows = (0..case.targets.len()).filter(|&row| case.targets[row] >= 0);

@@ -7,7 +7,7 @@ use half::{bf16, f16};
 
 use super::backend::{Team, for_rows};
 use super::real::Real;
-use super::row::Transform;
+use super::row::{self, Transform};
 
 /// A row-major matrix in the type it is stored in.
 #[derive(Clone, Copy, Debug)]
@@ -90,7 +90,7 @@ impl<'a, T: Real> Head<'a, T> {
         let bias = bias.map(|bias| {
             let mut scaled = vec![T::ZERO; vocab];
             bias.read(0..vocab, &mut scaled);
-            scaled.iter_mut().for_each(|b| *b *= T::from_f64(logit_scale));
+            row::scale(&mut scaled, T::from_f64(logit_scale));
             scaled
         });
         Self {

@@ -107,7 +107,8 @@ fn linear_orpo(
 ) -> PyResult<Vec<PyTensor>> {
     let scopes = [("full", NllScope::Full), ("completion", NllScope::Completion)];
     let links = [("logsigmoid", Link::LogSigmoid), ("identity", Link::Identity)];
-    let negative = |_| PyValueError::new_err("linear_orpo: logits_budget is negative; must be a number of bytes");
+    let negative =
+        |_| PyValueError::new_err("linear_orpo: logits_budget is negative; must be a number of bytes");
     let budget = logits_budget.map(usize::try_from).transpose().map_err(negative)?;
     let objective = Objective {
         beta,

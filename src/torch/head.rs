@@ -68,7 +68,12 @@ impl Args<'_> {
         if fits {
             return Ok(());
         }
-        Err(Error::Shape { op: self.op, argument, expected: expected.into(), got: format!("{:?}", tensor.size()) })
+        Err(Error::Shape {
+            op: self.op,
+            argument,
+            expected: expected.into(),
+            got: format!("{:?}", tensor.size()),
+        })
     }
 
     fn like_hidden(&self, argument: &'static str, tensor: &Tensor, kind: Option<Kind>) -> Result<()> {
@@ -78,7 +83,12 @@ impl Args<'_> {
                 Some(kind) => dtype_name(kind).to_owned(),
                 None => format!("the dtype of hidden, {}", dtype_name(expected)),
             };
-            return Err(Error::Dtype { op: self.op, argument, expected, got: dtype_name(tensor.f_kind()?).into() });
+            return Err(Error::Dtype {
+                op: self.op,
+                argument,
+                expected,
+                got: dtype_name(tensor.f_kind()?).into(),
+            });
         }
         Ok(())
     }
@@ -92,7 +102,12 @@ impl Args<'_> {
         let kind = self.hidden.f_kind()?;
         if !matches!(kind, Kind::Float | Kind::Double | Kind::BFloat16 | Kind::Half) {
             let expected = "float32, bfloat16, float16 or float64".into();
-            return Err(Error::Dtype { op: self.op, argument: "hidden", expected, got: dtype_name(kind).into() });
+            return Err(Error::Dtype {
+                op: self.op,
+                argument: "hidden",
+                expected,
+                got: dtype_name(kind).into(),
+            });
         }
         self.shape("hidden", self.hidden, "(rows, hidden size)", self.hidden.dim() == 2)?;
         let (rows, width) = self.hidden.size2()?;
@@ -106,7 +121,13 @@ impl Args<'_> {
             self.like_hidden("bias", bias, None)?;
         }
         self.row_argument("targets", self.targets, rows, Kind::Int64)?;
-        self.range("targets", self.targets, vocab, &format!("words in 0..{vocab}, or {IGNORE} for no row"), true)?;
+        self.range(
+            "targets",
+            self.targets,
+            vocab,
+            &format!("words in 0..{vocab}, or {IGNORE} for no row"),
+            true,
+        )?;
         self.positive("softcap", self.softcap.unwrap_or(1.0))?;
         if !self.logit_scale.is_finite() {
             return Err(self.value("logit_scale", "a finite number", self.logit_scale.to_string()));
@@ -116,19 +137,31 @@ impl Args<'_> {
 
     /// Checks an argument with one entry a row.
     fn row_argument(&self, argument: &'static str, tensor: &Tensor, rows: i64, kind: Kind) -> Result<()> {
-        self.shape(argument, tensor, &format!("({rows},), a value a row of hidden"), tensor.size() == [rows])?;
+        self.shape(
+            argument,
+            tensor,
+            &format!("({rows},), a value a row of hidden"),
+            tensor.size() == [rows],
+        )?;
         self.like_hidden(argument, tensor, Some(kind))
     }
 
     /// Checks that values lie in `0..end`. Only on the CPU: elsewhere the check would make the
     /// host wait for the device.
-    fn range(&self, argument: &'static str, tensor: &Tensor, end: i64, expected: &str, ignore: bool) -> Result<()> {
+    fn range(
+        &self,
+        argument: &'static str,
+        tensor: &Tensor,
+        end: i64,
+        expected: &str,
+        ignore: bool,
+    ) -> Result<()> {
         if tensor.device() != Device::Cpu {
             return Ok(());
         }
         let values = tensor.f_contiguous()?;
-        let wrong = |&&x: &&i64| !(0..end).contains(&x) && !(ignore && x == IGNORE);
-        match slice::<i64>(&values)?.iter().find(wrong) {
+        let right = |x: i64| (0..end).contains(&x) || (ignore && x == IGNORE);
+        match slice::<i64>(&values)?.iter().find(|&&x| !right(x)) {
             Some(wrong) => Err(self.value(argument, expected, wrong.to_string())),
             None => Ok(()),
         }
@@ -250,8 +283,14 @@ where
 {
     let (vocab, width) = args.weight.size2()?;
     let bias = owned.bias.as_ref().map(matrix::<T>).transpose()?;
-    let head =
-        Head::new(matrix(&owned.weight)?, bias, args.softcap, args.logit_scale, vocab as usize, width as usize);
+    let head = Head::new(
+        matrix(&owned.weight)?,
+        bias,
+        args.softcap,
+        args.logit_scale,
+        vocab as usize,
+        width as usize,
+    );
     let engine = Engine { head: &head, gemm: &LibTorch, team: &Torch };
     f(&engine, matrix(&owned.hidden)?, slice(&owned.targets)?)
 }
@@ -391,7 +430,9 @@ fn orpo_as<T: Real + Element>(
 
 /// The outcome as tensors.
 pub(super) fn report(outcome: &Outcome, kind: Kind, device: Device, grads: [Tensor; 3]) -> Result<Report> {
-    let many = |values: &[f64]| -> Result<Tensor> { Ok(Tensor::f_from_slice(values)?.f_to_kind(kind)?.f_to_device(device)?) };
+    let many = |values: &[f64]| -> Result<Tensor> {
+        Ok(Tensor::f_from_slice(values)?.f_to_kind(kind)?.f_to_device(device)?)
+    };
     let one = |value: f64| -> Result<Tensor> { Ok(many(&[value])?.f_squeeze()?) };
     let log_odds: Vec<f64> = outcome.pairs.iter().map(|pair| pair.log_odds).collect();
     let log_sigmoid: Vec<f64> = outcome.pairs.iter().map(|pair| pair.log_sigmoid).collect();

@@ -91,7 +91,8 @@ impl<'a> Sweep<'a> {
     fn logits(&self, tile: &Range<i64>) -> Result<Tensor> {
         let mut z = self.product(&self.hidden, &self.weight(tile)?.f_tr()?)?;
         if let Some(bias) = self.args.bias {
-            let bias = bias.f_detach()?.f_narrow(0, tile.start, tile.end - tile.start)?.f_to_kind(self.kind)?;
+            let bias =
+                bias.f_detach()?.f_narrow(0, tile.start, tile.end - tile.start)?.f_to_kind(self.kind)?;
             let _ = z.f_add_(&bias.f_mul_scalar(self.args.logit_scale)?)?;
         }
         if let Some(cap) = self.args.softcap {
@@ -115,7 +116,10 @@ impl<'a> Sweep<'a> {
 
     /// The forward sweep. `visit` sees every tile's logits, the new maxima, and the factor by which
     /// they shrink what came before.
-    fn forward(&self, mut visit: impl FnMut(&Range<i64>, &Tensor, &Tensor, &Tensor) -> Result<()>) -> Result<Stats> {
+    fn forward(
+        &self,
+        mut visit: impl FnMut(&Range<i64>, &Tensor, &Tensor, &Tensor) -> Result<()>,
+    ) -> Result<Stats> {
         let mut s = Stats {
             max: self.full(LOWEST)?,
             sum: self.full(0.0)?,
@@ -126,7 +130,11 @@ impl<'a> Sweep<'a> {
             let z = self.logits(&tile)?;
             let max = s.max.f_maximum(&z.f_amax([1i64].as_slice(), false)?)?;
             let shrink = s.max.f_sub(&max)?.f_exp()?;
-            let sums = z.f_sub(&max.f_unsqueeze(1)?)?.f_exp()?.f_sum_dim_intlist([1i64].as_slice(), false, self.kind)?;
+            let sums = z.f_sub(&max.f_unsqueeze(1)?)?.f_exp()?.f_sum_dim_intlist(
+                [1i64].as_slice(),
+                false,
+                self.kind,
+            )?;
             s.sum = s.sum.f_mul(&shrink)?.f_add(&sums)?;
             let (column, inside) = self.label(&tile)?;
             s.label = z.f_gather(1, &column, false)?.f_squeeze_dim(1)?.f_where_self(&inside, &s.label)?;
@@ -147,7 +155,8 @@ impl<'a> Sweep<'a> {
             if let Some(slope) = self.slope(z)? {
                 p = p.f_mul(&slope)?;
                 let (column, inside) = self.label(tile)?;
-                slopes = slope.f_gather(1, &column, false)?.f_squeeze_dim(1)?.f_where_self(&inside, &slopes)?;
+                slopes =
+                    slope.f_gather(1, &column, false)?.f_squeeze_dim(1)?.f_where_self(&inside, &slopes)?;
             }
             let part = self.product(&p.f_to_kind(native)?, &self.weight(tile)?)?;
             acc = acc.f_mul(&shrink.f_unsqueeze(1)?)?.f_add(&part)?;
@@ -155,14 +164,23 @@ impl<'a> Sweep<'a> {
         })?;
         let words = self.args.weight.f_detach()?.f_index_select(0, &self.targets)?.f_to_kind(self.kind)?;
         let expected = acc.f_div(&s.sum.f_unsqueeze(1)?)?;
-        let out = expected.f_sub(&words.f_mul(&slopes.f_unsqueeze(1)?)?)?.f_mul_scalar(self.args.logit_scale)?;
+        let out =
+            expected.f_sub(&words.f_mul(&slopes.f_unsqueeze(1)?)?)?.f_mul_scalar(self.args.logit_scale)?;
         Ok((s, out))
     }
 
     /// As `Engine::backward`: gradients of hidden, weight and bias, empty where not wanted.
-    fn backward(&self, lse: &Tensor, scale: &Tensor, mut kept: Vec<Tensor>, wants: Wants) -> Result<[Tensor; 3]> {
+    fn backward(
+        &self,
+        lse: &Tensor,
+        scale: &Tensor,
+        mut kept: Vec<Tensor>,
+        wants: Wants,
+    ) -> Result<[Tensor; 3]> {
         let (device, native) = (self.hidden.device(), self.hidden.f_kind()?);
-        let room = |wanted: bool, size: &[i64], kind| Tensor::f_zeros(if wanted { size } else { &[0] }, (kind, device));
+        let room = |wanted: bool, size: &[i64], kind| {
+            Tensor::f_zeros(if wanted { size } else { &[0] }, (kind, device))
+        };
         let d_hidden = room(wants.hidden, &self.hidden.size(), self.kind)?;
         let d_weight = room(wants.weight, &self.args.weight.size(), native)?;
         let d_bias = room(wants.bias, &self.args.weight.size()[..1], native)?;
@@ -256,7 +274,13 @@ pub fn logps_backward(args: &Args<'_>, lse: &Tensor, upstream: &Tensor, wants: W
 ///
 /// # Errors
 /// What libtorch reports.
-pub fn orpo(args: &Args<'_>, pairs: &Pairs<'_>, count: i64, objective: Objective, wants: Wants) -> Result<Report> {
+pub fn orpo(
+    args: &Args<'_>,
+    pairs: &Pairs<'_>,
+    count: i64,
+    objective: Objective,
+    wants: Wants,
+) -> Result<Report> {
     let host = |x: &Tensor| -> Result<Tensor> { Ok(x.f_to_device(Device::Cpu)?.f_contiguous()?) };
     let (targets, sequence) = (host(args.targets)?, host(pairs.sequence)?);
     let completion = host(pairs.completion)?;

@@ -63,10 +63,8 @@ mod openmp {
         // The team may be smaller than asked for, so members take every size-th task. Unwinding
         // through libgomp's frames is undefined: catch here, resume in `parallel`.
         let run = || (member..section.tasks).step_by(size).for_each(section.task);
-        if let Err(panic) = catch_unwind(AssertUnwindSafe(run)) {
-            if let Ok(mut slot) = section.panic.lock() {
-                *slot = Some(panic);
-            }
+        if let (Err(panic), Ok(mut slot)) = (catch_unwind(AssertUnwindSafe(run)), section.panic.lock()) {
+            *slot = Some(panic);
         }
     }
 
