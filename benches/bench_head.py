@@ -17,9 +17,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from side_by_side import interleave, peak_memory, report, versions
 
 from oddsmith.functional import linear_orpo
+
+from side_by_side import interleave, peak_memory, report, versions
 
 BETA = 0.1
 
@@ -50,8 +51,8 @@ def make_case(width: int, vocab: int, length: int, trained: bool) -> Case:
     hidden = torch.randn(4, length, width) + 12.0 * F.normalize(weight[tokens], dim=-1)
     labels = tokens.clone()
     for row in range(4):
-        tokens[row, real[row]:] = -100
-        labels[row, real[row]:] = -100
+        tokens[row, real[row] :] = -100
+        labels[row, real[row] :] = -100
         labels[row, : prompt[row]] = -100
     return Case(hidden.requires_grad_(), weight.requires_grad_(trained), tokens, labels)
 
@@ -151,7 +152,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--compile", action="store_true", help="add torch.compile of the naive form")
+    parser.add_argument(
+        "--compile", action="store_true", help="add torch.compile of the naive form"
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     used = versions("torch", "trl", "liger-kernel", "oddsmith")
@@ -166,8 +169,9 @@ def main() -> None:
             }
             if args.compile:
                 compiled = torch.compile(naive, dynamic=False)
-                runs["torch.compile"] = lambda: gradients(  # noqa: B023
-                    case, compiled(case.hidden, case.weight, case.tokens, case.labels)  # noqa: B023
+                runs["torch.compile"] = lambda: gradients(
+                    case,
+                    compiled(case.hidden, case.weight, case.tokens, case.labels),  # noqa: B023
                 )
             truth = gradients(case, naive(case.hidden, case.weight, case.tokens, case.labels))
             for name, run in runs.items():

@@ -13,7 +13,17 @@ from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results.csv"
 FIELDS = [
-    "bench", "case", "name", "p20_s", "p50_s", "p80_s", "extra_mb", "runs", "device", "threads", "versions"
+    "bench",
+    "case",
+    "name",
+    "p20_s",
+    "p50_s",
+    "p80_s",
+    "extra_mb",
+    "runs",
+    "device",
+    "threads",
+    "versions",
 ]
 
 
@@ -91,8 +101,19 @@ def report(
         memory = f"{megabytes:10.0f}" if name in extra else " " * 10
         print(f"  {name:24}{p50:9.3f}s{p20:8.3f}s{p80:8.3f}s{p50 / base:9.2f}x{memory}")
         rows.append(
-            [bench, case, name, f"{p20:.4f}", f"{p50:.4f}", f"{p80:.4f}",
-             f"{megabytes:.1f}" if name in extra else "", len(values), processor(), threads, used]
+            [
+                bench,
+                case,
+                name,
+                f"{p20:.4f}",
+                f"{p50:.4f}",
+                f"{p80:.4f}",
+                f"{megabytes:.1f}" if name in extra else "",
+                len(values),
+                processor(),
+                threads,
+                used,
+            ]
         )
     new = not RESULTS.exists()
     with RESULTS.open("a", newline="") as file:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from oddsmith import functional
 
 import reference

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from oddsmith import functional
 
 import reference
@@ -11,7 +12,9 @@ import reference
 FIELDS = functional.LinearORPOOutput._fields
 
 
-def make_batch(vocab=301, width=13, sequences=((4, 7), (1, 3), (4, 5), (2, 9)), dtype=torch.float64):
+def make_batch(
+    vocab=301, width=13, sequences=((4, 7), (1, 3), (4, 5), (2, 9)), dtype=torch.float64
+):
     """Rows of 2B sequences given as (prompt, answer) lengths, chosen first."""
     torch.manual_seed(11)
     pairs = len(sequences) // 2
@@ -62,7 +65,10 @@ def test_equals_the_reference_in_float64(tensor_ops_switch, tensor_ops, options,
     for name, value in parts.items():
         torch.testing.assert_close(getattr(out, name), value, rtol=1e-12, atol=1e-12, msg=name)
     inputs = [x for x in (hidden, weight, options.get("bias")) if x is not None and x.requires_grad]
-    ours, truth = torch.autograd.grad(2.5 * out.loss, inputs), torch.autograd.grad(2.5 * loss, inputs)
+    ours, truth = (
+        torch.autograd.grad(2.5 * out.loss, inputs),
+        torch.autograd.grad(2.5 * loss, inputs),
+    )
     torch.testing.assert_close(ours, truth, rtol=1e-11, atol=1e-13)
 
 
@@ -88,7 +94,9 @@ def test_logps_equal_the_reference(tensor_ops_switch, tensor_ops, options, train
 
 @pytest.mark.parametrize("options", [{}, {"softcap": 3.0, "logit_scale": 0.7, "bias": True}])
 def test_gradcheck(options):
-    hidden, weight, *rows = make_batch(vocab=23, width=3, sequences=((2, 3), (1, 2), (2, 2), (1, 4)))
+    hidden, weight, *rows = make_batch(
+        vocab=23, width=3, sequences=((2, 3), (1, 2), (2, 2), (1, 4))
+    )
     inputs = [hidden.requires_grad_(), weight.requires_grad_()]
     options = with_bias(options, len(weight))
     if "bias" in options:
@@ -196,7 +204,11 @@ def test_compiles_without_a_graph_break(num_pairs):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (lambda a: a.update(targets=a["targets"] + 301), ValueError, "targets is .*words in 0..301"),
+        (
+            lambda a: a.update(targets=a["targets"] + 301),
+            ValueError,
+            "targets is .*words in 0..301",
+        ),
         (lambda a: a["targets"].fill_(-1), ValueError, "targets is -1"),
         (lambda a: a.update(targets=a["targets"].int()), TypeError, "targets has dtype int32"),
         (lambda a: a.update(targets=a["targets"][1:]), ValueError, "targets has shape"),
@@ -209,7 +221,11 @@ def test_compiles_without_a_graph_break(num_pairs):
         (lambda a: a.update(num_pairs=1), ValueError, "sequence is 2; must be sequences in 0..2"),
         (lambda a: a.update(num_pairs=0), ValueError, "num_pairs is 0"),
         (lambda a: a.update(completion=a["completion"].long()), TypeError, "completion has dtype"),
-        (lambda a: a.update(bias=torch.zeros(7, dtype=torch.float64)), ValueError, "bias has shape"),
+        (
+            lambda a: a.update(bias=torch.zeros(7, dtype=torch.float64)),
+            ValueError,
+            "bias has shape",
+        ),
         (lambda a: a.update(beta=0.0), ValueError, "beta is 0"),
         (lambda a: a.update(beta=math.nan), ValueError, "beta is NaN"),
         (lambda a: a.update(softcap=-1.0), ValueError, "softcap is -1"),

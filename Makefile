@@ -1,0 +1,70 @@
+# Development commands. `make help` lists them.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Outside the checkout, so that a fresh clone does not compile libtorch's bindings again.
+export CARGO_TARGET_DIR ?= $(HOME)/.cache/oddsmith/cargo-target
+# pip builds without isolation here: an isolated build would download torch a second time.
+ACTIVATE := source $(BIN)/activate
+
+.PHONY: help
+help: ## List the commands
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(BIN)/.tools:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install "maturin>=1.16,<2" "torch==2.11.0"
+	@touch $@
+
+.PHONY: build
+build: $(BIN)/.tools ## Make the environment, compile and install the package into it
+	$(ACTIVATE) && pip install --no-build-isolation -e .
+
+.PHONY: test-build
+test-build: $(BIN)/.tools
+	$(ACTIVATE) && pip install --no-build-isolation -e ".[test]"
+
+.PHONY: demo
+demo: build ## Install, then train a small model with ORPO, offline
+	$(BIN)/oddsmith demo
+
+.PHONY: test
+test: test-build ## Install, then run all tests
+	$(ACTIVATE) && cargo test --quiet && pytest
+
+.PHONY: slow
+slow: test-build ## The long parity runs (ODDSMITH_SHARED names the folder with the real data)
+	$(ACTIVATE) && pytest -m slow
+
+.PHONY: develop
+develop: ## Compile again after a change in src/
+	$(ACTIVATE) && maturin develop --release --skip-install
+
+.PHONY: lint
+lint: test-build ## Formatting and lints, Rust and Python
+	cargo fmt --check
+	cargo clippy --all-targets -- --deny warnings
+	cargo clippy --all-targets --features lint --target-dir $(CARGO_TARGET_DIR)-lint -- --deny warnings
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+.PHONY: fmt
+fmt: test-build ## Format everything
+	cargo fmt
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+.PHONY: bench
+bench: $(BIN)/.tools ## Benchmarks beside TRL and Liger
+	$(ACTIVATE) && pip install --no-build-isolation -e ".[bench]"
+	$(BIN)/python benches/bench_head.py
+	$(BIN)/python benches/bench_step.py
+
+.PHONY: clean
+clean: ## Remove the environment and what Python has cached
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +

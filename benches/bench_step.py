@@ -1,0 +1,218 @@
+"""A whole training step beside TRL's: time and memory of real trainer runs.
+
+    python benches/bench_step.py [--rounds 5] [--steps 4] [--data FILE.jsonl.gz] [--lora]
+
+Each run is a process of its own that trains a Mistral-shaped model (8 layers, hidden 512, vocabulary
+32,000, 56 M parameters, `float32`) for a few optimiser steps of two accumulated micro-batches of two
+pairs, `max_length` 1,024; runs of the two trainers alternate. The time of a step is the median over
+the steps after the first; memory is the peak of resident memory above what the process held before
+training began, model and data included, less the gradients and the optimiser's state, which every
+trainer needs. With `--data` the rows are real pairs in the UltraFeedback form and the tokenizer is
+Mistral's (from mistral-common); without, random words of the same lengths.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ '<s>[INST] ' + m['content'] + ' [/INST]' }}"
+    "{% else %}{{ m['content'] + '</s>' }}{% endif %}{% endfor %}"
+)
+
+
+def mistral_tokenizer(folder: Path):
+    """The Mistral-7B-v0.1 tokenizer out of the mistral-common package."""
+    import shutil
+
+    import mistral_common
+    from transformers import LlamaTokenizer
+
+    source = Path(mistral_common.__file__).parent / "data/tokenizer.model.v1"
+    shutil.copy(source, folder / "tokenizer.model")
+    tokenizer = LlamaTokenizer.from_pretrained(folder, add_bos_token=True)
+    tokenizer.pad_token, tokenizer.chat_template = tokenizer.eos_token, TEMPLATE
+    return tokenizer
+
+
+def real_rows(path: Path, count: int) -> list[dict]:
+    import gzip
+
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        rows = [json.loads(line) for line, _ in zip(lines, range(count))]
+    # The conversation's own first turn is the prompt; the prompt column would repeat it.
+    return [{"chosen": row["chosen"], "rejected": row["rejected"]} for row in rows]
+
+
+def generated_rows(count: int, words: list[str]) -> list[dict]:
+    """Random words; lengths as in the AlpacaEval pairs: 40 of prompt, 300 and 260 of answers."""
+    import random
+
+    draw = random.Random(5)
+
+    def text(mean: int) -> str:
+        return " ".join(draw.choices(words, k=max(3, int(draw.lognormvariate(0, 0.55) * mean))))
+
+    def row() -> dict:
+        user = {"role": "user", "content": text(32)}
+        sides = {"chosen": text(250), "rejected": text(215)}
+        return {k: [user, {"role": "assistant", "content": v}] for k, v in sides.items()}
+
+    return [row() for _ in range(count)]
+
+
+def child(args: argparse.Namespace) -> None:
+    """One run of one trainer; prints a JSON object."""
+    import time
+
+    import torch
+    from datasets import Dataset
+    from transformers import MistralConfig, MistralForCausalLM, TrainerCallback
+    from transformers.utils import logging
+
+    from side_by_side import _status
+
+    logging.set_verbosity_error()
+    torch.set_num_threads(args.threads)
+    if args.child == "trl":
+        from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+    else:
+        from oddsmith import ORPOConfig, ORPOTrainer
+    folder = Path(tempfile.mkdtemp())
+    tokenizer = mistral_tokenizer(folder)
+    count = 4 * args.steps
+    if args.data:
+        rows = real_rows(args.data, count)
+    else:
+        words = [w for w in tokenizer.get_vocab() if w.isascii() and w.isalpha()][:4000]
+        rows = generated_rows(count, words)
+    torch.manual_seed(0)
+    model = MistralForCausalLM(
+        MistralConfig(
+            vocab_size=32_000,
+            hidden_size=512,
+            intermediate_size=1_792,
+            num_hidden_layers=8,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+        )
+    )
+    adapter = None
+    if args.lora:
+        from peft import LoraConfig
+
+        adapter = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
+
+    class Clock(TrainerCallback):
+        def __init__(self):
+            self.starts, self.seconds = 0.0, []
+
+        def on_step_begin(self, *_, **__):
+            self.starts = time.perf_counter()
+
+        def on_step_end(self, *_, **__):
+            self.seconds.append(time.perf_counter() - self.starts)
+
+    clock = Clock()
+    trainer = ORPOTrainer(
+        model=model,
+        args=ORPOConfig(
+            output_dir=str(folder),
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            max_steps=args.steps,
+            max_length=1024,
+            learning_rate=1e-5,
+            logging_steps=1,
+            bf16=False,
+            use_cpu=True,
+            gradient_checkpointing=args.checkpointing,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            seed=3,
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=adapter,
+        callbacks=[clock],
+    )
+    trained = sum(p.nbytes for p in trainer.model.parameters() if p.requires_grad)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    trainer.train()
+    peak = _status("VmHWM") - before
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    state = 3 * trained  # gradient and AdamW's two moments
+    result = {
+        "seconds": statistics.median(clock.seconds[1:]),
+        "extra_mb": (peak - state) / 1e6,
+        "peak_mb": peak / 1e6,
+        "losses": losses,
+    }
+    print(json.dumps(result))
+
+
+def run(trainer: str, argv: list[str]) -> dict:
+    command = [sys.executable, __file__, "--child", trainer, *argv]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{trainer} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--data", type=Path, help="gzipped jsonl in the UltraFeedback form")
+    parser.add_argument("--lora", action="store_true")
+    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--child", choices=("oddsmith", "trl"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        child(args)
+        return
+    from side_by_side import report, versions
+
+    argv = [f"--steps={args.steps}", f"--threads={args.threads}"]
+    argv += [f"--data={args.data}"] if args.data else []
+    argv += ["--lora"] if args.lora else []
+    argv += ["--checkpointing"] if args.checkpointing else []
+    results: dict[str, list[dict]] = {"oddsmith": [], "trl": []}
+    for index in range(args.rounds):
+        for name, runs in results.items():
+            runs.append(run(name, argv))
+            print(
+                f"  round {index + 1}/{args.rounds}: {name} {runs[-1]['seconds']:.2f} s", flush=True
+            )
+    ours, theirs = (results[name][0]["losses"] for name in results)
+    worst = max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))
+    print(f"losses agree to {worst:.1e}")
+    case = "step, Mistral shape 56 M, 2 x 2 pairs of up to 1,024 tokens, float32"
+    case += ", LoRA" if args.lora else ""
+    case += ", checkpointing" if args.checkpointing else ""
+    case += ", real pairs" if args.data else ", generated pairs"
+    report(
+        "step",
+        case,
+        {name: [r["seconds"] for r in runs] for name, runs in results.items()},
+        {
+            name: int(statistics.median(r["extra_mb"] for r in runs) * 1e6)
+            for name, runs in results.items()
+        },
+        "oddsmith",
+        args.threads,
+        versions("torch", "trl", "transformers", "oddsmith"),
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""Importing the package: lazily, and only under the torch that it was built for."""
+
+import subprocess
+import sys
+
+import pytest
+
+import oddsmith
+from oddsmith import _core, torch_version
+
+
+def test_public_names():
+    from oddsmith import ORPOConfig, ORPOTrainer, functional
+
+    assert ORPOConfig.__module__ == "oddsmith.config"
+    assert ORPOTrainer.__module__ == "oddsmith.trainer"
+    assert callable(functional.linear_orpo)
+    assert set(dir(oddsmith)) >= {"ORPOConfig", "ORPOTrainer", "functional", "__version__"}
+    with pytest.raises(AttributeError, match="no attribute 'DPOTrainer'"):
+        _ = oddsmith.DPOTrainer
+
+
+def test_import_leaves_transformers_alone():
+    code = "import sys, oddsmith; sys.exit('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_core_was_built_for_the_required_torch():
+    torch_version.check(_core.TORCH_BUILD_VERSION)
+    torch_version.check("2.11.3+cpu")
+
+
+@pytest.mark.parametrize("version", ["2.10.1", "2.12.0+cu130", "2.1.11", "3.11.0"])
+def test_another_torch_is_named_with_the_way_out(version):
+    sentence = (
+        rf'built for torch 2\.11 and found torch {version.replace("+", ".")}: pip install "torch'
+    )
+    with pytest.raises(ImportError, match=sentence):
+        torch_version.check(version)
+
+
+def test_another_torch_stops_the_import_before_the_core():
+    code = (
+        "import sys, torch; torch.__version__ = '2.13.0'\n"
+        "try:\n    import oddsmith\n"
+        "except ImportError as error:\n"
+        "    sys.exit(0 if '2.13.0' in str(error) and 'oddsmith._core' not in sys.modules else 1)\n"
+        "sys.exit(2)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
