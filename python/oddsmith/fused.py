@@ -1,209 +1,208 @@
-"""The fused head inside a model's own forward.
+"""The fused head inside a model's own forward pass.
 
-The trainer must go through the model it was given (DDP, FSDP, autocast and adapters all hook into
-its call), yet never see its logits. So the model's `forward` gets one more keyword: with it, the
-output head hands its input to [`~oddsmith.functional.linear_orpo`] instead of multiplying, and what
-comes back is the loss. Without it the model is what it was.
+The loss is computed where the model would make its logits: in the output head, called by the
+model, called by whatever wraps it. Nothing goes around a wrapper, so DDP, FSDP, ZeRO-3, PEFT and
+autocast see the calls that they expect.
 """
 
-from functools import partial, update_wrapper
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from functools import wraps
+from types import MethodType
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers.modeling_outputs import ModelOutput
 
-from .functional import linear_orpo
+from .functional import LinearORPOOutput, linear_orpo
+from .head_probe import HeadMismatch, LogitMap, find_head, head_forward_name, probe_head, swapped
 
-# A token that the head returns in place of logits. What the model does to logits after the head (a
-# cap, a scale) is part of the loss already and harmless to it.
-_KEYWORD = "orpo_batch"
+__all__ = ["FusedBatch", "FusedHead", "FusedOutput", "HeadMismatch", "install"]
 
-
-class HeadTransform(NamedTuple):
-    """What a model does to the product of hidden states and output embeddings."""
-
-    softcap: float | None
-    logit_scale: float
+_STATE = "_oddsmith_head"
 
 
-class Rows(NamedTuple):
-    """The rows of a padded batch that predict, as [`~oddsmith.functional.linear_orpo`] names them.
+@dataclass(frozen=True)
+class FusedBatch:
+    """
+    What the head needs to know about a batch: the rows that predict, and the objective.
 
     Args:
-        index (`Tensor`): Position of each row in the flattened `(2B, T)` batch, `(N,)`.
-        targets (`Tensor`): Next token, or -100 where the loss needs no score, `(N,)`.
-        sequence (`Tensor`): Row of the batch, `(N,)`.
-        completion (`Tensor`): True where the next token belongs to the completion, `(N,)`.
+        rows (`Tensor`): Positions in the flattened `(2B, T)` batch, `(N,)`.
+        targets (`Tensor`): Token that each row predicts, or -100, `(N,)`.
+        sequence (`Tensor`): Sequence of each row, `(N,)`.
+        completion (`Tensor`): Whether the target is a completion token, `(N,)`.
+        positions (`int`): `2B * T`.
+        num_pairs (`int`): `B`.
+        beta (`float`): Weight of the odds ratio term.
+        nll_scope (`str`): See [`~oddsmith.functional.linear_orpo`], as the next two.
+        odds_ratio_link (`str`): See there.
+        logits_budget (`int`, *optional*): See there.
     """
 
-    index: torch.Tensor
-    targets: torch.Tensor
-    sequence: torch.Tensor
-    completion: torch.Tensor
+    rows: Tensor
+    targets: Tensor
+    sequence: Tensor
+    completion: Tensor
+    positions: int
+    num_pairs: int
+    beta: float
+    nll_scope: str
+    odds_ratio_link: str
+    logits_budget: int | None
+
+    @classmethod
+    def build(
+        cls, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, **objective: Any
+    ) -> "FusedBatch":
+        """
+        From a concatenated batch, each argument `(2B, T)`, chosen sequences first.
+
+        Every real position with a real successor is a row. A rejected prompt is in no term of the
+        loss, nor is a chosen one if `nll_scope` is `"completion"`: their rows have no target.
+        """
+        pairs = input_ids.shape[0] // 2
+        real = attention_mask != 0
+        predicts = torch.zeros_like(real)
+        predicts[:, :-1] = real[:, :-1] & real[:, 1:]
+        completion = torch.zeros_like(real)
+        completion[:, :-1] = labels[:, 1:] >= 0
+        targets = input_ids.roll(-1, dims=1)
+        prompts = slice(pairs, None) if objective["nll_scope"] == "full" else slice(None)
+        targets[prompts] = targets[prompts].masked_fill(~completion[prompts], -100)
+        sequence = torch.arange(2 * pairs, device=real.device)[:, None].expand_as(real)
+        rows = predicts.flatten().nonzero()[:, 0]
+        picked = (x.flatten()[rows] for x in (targets, sequence, completion))
+        return cls(rows, *picked, positions=real.numel(), num_pairs=pairs, **objective)
 
 
-def predicting_rows(
-    input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor
-) -> Rows:
+@dataclass
+class FusedOutput(ModelOutput):
+    """Output of a model that ran with a [`FusedBatch`]: [`LinearORPOOutput`] and `aux_loss`."""
+
+    loss: Tensor | None = None
+    nll_loss: Tensor | None = None
+    chosen_logps: Tensor | None = None
+    rejected_logps: Tensor | None = None
+    log_odds_chosen: Tensor | None = None
+    log_odds_ratio: Tensor | None = None
+    chosen_logits: Tensor | None = None
+    rejected_logits: Tensor | None = None
+    empty_completions: Tensor | None = None
+    aux_loss: Tensor | None = None
+
+
+@dataclass
+class FusedHead:
     """
-    Rows of a batch of B chosen and B rejected sequences that predict a real token.
+    State of a model whose forward takes an `oddsmith_batch`.
 
     Args:
-        input_ids (`Tensor`): `(2B, T)`.
-        attention_mask (`Tensor`): `(2B, T)`, 0 on pads.
-        labels (`Tensor`): `(2B, T)`, negative on prompts and pads.
+        logit_map ([`LogitMap`]): What the model does to its head's output.
+        original (`Callable`, *optional*): The forward that the instance had of its own.
     """
-    count, length = input_ids.shape
-    real = (attention_mask[:, 1:] == 1) & (attention_mask[:, :-1] == 1)
-    sequence, position = real.nonzero(as_tuple=True)
-    following = input_ids[sequence, position + 1]
-    completion = labels[sequence, position + 1] >= 0
-    scored = completion | (sequence < count // 2)
-    targets = torch.where(scored, following, -100)
-    return Rows(sequence * length + position, targets, sequence, completion)
+
+    logit_map: LogitMap
+    original: Any = None
+
+    def run(self, core: nn.Module, batch: FusedBatch, args: tuple, kwargs: dict) -> FusedOutput:
+        head = find_head(core)
+        results: list[LinearORPOOutput] = []
+
+        def forward(hidden: Tensor) -> Tensor:
+            result = self._loss(head, hidden, batch)
+            results.append(result)
+            # Stands for the logits in what the model does to them. It depends on the loss, and the
+            # loss on it, for the hooks that FSDP and ZeRO-3 hang on the output of a module to run.
+            return (result.loss * 0.0).expand(*hidden.shape[:-1], 1)
+
+        with swapped(head, head_forward_name(head), forward):
+            outputs = self.call(core, *args, **kwargs)
+        if len(results) != 1:
+            raise RuntimeError(
+                f"{type(core).__name__} called its output head {len(results)} times, must be once; "
+                "set use_fused_head=False"
+            )
+        stats = results[0]._asdict()
+        stats["loss"] = stats["loss"] + 0.0 * _logits(outputs).float().sum()
+        return FusedOutput(**stats, aux_loss=getattr(outputs, "aux_loss", None))
+
+    def call(self, core: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The forward without this class."""
+        if self.original is not None:
+            return self.original(*args, **kwargs)
+        return type(core).forward(core, *args, **kwargs)
+
+    def _loss(self, head: nn.Linear, hidden: Tensor, batch: FusedBatch) -> LinearORPOOutput:
+        if hidden.shape[:-1].numel() != batch.positions:
+            raise RuntimeError(
+                f"the output head got hidden states {tuple(hidden.shape)} for {batch.positions} "
+                "positions; set use_fused_head=False"
+            )
+        weight, bias = head.weight, head.bias
+        device = hidden.device.type
+        hidden = hidden.reshape(-1, hidden.shape[-1])
+        hidden = hidden.index_select(0, batch.rows.to(hidden.device))
+        # What autocast would do to the head, except that the CPU multiplies in float32 either way.
+        casts = device != "cpu" and torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if casts else weight.dtype
+        if dtype == torch.float16:
+            # Gradients are computed here, before the loss is scaled up, and would underflow.
+            dtype = torch.float32
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+        with torch.autocast(device, enabled=False):
+            return linear_orpo(
+                hidden,
+                weight,
+                batch.targets.to(hidden.device),
+                batch.sequence.to(hidden.device),
+                batch.completion.to(hidden.device),
+                batch.beta,
+                bias=bias,
+                softcap=self.logit_map.softcap,
+                logit_scale=self.logit_map.scale,
+                nll_scope=batch.nll_scope,
+                odds_ratio_link=batch.odds_ratio_link,
+                num_pairs=batch.num_pairs,
+                logits_budget=batch.logits_budget,
+            )
 
 
-def base_model(model: nn.Module) -> nn.Module:
-    """The model under a PEFT wrapper."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+def _logits(outputs: Any) -> Tensor:
+    return outputs[0] if isinstance(outputs, tuple) else outputs.logits
 
 
-def output_head(model: nn.Module) -> nn.Module | None:
-    """The output head's own layer, under PEFT's copy for `modules_to_save`."""
-    head = base_model(model).get_output_embeddings()
-    copies = getattr(head, "modules_to_save", None)
-    if copies is not None:
-        active = head.active_adapter
-        active = active[0] if isinstance(active, (list, tuple)) else active
-        head = copies[active] if active in copies else head.original_module
-    return head
-
-
-def head_transform(config: Any) -> HeadTransform:
-    """What the configuration says is done to logits: Gemma's cap, Cohere's and Granite's scale."""
-    config = config.get_text_config()
-    softcap = getattr(config, "final_logit_softcapping", None)
-    scale = getattr(config, "logit_scale", None) or 1.0
-    scale /= getattr(config, "logits_scaling", None) or 1.0
-    return HeadTransform(softcap, scale)
-
-
-def obstacle(model: nn.Module) -> str | None:
-    """Why the fused head cannot serve a model, or `None` if it can.
-
-    What the configuration says is checked against the model itself, on a few random tokens.
+def install(model: nn.Module) -> FusedHead:
     """
-    core = base_model(model)
-    if core.config.is_encoder_decoder:
-        return "it is an encoder-decoder model"
-    if getattr(model, "active_peft_config", None) is not None:
-        if model.active_peft_config.is_prompt_learning:
-            return "its adapter puts virtual tokens before the batch"
-    head = output_head(model)
-    weight = getattr(head, "weight", None)
-    plain = isinstance(head, nn.Linear) and not hasattr(head, "base_layer")
-    if not plain or weight.shape != (head.out_features, head.in_features):
-        return f"its output head is a {type(head).__name__}, not a plain linear layer"
-    if not weight.is_floating_point():
-        return f"its output head is stored as {weight.dtype}"
-    if weight.device.type == "meta" or hasattr(weight, "ds_id") or weight.numel() == 0:
-        return "its output head is not in memory, so what it does to logits cannot be checked"
-    return _mismatch(core, head, head_transform(core.config))
+    Let a model's forward take a [`FusedBatch`] as `oddsmith_batch`; without it nothing changes.
 
-
-def _mismatch(core: nn.Module, head: nn.Linear, transform: HeadTransform) -> str | None:
-    """Compares a model's logits with what the fused head would make of its hidden states."""
-    seen = []
-    hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    training = core.training
-    core.eval()
-    try:
-        device = core.get_input_embeddings().weight.device
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(head.out_features, (1, 5), generator=generator).to(device)
-        with torch.no_grad():
-            logits = core(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
-    finally:
-        hook.remove()
-        core.train(training)
-    if len(seen) != 1 or seen[0].shape[:2] != ids.shape:
-        return "it does not call its output head once for all positions"
-    bias = None if head.bias is None else head.bias.float()
-    expected = nn.functional.linear(seen[0].float(), head.weight.float(), bias)
-    expected = expected * transform.logit_scale
-    if transform.softcap is not None:
-        expected = transform.softcap * torch.tanh(expected / transform.softcap)
-    # Room for logits rounded to the model's dtype.
-    room = 64 * torch.finfo(logits.dtype).eps * (1.0 + expected.abs().max())
-    if logits.shape != expected.shape or (logits.float() - expected).abs().max() > room:
-        return "it does something to its logits that the fused head does not know"
-    return None
-
-
-def attach(model: nn.Module) -> None:
-    """Teach a model's `forward` the keyword that [`fused_forward`] uses. Idempotent."""
-    core = base_model(model)
-    if getattr(core.forward, "func", None) is not _forward:
-        # A partial is copied and pickled with the model it belongs to; a closure is not.
-        core.forward = update_wrapper(partial(_forward, core, core.forward), core.forward)
-
-
-def fused_forward(model: nn.Module, rows: Rows, inputs: dict[str, Any], **options: Any) -> dict:
-    """
-    Run a model on a batch, with the ORPO loss in place of its logits.
+    Changes the instance alone, and no parameter or buffer. A copy of the model has it too; a second
+    call on the same model does no harm.
 
     Args:
-        model (`nn.Module`): A model that [`attach`] has seen, in whatever wrappers.
-        rows (`Rows`): The rows of the batch that predict.
-        inputs (`dict`): The model's own arguments.
-        options (`dict`): Arguments of [`~oddsmith.functional.linear_orpo`] from `beta` on.
+        model (`PreTrainedModel` or `PeftModel`): A causal language model.
 
-    Returns:
-        `dict`: The fields of [`~oddsmith.functional.LinearORPOOutput`], and `aux_loss` where the
-        model has one.
+    Raises:
+        [`HeadMismatch`]: If the loss cannot be computed in this model's head, with the reason.
     """
-    return model(**inputs, **{_KEYWORD: {**rows._asdict(), **options}})
+    core = model.get_base_model() if hasattr(model, "get_base_model") else model
+    logit_map = probe_head(core)
+    state = vars(core).get(_STATE)
+    if state is not None:
+        state.logit_map = logit_map
+        return state
+    state = FusedHead(logit_map, vars(core).get("forward"))
+    setattr(core, _STATE, state)
 
+    # A method with nothing captured, for deepcopy binds it to the copy. It has the signature of the
+    # model's own, by which Trainer and generate tell what the model takes.
+    @wraps(type(core).forward)
+    def forward(self, *args, oddsmith_batch=None, **kwargs):
+        state = vars(self)[_STATE]
+        if oddsmith_batch is None:
+            return state.call(self, *args, **kwargs)
+        return state.run(self, oddsmith_batch, args, kwargs)
 
-def _forward(core: nn.Module, original: Any, *args: Any, **kwargs: Any) -> Any:
-    batch = kwargs.pop(_KEYWORD, None)
-    if batch is None:
-        return original(*args, **kwargs)
-    head, results = output_head(core), []
-    usual = head.__dict__.get("forward")
-    # The head is still called as a module, so that its hooks (FSDP, ZeRO-3) run.
-    head.forward = partial(_head_forward, head, head_transform(core.config), batch, results)
-    try:
-        outputs = original(*args, **kwargs)
-    finally:
-        if usual is None:
-            del head.forward
-        else:
-            head.forward = usual
-    out = results[0]._asdict()
-    if getattr(outputs, "aux_loss", None) is not None:
-        out["aux_loss"] = outputs.aux_loss
-    return out
-
-
-def _head_forward(
-    head: nn.Linear,
-    transform: HeadTransform,
-    batch: dict[str, Any],
-    results: list,
-    hidden: torch.Tensor,
-) -> torch.Tensor:
-    rows, device = dict(batch), hidden.device
-    index = rows.pop("index").to(device)
-    beta = rows.pop("beta")
-    named = {name: rows.pop(name).to(device) for name in ("targets", "sequence", "completion")}
-    weight, bias = head.weight, head.bias
-    if device.type != "cpu" and torch.is_autocast_enabled(device.type):
-        # As autocast would treat the layer. On the CPU products are in float32 in any case.
-        dtype = torch.get_autocast_dtype(device.type)
-        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-    picked = hidden.reshape(-1, hidden.shape[-1]).index_select(0, index).to(weight.dtype)
-    results.append(
-        linear_orpo(picked, weight, beta=beta, bias=bias, **named, **transform._asdict(), **rows)
-    )
-    return hidden.new_zeros(hidden.shape[0], 1, 1)
+    core.forward = MethodType(forward, core)
+    return state

@@ -1,44 +1,88 @@
-"""The table of generated completions of an evaluation."""
+"""Completions that are logged with each evaluation (`generate_during_eval`)."""
 
 import json
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import is_comet_available, is_wandb_available
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-_COLUMNS = ("prompt", "policy")
+COLUMNS = ("Prompt", "Policy")
+_LOGGED_CHARACTERS = 200
 
 
-def write_table(rows: list[tuple[str, str]], args: Any, step: int) -> Path:
+def pick_rows(dataset: Any, count: int, seed: int) -> list[dict[str, Any]]:
+    """Up to `count` rows: at random, or the first ones of a stream."""
+    if not hasattr(dataset, "__len__"):
+        return list(islice(iter(dataset), count))
+    # A generator of its own: the global one belongs to the training run.
+    indices = random.Random(seed).sample(range(len(dataset)), k=min(count, len(dataset)))
+    return [dataset[index] for index in indices]
+
+
+@contextmanager
+def untouched_randomness() -> Iterator[None]:
+    """Sampling within leaves torch's random state as it was, so evaluation changes no training."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices=list(devices)):
+        yield
+
+
+def completion_of(text: str, prompt: str) -> str:
+    """What follows the prompt in a decoded sequence."""
+    return text[len(prompt) :] if text.startswith(prompt) else text
+
+
+def log_completions(
+    rows: Sequence[tuple[str, str]], output_dir: str, step: int, prefix: str, report_to: Any
+) -> Path:
     """
-    Publish prompts and completions: to the log, to a file, and to the trackers that take tables.
+    Write a table of completions to the log, to a file, and to wandb or Comet where configured.
 
     Args:
-        rows (`list[tuple[str, str]]`): Prompt and completion.
-        args (`TrainingArguments`): Says where.
-        step (`int`): Optimiser steps done.
+        rows (`Sequence[tuple[str, str]]`): Prompts and completions.
+        output_dir (`str`): The file is `completions/{prefix}_{step}.jsonl` below it.
+        step (`int`): Training step.
+        prefix (`str`): Names the evaluation.
+        report_to (`list[str]`): Integrations in use.
 
     Returns:
-        `Path`: The file, a JSON object a line, in `output_dir/generations`.
+        `Path`: The file.
     """
-    for prompt, policy in rows:
-        logger.info(f"step {step}\nprompt: {prompt}\npolicy: {policy}")
-    path = Path(args.output_dir) / "generations" / f"step-{step}.jsonl"
+    path = Path(output_dir) / "completions" / f"{prefix}_{step:06d}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = (json.dumps(dict(zip(_COLUMNS, row, strict=True)), ensure_ascii=False) for row in rows)
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    if "wandb" in args.report_to:
+    with path.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(dict(zip(COLUMNS, row, strict=True)), ensure_ascii=False) + "\n")
+
+    lines = [f"{_short(prompt)} -> {_short(completion)}" for prompt, completion in rows]
+    # Asked for by a flag, so shown at the level that is shown by default.
+    logger.warning("\n".join([f"Completions at step {step}, also in {path}:", *lines]))
+
+    if "wandb" in report_to and is_wandb_available():
         import wandb
 
         if wandb.run is not None:
-            table = wandb.Table(columns=["Prompt", "Policy"], data=[list(row) for row in rows])
+            table = wandb.Table(columns=list(COLUMNS), data=[list(row) for row in rows])
             wandb.log({"game_log": table})
-    if "comet_ml" in args.report_to:
+    if "comet_ml" in report_to and is_comet_available():
         import comet_ml
 
         experiment = comet_ml.get_running_experiment()
         if experiment is not None:
-            experiment.log_table("game_log.csv", [list(row) for row in rows], headers=list(_COLUMNS))
+            experiment.log_table(
+                filename="game_log.csv", tabular_data=[list(row) for row in rows], headers=COLUMNS
+            )
     return path
+
+
+def _short(text: str) -> str:
+    shown = json.dumps(text, ensure_ascii=False)
+    return shown if len(shown) <= _LOGGED_CHARACTERS else shown[: _LOGGED_CHARACTERS - 1] + "…"

@@ -1,86 +1,115 @@
-"""The loss from logits: TRL's formulas, finite at the edges.
+"""The loss from logits: the path for models and subclasses that the fused head cannot serve."""
 
-The path of encoder-decoder models, of subclasses that override its pieces, and of models whose head
-the fused path does not know.
-"""
-
-import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
+# As in the Rust core (src/odds_ratio.rs): a probability of one has infinite odds, and its slope is
+# not resolved in single precision.
+_SMALLEST = 1.401298464324817e-45
+_STEEPEST = 16777216.0
+_LN2 = 0.6931471805599453
 
 
-def log1mexp(x: torch.Tensor) -> torch.Tensor:
-    """`log(1 - exp(x))` for `x <= 0`, with a finite gradient at and near 0.
+def log1mexp(x: Tensor) -> Tensor:
+    """`log(1 - exp(x))` for x < 0, accurate on both sides (Maechler 2012). No gradient of use."""
+    return torch.where(x < -_LN2, torch.log1p(-torch.exp(x)), torch.log(-torch.expm1(x)))
 
-    Each branch gets arguments at which it is finite: the gradient of the branch that is not taken
-    is multiplied by zero, and zero times infinity would be NaN.
+
+class _LogOdds(torch.autograd.Function):
+    """Analytic gradient: autograd's is NaN for a log-probability of 0, from an infinity times 0."""
+
+    @staticmethod
+    def forward(ctx, chosen: Tensor, rejected: Tensor) -> Tensor:
+        chosen, rejected = (x.clamp(max=-_SMALLEST) for x in (chosen, rejected))
+        ctx.save_for_backward(chosen, rejected)
+        return (chosen - rejected) - (log1mexp(chosen) - log1mexp(rejected))
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        # d log_odds / d x = 1 / (1 - exp(x))
+        chosen, rejected = (
+            (gradient / -torch.expm1(x)).clamp(-_STEEPEST, _STEEPEST) for x in ctx.saved_tensors
+        )
+        return chosen, -rejected
+
+
+def log_odds(chosen: Tensor, rejected: Tensor) -> Tensor:
     """
-    smallest = torch.finfo(x.dtype).smallest_normal
-    far, near = x.clamp(max=-math.log(2.0)), x.clamp(min=-math.log(2.0), max=-smallest)
-    return torch.where(x < -math.log(2.0), torch.log1p(-far.exp()), (-torch.expm1(near)).log())
+    Log odds ratio of mean log-probabilities, Hong et al. 2024 (arXiv 2403.07691), equation 4.
 
-
-def log_odds_ratio(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
-    """Log odds ratio from mean log-probabilities: Hong et al. 2024, equations 4 and 7."""
-    return (chosen - rejected) - (log1mexp(chosen) - log1mexp(rejected))
-
-
-def label_logps(
-    logits: torch.Tensor, labels: torch.Tensor, average: bool, shifted: bool
-) -> torch.Tensor:
-    """
-    Log-probability of each sequence's labels.
+    Finite in value and gradient for arguments down to -1e4, and exactly 0. Evaluated in `float64`
+    where the device has it: the differences below are where single precision loses its digits.
 
     Args:
-        logits (`Tensor`): `(B, T, V)`.
-        labels (`Tensor`): `(B, T)`, -100 where there is nothing to score.
-        average (`bool`): Per label, instead of the sum. A sequence without labels has 0.
-        shifted (`bool`): Logits at t are those of label t; else of label t + 1.
-
-    Raises:
-        ValueError: If the shapes do not agree.
+        chosen (`Tensor`): `(B,)`, at most 0.
+        rejected (`Tensor`): Likewise.
     """
-    if logits.shape[:-1] != labels.shape:
-        raise ValueError(
-            f"labels has shape {tuple(labels.shape)}; must be {tuple(logits.shape[:-1])}, that of "
-            "logits without the vocabulary"
-        )
-    if not shifted:
-        logits, labels = logits[:, :-1], labels[:, 1:]
-    scored = labels != -100
-    logps = -F.cross_entropy(
-        logits.float().transpose(1, 2), labels.clamp(min=0), reduction="none"
-    )
-    total = (logps * scored).sum(-1)
-    return total / scored.sum(-1).clamp(min=1) if average else total
+    dtype = torch.float32 if chosen.device.type == "mps" else torch.float64
+    return _LogOdds.apply(chosen.to(dtype), rejected.to(dtype))
 
 
-def nll(logits: torch.Tensor, labels: torch.Tensor, shifted: bool) -> torch.Tensor:
-    """Token mean of the negative log-likelihood; arguments as for [`label_logps`]."""
-    if not shifted:
-        logits, labels = logits[:, :-1], labels[:, 1:]
-    summed = F.cross_entropy(
-        logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum"
-    )
-    return summed / (labels != -100).sum().clamp(min=1)
+def pad_to(tensor: Tensor, length: int, value: int) -> Tensor:
+    """`tensor` (B, T) with `value` on the right up to `length`."""
+    return F.pad(tensor, (0, length - tensor.shape[1]), value=value)
 
 
-def mean_logits(logits: torch.Tensor, predicts: torch.Tensor) -> torch.Tensor:
-    """Mean over the vocabulary and the positions where `predicts` `(B, T)` is true."""
-    per_row = logits.detach().float().mean(-1)
-    return (per_row * predicts).sum() / predicts.sum().clamp(min=1)
+def concatenate(
+    batch: dict[str, Any],
+    is_encoder_decoder: bool,
+    padding_value: int,
+    device: torch.device | None,
+) -> dict[str, Tensor]:
+    """The pairs of a batch as one: chosen sequences first, then rejected. See the trainer."""
+    ids = "labels" if is_encoder_decoder else "input_ids"
+    length = max(batch[f"chosen_{ids}"].shape[1], batch[f"rejected_{ids}"].shape[1])
+    both = {}
+    for key, chosen in batch.items():
+        if not key.startswith("chosen_") or not torch.is_tensor(chosen):
+            continue
+        name = key.removeprefix("chosen_")
+        if is_encoder_decoder or name.endswith("labels"):
+            value = -100
+        else:
+            value = 0 if name.endswith("attention_mask") else padding_value
+        sides = (chosen, batch[f"rejected_{name}"])
+        both[f"concatenated_{name}"] = torch.cat([pad_to(x, length, value) for x in sides])
+    if is_encoder_decoder:
+        for name in ("input_ids", "attention_mask"):
+            both[f"concatenated_{name}"] = batch[f"prompt_{name}"].repeat(2, 1)
+    return {key: value.to(device) for key, value in both.items()}
 
 
-def shift_right(labels: torch.Tensor, start: int | None, pad: int | None) -> torch.Tensor:
-    """
-    Decoder inputs of an encoder-decoder model: labels one step later.
-
-    Raises:
-        ValueError: If the model's configuration lacks `decoder_start_token_id` or `pad_token_id`.
-    """
+def shift_right(labels: Tensor, start: int | None, pad: int | None) -> Tensor:
+    """Decoder inputs of an encoder-decoder model: labels one to the right after a start token."""
     for name, value in (("decoder_start_token_id", start), ("pad_token_id", pad)):
         if value is None:
-            raise ValueError(f"model.config.{name} is None; set it, usually to the pad token's id")
-    shifted = torch.cat([torch.full_like(labels[:, :1], start), labels[:, :-1]], dim=1)
-    return shifted.masked_fill(shifted == -100, pad)
+            raise ValueError(f"model.config.{name} is None; must be a token id")
+    shifted = labels.roll(1, dims=1)
+    shifted[:, 0] = start
+    return shifted.masked_fill(shifted < 0, pad)
+
+
+def sequence_logps(logits: Tensor, labels: Tensor, average: bool) -> Tensor:
+    """
+    Log-probability of each sequence's labels, those below 0 left out; 0 for a sequence without.
+
+    Args:
+        logits (`Tensor`): `(B, T, V)`, aligned with the labels.
+        labels (`Tensor`): `(B, T)`.
+        average (`bool`): Per token instead of in total.
+    """
+    counted = labels >= 0
+    picked = logits.gather(2, labels.clamp(min=0)[:, :, None])[:, :, 0].float()
+    logps = picked - torch.logsumexp(logits.float(), dim=-1)
+    total = torch.where(counted, logps, 0.0).sum(-1)
+    return total / counted.sum(-1).clamp(min=1) if average else total
+
+
+def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
+    """Negative log-likelihood per token, labels below 0 left out; 0 where there is none."""
+    flat = torch.where(labels < 0, -100, labels).flatten()
+    total = F.cross_entropy(logits.flatten(0, 1).float(), flat, ignore_index=-100, reduction="sum")
+    return total / (flat != -100).sum().clamp(min=1)

@@ -1,0 +1,189 @@
+"""What a model does between its head's input and its logits, found by trying it out."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+# Names under which the configurations of transformers keep a bound on the logits, or a factor. Some
+# models multiply by what others divide by, or use it elsewhere: the probe decides, not the name.
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap", "softcap")
+_SCALES = (
+    "logit_scale",
+    "logits_scaling",
+    "lm_head_multiplier",
+    "output_multiplier",
+    "output_multiplier_scale",
+)
+_POSITIONS = 3
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class HeadMismatch(Exception):
+    """The loss cannot be computed in a model's head. The message is the reason."""
+
+
+class LogitMap(NamedTuple):
+    """Logits of a head's output z: `softcap * tanh(scale * z / softcap)`, or `scale * z`."""
+
+    softcap: float | None = None
+    scale: float = 1.0
+
+    def __call__(self, z: Tensor) -> Tensor:
+        z = self.scale * z
+        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+
+
+@contextmanager
+def swapped(module: nn.Module, name: str, value: Any) -> Iterator[None]:
+    """For the duration, an attribute of an instance."""
+    own = vars(module)
+    had, before = name in own, own.get(name)
+    own[name] = value
+    try:
+        yield
+    finally:
+        if had:
+            own[name] = before
+        else:
+            own.pop(name, None)
+
+
+def head_forward_name(head: nn.Module) -> str:
+    """Attribute to swap so that accelerate's hooks, which move the weights, still run."""
+    return "_old_forward" if "_old_forward" in vars(head) else "forward"
+
+
+def find_head(core: nn.Module) -> nn.Linear:
+    """
+    The linear layer that makes a model's logits, out of its wrappers.
+
+    Raises:
+        [`HeadMismatch`]: If there is none.
+    """
+    head = core.get_output_embeddings() if hasattr(core, "get_output_embeddings") else None
+    while head is not None:
+        if hasattr(head, "modules_to_save"):  # PEFT's wrapper of a layer that is trained whole
+            active = [name for name in head.active_adapters if name in head.modules_to_save]
+            whole = head.disable_adapters or not active
+            head = head.original_module if whole else head.modules_to_save[active[0]]
+        elif hasattr(head, "_fsdp_wrapped_module"):
+            head = head._fsdp_wrapped_module
+        else:
+            break
+    if head is None:
+        raise HeadMismatch(f"{type(core).__name__} has no output embeddings")
+    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
+        raise HeadMismatch(
+            f"its output head is a {type(head).__module__}.{type(head).__name__}, not a "
+            "torch.nn.Linear"
+        )
+    if head.weight.dtype not in _FLOATS:
+        raise HeadMismatch(f"its output head has dtype {head.weight.dtype}")
+    return head
+
+
+def probe_head(core: nn.Module) -> LogitMap:
+    """
+    Find out how a model makes logits of its head's output, by giving it one that is known.
+
+    Values far beyond those of real logits, so that a softcap shows. No weight is used where the
+    model's body can be replaced for the occasion, so it works for weights that are sharded,
+    offloaded or not there yet, and takes no time for large ones. Else the model runs on three
+    tokens.
+
+    Raises:
+        [`HeadMismatch`]: If no softcap and scale in the configuration explain the logits.
+    """
+    head = find_head(core)
+    if (getattr(core, "tp_size", None) or 1) > 1:
+        raise HeadMismatch("its output head is split by tensor parallelism")
+    device = head.weight.device if head.weight.device.type != "meta" else torch.device("cpu")
+    steps = _POSITIONS * head.out_features
+    known = torch.linspace(-150.0, 150.0, steps, device=device).view(1, _POSITIONS, -1)
+    failure: Exception | None = None
+    for stubbed in (True, False):
+        try:
+            logits = _logits_for(core, head, known, stubbed)
+            break
+        except HeadMismatch:
+            raise
+        except Exception as error:  # whatever a model's own code may raise
+            failure = error
+    else:
+        raise HeadMismatch(f"it could not be probed ({type(failure).__name__}: {failure})")
+    if logits.shape != known.shape:
+        raise HeadMismatch(f"it makes logits {tuple(logits.shape)} of {tuple(known.shape)}")
+    tolerance = 1e-5 if logits.dtype in (torch.float32, torch.float64) else 1e-2
+    for candidate in _candidates(core):
+        expected = candidate(known.double())
+        if (logits.double() - expected).abs().max() <= tolerance * expected.abs().max():
+            return candidate
+    raise HeadMismatch("it changes its head's output by more than the known softcap or scale")
+
+
+def _candidates(core: nn.Module) -> Iterator[LogitMap]:
+    config = core.config
+    configs = [config, config.get_text_config()] if hasattr(config, "get_text_config") else [config]
+
+    def numbers(names: tuple[str, ...]) -> list[float]:
+        found = (getattr(each, name, None) for each in configs for name in names)
+        return [float(x) for x in found if isinstance(x, (int, float)) and x and x > 0]
+
+    scales = numbers(_SCALES)
+    for scale in [1.0, *scales, *(1.0 / x for x in scales)]:
+        for softcap in [None, *numbers(_SOFTCAPS)]:
+            yield LogitMap(softcap, scale)
+
+
+class _Body(tuple):
+    """Output of a model's body: the hidden states by position or name, None by any other name."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self[0] if name == "last_hidden_state" else None
+
+
+@torch.no_grad()
+def _logits_for(core: nn.Module, head: nn.Linear, known: Tensor, stubbed: bool) -> Tensor:
+    """The model's logits where its head's output is `known`."""
+    calls: list[tuple] = []
+
+    def forward(hidden: Tensor) -> Tensor:
+        calls.append(tuple(hidden.shape))
+        return known
+
+    # Low ids: the high ones of multimodal models stand for images.
+    ids = torch.arange(_POSITIONS, device=known.device)[None] % head.out_features
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+    with swapped(head, head_forward_name(head), forward):
+        if stubbed:
+            body = getattr(core, "base_model", core)
+            if body is core:
+                raise TypeError("the model has no body of its own")
+            width = getattr(core.config.get_text_config(), "hidden_size", head.in_features)
+            hidden = torch.zeros(1, _POSITIONS, width, device=known.device, dtype=head.weight.dtype)
+            with swapped(body, "forward", lambda *args, **kwargs: _Body((hidden,))):
+                outputs = core(**inputs)
+        else:
+            with _evaluating(core):
+                outputs = core(**inputs)
+    if calls != [(1, _POSITIONS, head.in_features)]:
+        raise HeadMismatch(
+            f"it called its head with {calls or 'nothing'}; must be once with all positions"
+        )
+    return outputs[0] if isinstance(outputs, tuple) else outputs.logits
+
+
+@contextmanager
+def _evaluating(core: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in core.modules()}
+    core.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
