@@ -1,7 +1,7 @@
 """The console script `oddsmith`.
 
 Only the standard library at the top: `oddsmith --help`, `oddsmith train --help` and a mistyped
-command answer at once, without loading torch.
+command answer at once, without loading transformers and datasets.
 """
 
 import argparse

@@ -16,6 +16,7 @@ import datasets
 from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, TrainerCallback, set_seed
+from transformers.utils import logging as transformers_logging
 
 from .config import ORPOConfig
 from .demo_model import build_model, train_tokenizer
@@ -66,15 +67,19 @@ class CompactProgress(TrainerCallback):
 
 
 @contextmanager
-def quiet_datasets() -> Iterator[None]:
-    """Hides the progress bars of datasets, each shorter than a second here."""
-    shown = datasets.are_progress_bars_disabled()
+def no_other_bars() -> Iterator[None]:
+    """Hides the progress bars of datasets and transformers, each shorter than a second here."""
+    datasets_silent = datasets.are_progress_bars_disabled()
+    transformers_shown = transformers_logging.is_progress_bar_enabled()
     datasets.disable_progress_bars()
+    transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
-        if not shown:
+        if not datasets_silent:
             datasets.enable_progress_bars()
+        if transformers_shown:
+            transformers_logging.enable_progress_bar()
 
 
 def make_config(output_dir: Path, steps: int, seed: int) -> ORPOConfig:
@@ -185,7 +190,7 @@ def run_demo(output_dir: str | Path, steps: int = STEPS, seed: int = 0) -> dict[
 
     config = make_config(output_dir / "model", steps, seed)
     before = score(model, tokenizer, test_rows, config.beta)
-    with quiet_datasets():
+    with no_other_bars():
         trainer = ORPOTrainer(
             model=model,
             args=config,
@@ -196,9 +201,9 @@ def run_demo(output_dir: str | Path, steps: int = STEPS, seed: int = 0) -> dict[
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
+        trainer.save_model()
     after = score(model, tokenizer, test_rows, config.beta)
 
-    trainer.save_model()
     results = {
         "before": before,
         "after": after,

@@ -11,6 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from oddsmith import cli
 
+# PEFT asks the model by a name that transformers 5.2x deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
