@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 
 from oddsmith.functional import linear_orpo
-
 from side_by_side import interleave, peak_memory, report, versions
 
 BETA = 0.1

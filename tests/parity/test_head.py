@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from oddsmith import functional
-
 import reference
+from oddsmith import functional
 
 
 def peaked(vocab, width, lengths, dtype):

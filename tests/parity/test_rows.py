@@ -12,19 +12,18 @@ from datasets import Dataset
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
-from generated_pairs import conversation_rows, string_rows  # noqa: E402
-from tokenizer_zoo import FAMILIES, mistral  # noqa: E402
-
-from oddsmith.chat import extract_prompt  # noqa: E402
-from oddsmith.data import PreferenceCollator, RowBuilder, prepare_dataset, row_text  # noqa: E402
+from generated_pairs import conversation_rows, string_rows
+from oddsmith.chat import extract_prompt
+from oddsmith.data import PreferenceCollator, RowBuilder, prepare_dataset, row_text
+from tokenizer_zoo import FAMILIES, mistral
 
 pytest.importorskip("trl.experimental.orpo", reason="trl, the peer, is not installed")
 
-import torch  # noqa: E402
-from accelerate import PartialState  # noqa: E402
-from trl.data_utils import maybe_apply_chat_template, maybe_extract_prompt  # noqa: E402
-from trl.experimental.orpo import ORPOTrainer as TRLTrainer  # noqa: E402
-from trl.experimental.utils import DPODataCollatorWithPadding  # noqa: E402
+import torch
+from accelerate import PartialState
+from trl.data_utils import maybe_apply_chat_template, maybe_extract_prompt
+from trl.experimental.orpo import ORPOTrainer as TRLTrainer
+from trl.experimental.utils import DPODataCollatorWithPadding
 
 SHARED = Path(os.environ.get("ODDSMITH_SHARED", Path(__file__).parents[2].parent / "shared"))
 FILES = ("alpacaeval_mistral_orpo.jsonl.gz", "hh_harmless_test_head.jsonl.gz")

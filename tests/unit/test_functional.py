@@ -5,9 +5,8 @@ import math
 import pytest
 import torch
 
-from oddsmith import functional
-
 import reference
+from oddsmith import functional
 
 FIELDS = functional.LinearORPOOutput._fields
 
