@@ -6,12 +6,16 @@ REQUIRED = "2.11"
 
 
 def check(found: str) -> None:
-    """
+    """Refuses a torch of another release.
+
+    Args:
+        found: torch's version, such as "2.11.0+cu130".
+
     Raises:
-        ImportError: If the version `found` is not the required one.
+        ImportError: If its first two numbers are not the required ones.
     """
     if found.split("+")[0].split(".")[:2] != REQUIRED.split("."):
         raise ImportError(
-            f"this oddsmith was built for torch {REQUIRED} and found torch {found}: "
-            f'pip install "torch=={REQUIRED}.*", or build oddsmith from source for yours'
+            f"oddsmith was built for torch {REQUIRED} and found torch {found}; "
+            f'install it with: pip install "torch=={REQUIRED}.*"'
         )
