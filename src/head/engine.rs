@@ -122,27 +122,33 @@ impl Stats {
 #[derive(Debug)]
 pub struct Kept<T> {
     room: Vec<T>,
-    /// End of each kept tile.
+    /// End of each kept tile: the first ones of a sweep.
     ends: Vec<usize>,
+    /// A tile did not fit, so no later one is kept either.
+    full: bool,
 }
 
 impl<T: Real> Kept<T> {
     /// Room for so many elements.
     #[must_use]
     pub fn new(elements: usize) -> Self {
-        Self { room: vec![T::ZERO; elements], ends: Vec::new() }
+        Self { room: vec![T::ZERO; elements], ends: Vec::new(), full: false }
     }
 
     fn clear(&mut self) {
         self.ends.clear();
+        self.full = false;
     }
 
     /// The next tile's place, if it fits.
     fn push(&mut self, size: usize) -> Option<&mut [T]> {
         let start = self.ends.last().copied().unwrap_or(0);
-        let place = self.room.get_mut(start..start + size)?;
+        self.full |= start + size > self.room.len();
+        if self.full {
+            return None;
+        }
         self.ends.push(start + size);
-        Some(place)
+        self.room.get_mut(start..start + size)
     }
 
     /// A tile of the last forward sweep, if it was kept.

@@ -264,6 +264,21 @@ fn variants_agree() {
     }
 }
 
+/// Budgets at every fraction of a pair's logits, so that the last, smaller tile of the vocabulary
+/// would fit where one before it did not.
+#[test]
+fn any_budget_gives_the_same() {
+    let case = Case::new(true, None, 1.3);
+    let row = case.vocab * size_of::<f64>();
+    let at = |budget| run::<f64>(&case, objective(NllScope::Full, Link::LogSigmoid, budget), true);
+    let reference = at(1 << 24);
+    for budget in (row..=40 * row).step_by(row / 3) {
+        let ran = at(budget);
+        assert!(worst(&ran.hidden, &reference.hidden) < 1e-13, "{budget}");
+        assert!(worst(&ran.weight, &reference.weight) < 1e-13, "{budget}");
+    }
+}
+
 #[test]
 fn accumulators_agree_on_long_pairs() {
     // Two pairs of 400 and 530 completion rows at width 2: over the budget of one pair's logits.
