@@ -25,7 +25,7 @@ from .demo_tasks import TASKS, make_splits
 from .report import save_curves
 from .trainer import ORPOTrainer
 
-STEPS = 1000
+STEPS = 900
 TRAIN_ROWS = 12_000
 TEST_ROWS = 480
 COLUMNS = ("prompt", "chosen", "rejected")

@@ -58,7 +58,8 @@ def test_the_folder_holds_everything(finished):
     assert saved["after"] == results["after"]
     assert (saved["steps"], saved["seed"]) == (SHORT, 1)
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
-    rows = [json.loads(line) for line in (folder / "data" / "test.jsonl").open()]
+    lines = (folder / "data" / "test.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
     assert rows[0].keys() == {"prompt", "chosen", "rejected"}
     assert len(rows) == 480
 
@@ -95,7 +96,9 @@ def test_the_printed_next_step_works(finished, tmp_path):
     assert not torch.equal(before, after)
 
 
-def test_the_same_seed_gives_the_same_run(tmp_path):
+def test_the_same_seed_gives_the_same_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("oddsmith.demo.TRAIN_ROWS", 360)
+    monkeypatch.setattr("oddsmith.demo.TEST_ROWS", 60)
     runs = [run_demo(tmp_path / name, steps=3, seed=seed) for name, seed in
             (("a", 4), ("b", 4), ("c", 5))]  # fmt: skip
     assert runs[0]["before"] == runs[1]["before"]
