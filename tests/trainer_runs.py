@@ -10,9 +10,9 @@ from datasets import Dataset
 
 sys.path.insert(0, str(Path(__file__).parent / "parity"))
 
-from generated_pairs import string_rows  # noqa: E402
-from models import MODELS, make_model  # noqa: E402
-from tokenizer_zoo import FAMILIES, random_words  # noqa: E402
+from generated_pairs import string_rows
+from models import MODELS, make_model
+from tokenizer_zoo import FAMILIES, random_words
 
 __all__ = [
     "DECODERS",

@@ -16,7 +16,8 @@ from datasets import Dataset
 sys.path.insert(0, str(Path(__file__).parents[1]))
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
-from trainer_runs import (  # noqa: E402
+from oddsmith import ORPOConfig, ORPOTrainer
+from trainer_runs import (
     MODELS,
     arguments,
     long_pairs,
@@ -26,8 +27,6 @@ from trainer_runs import (  # noqa: E402
     train,
     train_logs,
 )
-
-from oddsmith import ORPOConfig, ORPOTrainer  # noqa: E402
 
 trl = pytest.importorskip("trl.experimental.orpo", reason="trl, the peer, is not installed")
 
@@ -66,7 +65,10 @@ def assert_same_metrics(ours, theirs, *, padded):
         for name, value in peer.items():
             if any(part in name for part in SPEED) or (padded and "logits/" in name):
                 continue
-            bare, prefix = name.removeprefix("eval_"), name[: len(name) - len(name.removeprefix("eval_"))]
+            bare, prefix = (
+                name.removeprefix("eval_"),
+                name[: len(name) - len(name.removeprefix("eval_"))],
+            )
             scale = abs(value)
             if bare in DIFFERENCES:
                 scale = max(scale, abs(peer[prefix + DIFFERENCES[bare]]))
@@ -82,7 +84,9 @@ def assert_same_weights(ours, theirs):
     assert set(peers) == {name for name, _ in ours.model.named_parameters()}
     for name, mine in ours.model.named_parameters():
         assert mine.requires_grad == peers[name].requires_grad, name
-        torch.testing.assert_close(mine, peers[name], rtol=0, atol=1e-4, msg=lambda m: f"{name}: {m}")
+        torch.testing.assert_close(
+            mine, peers[name], rtol=0, atol=1e-4, msg=lambda m: f"{name}: {m}"
+        )
 
 
 def moved(trainer, model):
@@ -181,7 +185,9 @@ def test_through_logits(tmp_path):
 def alpaca_rows(count):
     with gzip.open(ALPACA, "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line, _ in zip(file, range(count))]
-    return Dataset.from_list([{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in rows])
+    return Dataset.from_list(
+        [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in rows]
+    )
 
 
 @pytest.mark.slow
@@ -193,8 +199,9 @@ def test_issue_sized(lora, checkpointing, tmp_path):
         pytest.skip(f"{ALPACA} is not there; set ODDSMITH_SHARED to the folder that holds data/")
     pytest.importorskip("mistral_common", reason="brings the tokenizer of Mistral-7B")
     from peft import LoraConfig
-    from tokenizer_zoo import mistral
     from transformers import MistralConfig, MistralForCausalLM
+
+    from tokenizer_zoo import mistral
 
     tokenizer = mistral(tmp_path)
     tokenizer.pad_token = tokenizer.eos_token

@@ -12,11 +12,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from trainer_runs import DECODERS, arguments, make_model, make_tokenizer, pairs  # noqa: E402
-
-from oddsmith import ORPOConfig, ORPOTrainer  # noqa: E402
-from oddsmith.fused import FusedBatch, install  # noqa: E402
-from oddsmith.head_probe import HeadMismatch, find_head, probe_head  # noqa: E402
+from oddsmith import ORPOConfig, ORPOTrainer
+from oddsmith.fused import FusedBatch, install
+from oddsmith.head_probe import HeadMismatch, find_head, probe_head
+from trainer_runs import DECODERS, arguments, make_model, make_tokenizer, pairs
 
 # PEFT reads an older name of transformers'.
 pytestmark = pytest.mark.filterwarnings(
@@ -67,7 +66,11 @@ def test_pads_are_no_rows_on_either_side(side):
     assert batch.targets.tolist() == [2, 3, 2, 4]
 
 
-EXPECTED = {"gemma2_softcap": (2.5, 1.0), "cohere_scale": (None, 0.4), "granite_scale": (None, 1 / 3)}
+EXPECTED = {
+    "gemma2_softcap": (2.5, 1.0),
+    "cohere_scale": (None, 0.4),
+    "granite_scale": (None, 1 / 3),
+}
 
 
 @pytest.mark.parametrize("name", DECODERS)
@@ -81,7 +84,11 @@ def test_probe_finds_softcap_and_scale(name):
 
 def test_probe_needs_no_weights():
     config = LlamaConfig(
-        vocab_size=50, hidden_size=16, intermediate_size=20, num_hidden_layers=1, num_attention_heads=2
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=20,
+        num_hidden_layers=1,
+        num_attention_heads=2,
     )
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
@@ -256,7 +263,9 @@ def assert_same(one, other):
     assert set(one[3]) == set(other[3])
     for name, grad in other[3].items():
         scale = grad.abs().max().item()
-        torch.testing.assert_close(one[3][name], grad, rtol=1e-4, atol=2e-5 * scale + 1e-8, msg=name)
+        torch.testing.assert_close(
+            one[3][name], grad, rtol=1e-4, atol=2e-5 * scale + 1e-8, msg=name
+        )
 
 
 @pytest.mark.parametrize("name", DECODERS)
