@@ -1,6 +1,5 @@
 """ORPOTrainer: transformers' Trainer with the ORPO objective."""
 
-import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -146,6 +145,13 @@ class ORPOTrainer(RowHooks, LossHooks, EvaluationHooks, Trainer):
             if eval_dataset is not None:
                 eval_dataset = self._prepare_rows(eval_dataset, "eval_dataset")
         self._check_rows(train_dataset, eval_dataset, vocabulary_size(model))
+
+        if args.accelerator_config.dispatch_batches is None:
+            # By default one process would collate a stream's batches for all, and accelerate could
+            # neither slice their strings nor join batches of different lengths.
+            parts = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
+            if any(isinstance(part, IterableDataset) for part in (train_dataset, *parts)):
+                args.accelerator_config.dispatch_batches = False
 
         self._stored_metrics = MetricStore()
         self._warned_of_non_finite: set[str] = set()
@@ -294,11 +300,11 @@ class ORPOTrainer(RowHooks, LossHooks, EvaluationHooks, Trainer):
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Of both sides of a batch; Trainer would look for `input_ids`."""
         ids = [inputs.get(f"{side}_input_ids") for side in ("chosen", "rejected")]
-        if any(side is None for side in ids) or not hasattr(self.model, "floating_point_ops"):
+        if not all(map(torch.is_tensor, ids)):
             return 0
-        tokens = sum(math.prod(side.shape) for side in ids)
         name = getattr(self.model, "main_input_name", "input_ids")
-        return self.model.floating_point_ops({name: torch.empty(tokens, device="meta")})
+        tokens = torch.empty(sum(side.numel() for side in ids), device="meta")
+        return super().floating_point_ops({name: tokens})
 
     def _autocast(self) -> AbstractContextManager:
         if self._peft_has_been_casted_to_bf16:
