@@ -89,4 +89,16 @@ mod tests {
         let error = Error::Dtype { op: "op", argument: "x", expected: "int64".into(), got: "bool".into() };
         assert_eq!(error.to_string(), "op: x has dtype bool; must be int64");
     }
+    #[cfg(feature = "torch")]
+    #[test]
+    fn libtorch_s_report_comes_without_its_stack() {
+        let matrix = tch::Tensor::zeros([2, 3], (tch::Kind::Float, tch::Device::Cpu));
+        let raw = matrix.f_matmul(&matrix).expect_err("2x3 times 2x3");
+        assert!(raw.to_string().contains("Exception raised from"), "{raw}");
+        let message = Error::from(raw).to_string();
+        assert!(message.starts_with("libtorch: "), "{message}");
+        assert!(message.contains("2x3"), "{message}");
+        assert!(!message.contains("Exception raised from"), "{message}");
+        assert_eq!(message.lines().count(), 1, "{message}");
+    }
 }

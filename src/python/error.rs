@@ -29,3 +29,54 @@ pub fn detached<R: Send>(py: Python<'_>, f: impl FnOnce() -> Result<R> + Send) -
     });
     Ok(result?)
 }
+
+#[cfg(test)]
+mod tests {
+    use pyo3::exceptions::{PyException, PyRuntimeError, PyTypeError, PyValueError};
+    use pyo3::prelude::*;
+
+    use super::detached;
+    use crate::error::Error;
+
+    /// The Python exception that `run` ends in.
+    fn raised(py: Python<'_>, run: impl FnOnce() -> Result<(), Error> + Send) -> Bound<'_, PyException> {
+        let error = detached(py, run).expect_err("an error");
+        error.into_value(py).into_bound(py).cast_into().expect("an ordinary exception")
+    }
+
+    #[test]
+    fn each_variant_has_its_exception() {
+        let parts = || ("op", "x", String::from("wanted"), String::from("come"));
+        Python::initialize();
+        Python::attach(|py| {
+            let (op, argument, expected, got) = parts();
+            let shape = raised(py, move || Err(Error::Shape { op, argument, expected, got }));
+            assert!(shape.is_instance_of::<PyValueError>());
+            assert_eq!(shape.to_string(), "op: x has shape come; must be wanted");
+            let (op, argument, expected, got) = parts();
+            let value = raised(py, move || Err(Error::Value { op, argument, expected, got }));
+            assert!(value.is_instance_of::<PyValueError>());
+            assert_eq!(value.to_string(), "op: x is come; must be wanted");
+            let (op, argument, expected, got) = parts();
+            let dtype = raised(py, move || Err(Error::Dtype { op, argument, expected, got }));
+            assert!(dtype.is_instance_of::<PyTypeError>());
+            assert_eq!(dtype.to_string(), "op: x has dtype come; must be wanted");
+            let torch = raised(py, || Err(Error::Torch("no memory".into())));
+            assert!(torch.is_instance_of::<PyRuntimeError>());
+            assert_eq!(torch.to_string(), "libtorch: no memory");
+        });
+    }
+
+    #[test]
+    fn a_panic_is_an_ordinary_exception_with_its_text() {
+        Python::initialize();
+        Python::attach(|py| {
+            for with_arguments in [false, true] {
+                let panicked =
+                    raised(py, move || if with_arguments { panic!("row {}", 7) } else { panic!("row 7") });
+                assert!(panicked.is_instance_of::<PyRuntimeError>());
+                assert_eq!(panicked.to_string(), "internal error, please report it: row 7");
+            }
+        });
+    }
+}
