@@ -88,6 +88,9 @@ class ORPOConfig(LegacyArguments, TrainingArguments):
             Allow models that bring their own Python code.
         dataset_num_proc (`int`, *optional*):
             Processes that prepare the data. The tokenizer uses all cores within one process too.
+        padding_free (`bool`, *optional*, defaults to `True`):
+            Run the model on one packed row of the batch's real tokens, where its attention allows
+            it; the log says where it does not. Needs the fused head.
         use_fused_head (`bool`, *optional*, defaults to `True`):
             Compute the loss in the fused head, which never holds the logits of a batch. `False`:
             from logits.
@@ -185,6 +188,9 @@ class ORPOConfig(LegacyArguments, TrainingArguments):
         default=None, metadata={"help": "Processes that prepare the data."}
     )
 
+    padding_free: bool = field(
+        default=True, metadata={"help": "Run the model on real tokens only, where it can."}
+    )
     use_fused_head: bool = field(
         default=True, metadata={"help": "Compute the loss in the fused head, without the logits."}
     )

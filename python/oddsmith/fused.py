@@ -5,7 +5,7 @@ model, called by whatever wraps it. Nothing goes around a wrapper, so DDP, FSDP,
 autocast see the calls that they expect.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from types import MethodType
 from typing import Any
@@ -74,6 +74,11 @@ class FusedBatch:
         rows = predicts.flatten().nonzero()[:, 0]
         picked = (x.flatten()[rows] for x in (targets, sequence, completion))
         return cls(rows, *picked, positions=real.numel(), num_pairs=pairs, **objective)
+
+    def packed(self, real: Tensor) -> "FusedBatch":
+        """The same rows where only the real positions, `(2B, T)`, are left."""
+        place = real.flatten().cumsum(0) - 1
+        return replace(self, rows=place[self.rows], positions=int(place[-1]) + 1)
 
 
 @dataclass

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import fused, plain
+from . import attention, fused, plain
 from .metrics import PairScores, batch_share, pair_metrics
 from .overrides import is_overridden
 
@@ -26,6 +26,8 @@ class LossHooks:
 
     # Why the loss goes through logits, whatever the hooks; None where it does not.
     _plain_because: str | None = None
+    # Why batches go through the model with their pads; None where they are packed.
+    _padded_because: str | None = None
     # Weight of the last batch in the averages that are logged.
     _metric_weight: float = 1.0
 
@@ -202,7 +204,13 @@ class LossHooks:
             odds_ratio_link=self.args.odds_ratio_link,
             logits_budget=self.args.logits_budget,
         )
-        out = self._run(model, inputs, oddsmith_batch=rows)
+        real = inputs["concatenated_attention_mask"] != 0
+        if self._padded_because is None and not self.aux_loss_enabled:
+            lengths = tuple(real.sum(dim=1).tolist())
+            packed = attention.packed_inputs(inputs["concatenated_input_ids"], real, lengths)
+            out = model(**packed, use_cache=False, oddsmith_batch=rows.packed(real))
+        else:
+            out = self._run(model, inputs, oddsmith_batch=rows)
         return PairScores(
             loss=out.loss,
             nll_loss=out.nll_loss,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
 from transformers.utils import logging
 
-from . import fused
+from . import attention, fused
 from .config import ORPOConfig
 from .data import PreferenceCollator, RowBuilder, ensure_pad_token
 from .evaluation import EvaluationHooks
@@ -207,6 +207,20 @@ class ORPOTrainer(RowHooks, LossHooks, EvaluationHooks, Trainer):
             fused.install(model)
         except fused.HeadMismatch as mismatch:
             return str(mismatch)
+        self._padded_because = self._install_packing(model)
+        return None
+
+    def _install_packing(self, model: nn.Module) -> str | None:
+        """Why batches have to keep their pads, or None."""
+        if not self.args.padding_free:
+            return "padding_free is False"
+        if getattr(model.config, "output_router_logits", False):
+            return "its auxiliary loss is computed on a padded batch"
+        core = model.get_base_model() if hasattr(model, "get_base_model") else model
+        try:
+            attention.install(core)
+        except attention.CannotPack as cannot:
+            return str(cannot)
         return None
 
     def _announce_path(self) -> None:
@@ -218,6 +232,8 @@ class ORPOTrainer(RowHooks, LossHooks, EvaluationHooks, Trainer):
             reason = f"{type(self).__name__} has its own {', '.join(overridden)}"
         if reason is not None and self.args.use_fused_head:
             logger.warning(f"The loss is computed from logits, not in the fused head: {reason}.")
+        elif self._padded_because is not None and self.args.padding_free:
+            logger.warning(f"Batches go through the model with their pads: {self._padded_because}.")
 
     def _read_config(self, config: Any) -> None:
         args = self.args
