@@ -1,0 +1,108 @@
+"""The fused head in a model that FSDP has split over two processes, on the CPU.
+
+Run as a script this file is what the processes run: a sharded model's loss and gradients against
+those of a whole one, averaged over the processes.
+"""
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from oddsmith.fused import FusedBatch, install
+from trainer_runs import make_model, make_tokenizer
+
+
+def fsdp2(model, head_apart):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (2,))
+    units = [*model.model.layers, *([model.lm_head] if head_apart else [])]
+    for unit in [*units, model]:
+        fully_shard(unit, mesh=mesh)
+    yield model
+    for name, parameter in model.named_parameters():
+        yield name, parameter.grad.full_tensor()
+
+
+def fsdp1(model, head_apart):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+    units = {type(model.model.layers[0]), *([nn.Linear] if head_apart else [])}
+    sharded = FullyShardedDataParallel(
+        model,
+        auto_wrap_policy=ModuleWrapPolicy(units),
+        use_orig_params=True,
+        device_id=torch.device("cpu"),
+    )
+    yield sharded
+    with FullyShardedDataParallel.summon_full_params(sharded, with_grads=True):
+        for name, parameter in sharded.named_parameters():
+            yield name.replace("_fsdp_wrapped_module.", ""), parameter.grad
+
+
+def check(shard, model, head_apart):
+    rank = dist.get_rank()
+    generator = torch.Generator().manual_seed(rank)
+    ids = torch.randint(5, 100, (4, 12), generator=generator)
+    labels = ids.clone()
+    labels[:, :4] = -100
+    mask = torch.ones_like(ids)
+    mask[1, 9:], labels[1, 9:] = 0, -100
+    objective = {"nll_scope": "full", "odds_ratio_link": "logsigmoid", "logits_budget": None}
+    batch = FusedBatch.build(ids, mask, labels, beta=0.5, **objective)
+    install(model)
+    inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+
+    whole = copy.deepcopy(model)
+    expected = whole(**inputs, oddsmith_batch=batch).loss
+    expected.backward()
+    grads = {name: p.grad for name, p in whole.named_parameters()}
+    for grad in grads.values():
+        dist.all_reduce(grad)
+        grad /= 2
+
+    steps = shard(model, head_apart)
+    loss = next(steps)(**inputs, oddsmith_batch=batch).loss
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    found = dict(steps)
+    assert set(found) == set(grads)
+    for name, grad in found.items():
+        error = (grad - grads[name]).abs().max().item()
+        assert error < 1e-5, f"{name} is {error:.2e} off"
+
+
+def main():
+    dist.init_process_group("gloo")
+    tokenizer = make_tokenizer()
+    for shard in (fsdp2, fsdp1):
+        check(shard, make_model("mistral", tokenizer), head_apart=False)
+        check(shard, make_model("mistral", tokenizer), head_apart=True)
+    check(fsdp2, make_model("qwen3_tied", tokenizer), head_apart=False)
+    dist.barrier()  # neither leaves while the other still talks to it
+    dist.destroy_process_group()
+    print("all checked")
+
+
+def test_sharded_models():
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*command, __file__], env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.count("all checked") == 2
+
+
+if __name__ == "__main__":
+    main()
