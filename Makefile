@@ -36,10 +36,16 @@ demo: build ## Install, then train a small model with ORPO, offline
 test: test-build ## Install, then run all tests
 	$(ACTIVATE) && cargo test --quiet && pytest
 
+.PHONY: test-rust
+test-rust: test-build ## The Rust tests: the algorithms, then the borders to torch and Python
+	cargo test
+	$(ACTIVATE) && cargo test --release --features python
+
 .PHONY: slow
 slow: test-build ## The long parity runs (ODDSMITH_SHARED names the folder with the real data)
 	$(ACTIVATE) && pytest -m slow
 
+# maturin warns that it is not the build backend: it is, behind python/build_backend.py.
 .PHONY: develop
 develop: ## Compile again after a change in src/
 	$(ACTIVATE) && maturin develop --release --skip-install
