@@ -3,18 +3,36 @@
 use std::env;
 use std::process::Command;
 
-/// Folder of torch's libraries and its version, as the environment's Python reports them.
-fn torch() -> Option<(String, String)> {
+/// What the Python that is built for knows of torch and itself.
+struct Found {
+    torch_version: String,
+    torch_folder: String,
+    python_folder: String,
+}
+
+const SCRIPT: &str = "
+import os, sysconfig, torch
+print(torch.__version__)
+print(os.path.join(os.path.dirname(torch.__file__), 'lib'))
+print(sysconfig.get_config_var('LIBDIR'))
+";
+
+fn find() -> Found {
     let in_environment = |root: String| format!("{root}/bin/python");
     let python = env::var("PYO3_PYTHON")
         .ok()
         .or_else(|| env::var("VIRTUAL_ENV").ok().map(in_environment))
         .unwrap_or_else(|| "python3".into());
-    let script = "import os, torch; print(os.path.dirname(torch.__file__)); print(torch.__version__)";
-    let output = Command::new(python).args(["-c", script]).output().ok()?;
-    let text = String::from_utf8(output.stdout).ok()?;
-    let (folder, version) = text.trim().split_once('\n')?;
-    Some((format!("{folder}/lib"), version.to_owned()))
+    let output = Command::new(&python).args(["-c", SCRIPT]).output();
+    let output = output.unwrap_or_else(|error| panic!("{python} does not run: {error}"));
+    let text = String::from_utf8_lossy(&output.stdout);
+    let mut lines = text.lines().map(str::to_owned);
+    let (Some(torch_version), Some(torch_folder), Some(python_folder)) =
+        (lines.next(), lines.next(), lines.next())
+    else {
+        panic!("{python} has no torch: {}", String::from_utf8_lossy(&output.stderr));
+    };
+    Found { torch_version, torch_folder, python_folder }
 }
 
 fn main() {
@@ -22,16 +40,20 @@ fn main() {
         println!("cargo:rerun-if-env-changed={variable}");
     }
     println!("cargo:rerun-if-changed=build.rs");
-    let wanted = env::var_os("CARGO_FEATURE_TORCH").is_some() && env::var_os("CARGO_FEATURE_LINT").is_none();
-    let found = if wanted { torch() } else { None };
-    let version = found.as_ref().map_or("", |(_, version)| version);
-    println!("cargo:rustc-env=TORCH_BUILD_VERSION={version}");
-    if let Some((folder, _)) = &found {
-        // torch-sys remembers the folder it was built with, which for an isolated build is gone by
-        // the next one.
-        println!("cargo:rustc-link-search=native={folder}");
-        if env::var_os("PYO3_BUILD_EXTENSION_MODULE").is_none() {
-            // Rust tests load libtorch by themselves; inside Python it is loaded already.
+    let has = |feature: &str| env::var_os(format!("CARGO_FEATURE_{feature}")).is_some();
+    if !has("TORCH") || has("LINT") {
+        println!("cargo:rustc-env=TORCH_BUILD_VERSION=");
+        return;
+    }
+    let found = find();
+    println!("cargo:rustc-env=TORCH_BUILD_VERSION={}", found.torch_version);
+    // torch-sys remembers the folder it was built with, which for an isolated build is gone by the
+    // next one.
+    println!("cargo:rustc-link-search=native={}", found.torch_folder);
+    if env::var_os("PYO3_BUILD_EXTENSION_MODULE").is_none() {
+        // Rust tests load libtorch and libpython by themselves; inside Python they are loaded
+        // already.
+        for folder in [found.torch_folder, found.python_folder] {
             println!("cargo:rustc-link-arg=-Wl,-rpath,{folder}");
         }
     }
