@@ -41,6 +41,15 @@ pub enum Error {
         /// What came.
         got: String,
     },
+    /// A row of a dataset that cannot be used.
+    Row {
+        /// The dataset's name and the row's index.
+        row: String,
+        /// The field, what is wrong with it and what to do.
+        fault: String,
+    },
+    /// What the tokenizer library reported.
+    Tokenizer(String),
     /// What libtorch reported.
     Torch(String),
     /// A mistake of this library.
@@ -59,6 +68,8 @@ impl fmt::Display for Error {
             Error::Dtype { op, argument, expected, got } => {
                 write!(f, "{op}: {argument} has dtype {got}; must be {expected}")
             }
+            Error::Row { row, fault } => write!(f, "{row}: {fault}"),
+            Error::Tokenizer(message) => write!(f, "tokenizer: {message}"),
             Error::Torch(message) => write!(f, "libtorch: {message}"),
             Error::Internal(message) => write!(f, "internal error, please report it: {message}"),
         }
@@ -88,6 +99,9 @@ mod tests {
         assert_eq!(error.to_string(), "linear_orpo: bias has shape [3]; must be (7,)");
         let error = Error::Dtype { op: "op", argument: "x", expected: "int64".into(), got: "bool".into() };
         assert_eq!(error.to_string(), "op: x has dtype bool; must be int64");
+        let error = Error::Row { row: "train_dataset row 3".into(), fault: "prompt is missing".into() };
+        assert_eq!(error.to_string(), "train_dataset row 3: prompt is missing");
+        assert_eq!(Error::Tokenizer("no model".into()).to_string(), "tokenizer: no model");
     }
     #[cfg(feature = "torch")]
     #[test]

@@ -11,9 +11,9 @@ impl From<Error> for PyErr {
     fn from(error: Error) -> Self {
         let message = error.to_string();
         match error {
-            Error::Shape { .. } | Error::Value { .. } => PyValueError::new_err(message),
+            Error::Shape { .. } | Error::Value { .. } | Error::Row { .. } => PyValueError::new_err(message),
             Error::Dtype { .. } => PyTypeError::new_err(message),
-            Error::Torch(_) | Error::Internal(_) => PyRuntimeError::new_err(message),
+            Error::Tokenizer(_) | Error::Torch(_) | Error::Internal(_) => PyRuntimeError::new_err(message),
         }
     }
 }
@@ -61,6 +61,11 @@ mod tests {
             let dtype = raised(py, move || Err(Error::Dtype { op, argument, expected, got }));
             assert!(dtype.is_instance_of::<PyTypeError>());
             assert_eq!(dtype.to_string(), "op: x has dtype come; must be wanted");
+            let row = raised(py, || Err(Error::Row { row: "mine row 3".into(), fault: "bad".into() }));
+            assert!(row.is_instance_of::<PyValueError>());
+            assert_eq!(row.to_string(), "mine row 3: bad");
+            let tokenizer = raised(py, || Err(Error::Tokenizer("no model".into())));
+            assert!(tokenizer.is_instance_of::<PyRuntimeError>());
             let torch = raised(py, || Err(Error::Torch("no memory".into())));
             assert!(torch.is_instance_of::<PyRuntimeError>());
             assert_eq!(torch.to_string(), "libtorch: no memory");

@@ -1,5 +1,6 @@
 //! The Python module `oddsmith._core`: conversions and thin functions.
 
+mod data;
 mod error;
 mod head;
 mod tensor;
@@ -11,5 +12,6 @@ use pyo3::prelude::*;
 fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add("TORCH_BUILD_VERSION", env!("TORCH_BUILD_VERSION"))?;
+    data::register(module)?;
     head::register(module)
 }
