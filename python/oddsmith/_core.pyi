@@ -5,6 +5,38 @@ from torch import Tensor
 __version__: str
 TORCH_BUILD_VERSION: str
 
+class RowEncoder:
+    """A tokenizer's JSON together with the rules for rows; see [`oddsmith.fast_rows.FastRows`]."""
+
+    def __new__(
+        cls,
+        json: str,
+        *,
+        split_special_tokens: bool,
+        bos: int | None,
+        eos: int | None,
+        label_pad: int,
+        max_length: int,
+        max_prompt_length: int | None,
+        truncation_mode: str,
+    ) -> RowEncoder: ...
+    def columns(
+        self,
+        prompts: tuple[bytes, bytes],
+        chosen: tuple[bytes, bytes],
+        rejected: tuple[bytes, bytes],
+        *,
+        name: str,
+        first_row: int,
+        parallel: bool,
+    ) -> dict[str, bytes]:
+        """
+        Buffers of the token columns of a batch; texts come as data and 64-bit offsets.
+
+        `{prompt,chosen,rejected}_{input_ids,offsets}` and `{chosen,rejected}_labels` are int32,
+        `overlength` and `empty` a byte for each row.
+        """
+
 def linear_logps(
     hidden: Tensor,
     weight: Tensor,

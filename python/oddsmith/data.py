@@ -13,7 +13,9 @@ from transformers.utils import logging
 
 from .chat import TEXT_FIELDS, extract_prompt, row_text
 from .collator import PreferenceCollator
+from .fast_rows import EMPTY, OVERLENGTH, FastRows, fast_rows_for
 from .rows import RowBuilder
+from .text_table import prepare_table, sample_texts, text_source
 
 __all__ = [
     "PreferenceCollator",
@@ -28,13 +30,13 @@ __all__ = [
 
 logger = logging.get_logger(__name__)
 
-# Columns that only live while a dataset is prepared.
-_OVERLENGTH, _EMPTY = "_oddsmith_overlength", "_oddsmith_empty"
-
 # Rows of a stream that are prepared ahead of training, to find errors before it.
 _PEEKED_ROWS = 32
 
 _MAP_BATCH = 1000
+
+# Rows that show whether Rust makes the same tokens as the tokenizer's Python class.
+_COMPARED_ROWS = 16
 
 
 def prepare_dataset(
@@ -108,18 +110,36 @@ def prepare_dataset(
         name=name,
     )
     if isinstance(dataset, IterableDataset):
-        return _prepare_stream(dataset, transform, builder, overlength, name)
-    prepared = dataset.with_format(None).map(
-        transform,
-        batched=True,
-        batch_size=_MAP_BATCH,
-        with_indices=True,
-        num_proc=num_proc,
-        desc=f"Tokenizing {name}",
-    )
-    flags = prepared.select_columns([_OVERLENGTH, _EMPTY]).with_format("numpy")[:]
-    prepared = prepared.remove_columns([_OVERLENGTH, _EMPTY])
-    return _apply_overlength(prepared, flags[_OVERLENGTH], flags[_EMPTY], builder, overlength, name)
+        first = list(islice(iter(dataset.with_format(None)), _PEEKED_ROWS))
+        texts = (
+            row_text(row, processing_class, f"{name} row {index}")
+            for index, row in enumerate(first[:_COMPARED_ROWS])
+        )
+        transform = partial(transform, fast=fast_rows_for(own if batched else None, texts, name))
+        return _prepare_stream(dataset, first, transform, builder, overlength, name)
+
+    source = text_source(dataset)
+    texts = sample_texts(source, processing_class, name, _COMPARED_ROWS)
+    fast = fast_rows_for(own if batched else None, texts, name)
+    mapped = {
+        "batched": True,
+        "batch_size": _MAP_BATCH,
+        "with_indices": True,
+        "desc": f"Tokenizing {name}",
+    }
+    if fast is None:
+        prepared = dataset.with_format(None).map(transform, num_proc=num_proc, **mapped)
+    else:
+        transform = partial(
+            prepare_table, source=source, processing_class=processing_class, fast=fast, name=name
+        )
+        prepared = dataset.with_format("arrow").map(
+            transform, new_fingerprint=fast.fingerprint(dataset), **mapped
+        )
+        prepared = prepared.with_format(None)
+    flags = prepared.select_columns([OVERLENGTH, EMPTY]).with_format("numpy")[:]
+    prepared = prepared.remove_columns([OVERLENGTH, EMPTY])
+    return _apply_overlength(prepared, flags[OVERLENGTH], flags[EMPTY], builder, overlength, name)
 
 
 def validate(dataset: Any, processing_class: Any, *, name: str = "train_dataset") -> None:
@@ -247,11 +267,17 @@ def _prepare_batch(
     builder: RowBuilder | None,
     tokenize_row: Callable[..., dict[str, Any]] | None,
     name: str,
+    fast: FastRows | None = None,
 ) -> dict[str, list]:
     """Text and token columns of a batch of rows; `tokenize_row` None means the builder's own."""
     where = [f"{name} row {index}" for index in indices]
     rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
     texts = [row_text(row, processing_class, at) for row, at in zip(rows, where, strict=True)]
+    columns = dict(zip(TEXT_FIELDS, map(list, zip(*texts, strict=True)), strict=True))
+    if fast is not None:
+        arrays = (pa.array(columns[field], pa.large_string()) for field in TEXT_FIELDS)
+        made = fast.columns(*arrays, name=name, first_row=indices[0])
+        return {**columns, **{key: column.to_pylist() for key, column in made.items()}}
     if tokenize_row is None:
         tokens, overlength = builder.tokenize_batch(*zip(*texts, strict=True), where)
     else:
@@ -263,11 +289,10 @@ def _prepare_batch(
                 overlength.append(builder is not None and builder.is_overlength(feature))
             except ValueError as error:
                 raise ValueError(f"{at}: {error}") from error
-    columns = dict(zip(TEXT_FIELDS, map(list, zip(*texts, strict=True)), strict=True))
     for key in tokens[0]:
         columns[key] = [row[key] for row in tokens]
-    columns[_OVERLENGTH] = overlength
-    columns[_EMPTY] = [_has_no_completion(row) for row in tokens]
+    columns[OVERLENGTH] = overlength
+    columns[EMPTY] = [_has_no_completion(row) for row in tokens]
     return columns
 
 
@@ -280,6 +305,7 @@ def _has_no_completion(row: Mapping[str, list[int]]) -> bool:
 
 def _prepare_stream(
     dataset: IterableDataset,
+    first: list[dict[str, Any]],
     transform: Callable[..., dict[str, list]],
     builder: RowBuilder | None,
     overlength: str,
@@ -287,21 +313,20 @@ def _prepare_stream(
 ) -> IterableDataset:
     # The first rows go through everything now, so that a fault stops the run before the model
     # trains.
-    first = list(islice(iter(dataset.with_format(None)), _PEEKED_ROWS))
     peeked = transform(
         {key: [row[key] for row in first] for key in first[0]}, list(range(len(first)))
     )
-    _check_completions(np.asarray(peeked[_EMPTY]), builder, f"{name} (first {len(first)} rows)")
+    _check_completions(np.asarray(peeked[EMPTY]), builder, f"{name} (first {len(first)} rows)")
     prepared = dataset.with_format(None).map(
         transform, batched=True, batch_size=_PEEKED_ROWS, with_indices=True
     )
     if overlength == "drop":
         prepared = prepared.filter(_fits)
-    return prepared.remove_columns([_OVERLENGTH, _EMPTY])
+    return prepared.remove_columns([OVERLENGTH, EMPTY])
 
 
 def _fits(row: Mapping[str, Any]) -> bool:
-    return not row[_OVERLENGTH]
+    return not row[OVERLENGTH]
 
 
 def _apply_overlength(

@@ -106,7 +106,7 @@ class RowBuilder:
             ValueError: If prompt and answer merge to fewer tokens than the prompt has alone.
         """
         prompt_ids, full_ids = self._encode([prompt, prompt + answer])
-        return _split(prompt_ids, full_ids)
+        return _split(prompt_ids, full_ids, "answer")
 
     def tokenize_row(
         self,
@@ -215,7 +215,9 @@ class RowBuilder:
     def _decoder_row(
         self, prompt: list[int], chosen: list[int], rejected: list[int], texts: list[str]
     ) -> tuple[dict[str, list[int]], bool]:
-        return self._assemble(prompt, _split(prompt, chosen), _split(prompt, rejected))
+        return self._assemble(
+            prompt, _split(prompt, chosen, "chosen"), _split(prompt, rejected, "rejected")
+        )
 
     def _assemble(self, prompt: list[int], chosen: Side, rejected: Side) -> tuple[dict, bool]:
         """The row (BOS and EOS added, cut to length), and whether it was too long."""
@@ -323,10 +325,10 @@ class RowBuilder:
         return row
 
 
-def _split(prompt: list[int], full: list[int]) -> Side:
+def _split(prompt: list[int], full: list[int], answer_name: str) -> Side:
     if len(full) < len(prompt):
         raise ValueError(
-            f"prompt and answer together have {len(full)} tokens, fewer than the prompt alone "
+            f"prompt and {answer_name} together have {len(full)} tokens, fewer than the prompt alone "
             f"({len(prompt)}), "
             "so the answer has no first token; end the prompt where a word ends"
         )

@@ -180,7 +180,6 @@ mod tests {
         let texts = ["", "a", "b", "ab", "cab", "abc", "bca", "</s>"];
         let rows: Vec<[&str; 3]> =
             (0..512).map(|case| [texts[case / 64], texts[case / 8 % 8], texts[case % 8]]).collect();
-        // An empty answer behind "a" and one that begins with "b" is fine; none of these shrink.
         let encoder = encoder(false);
         assert_eq!(columns(&encoder, &rows, true).unwrap(), columns(&encoder, &rows, false).unwrap());
     }

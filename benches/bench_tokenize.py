@@ -1,0 +1,218 @@
+"""Tokenising a preference dataset beside TRL's maps and beside the tokenizer library alone.
+
+    python benches/bench_tokenize.py [--rows 20000] [--peer_rows 2000] [--rounds 3]
+    python benches/bench_tokenize.py --memory 1000000
+
+The rows are those of the two files in the folder `data` of `--shared`, repeated with a suffix that
+makes each text another one: conversations (AlpacaEval pairs, through a chat template) and strings
+(HH-RLHF, implicit prompt). The tokenizer is Mistral's, from mistral-common. Each run is a process of
+its own that loads the rows from disk and writes its columns to disk, as a first training run does:
+`oddsmith` is `prepare_dataset`; `trl` the three maps of TRL's trainer, with one process and with two;
+`encode_batch` only encodes the texts that oddsmith encodes, with every core: no template, no rows, no
+disk. TRL runs on the first `--peer_rows` rows, for time.
+
+`--memory N` prepares N rows of made-up words and prints the peak of resident memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+FILES = {
+    "conversations": "alpacaeval_mistral_orpo.jsonl.gz",
+    "strings": "hh_harmless_test_head.jsonl.gz",
+}
+CONTENDERS = ("oddsmith", "encode_batch", "trl", "trl_2")
+
+
+def suffixed(value, suffix: str):
+    """A text, or the text of every message, with a suffix."""
+    if isinstance(value, str):
+        return value + suffix
+    return [{**message, "content": message["content"] + suffix} for message in value]
+
+
+def real_rows(path: Path, count: int):
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
+    fields = [field for field in ("prompt", "chosen", "rejected") if field in rows[0]]
+    for index in range(count):
+        row = rows[index % len(rows)]
+        yield {field: suffixed(row[field], f" [{index}]") for field in fields}
+
+
+def made_up_rows(count: int):
+    """Rows of about 25 words of prompt and 80 and 60 of answers."""
+    draw = random.Random(3)
+    words = [
+        "".join(draw.choices("abcdefghijklmnoprstuvw", k=draw.randint(1, 9))) for _ in range(5000)
+    ]
+    for index in range(count):
+        text = (
+            " ".join(draw.choices(words, k=draw.randint(k // 2, k * 3 // 2))) for k in (25, 80, 60)
+        )
+        prompt, chosen, rejected = text
+        yield {"prompt": f"{index} {prompt}\n", "chosen": chosen, "rejected": rejected}
+
+
+def tokenizer_and_dataset(args: argparse.Namespace):
+    from datasets import disable_caching, disable_progress_bars, load_from_disk
+
+    from bench_step import mistral_tokenizer
+
+    disable_caching()  # results are still written to disk
+    disable_progress_bars()
+    dataset = load_from_disk(args.dataset)
+    dataset = dataset.select(range(min(args.rows, len(dataset))))
+    return mistral_tokenizer(Path(tempfile.mkdtemp(dir=args.folder))), dataset
+
+
+def run_oddsmith(tokenizer, dataset, args: argparse.Namespace) -> float:
+    from oddsmith.data import RowBuilder, prepare_dataset
+
+    builder = RowBuilder(tokenizer, 1024)
+    start = time.perf_counter()
+    prepared = prepare_dataset(dataset, tokenizer, builder.tokenize_row)
+    seconds = time.perf_counter() - start
+    assert len(prepared) == len(dataset)
+    return seconds
+
+
+def run_trl(tokenizer, dataset, args: argparse.Namespace) -> float:
+    from accelerate import PartialState
+    from trl.data_utils import maybe_apply_chat_template, maybe_extract_prompt
+    from trl.experimental.orpo import ORPOTrainer
+
+    PartialState()
+    trainer = ORPOTrainer.__new__(ORPOTrainer)
+    trainer.processing_class, trainer.max_length = tokenizer, 1024
+    trainer.is_encoder_decoder, trainer.max_completion_length = False, None
+    trainer.padding_value = tokenizer.pad_token_id
+    processes = 2 if args.child == "trl_2" else None
+    start = time.perf_counter()
+    rows = dataset.map(maybe_extract_prompt, num_proc=processes)
+    template = {"processing_class": tokenizer}
+    rows = rows.map(maybe_apply_chat_template, fn_kwargs=template, num_proc=processes)
+    rows.map(trainer.tokenize_row, num_proc=processes)
+    return time.perf_counter() - start
+
+
+def run_encode_batch(tokenizer, dataset, args: argparse.Namespace) -> float:
+    from oddsmith.data import row_text
+
+    seconds = 0.0
+    for first in range(0, len(dataset), 1000):
+        batch = dataset.select(range(first, min(first + 1000, len(dataset))))
+        texts = []
+        for prompt, *answers in (row_text(row, tokenizer, "row") for row in batch):
+            texts += [prompt, *(prompt + answer for answer in answers)]
+        start = time.perf_counter()
+        encoded = tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
+        seconds += time.perf_counter() - start
+        del encoded
+    return seconds
+
+
+def child(args: argparse.Namespace) -> None:
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    tokenizer, dataset = tokenizer_and_dataset(args)
+    runs = {"oddsmith": run_oddsmith, "encode_batch": run_encode_batch}
+    seconds = runs.get(args.child, run_trl)(tokenizer, dataset, args)
+    from side_by_side import _status
+
+    print(json.dumps({"seconds": seconds, "rows": len(dataset), "peak": _status("VmHWM")}))
+
+
+def run(contender: str, rows: int, dataset: Path, folder: Path) -> dict:
+    command = [sys.executable, __file__, "--child", contender, f"--rows={rows}"]
+    command += [f"--dataset={dataset}", f"--folder={folder}"]
+    environment = {**os.environ, "TRL_EXPERIMENTAL_SILENCE": "1", "HF_HUB_OFFLINE": "1"}
+    # Where a process writes what it does not cache.
+    environment["TMPDIR"] = str(folder)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    if done.returncode:
+        raise SystemExit(f"{contender} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def beside_trl(args: argparse.Namespace, form: str, folder: Path) -> None:
+    from datasets import Dataset
+
+    from side_by_side import report, versions
+
+    path = args.shared / "data" / FILES[form]
+    dataset = folder / form
+    Dataset.from_list(list(real_rows(path, args.rows))).save_to_disk(dataset)
+    seconds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
+    for index in range(args.rounds):
+        for name, runs in seconds.items():
+            rows = args.peer_rows if name.startswith("trl") else args.rows
+            done = run(name, rows, dataset, folder)
+            runs.append(1000 * done["seconds"] / done["rows"])
+            line = f"{name}, {done['rows']} rows: {done['rows'] / done['seconds']:.0f} rows/s"
+            print(f"  round {index + 1}/{args.rounds}: {line}", flush=True)
+    case = f"tokenise, {form}, seconds for 1,000 rows ({args.rows} rows; TRL {args.peer_rows})"
+    used = versions("trl", "transformers", "tokenizers", "datasets", "oddsmith")
+    report("tokenize", case, seconds, {}, "oddsmith", os.cpu_count() or 1, used)
+    for name, runs in seconds.items():
+        print(f"  {name:24}{1000 / statistics.median(runs):9.0f} rows/s")
+
+
+def memory(args: argparse.Namespace, folder: Path) -> None:
+    from datasets import Dataset
+
+    dataset = folder / "made_up"
+    start = time.perf_counter()
+    made = Dataset.from_generator(
+        made_up_rows, gen_kwargs={"count": args.memory}, cache_dir=str(folder)
+    )
+    made.save_to_disk(dataset)
+    print(f"  {args.memory} rows made in {time.perf_counter() - start:.0f} s", flush=True)
+    done = run("oddsmith", args.memory, dataset, folder)
+    rate = done["rows"] / done["seconds"]
+    print(
+        f"  {done['rows']} rows: {done['seconds']:.0f} s, {rate:.0f} rows/s, "
+        f"peak {done['peak'] / 1e9:.2f} GB"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, default=20_000)
+    parser.add_argument("--peer_rows", type=int, default=2_000, help="rows that TRL runs on")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--forms", nargs="+", choices=tuple(FILES), default=list(FILES))
+    parser.add_argument(
+        "--memory", type=int, default=0, help="rows of the run that measures memory"
+    )
+    default = os.environ.get("ODDSMITH_SHARED", Path(__file__).parents[2] / "shared")
+    parser.add_argument("--shared", type=Path, default=default, help="holds the folder data")
+    parser.add_argument("--child", choices=CONTENDERS, help=argparse.SUPPRESS)
+    parser.add_argument("--dataset", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        child(args)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        if args.memory:
+            memory(args, Path(folder))
+            return
+        for form in args.forms:
+            beside_trl(args, form, Path(folder))
+
+
+if __name__ == "__main__":
+    main()
