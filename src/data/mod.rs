@@ -11,3 +11,4 @@ pub mod text;
 pub mod tokenize;
 pub mod triplet;
 pub mod truncate;
+pub mod words;

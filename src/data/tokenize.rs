@@ -1,14 +1,20 @@
 //! Whole batches of text to rows of token ids, in parallel. The only importer of `tokenizers`.
 
 use std::str::FromStr;
+use std::sync::{Mutex, PoisonError};
+use std::thread;
 
 use rayon::prelude::*;
-use tokenizers::Tokenizer;
+use tokenizers::models::bpe::BPE;
+use tokenizers::{
+    Encoding, Model, ModelWrapper, OffsetReferential, OffsetType, PreTokenizer, Token, Tokenizer,
+};
 
 use super::pool::Pool;
 use super::text::Texts;
 use super::triplet::{Columns, Marks, Row, SIDES, Triplet};
 use super::truncate::Limits;
+use super::words::{Memory, Words, are_separate};
 use crate::error::{Error, Result};
 
 /// Text of a batch of rows.
@@ -31,6 +37,34 @@ pub struct RowEncoder {
     marks: Marks,
     limits: Limits,
     pool: Pool,
+    /// What each thread remembers; none where the library encodes whole texts.
+    memories: Vec<Mutex<Memory>>,
+    /// Whether words can be encoded one by one.
+    separate: bool,
+}
+
+/// Whether the model merges each word by itself with the same result; see [`super::words`].
+fn has_separate_words(model: &BPE) -> bool {
+    let vocabulary = model.get_vocab();
+    // A character that leaves no token would let its neighbours merge.
+    let bytes = || (0..=255u8).all(|byte| vocabulary.contains_key(&format!("<0x{byte:02X}>")));
+    let unknown = match &model.unk_token {
+        Some(token) => !token.contains('▁'),
+        None => model.byte_fallback && bytes(),
+    };
+    // These look at the word as a whole.
+    let whole = model.ignore_merges
+        || model.continuing_subword_prefix.is_some()
+        || model.end_of_word_suffix.is_some();
+    unknown && !whole && are_separate(&vocabulary)
+}
+
+/// Whether the post-processor leaves tokens as they are, where it may add none.
+fn keeps_tokens(tokenizer: &Tokenizer) -> bool {
+    let ids = [0, 1, 2];
+    let tokens = ids.map(|id| Token::new(id, "a".into(), (id as usize, id as usize + 1)));
+    let encoding = Encoding::from_tokens(tokens.into(), 0);
+    tokenizer.post_process(encoding, None, false).is_ok_and(|after| after.get_ids() == ids)
 }
 
 impl RowEncoder {
@@ -51,7 +85,49 @@ impl RowEncoder {
         tokenizer.with_truncation(None).map_err(|error| Error::Tokenizer(error.to_string()))?;
         tokenizer.with_padding(None);
         tokenizer.set_encode_special_tokens(split_special_tokens);
-        Ok(Self { tokenizer, marks, limits, pool: Pool::default() })
+        let (mut memories, mut separate) = (Vec::new(), false);
+        if let ModelWrapper::BPE(model) = tokenizer.get_model() {
+            if model.dropout.is_none() && keeps_tokens(&tokenizer) {
+                separate = has_separate_words(model);
+                let threads = thread::available_parallelism().map_or(1, usize::from);
+                memories.resize_with(threads, Mutex::default);
+            }
+        }
+        Ok(Self { tokenizer, marks, limits, pool: Pool::default(), memories, separate })
+    }
+
+    /// Appends the ids of a text, without special tokens: those of the library's `encode`.
+    fn encode(&self, text: &str, memory: Option<&mut Memory>, to: &mut Vec<u32>) -> tokenizers::Result<()> {
+        let Some(memory) = memory else {
+            to.extend_from_slice(self.tokenizer.encode_fast(text, false)?.get_ids());
+            return Ok(());
+        };
+        let model = self.tokenizer.get_model();
+        let mut recall = |word: &str, to: &mut Vec<u32>| -> tokenizers::Result<()> {
+            memory.recall(word, to, |word, to| {
+                to.extend(model.tokenize(word)?.into_iter().map(|token| token.id));
+                Ok(())
+            })
+        };
+        let added = self.tokenizer.get_added_vocabulary();
+        let mut pieces = added.extract_and_normalize(self.tokenizer.get_normalizer(), text);
+        if let Some(pre_tokenizer) = self.tokenizer.get_pre_tokenizer() {
+            pre_tokenizer.pre_tokenize(&mut pieces)?;
+        }
+        for (piece, _, tokens) in pieces.get_splits(OffsetReferential::Normalized, OffsetType::None) {
+            match tokens {
+                Some(tokens) => to.extend(tokens.iter().map(|token| token.id)),
+                None if self.separate => Words::of(piece).try_for_each(|word| recall(word, to))?,
+                None => recall(piece, to)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// This thread's memory, if texts are encoded by words.
+    fn memory(&self) -> Option<&Mutex<Memory>> {
+        let thread = rayon::current_thread_index().unwrap_or(0);
+        self.memories.get(thread % self.memories.len().max(1))
     }
 
     /// The columns of a batch: each prompt encoded once, and once together with each answer.
@@ -93,20 +169,23 @@ impl RowEncoder {
             row: format!("{} row {}", batch.name, batch.first_row + row as u64),
             fault,
         };
-        let encode = |text: &str, field: &str| {
-            let encoding = self.tokenizer.encode_fast(text, false);
-            encoding.map_err(|error| fault(format!("{field} cannot be tokenised: {error}")))
+        let mut memory = self.memory().map(|memory| memory.lock().unwrap_or_else(PoisonError::into_inner));
+        let mut encode = |text: &str, field: &str| -> Result<Vec<u32>> {
+            let mut ids = Vec::with_capacity(text.len() / 2);
+            let done = self.encode(text, memory.as_deref_mut(), &mut ids);
+            done.map_err(|error| fault(format!("{field} cannot be tokenised: {error}")))?;
+            Ok(ids)
         };
         let prompt = batch.prompts.get(row);
         let alone = encode(prompt, "prompt")?;
-        let mut with = |side: usize| {
+        let mut with = |side: usize| -> Result<Vec<u32>> {
             text.clear();
             text.push_str(prompt);
             text.push_str(batch.answers[side].get(row));
             encode(text, SIDES[side])
         };
         let full = [with(0)?, with(1)?];
-        let triplet = Triplet { prompt: alone.get_ids(), full: [full[0].get_ids(), full[1].get_ids()] };
+        let triplet = Triplet { prompt: &alone, full: [&full[0], &full[1]] };
         triplet.row(&self.marks, &self.limits).map_err(|misfit| fault(misfit.to_string()))
     }
 }
@@ -117,6 +196,7 @@ mod tests {
     use crate::data::text::Texts;
     use crate::data::triplet::{Columns, Marks};
     use crate::data::truncate::{Keep, Limits};
+    use crate::data::words::Memory;
     use crate::error::{Error, Result};
 
     const MARKS: Marks = Marks { bos: Some(1), eos: Some(2), label_pad: -100 };
@@ -197,6 +277,49 @@ mod tests {
         let words =
             "mine row 71: prompt and rejected together have 1 tokens, fewer than the prompt alone (2)";
         assert!(error.starts_with(words), "{error}");
+    }
+
+    /// [`LETTERS`] with other settings of the model, and spaces as SentencePiece marks them.
+    fn marked(settings: &[(&str, &str)], vocabulary: &str, merges: &str) -> RowEncoder {
+        let pre = r#""pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first",
+                     "split": false}"#;
+        let mut json = LETTERS.replace(r#""pre_tokenizer": null"#, pre);
+        json = json.replace(r#""s": 7"#, &format!(r#""s": 7, "▁": 8, "▁▁": 9, "▁a": 10{vocabulary}"#));
+        let common = r#"["▁", "▁"], ["a", "b"], ["▁", "a"]"#;
+        json = json.replace(r#"["a", "b"]"#, &format!("{common}{merges}"));
+        for (from, to) in settings {
+            assert!(json.contains(from), "{from}");
+            json = json.replace(from, to);
+        }
+        RowEncoder::new(&json, false, MARKS, LIMITS).unwrap()
+    }
+
+    #[test]
+    fn words_one_by_one_are_the_whole_text() {
+        let unknown = (r#""unk_token": null"#, r#""unk_token": "<pad>""#);
+        let fused = (r#""fuse_unk": false"#, r#""fuse_unk": true"#);
+        let ignoring = (r#""ignore_merges": false"#, r#""ignore_merges": true"#);
+        let over = (r#", "b▁": 11, "b▁a": 12"#, r#", ["b", "▁"], ["b▁", "a"]"#);
+        // The last three would differ if they were cut.
+        let cases = [
+            (true, marked(&[unknown], "", "")),
+            (true, marked(&[unknown, fused], "", "")),
+            (false, marked(&[], "", "")),
+            (false, marked(&[unknown], over.0, over.1)),
+            (false, marked(&[unknown, ignoring], r#", "▁ab": 13"#, "")),
+        ];
+        let letters = [' ', 'a', 'b', 'é', ' '];
+        for (separate, encoder) in &cases {
+            assert_eq!(encoder.separate, *separate);
+            let mut memory = Memory::default();
+            for case in 0..5_usize.pow(6) {
+                let text: String = (0..6).map(|place| letters[case / 5_usize.pow(place) % 5]).collect();
+                let (mut ids, mut whole) = (Vec::new(), Vec::new());
+                encoder.encode(&text, Some(&mut memory), &mut ids).unwrap();
+                encoder.encode(&text, None, &mut whole).unwrap();
+                assert_eq!(ids, whole, "{text:?}");
+            }
+        }
     }
 
     #[test]
