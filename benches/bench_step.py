@@ -1,6 +1,6 @@
 """A whole training step beside TRL's: time and memory of real trainer runs.
 
-    python benches/bench_step.py [--rounds 5] [--steps 4] [--checkpointing] [--lora]
+    python benches/bench_step.py [--rounds 5] [--steps 4] [--no-checkpointing] [--lora]
                                  [--data FILE.jsonl.gz | --long-prompts]
 
 Each run is a process of its own that trains a Mistral-shaped model (8 layers, hidden 512, vocabulary
@@ -207,7 +207,12 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="gzipped jsonl in the UltraFeedback form")
     parser.add_argument("--long-prompts", action="store_true")
     parser.add_argument("--lora", action="store_true")
-    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument(
+        "--checkpointing",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="gradient checkpointing for both, which is the default of both (default: on)",
+    )
     parser.add_argument("--child", choices=("oddsmith", "trl"), help=argparse.SUPPRESS)
     parser.add_argument("--profile", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -220,7 +225,7 @@ def main() -> None:
     argv += [f"--data={args.data}"] if args.data else []
     argv += ["--long-prompts"] if args.long_prompts else []
     argv += ["--lora"] if args.lora else []
-    argv += ["--checkpointing"] if args.checkpointing else []
+    argv += ["--checkpointing" if args.checkpointing else "--no-checkpointing"]
     results: dict[str, list[dict]] = {"oddsmith": [], "trl": []}
     for index in range(args.rounds):
         for name, runs in results.items():
@@ -233,7 +238,7 @@ def main() -> None:
     print(f"losses agree to {worst:.1e}")
     case = "step, Mistral shape 56 M, 2 x 2 pairs of up to 1,024 tokens, float32"
     case += ", LoRA" if args.lora else ""
-    case += ", checkpointing" if args.checkpointing else ""
+    case += ", checkpointing" if args.checkpointing else ", no checkpointing"
     kind = "long generated prompts" if args.long_prompts else "generated pairs"
     case += ", real pairs" if args.data else f", {kind}"
     report(
