@@ -19,6 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
 from .packed_flash import PackedFlash, Segments, blocks
+from .packed_varlen import can_run, packed_varlen
 from .packing import PackedBatch
 
 # No part of it may be a name that transformers looks for, such as "sdpa" or "flash".
@@ -86,6 +87,8 @@ def attend(
         sliding_window = None
     if query.device.type == "cpu" and not dropout and sliding_window is None:
         out = PackedFlash.apply(query, key, value, segments, scaling)
+    elif can_run(query, dropout):
+        out = packed_varlen(query, key, value, segments, scaling, sliding_window)
     else:
         out = _blockwise(query, key, value, segments, dropout, scaling, sliding_window)
     return out.transpose(1, 2).contiguous(), None

@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 
-from oddsmith import attention
+from oddsmith import attention, packed_varlen
 from oddsmith.packed_flash import PackedFlash
 from oddsmith.packing import PackedBatch
 
@@ -161,9 +161,47 @@ def test_flash_has_the_gradient_of_its_value(heads, scale):
     assert torch.autograd.gradcheck(lambda *x: PackedFlash.apply(*x, segments, scale), inputs)
 
 
+def naive_varlen(query, key, value, plan, scale, window):
+    """What a variable-length kernel computes: block by block, causal at the lower right."""
+    out, groups = [], query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+    bounds = zip(plan.query_bounds, plan.query_bounds[1:], plan.key_bounds, plan.key_bounds[1:])
+    for first, end, first_key, end_key in bounds:
+        assert end - first <= plan.longest_query and end_key - first_key <= plan.longest_key
+        q, k, v = query[first:end], key[first_key:end_key], value[first_key:end_key]
+        scores = torch.einsum("qhd,khd->hqk", q, k).double() * scale
+        distance = torch.arange(len(k) - len(q), len(k))[:, None] - torch.arange(len(k))
+        seen = (distance >= 0) & (distance < (window or len(k)))
+        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        out.append(torch.einsum("hqk,khd->qhd", weights, v.double()).to(q.dtype))
+    return torch.cat(out)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("window", [None, 3])
+def test_the_kernel_on_a_card(window):
+    segments = ((40, 30, 20), (0, 20, 50), (30, 0, 10), (20, 40, 0))
+    count = sum(map(sum, segments))
+    torch.manual_seed(5)
+    inputs = [
+        torch.randn(1, heads, count, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        for heads in (4, 2, 2)
+    ]
+    assert packed_varlen.can_run(inputs[0], 0.0)
+    out = packed_varlen.packed_varlen(*inputs, segments, None, window)
+    exact = [x.detach().double().cpu().requires_grad_() for x in inputs]
+    truth = attention._blockwise(*exact, segments, 0.0, None, window)
+    upstream = torch.randn(truth.shape, dtype=torch.float64)
+    grads = torch.autograd.grad(out, inputs, upstream.to(out))
+    true_grads = torch.autograd.grad(truth, exact, upstream)
+    for mine, true in zip((out, *grads), (truth, *true_grads), strict=True):
+        torch.testing.assert_close(mine.double().cpu(), true, rtol=3e-2, atol=3e-2)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("window", [None, 3])
-def test_both_ways_equal_the_definition(dtype, window):
+def test_all_ways_equal_the_definition(dtype, window, monkeypatch):
     segments = ((4, 3, 2), (0, 2, 5), (3, 0, 1), (2, 4, 0))
     owner = [
         (pair, part)
@@ -198,6 +236,9 @@ def test_both_ways_equal_the_definition(dtype, window):
     ways = [attention._blockwise(q, k, v, segments, 0.0, 0.6, window)]
     if window is None:
         ways.append(PackedFlash.apply(q, k, v, segments, 0.6))
+    # The kernel itself needs a card; what it is given does not.
+    monkeypatch.setattr(packed_varlen, "_kernel", lambda: naive_varlen)
+    ways.append(packed_varlen.packed_varlen(q, k, v, segments, 0.6, window))
     for out in ways:
         torch.testing.assert_close(out.double(), truth, rtol=tolerance, atol=tolerance)
 
