@@ -182,3 +182,75 @@ def run_prepare(argv: list[str]) -> int:
         temp_dir=flags.temp_dir,
     )
     return 0
+
+
+def inspect_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="oddsmith inspect",
+        description="Look a preference dataset over: token lengths, rows that are too long, prompts "
+        "that repeat, likely mistakes, and what padding and computing prompts twice would cost.",
+    )
+    parser.add_argument(
+        "dataset",
+        metavar="DATASET",
+        help=".jsonl, .json or .parquet file (.gz too), folder, or hub id; rows as for train",
+    )
+    add(parser, "model", required=True, metavar="M", help="folder or hub id of the tokenizer")
+    add(parser, "model_revision", metavar="REV", help="branch, tag or commit of a hub model")
+    add(parser, "dataset_config", metavar="NAME", help="configuration of a hub dataset")
+    add(parser, "split", metavar="NAME", help="default: train_prefs or train, or the only split")
+    add(parser, "rows", type=_positive, metavar="N", help="read the first N rows (default: all)")
+    add(
+        parser, "max_length", type=_positive, default=1024, metavar="N", help="default: %(default)s"
+    )
+    add(parser, "max_prompt_length", type=_positive, metavar="N", help="as for train")
+    add(
+        parser,
+        "overlength",
+        choices=("truncate", "drop"),
+        default="truncate",
+        help="what becomes of rows that are too long (default: %(default)s)",
+    )
+    add(
+        parser,
+        "batch_size",
+        type=_positive,
+        default=2,
+        metavar="N",
+        help="pairs of a batch, for the share of pads (default: %(default)s)",
+    )
+    add(parser, "chat_template", metavar="FILE", help="Jinja chat template for conversations")
+    add(parser, "trust_remote_code", action="store_true", help="run a tokenizer's own code")
+    add(parser, "json", action="store_true", help="print figures as JSON")
+    add(parser, "histogram", metavar="FILE", help="picture of the lengths (.png, .svg, .pdf)")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)
+
+
+def run_inspect(argv: list[str]) -> int:
+    """`oddsmith inspect`; returns the exit code."""
+    flags = inspect_parser().parse_args(argv)
+    from .doctor import run_inspect as run
+
+    run(
+        flags.dataset,
+        flags.model,
+        config=flags.dataset_config,
+        split=flags.split,
+        rows=flags.rows,
+        max_length=flags.max_length,
+        max_prompt_length=flags.max_prompt_length,
+        overlength=flags.overlength,
+        batch_size=flags.batch_size,
+        chat_template=flags.chat_template,
+        revision=flags.model_revision,
+        trust_remote_code=flags.trust_remote_code,
+        as_json=flags.json,
+        histogram=flags.histogram,
+    )
+    return 0

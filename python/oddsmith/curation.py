@@ -124,9 +124,9 @@ class Rules:
     def _speaks(self, pair: Pair) -> bool:
         if pair.lang is not None:
             return pair.lang in self.languages
+        # The prompt alone: an answer in another language may be what it asks for.
         last = pair.prompt if isinstance(pair.prompt, str) else pair.prompt[-1]["content"]
-        texts = (last, content_of(pair.chosen), content_of(pair.rejected))
-        return all(may_be(guess_language(text), self.languages) for text in texts)
+        return may_be(guess_language(last), self.languages)
 
 
 def content_of(side: str | Messages) -> str:
