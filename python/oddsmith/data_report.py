@@ -1,6 +1,7 @@
 """The data doctor's report: what a preference dataset is like in tokens, and what is wrong with it."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -207,16 +208,16 @@ def report_rows(
     """
     whole = isinstance(rows, Dataset)
     stats = TokenStats(processing_class.bos_token_id, processing_class.eos_token_id, max_length)
-    if whole:
-        texts = _spread(rows, sample)
-        for chunk in _chunks(rows):
-            stats.add(chunk)
-    else:
-        head = list(islice(iter(rows), sample))
-        texts = list(enumerate(head))
-        for start in range(0, len(head), CHUNK):
-            stats.add(TokenRows.of_rows(head[start : start + CHUNK]))
-    stats.close()
+    with closing(stats):
+        if whole:
+            texts = _spread(rows, sample)
+            for chunk in _chunks(rows):
+                stats.add(chunk)
+        else:
+            head = list(islice(iter(rows), sample))
+            texts = list(enumerate(head))
+            for start in range(0, len(head), CHUNK):
+                stats.add(TokenRows.of_rows(head[start : start + CHUNK]))
     return DataReport(
         name,
         stats,

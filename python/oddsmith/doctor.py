@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -145,29 +146,31 @@ def inspect_stream(
     """
     stats = TokenStats(tokenizer.bos_token_id, tokenizer.eos_token_id, builder.max_length)
     twice, seen, too_long, sampled = Finding(), 0, 0, 0
-    for batch in _batches(stream, rows):
-        if seen == 0:
-            _ensure_template(tokenizer, batch[0])
-        texts = [_text(record, tokenizer) for record in batch]
-        with user_errors(""):
-            tokens, flags = builder.tokenize_batch(
-                *zip(*texts, strict=True), [record.where for record in batch]
-            )
-        too_long += sum(flags)
-        kept = [index for index, long in enumerate(flags) if not (long and overlength == "drop")]
-        if kept:
-            chunk = TokenRows.of_rows([tokens[index] for index in kept])
-            stats.add(chunk, seen + np.array(kept))
-        # Texts of every row up to the sample, then of some of each chunk: at any place a few.
-        step = 1 if sampled < SAMPLE else 20
-        for index in range(0, len(texts), step):
-            row = dict(zip(("prompt", "chosen", "rejected"), texts[index], strict=True))
-            sampled += 1
-            if repeats_prompt(row):
-                twice.count += 1
-                twice.first = seen + index if twice.first is None else twice.first
-        seen += len(batch)
-    stats.close()
+    with closing(stats), closing(_batches(stream, rows)) as batches:
+        for batch in batches:
+            if seen == 0:
+                _ensure_template(tokenizer, batch[0])
+            texts = [_text(record, tokenizer) for record in batch]
+            with user_errors(""):
+                tokens, flags = builder.tokenize_batch(
+                    *zip(*texts, strict=True), [record.where for record in batch]
+                )
+            too_long += sum(flags)
+            kept = [
+                index for index, long in enumerate(flags) if not (long and overlength == "drop")
+            ]
+            if kept:
+                chunk = TokenRows.of_rows([tokens[index] for index in kept])
+                stats.add(chunk, seen + np.array(kept))
+            # Texts of every row up to the sample, then of some of each chunk: at any place a few.
+            step = 1 if sampled < SAMPLE else 20
+            for index in range(0, len(texts), step):
+                row = dict(zip(("prompt", "chosen", "rejected"), texts[index], strict=True))
+                sampled += 1
+                if repeats_prompt(row):
+                    twice.count += 1
+                    twice.first = seen + index if twice.first is None else twice.first
+            seen += len(batch)
     if not seen:
         raise UserError(f"dataset {stream.name} has no rows")
     partial = rows is not None and seen == rows
