@@ -11,7 +11,6 @@ from .pairs import (
     Pair,
     Unit,
     assistant,
-    messages_of,
     number_of,
     required,
     shown,
@@ -159,15 +158,3 @@ def parse_hh(fields: Mapping[str, Any], lang_column: str | None = None) -> list[
     if not chosen[:-1] or not chosen[-2]["content"]:
         return Unit("", reason="no prompt")
     return [Pair(chosen[:-1], chosen[-1:], rejected[-1:], lang=language_of(fields, lang_column))]
-
-
-__all__ = [
-    "count_votes",
-    "is_dialogue",
-    "language_of",
-    "mean",
-    "messages_of",
-    "parse_dialogue",
-    "parse_hh",
-    "parse_pair",
-]

@@ -7,12 +7,13 @@ from collections import Counter
 import pyarrow.parquet as pq
 import pytest
 
-from oddsmith import cli
+from oddsmith import cli, cli_data, prepare_formats
 from oddsmith.curation import REASONS, Rules
 from oddsmith.errors import UserError
 from oddsmith.pairs import Unit, assistant, user
 from oddsmith.prepare import Ledger, run_prepare
 from oddsmith.prepare_formats import ReadOptions
+from oddsmith.prepare_scored import PAIRINGS
 
 
 def row(prompt, chosen="Yes, with milk.", rejected="No.", **more):
@@ -201,6 +202,14 @@ def test_wrong_flags(flags, words, tmp_path, capsys, monkeypatch):
     assert cli.main(["prepare", source, *flags]) == 1
     assert words in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_the_flags_offer_what_there_is():
+    # cli_data names them itself, so that help need not import what reads them.
+    parser = cli_data.prepare_parser()
+    choices = {action.dest: action.choices for action in parser._actions}
+    assert choices["format"] == ("auto", *prepare_formats.FORMATS)
+    assert choices["pairing"] == PAIRINGS
 
 
 def test_argparse_errors(capsys):
