@@ -238,6 +238,8 @@ def _chunks(dataset: Dataset) -> Iterator[TokenRows]:
 
 def _spread(dataset: Dataset, sample: int) -> list[tuple[int, Row]]:
     columns = [name for name in ("prompt", "chosen", "rejected") if name in dataset.column_names]
+    if len(columns) < 3:
+        return []
     texts = dataset.select_columns(columns).with_format(None)
     indices = range(len(dataset))
     if len(dataset) > sample:

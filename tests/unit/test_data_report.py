@@ -111,6 +111,13 @@ def test_tokens_are_counted_over_all_rows_and_texts_over_a_sample(tokenizer):
     assert report.lines()[0].startswith("train_dataset: first 20 rows")
 
 
+def test_rows_without_their_text(tokenizer):
+    tokens = prepare([CLEAN] * 3, tokenizer).remove_columns(["prompt", "chosen", "rejected"])
+    report = report_rows(tokens, tokenizer)
+    assert (report.findings, report.texts, report.figures()["rows"]) == ([], 0, 3)
+    assert report_rows(list(tokens), tokenizer).findings == []
+
+
 def test_encoder_decoder_rows(tokenizer):
     builder = RowBuilder(tokenizer, is_encoder_decoder=True, max_completion_length=9)
     rows = [{**CLEAN, "chosen": "f g </s>", "rejected": "f g </s>"}]
