@@ -9,7 +9,7 @@ import numpy as np
 
 from .language import guess_language, may_be
 from .pairs import Messages, Pair, Unit
-from .sketch import KeyIndex, NearDuplicates, normalise, sketch_texts, text_key
+from .sketch import KeyIndex, NearDuplicates, normalise, sketch_texts, split, text_key
 
 # Similarity from which prompts are reported as near duplicates where none are dropped.
 NEAR = 0.8
@@ -179,13 +179,18 @@ class Curator:
         known = self._exact.find(np.array([keys[text] for text in unique], np.uint64))
         before = {text for text, number in zip(unique, known.tolist(), strict=True) if number >= 0}
         fresh = [text for text in unique if text not in before]
-        sketches = dict(zip(fresh, sketch_texts(fresh), strict=True))
+        # Everything that was known before is asked about at once; then only what is new here.
+        sketches = sketch_texts(fresh)
+        near = self._similar.find(sketches) >= 0
+        self._first = self._similar.count
+        parts = dict(zip(fresh, zip(near.tolist(), *split(sketches), strict=True), strict=True))
         for unit, reasons, texts in zip(units, outcomes, prompts, strict=True):
-            self._judge_unit(unit, reasons, texts, keys, before, sketches)
+            self._judge_unit(unit, reasons, texts, keys, before, parts)
         self._exact.settle()
+        self._similar.settle()
         return outcomes
 
-    def _judge_unit(self, unit, reasons, texts, keys, before, sketches) -> None:
+    def _judge_unit(self, unit, reasons, texts, keys, before, parts) -> None:
         new: dict[str, bool] = {}  # and whether it is like an earlier one
         for index, (pair, text) in enumerate(zip(unit.pairs, texts, strict=True)):
             if reasons[index] is not None:
@@ -199,7 +204,8 @@ class Curator:
                     if not self.rules.duplicates:
                         reasons[index] = "duplicate prompt"
                     continue
-                new[text] = bool(self._similar.find(sketches[text][None])[0] >= 0)
+                near, *sketch = parts[text]
+                new[text] = near or self._similar.find_recent(*sketch, self._first) >= 0
             if new[text] and self.rules.near_duplicates is not None:
                 reasons[index] = "near-duplicate prompt"
         for text, near in new.items():
@@ -209,7 +215,7 @@ class Curator:
             self.near += near
             self._exact.add(keys[text], self.distinct)
             if not near:
-                self._similar.add(sketches[text][None])
+                self._similar.add(*parts[text][1:])
 
     def close(self) -> None:
         """Remove the temporary files."""

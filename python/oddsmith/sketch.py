@@ -232,8 +232,8 @@ class NearDuplicates:
         Returns:
             `np.ndarray`: int64, (n,).
         """
-        candidates = self._index.find(_band_keys(sketches))
-        prints = _fingerprints(sketches)
+        keys, prints = split(sketches)
+        candidates = self._index.find(keys)
         similar = np.full(len(sketches), -1, np.int64)
         for row in np.flatnonzero((candidates >= 0).any(axis=1)):
             similar[row] = self._verify(candidates[row], prints[row])
@@ -247,32 +247,40 @@ class NearDuplicates:
         Returns:
             `np.ndarray`: int64, (n,): number of a similar item or -1.
         """
-        similar = self.find(sketches)
-        keys, prints = _band_keys(sketches), _fingerprints(sketches)
-        first = self.count
-        for row in np.flatnonzero(similar < 0):
-            candidates = np.array([self._index.find_recent(int(key)) for key in keys[row]])
-            candidates[candidates < first] = -1  # looked at before
-            if (candidates >= 0).any():
-                similar[row] = self._verify(candidates, prints[row])
+        similar, first = self.find(sketches), self.count
+        for row, keys, prints in zip(range(len(similar)), *split(sketches), strict=True):
             if similar[row] < 0:
-                self._add(keys[row], prints[row])
-        self._index.settle()
+                similar[row] = self.find_recent(keys, prints, first)
+            if similar[row] < 0:
+                self.add(keys, prints)
+        self.settle()
         return similar
 
-    def add(self, sketches: np.ndarray) -> None:
-        """Add items, looking for nothing."""
-        for keys, prints in zip(_band_keys(sketches), _fingerprints(sketches), strict=True):
-            self._add(keys, prints)
-        self._index.settle()
+    def find_recent(self, keys: np.ndarray, prints: np.ndarray, first: int) -> int:
+        """
+        Number of a similar item among those added since the item `first`, or -1.
 
-    def _add(self, keys: np.ndarray, prints: np.ndarray) -> None:
+        Args:
+            keys (`np.ndarray`): Of [`split`], uint64 (16,).
+            prints (`np.ndarray`): Of [`split`], uint8 (64,).
+            first (`int`): `count` when [`~NearDuplicates.find`] was asked about the earlier ones.
+        """
+        found = [self._index.find_recent(key) for key in keys.tolist()]
+        found = [number for number in found if number >= first]
+        return self._verify(np.array(found), prints) if found else -1
+
+    def add(self, keys: np.ndarray, prints: np.ndarray) -> None:
+        """Add an item; keys and prints as in `find_recent`."""
         for key in keys.tolist():
             self._index.add(key, self.count)
         self._unwritten.append(prints.tobytes())
         self.count += 1
         if len(self._unwritten) >= 4096:
             self._write()
+
+    def settle(self) -> None:
+        """Move the newest items to where they take less memory, if there are many of them."""
+        self._index.settle()
 
     def _verify(self, candidates: np.ndarray, prints: np.ndarray) -> int:
         self._write()
@@ -291,6 +299,11 @@ class NearDuplicates:
     def close(self) -> None:
         """Remove the temporary file of the sketches."""
         self._file.close()
+
+
+def split(sketches: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The keys by which sketches are found, uint64 (n, 16), and what is compared, uint8 (n, 64)."""
+    return _band_keys(sketches), _fingerprints(sketches)
 
 
 def _band_keys(sketches: np.ndarray) -> np.ndarray:
