@@ -4,9 +4,11 @@
 //! carry them to tensors (`torch`) and to Python (`python`), each behind a cargo feature of its
 //! name, so that an import in the wrong direction does not compile.
 
+pub mod arena;
 pub mod data;
 pub mod error;
 pub mod head;
+mod huge_pages;
 pub mod odds_ratio;
 #[cfg(feature = "torch")]
 pub mod torch;

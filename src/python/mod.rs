@@ -3,6 +3,7 @@
 mod data;
 mod error;
 mod head;
+mod pool;
 mod tensor;
 
 use pyo3::prelude::*;
@@ -13,5 +14,6 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add("TORCH_BUILD_VERSION", env!("TORCH_BUILD_VERSION"))?;
     data::register(module)?;
+    pool::register(module)?;
     head::register(module)
 }

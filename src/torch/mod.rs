@@ -3,5 +3,7 @@
 pub mod gemm;
 pub mod head;
 pub mod head_ops;
+#[cfg(target_os = "linux")]
+pub mod pool;
 pub mod team;
 pub mod view;
