@@ -100,7 +100,9 @@ def liger(case: Case):
     from liger_kernel.chunked_loss import LigerFusedLinearORPOLoss
 
     loss = LigerFusedLinearORPOLoss(beta=BETA, compiled=False)
-    return gradients(case, loss(case.weight, case.hidden, case.labels, nll_target=case.tokens)[0])
+    # Copies: Liger marks what it is given as of dynamic shape, and torch.compile would obey.
+    labels, tokens = case.labels.clone(), case.tokens.clone()
+    return gradients(case, loss(case.weight, case.hidden, labels, nll_target=tokens)[0])
 
 
 def chunked(case: Case):

@@ -104,7 +104,7 @@ def demo_parser() -> argparse.ArgumentParser:
 
 def demo(argv: list[str]) -> int:
     options = demo_parser().parse_args(argv)
-    from .demo import STEPS, run_demo
+    from .demo.run import STEPS, run_demo
 
     try:
         run_demo(options.output_dir, options.steps or STEPS, options.seed)

@@ -139,11 +139,11 @@ def _add_rules(group: Any) -> None:
 def run_prepare(argv: list[str]) -> int:
     """`oddsmith prepare`; returns the exit code."""
     flags = prepare_parser().parse_args(argv)
-    from .curation import Rules
     from .errors import UserError
-    from .prepare import run_prepare as run
-    from .prepare_formats import ReadOptions
-    from .prepare_scored import Columns
+    from .prepare.curation import Rules
+    from .prepare.formats import ReadOptions
+    from .prepare.run import run_prepare as run
+    from .prepare.scored import Columns
 
     try:
         columns = Columns(

@@ -6,8 +6,8 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 
-from oddsmith.demo_model import build_model, train_tokenizer
-from oddsmith.demo_tasks import make_pairs
+from oddsmith.demo.model import build_model, train_tokenizer
+from oddsmith.demo.tasks import make_pairs
 
 
 def ultrafeedback_rows(count: int, seed: int) -> list[dict]:

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from oddsmith import cli
-from oddsmith.demo_tasks import make_pairs
+from oddsmith.demo.tasks import make_pairs
 
 # PEFT asks the model by a name that transformers 5.2x deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")

@@ -8,9 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from oddsmith import cli
-from oddsmith.demo import STEPS, make_config, run_demo
-from oddsmith.demo_score import mean_logps
-from oddsmith.demo_tasks import TASKS, make_splits
+from oddsmith.demo.run import STEPS, make_config, run_demo
+from oddsmith.demo.score import mean_logps
+from oddsmith.demo.tasks import TASKS, make_splits
 
 SHORT = 120
 
@@ -97,8 +97,8 @@ def test_the_printed_next_step_works(finished, tmp_path):
 
 
 def test_the_same_seed_gives_the_same_run(tmp_path, monkeypatch):
-    monkeypatch.setattr("oddsmith.demo.TRAIN_ROWS", 360)
-    monkeypatch.setattr("oddsmith.demo.TEST_ROWS", 60)
+    monkeypatch.setattr("oddsmith.demo.run.TRAIN_ROWS", 360)
+    monkeypatch.setattr("oddsmith.demo.run.TEST_ROWS", 60)
     runs = [run_demo(tmp_path / name, steps=3, seed=seed) for name, seed in
             (("a", 4), ("b", 4), ("c", 5))]  # fmt: skip
     assert runs[0]["before"] == runs[1]["before"]

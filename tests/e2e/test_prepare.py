@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from oddsmith import cli
-from oddsmith.demo_tasks import make_pairs
+from oddsmith.demo.tasks import make_pairs
 
 SHARED = Path(os.environ.get("ODDSMITH_SHARED", Path(__file__).parents[3] / "shared")) / "data"
 

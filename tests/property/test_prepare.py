@@ -5,11 +5,11 @@ import json
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from oddsmith.curation import REASONS, Rules
 from oddsmith.errors import UserError
-from oddsmith.prepare import run_prepare
-from oddsmith.prepare_formats import ReadOptions
-from oddsmith.prepare_scored import Columns
+from oddsmith.prepare.curation import REASONS, Rules
+from oddsmith.prepare.formats import ReadOptions
+from oddsmith.prepare.run import run_prepare
+from oddsmith.prepare.scored import Columns
 
 TEXTS = st.sampled_from(
     ["", " ", "a", "A", "b", "What is it?", "what  is it?", "Was ist das?", "é🙂"]

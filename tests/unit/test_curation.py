@@ -2,10 +2,10 @@
 
 import pytest
 
-from oddsmith.curation import Curator, Rules, content_of
-from oddsmith.diversity import Diversity, quantiles_of_counts, word_figures
-from oddsmith.language import KNOWN, guess_language, may_be
-from oddsmith.pairs import Pair, Unit, assistant, user
+from oddsmith.prepare.curation import Curator, Rules, content_of
+from oddsmith.prepare.diversity import Diversity, quantiles_of_counts, word_figures
+from oddsmith.prepare.language import KNOWN, guess_language, may_be
+from oddsmith.prepare.pair import Pair, Unit, assistant, user
 
 
 def pair(prompt="Where is it?", chosen="Here.", rejected="There.", *scores, **more):

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from oddsmith.demo_model import build_model, train_tokenizer
-from oddsmith.demo_score import answer, mean_logps, score
-from oddsmith.demo_tasks import TASKS, make_pairs
+from oddsmith.demo.model import build_model, train_tokenizer
+from oddsmith.demo.score import answer, mean_logps, score
+from oddsmith.demo.tasks import TASKS, make_pairs
 
 
 @pytest.fixture(scope="module")
@@ -97,9 +97,9 @@ def test_scores_average_over_tasks_and_scale_with_beta(model, tokenizer, rows):
 
 def test_a_model_that_knows_the_answers_scores_full_marks(tokenizer, rows, monkeypatch):
     right = [row["chosen"][0]["content"] for row in rows]
-    monkeypatch.setattr("oddsmith.demo_score.answer", lambda *_: right)
+    monkeypatch.setattr("oddsmith.demo.score.answer", lambda *_: right)
     monkeypatch.setattr(
-        "oddsmith.demo_score.mean_logps",
+        "oddsmith.demo.score.mean_logps",
         lambda model, tokenizer, rows, side: torch.full(
             (len(rows),), -1.0 if side == "chosen" else -3.0
         ),

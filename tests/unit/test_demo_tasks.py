@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from oddsmith.demo_tasks import TASKS, is_correct, make_pairs, make_splits, solve
+from oddsmith.demo.tasks import TASKS, is_correct, make_pairs, make_splits, solve
 
 
 @pytest.mark.parametrize(

@@ -94,12 +94,20 @@ def test_typed():
 def test_the_stub_describes_the_core():
     tree = ast.parse((PACKAGE / "_core.pyi").read_text(encoding="utf-8"))
     functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
     constants = {node.target.id for node in tree.body if isinstance(node, ast.AnnAssign)}
     public = {name for name in dir(_core) if not name.startswith("__") or name == "__version__"}
-    assert set(functions) | constants == public
-    for name, node in functions.items():
-        described = [argument.arg for argument in node.args.args]
-        assert described == list(inspect.signature(getattr(_core, name)).parameters), name
+    assert set(functions) | set(classes) | constants == public
+    owned = [(_core, node) for node in functions.values()]
+    for name, node in classes.items():
+        methods = [method for method in node.body if isinstance(method, ast.FunctionDef)]
+        owned += [(getattr(_core, name), method) for method in methods]
+    for owner, node in owned:
+        described = [argument.arg for argument in (*node.args.args, *node.args.kwonlyargs)]
+        # The signature of __new__ is that of the class.
+        known = owner if node.name == "__new__" else getattr(owner, node.name)
+        skipped = 1 if node.name == "__new__" else 0
+        assert described[skipped:] == list(inspect.signature(known).parameters), node.name
 
 
 @pytest.mark.parametrize("name", ["ORPOConfig", "ORPOTrainer", "functional"])

@@ -7,13 +7,13 @@ from collections import Counter
 import pyarrow.parquet as pq
 import pytest
 
-from oddsmith import cli, cli_data, prepare_formats
-from oddsmith.curation import REASONS, Rules
+from oddsmith import cli, cli_data
 from oddsmith.errors import UserError
-from oddsmith.pairs import Unit, assistant, user
-from oddsmith.prepare import Ledger, run_prepare
-from oddsmith.prepare_formats import ReadOptions
-from oddsmith.prepare_scored import PAIRINGS
+from oddsmith.prepare.curation import REASONS, Rules
+from oddsmith.prepare.formats import FORMATS, ReadOptions
+from oddsmith.prepare.pair import Unit, assistant, user
+from oddsmith.prepare.run import Ledger, run_prepare
+from oddsmith.prepare.scored import PAIRINGS
 
 
 def row(prompt, chosen="Yes, with milk.", rejected="No.", **more):
@@ -208,7 +208,7 @@ def test_the_flags_offer_what_there_is():
     # cli_data names them itself, so that help need not import what reads them.
     parser = cli_data.prepare_parser()
     choices = {action.dest: action.choices for action in parser._actions}
-    assert choices["format"] == ("auto", *prepare_formats.FORMATS)
+    assert choices["format"] == ("auto", *FORMATS)
     assert choices["pairing"] == PAIRINGS
 
 

@@ -3,9 +3,9 @@
 import pytest
 
 from oddsmith.errors import UserError
-from oddsmith.pairs import assistant, user
-from oddsmith.prepare_formats import FORMATS, ReadOptions, detect_format, read_units
-from oddsmith.prepare_scored import Columns, draw_pairs
+from oddsmith.prepare.formats import FORMATS, ReadOptions, detect_format, read_units
+from oddsmith.prepare.pair import assistant, user
+from oddsmith.prepare.scored import Columns, draw_pairs
 from oddsmith.records import Record
 
 

@@ -5,10 +5,10 @@ from collections import Counter
 
 import pytest
 
-from oddsmith.curation import Rules
 from oddsmith.errors import UserError
-from oddsmith.pairs import assistant, user
-from oddsmith.prepare_formats import ReadOptions, read_units
+from oddsmith.prepare.curation import Rules
+from oddsmith.prepare.formats import ReadOptions, read_units
+from oddsmith.prepare.pair import assistant, user
 from oddsmith.records import Record
 
 

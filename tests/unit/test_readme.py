@@ -10,8 +10,8 @@ from datasets import Dataset
 from oddsmith import cli
 from oddsmith.cli_arguments import TrainParser
 from oddsmith.cli_data import inspect_parser, prepare_parser
-from oddsmith.demo_model import build_model, train_tokenizer
-from oddsmith.demo_tasks import make_pairs
+from oddsmith.demo.model import build_model, train_tokenizer
+from oddsmith.demo.tasks import make_pairs
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -67,22 +67,24 @@ def test_python_examples_run(code, stand_ins, tmp_path, monkeypatch):
 
 def test_the_file_tree_is_true():
     tree = re.search(r"## Files\n\n```\n(.*?)```", README, re.DOTALL).group(1)
-    folder, seen = ROOT, 0
+    folders, seen = [ROOT], 0
     for line in tree.splitlines():
         indent, names = re.match(r"( *)(\S+(?:,? \S+[./]\S*)*)", line).groups()
+        del folders[1 + len(indent) // 2 :]
         for name in re.split(r",? ", names):
-            path = (ROOT if not indent else folder) / name
+            path = folders[-1] / name
             assert path.exists(), f"README names {path.relative_to(ROOT)}"
             seen += 1
-        if not indent:
-            folder = ROOT / names
+        if len(names.split()) == 1 and names.endswith("/"):
+            folders.append(folders[-1] / names)
     assert seen > 30
 
 
 def test_every_module_is_in_the_file_tree():
     tree = re.search(r"## Files\n\n```\n(.*?)```", README, re.DOTALL).group(1)
-    for path in (ROOT / "python" / "oddsmith").glob("*.py"):
-        assert path.name in tree or path.name == "__init__.py", path.name
+    for path in (ROOT / "python" / "oddsmith").rglob("*.py"):
+        name = f"{path.parent.name}/" if path.name == "__init__.py" else path.name
+        assert name in tree, path
 
 
 def test_commands_and_flags_exist():

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .pairs import (
+from ..sketch import text_key
+from .pair import (
     BadRow,
     Messages,
     Pair,
@@ -18,8 +19,7 @@ from .pairs import (
     text_or_messages,
     user,
 )
-from .prepare_pairs import count_votes, language_of, mean
-from .sketch import text_key
+from .ready import count_votes, language_of, mean
 
 PAIRINGS = ("best_worst", "best_random", "all")
 

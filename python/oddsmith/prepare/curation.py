@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from ..sketch import KeyIndex, NearDuplicates, normalise, sketch_texts, split, text_key
 from .language import guess_language, may_be
-from .pairs import Messages, Pair, Unit
-from .sketch import KeyIndex, NearDuplicates, normalise, sketch_texts, split, text_key
+from .pair import Messages, Pair, Unit
 
 # Similarity from which prompts are reported as near duplicates where none are dropped.
 NEAR = 0.8

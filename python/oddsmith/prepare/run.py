@@ -12,13 +12,13 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from ..errors import UserError
+from ..record_stream import RecordStream
 from .curation import REASONS, Curator, Rules
 from .diversity import Diversity
-from .errors import UserError
-from .pair_files import PairFile, format_of
-from .pairs import Unit
-from .prepare_formats import FORMATS, ReadOptions, read_units
-from .record_stream import RecordStream
+from .formats import FORMATS, ReadOptions, read_units
+from .pair import Unit
+from .pair_file import PairFile, format_of
 
 # Units that are judged together: sketches of many prompts are made at once.
 _BATCH = 256

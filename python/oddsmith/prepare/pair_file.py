@@ -12,8 +12,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .errors import UserError
-from .pairs import Pair
+from ..errors import UserError
+from .pair import Pair
 
 FORMATS = (".jsonl", ".jsonl.gz", ".parquet")
 _ROW_GROUP = 5000

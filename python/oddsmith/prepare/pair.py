@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .errors import UserError
-from .records import Record
+from ..errors import UserError
+from ..records import Record
 
 Messages = list[dict[str, str]]
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from .curation import content_of
-from .pairs import Pair
+from .pair import Pair
 
 QUANTILES = (0.0, 0.1, 0.5, 0.9, 0.99, 1.0)
 # Pairs whose words are looked at: a random sample, so that memory does not grow with the data.

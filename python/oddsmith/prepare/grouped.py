@@ -4,10 +4,10 @@ import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from .pairs import BadRow, Unit, bad_unit, fields_of, required, text_of, text_or_messages
-from .prepare_pairs import language_of
-from .prepare_scored import Columns, make_answer, make_pairs
-from .records import Record
+from ..records import Record
+from .pair import BadRow, Unit, bad_unit, fields_of, required, text_of, text_or_messages
+from .ready import language_of
+from .scored import Columns, make_answer, make_pairs
 from .scratch import scratch_database
 
 

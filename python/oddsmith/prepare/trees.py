@@ -11,7 +11,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from .pairs import (
+from ..records import Record
+from .pair import (
     BadRow,
     Unit,
     assistant,
@@ -23,9 +24,8 @@ from .pairs import (
     text_of,
     user,
 )
-from .prepare_pairs import language_of
-from .prepare_scored import Answer, draw_pairs, pair_of
-from .records import Record
+from .ready import language_of
+from .scored import Answer, draw_pairs, pair_of
 from .scratch import scratch_database
 
 _ROLES = {"prompter": user, "assistant": assistant}

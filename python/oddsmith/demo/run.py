@@ -18,12 +18,12 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.utils import logging as transformers_logging
 
-from .config import ORPOConfig
-from .demo_model import build_model, train_tokenizer
-from .demo_score import answer, score
-from .demo_tasks import TASKS, make_splits
-from .report import save_curves
-from .trainer import ORPOTrainer
+from ..config import ORPOConfig
+from ..report import save_curves
+from ..trainer import ORPOTrainer
+from .model import build_model, train_tokenizer
+from .score import answer, score
+from .tasks import TASKS, make_splits
 
 STEPS = 900
 TRAIN_ROWS = 12_000
@@ -159,7 +159,7 @@ def run_demo(output_dir: str | Path, steps: int = STEPS, seed: int = 0) -> dict[
 
     Returns:
         `dict[str, Any]`: What `metrics.json` holds: `before` and `after` (see
-        [`~oddsmith.demo_score.score`]), `steps`, `seed`, `seconds` and the trainer's `history`.
+        [`~oddsmith.demo.score.score`]), `steps`, `seed`, `seconds` and the trainer's `history`.
 
     Raises:
         ValueError: If `steps` is below 1.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .demo_tasks import TASKS, is_correct
+from .tasks import TASKS, is_correct
 
 BATCH_SIZE = 160
 # The longest answer of the tasks has 9 tokens and the EOS token.
@@ -29,7 +29,7 @@ def mean_logps(model: Any, tokenizer: Any, rows: Sequence[dict], side: str) -> T
     Args:
         model (`PreTrainedModel`): A causal language model.
         tokenizer (`PreTrainedTokenizerBase`): Its tokenizer, with a chat template.
-        rows (`Sequence[dict]`): Rows of [`~oddsmith.demo_tasks.make_pairs`].
+        rows (`Sequence[dict]`): Rows of [`~oddsmith.demo.tasks.make_pairs`].
         side (`str`): `"chosen"` or `"rejected"`.
 
     Returns:
@@ -91,7 +91,7 @@ def score(model: Any, tokenizer: Any, rows: Sequence[dict], beta: float) -> dict
     Args:
         model (`PreTrainedModel`): A causal language model; left in the mode it came in.
         tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
-        rows (`Sequence[dict]`): Rows of [`~oddsmith.demo_tasks.make_pairs`].
+        rows (`Sequence[dict]`): Rows of [`~oddsmith.demo.tasks.make_pairs`].
         beta (`float`): Scale of the rewards, as in training.
 
     Returns:

@@ -7,13 +7,13 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
-from .pairs import Unit, per_record
-from .prepare_grouped import group_responses
-from .prepare_pairs import is_dialogue, parse_hh, parse_pair
-from .prepare_scored import PAIRINGS, Columns, parse_scored, parse_ultrafeedback
-from .prepare_trees import read_flat_messages, read_ready_trees
-from .records import Record
+from ..errors import UserError
+from ..records import Record
+from .grouped import group_responses
+from .pair import Unit, per_record
+from .ready import is_dialogue, parse_hh, parse_pair
+from .scored import PAIRINGS, Columns, parse_scored, parse_ultrafeedback
+from .trees import read_flat_messages, read_ready_trees
 
 # What a row is counted as in the summary.
 FORMATS = {

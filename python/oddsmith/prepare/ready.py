@@ -4,8 +4,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from .chat import extract_prompt
-from .pairs import (
+from ..chat import extract_prompt
+from .pair import (
     BadRow,
     Messages,
     Pair,
