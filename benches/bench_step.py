@@ -99,7 +99,8 @@ def child(args: argparse.Namespace) -> None:
     if args.data:
         rows = real_rows(args.data, count)
     else:
-        words = [w for w in tokenizer.get_vocab() if w.isascii() and w.isalpha()][:4000]
+        # The vocabulary comes in another order in every process.
+        words = [w for w in sorted(tokenizer.get_vocab()) if w.isascii() and w.isalpha()][:4000]
         rows = generated_rows(count, words, args.long_prompts)
     torch.manual_seed(0)
     model = MistralForCausalLM(

@@ -11,13 +11,16 @@ its own that loads the rows from disk and writes its columns to disk, as a first
 `encode_batch` only encodes the texts that oddsmith encodes, with every core: no template, no rows, no
 disk. TRL runs on the first `--peer_rows` rows, for time.
 
-`--memory N` prepares N rows of made-up words and prints the peak of resident memory.
+`--memory N` prepares N rows of made-up words, and runs `oddsmith inspect` on a file of them; it prints
+the peaks of resident memory.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gzip
+import io
 import json
 import os
 import random
@@ -127,12 +130,28 @@ def run_encode_batch(tokenizer, dataset, args: argparse.Namespace) -> float:
     return seconds
 
 
+def run_inspect(tokenizer, dataset, args: argparse.Namespace) -> float:
+    """`oddsmith inspect` of the rows in a jsonl file."""
+    from oddsmith import cli
+
+    model = Path(args.folder) / "tokenizer"
+    tokenizer.save_pretrained(model)
+    start = time.perf_counter()
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert cli.main(["inspect", f"{args.dataset}.jsonl", "--model", str(model)]) == 0
+    return time.perf_counter() - start
+
+
 def child(args: argparse.Namespace) -> None:
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     tokenizer, dataset = tokenizer_and_dataset(args)
-    runs = {"oddsmith": run_oddsmith, "encode_batch": run_encode_batch}
+    runs = {
+        "oddsmith": run_oddsmith,
+        "encode_batch": run_encode_batch,
+        "inspect": run_inspect,
+    }
     seconds = runs.get(args.child, run_trl)(tokenizer, dataset, args)
     from side_by_side import _status
 
@@ -179,14 +198,18 @@ def memory(args: argparse.Namespace, folder: Path) -> None:
 
     dataset = folder / "made_up"
     start = time.perf_counter()
-    Dataset.from_dict(made_up_columns(args.memory)).save_to_disk(dataset)
+    rows = Dataset.from_dict(made_up_columns(args.memory))
+    rows.save_to_disk(dataset)
+    rows.to_json(f"{dataset}.jsonl")
     print(f"  {args.memory} rows made in {time.perf_counter() - start:.0f} s", flush=True)
-    done = run("oddsmith", args.memory, dataset, folder)
-    rate = done["rows"] / done["seconds"]
-    print(
-        f"  {done['rows']} rows: {done['seconds']:.0f} s, {rate:.0f} rows/s, "
-        f"peak {done['peak'] / 1e9:.2f} GB"
-    )
+    for name in ("oddsmith", "inspect"):
+        done = run(name, args.memory, dataset, folder)
+        rate = done["rows"] / done["seconds"]
+        print(
+            f"  {name}, {done['rows']} rows: {done['seconds']:.0f} s, {rate:.0f} rows/s, "
+            f"peak {done['peak'] / 1e9:.2f} GB",
+            flush=True,
+        )
 
 
 def main() -> None:
@@ -200,7 +223,7 @@ def main() -> None:
     )
     default = os.environ.get("ODDSMITH_SHARED", Path(__file__).parents[2] / "shared")
     parser.add_argument("--shared", type=Path, default=default, help="holds the folder data")
-    parser.add_argument("--child", choices=CONTENDERS, help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=(*CONTENDERS, "inspect"), help=argparse.SUPPRESS)
     parser.add_argument("--dataset", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args()

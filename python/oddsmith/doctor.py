@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
@@ -15,14 +16,17 @@ from .chat import is_messages, row_text
 from .data import RowBuilder, ensure_pad_token
 from .data_report import SAMPLE, DataReport, repeats_prompt
 from .errors import UserError
+from .fast_rows import OVERLENGTH, FastRows, fast_rows_for
 from .length_histogram import draw_bars, save_histogram
 from .record_stream import RecordStream
 from .records import Record
-from .token_stats import Finding, TokenRows, TokenStats
+from .token_stats import Finding, Ragged, TokenRows, TokenStats, needed
 from .train import FALLBACK_CHAT_TEMPLATE, user_errors
 
 # Rows tokenised at once, by all cores.
 _BATCH = 1000
+# Rows of the first of them on which Rust and the tokenizer have to agree.
+_COMPARED = 16
 
 
 def run_inspect(
@@ -145,23 +149,20 @@ def inspect_stream(
         UserError: If a row cannot be read or is no pair; names its file, line and field.
     """
     stats = TokenStats(tokenizer.bos_token_id, tokenizer.eos_token_id, builder.max_length)
-    twice, seen, too_long, sampled = Finding(), 0, 0, 0
+    twice, seen, too_long, sampled, fast = Finding(), 0, 0, 0, None
     with closing(stats), closing(_batches(stream, rows)) as batches:
         for batch in batches:
             if seen == 0:
                 _ensure_template(tokenizer, batch[0])
             texts = [_text(record, tokenizer) for record in batch]
-            with user_errors(""):
-                tokens, flags = builder.tokenize_batch(
-                    *zip(*texts, strict=True), [record.where for record in batch]
-                )
-            too_long += sum(flags)
-            kept = [
-                index for index, long in enumerate(flags) if not (long and overlength == "drop")
-            ]
-            if kept:
-                chunk = TokenRows.of_rows([tokens[index] for index in kept])
-                stats.add(chunk, seen + np.array(kept))
+            if seen == 0:
+                fast = fast_rows_for(builder, texts[:: -(-len(texts) // _COMPARED)], stream.name)
+            columns, flags = _tokens(builder, fast, texts, batch)
+            too_long += int(flags.sum())
+            kept = np.flatnonzero(~flags) if overlength == "drop" else np.arange(len(batch))
+            if len(kept):
+                chosen = {name: Ragged.of_arrow(part.take(kept)) for name, part in columns.items()}
+                stats.add(TokenRows.of_columns(chosen), seen + kept)
             # Texts of every row up to the sample, then of some of each chunk: at any place a few.
             step = 1 if sampled < SAMPLE else 20
             for index in range(0, len(texts), step):
@@ -184,6 +185,26 @@ def inspect_stream(
         overlength,
         partial,
     )
+
+
+def _tokens(
+    builder: RowBuilder,
+    fast: FastRows | None,
+    texts: list[tuple[str, str, str]],
+    batch: list[Record],
+) -> tuple[dict[str, pa.Array], np.ndarray]:
+    """Columns of tokens that the figures are made of, and which rows are too long."""
+    parts = list(zip(*texts, strict=True))
+    if fast is not None:
+        try:
+            made = fast.columns(*(pa.array(part, pa.large_string()) for part in parts))
+            return {name: made[name] for name in needed(made)}, np.asarray(made[OVERLENGTH])
+        except ValueError:
+            pass  # the builder names the file and line of the row
+    with user_errors(""):
+        rows, flags = builder.tokenize_batch(*parts, [record.where for record in batch])
+    columns = {name: pa.array([row[name] for row in rows]) for name in needed(rows[0])}
+    return columns, np.array(flags, bool)
 
 
 def _batches(stream: RecordStream, rows: int | None) -> Iterator[list[Record]]:
