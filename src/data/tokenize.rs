@@ -56,7 +56,7 @@ fn has_separate_words(model: &BPE) -> bool {
     let whole = model.ignore_merges
         || model.continuing_subword_prefix.is_some()
         || model.end_of_word_suffix.is_some();
-    unknown && !whole && are_separate(&vocabulary)
+    unknown && !whole && are_separate(vocabulary.keys().map(String::as_str))
 }
 
 /// Whether the post-processor leaves tokens as they are, where it may add none.
@@ -86,12 +86,13 @@ impl RowEncoder {
         tokenizer.with_padding(None);
         tokenizer.set_encode_special_tokens(split_special_tokens);
         let (mut memories, mut separate) = (Vec::new(), false);
-        if let ModelWrapper::BPE(model) = tokenizer.get_model() {
-            if model.dropout.is_none() && keeps_tokens(&tokenizer) {
-                separate = has_separate_words(model);
-                let threads = thread::available_parallelism().map_or(1, usize::from);
-                memories.resize_with(threads, Mutex::default);
-            }
+        if let ModelWrapper::BPE(model) = tokenizer.get_model()
+            && model.dropout.is_none()
+            && keeps_tokens(&tokenizer)
+        {
+            separate = has_separate_words(model);
+            let threads = thread::available_parallelism().map_or(1, usize::from);
+            memories.resize_with(threads, Mutex::default);
         }
         Ok(Self { tokenizer, marks, limits, pool: Pool::default(), memories, separate })
     }
@@ -279,7 +280,7 @@ mod tests {
         assert!(error.starts_with(words), "{error}");
     }
 
-    /// [`LETTERS`] with other settings of the model, and spaces as SentencePiece marks them.
+    /// [`LETTERS`] with other settings of the model, and spaces as `SentencePiece` marks them.
     fn marked(settings: &[(&str, &str)], vocabulary: &str, merges: &str) -> RowEncoder {
         let pre = r#""pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first",
                      "split": false}"#;

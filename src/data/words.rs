@@ -1,13 +1,13 @@
 //! Words of a text, and the tokens of the words seen before.
 //!
-//! A BPE model of SentencePiece's kind takes a whole text as one word: its merges run through a heap
+//! A BPE model of `SentencePiece`'s kind takes a whole text as one word: its merges run through a heap
 //! of all neighbours, and no part of a text is ever met again. Most such models cannot merge over the
 //! beginning of a word, because no token has a mark of a space behind another character. Then each
 //! word is merged by itself with the same result, and frequent words need to be merged once.
 
 use std::collections::HashMap;
 
-/// A space, in SentencePiece's alphabet.
+/// A space, in the alphabet of `SentencePiece`.
 const MARK: char = '▁';
 
 /// Words that are remembered; of longer or more words the memory is not worth it.
@@ -44,8 +44,12 @@ impl<'a> Iterator for Words<'a> {
 
 /// Whether no token reaches over the beginning of a word, and the mark itself is one.
 #[must_use]
-pub fn are_separate(vocabulary: &HashMap<String, u32>) -> bool {
-    vocabulary.contains_key("▁") && vocabulary.keys().all(|token| Words::of(token).nth(1).is_none())
+pub fn are_separate<'a>(mut tokens: impl Iterator<Item = &'a str>) -> bool {
+    let mut marked = false;
+    tokens.all(|token| {
+        marked |= token == "▁";
+        Words::of(token).nth(1).is_none()
+    }) && marked
 }
 
 /// Tokens of words seen before.
@@ -81,8 +85,6 @@ impl Memory {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::HashMap;
-
     use super::{Memory, Words, are_separate};
 
     #[test]
@@ -96,9 +98,7 @@ mod tests {
 
     #[test]
     fn a_token_that_reaches_over_a_word_joins_all() {
-        let separate = |tokens: &[&str]| {
-            are_separate(&tokens.iter().map(|token| ((*token).to_owned(), 0)).collect::<HashMap<_, _>>())
-        };
+        let separate = |tokens: &[&str]| are_separate(tokens.iter().copied());
         assert!(separate(&["▁", "▁▁", "▁a", "ab"]));
         assert!(!separate(&["▁", "a▁"]));
         assert!(!separate(&["▁", "▁a▁b"]));
