@@ -1,12 +1,13 @@
 //! The hot path of oddsmith: ORPO (odds-ratio preference optimisation) without the logits.
 //!
-//! Algorithms work on slices and know neither torch nor Python: [`odds_ratio`], [`head`]. Adapters
+//! Algorithms work on slices and know neither torch nor Python: [`odds_ratio`], [`head`], [`quant`]. Adapters
 //! carry them to tensors (`torch`) and to Python (`python`), each behind a cargo feature of its
 //! name, so that an import in the wrong direction does not compile.
 
 pub mod error;
 pub mod head;
 pub mod odds_ratio;
+pub mod quant;
 #[cfg(feature = "torch")]
 pub mod torch;
 
