@@ -43,3 +43,40 @@ def linear_orpo(
 ) -> list[Tensor]: ...
 def use_tensor_ops(on: bool) -> None:
     """Make CPU tensors take the path of other devices, for tests."""
+
+_Nested = tuple[Tensor, Tensor, Tensor, int]  # absmax, map, offset and block size of the scales
+
+def nf4_code() -> Tensor: ...
+def quantize_nf4(tensor: Tensor, blocksize: int) -> tuple[Tensor, Tensor]: ...
+def dequantize_nf4(
+    packed: Tensor,
+    absmax: Tensor,
+    nested: _Nested | None,
+    blocksize: int,
+    shape: list[int],
+    dtype: str,
+) -> Tensor: ...
+def linear_nf4(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested: _Nested | None,
+    blocksize: int,
+    shape: tuple[int, int],
+    bias: Tensor | None,
+) -> Tensor: ...
+def linear_nf4_input_gradient(
+    grad: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested: _Nested | None,
+    blocksize: int,
+    shape: tuple[int, int],
+    weight_dtype: str,
+) -> Tensor: ...
+def quantize_blockwise(
+    tensor: Tensor, code: Tensor, blocksize: int, stepped: bool
+) -> tuple[Tensor, Tensor]: ...
+def dequantize_blockwise(
+    codes: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: str
+) -> Tensor: ...

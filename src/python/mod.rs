@@ -2,6 +2,7 @@
 
 mod error;
 mod head;
+mod quant;
 mod tensor;
 
 use pyo3::prelude::*;
@@ -11,5 +12,6 @@ use pyo3::prelude::*;
 fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add("TORCH_BUILD_VERSION", env!("TORCH_BUILD_VERSION"))?;
-    head::register(module)
+    head::register(module)?;
+    quant::register(module)
 }

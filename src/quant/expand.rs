@@ -45,7 +45,8 @@ impl Level {
         Level::Baseline
     }
 
-    /// Every level that this machine has, for tests.
+    /// Every level that this machine has.
+    #[cfg(test)]
     #[must_use]
     pub fn available() -> &'static [Level] {
         match Self::best() {

@@ -4,11 +4,11 @@
 //! the nearest of 16 numbers times that scale. [`codebook`] has the numbers, [`nf4`] turns values into
 //! codes and back, [`blockwise8`] is the 8-bit form that compresses the scales, [`scales`] reads them
 //! plain or compressed, and [`product`] multiplies by a 4-bit matrix without unpacking it.
-//! [`expand`] has the vector code that turns codes into values.
+//! `expand` has the vector code that turns codes into values.
 
 pub mod blockwise8;
 pub mod codebook;
-pub mod expand;
+mod expand;
 pub mod nf4;
 pub mod product;
 pub mod scales;
@@ -16,7 +16,7 @@ pub mod storage;
 
 use std::sync::Mutex;
 
-use crate::head::backend::Team;
+use crate::head::backend::{Team, split};
 
 /// Block sizes of the format.
 pub const BLOCK_SIZES: [usize; 8] = [32, 64, 128, 256, 512, 1024, 2048, 4096];
@@ -24,13 +24,16 @@ pub const BLOCK_SIZES: [usize; 8] = [32, 64, 128, 256, 512, 1024, 2048, 4096];
 /// Elements that a task works on: a multiple of every block size, and small enough for the L2 cache.
 const GRAIN: usize = 16_384;
 
-/// Calls `f` with every item, in parallel; each item carries its own part of the output.
+/// Calls `f` with every item, in parallel; each item carries its own part of the output. A member of
+/// the team takes neighbours: two that write to one large page of fresh memory wait for each other.
 pub fn for_each<A: Send>(team: &dyn Team, items: impl Iterator<Item = A>, f: impl Fn(A) + Sync) {
     // The lock is never contended: each slot is taken once.
     let slots: Vec<_> = items.map(|item| Mutex::new(Some(item))).collect();
-    team.run(slots.len(), &|task| {
-        if let Some(item) = slots[task].lock().ok().and_then(|mut slot| slot.take()) {
-            f(item);
+    split(team, slots.len(), |range| {
+        for slot in &slots[range] {
+            if let Some(item) = slot.lock().ok().and_then(|mut slot| slot.take()) {
+                f(item);
+            }
         }
     });
 }

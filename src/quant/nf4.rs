@@ -137,7 +137,7 @@ impl Packed<'_> {
     ///
     /// # Panics
     /// If there are not that many.
-    pub fn read<T: Storage>(&self, level: Level, start: usize, values: &mut [T]) {
+    pub(super) fn read<T: Storage>(&self, level: Level, start: usize, values: &mut [T]) {
         match level {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: a level is only ever one that this machine has.

@@ -10,7 +10,10 @@ use super::nf4::Packed;
 use crate::head::backend::Team;
 
 /// Tokens up to which looking every weight up once is faster than a matrix product.
-pub const FEW: usize = 4;
+pub const FEW: usize = 16;
+
+/// Tokens that a look-up is shared by: what the registers hold sums for.
+const SHARED: usize = 4;
 
 /// Rows of the matrix in a task.
 const ROWS: usize = 16;
@@ -36,15 +39,17 @@ pub fn few_tokens(team: &dyn Team, weight: &Packed<'_>, width: usize, x: &[f32],
         for (i, sums) in columns.chunks_exact_mut(tokens).enumerate() {
             let row = task * ROWS + i;
             if by_halves {
-                #[cfg(target_arch = "x86_64")]
                 // SAFETY: `level` says that the machine has the features; the lengths were compared
                 // above, rows are whole blocks, and blocks are whole vectors.
-                unsafe {
-                    match tokens {
-                        1 => x86::row::<1>(weight, width, row, &halves, sums),
-                        2 => x86::row::<2>(weight, width, row, &halves, sums),
-                        3 => x86::row::<3>(weight, width, row, &halves, sums),
-                        _ => x86::row::<4>(weight, width, row, &halves, sums),
+                #[cfg(target_arch = "x86_64")]
+                for (sums, x) in sums.chunks_mut(SHARED).zip(halves.chunks(SHARED * width)) {
+                    unsafe {
+                        match sums.len() {
+                            1 => x86::row::<1>(weight, width, row, x, sums),
+                            2 => x86::row::<2>(weight, width, row, x, sums),
+                            3 => x86::row::<3>(weight, width, row, x, sums),
+                            _ => x86::row::<4>(weight, width, row, x, sums),
+                        }
                     }
                 }
             } else {

@@ -3,5 +3,9 @@
 pub mod gemm;
 pub mod head;
 pub mod head_ops;
+pub mod linear4bit;
+pub mod pages;
+pub mod quant;
+pub mod quant_ops;
 pub mod team;
 pub mod view;
