@@ -6,14 +6,17 @@ use std::process::Command;
 /// What the Python that is built for knows of torch and itself.
 struct Found {
     torch_version: String,
-    torch_folder: String,
+    torch_libraries: String,
+    torch_headers: String,
     python_folder: String,
 }
 
 const SCRIPT: &str = "
 import os, sysconfig, torch
 print(torch.__version__)
-print(os.path.join(os.path.dirname(torch.__file__), 'lib'))
+folder = os.path.dirname(torch.__file__)
+print(os.path.join(folder, 'lib'))
+print(os.path.join(folder, 'include'))
 print(sysconfig.get_config_var('LIBDIR'))
 ";
 
@@ -27,12 +30,12 @@ fn find() -> Found {
     let output = output.unwrap_or_else(|error| panic!("{python} does not run: {error}"));
     let text = String::from_utf8_lossy(&output.stdout);
     let mut lines = text.lines().map(str::to_owned);
-    let (Some(torch_version), Some(torch_folder), Some(python_folder)) =
-        (lines.next(), lines.next(), lines.next())
+    let (Some(torch_version), Some(torch_libraries), Some(torch_headers), Some(python_folder)) =
+        (lines.next(), lines.next(), lines.next(), lines.next())
     else {
         panic!("{python} has no torch: {}", String::from_utf8_lossy(&output.stderr));
     };
-    Found { torch_version, torch_folder, python_folder }
+    Found { torch_version, torch_libraries, torch_headers, python_folder }
 }
 
 fn main() {
@@ -49,11 +52,19 @@ fn main() {
     println!("cargo:rustc-env=TORCH_BUILD_VERSION={}", found.torch_version);
     // torch-sys remembers the folder it was built with, which for an isolated build is gone by the
     // next one.
-    println!("cargo:rustc-link-search=native={}", found.torch_folder);
+    println!("cargo:rustc-link-search=native={}", found.torch_libraries);
+    if env::var("CARGO_CFG_TARGET_OS").is_ok_and(|system| system == "linux") {
+        println!("cargo:rerun-if-changed=src/torch/pool.cpp");
+        let mut shim = cc::Build::new();
+        shim.cpp(true).std("c++17").file("src/torch/pool.cpp");
+        // libtorch's headers have warnings of their own.
+        shim.flag("-isystem").flag(&found.torch_headers).compile("oddsmith_pool");
+        println!("cargo:rustc-link-lib=c10");
+    }
     if env::var_os("PYO3_BUILD_EXTENSION_MODULE").is_none() {
         // Rust tests load libtorch and libpython by themselves; inside Python they are loaded
         // already.
-        for folder in [found.torch_folder, found.python_folder] {
+        for folder in [found.torch_libraries, found.python_folder] {
             println!("cargo:rustc-link-arg=-Wl,-rpath,{folder}");
         }
     }

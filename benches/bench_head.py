@@ -1,11 +1,11 @@
 """The ORPO head beside its peers: loss and gradients from hidden states.
 
-    python benches/bench_head.py [--repeats 5] [--threads 2] [--compile]
+    python benches/bench_head.py [--repeats 5] [--threads 2] [--no-compile]
 
 Two shapes (hidden 512, vocabulary 32,000; hidden 896, vocabulary 151,936), trained and frozen head,
 `float32`, batches of two padded pairs of which about a third of the rows are rejected prompt or pad,
 logits peaked as a trained model's are. Peers: TRL's eager loss, Liger's fused loss, TRL's chunked
-log-probabilities with the ORPO formula, and, with --compile, torch.compile of the naive form. The
+log-probabilities with the ORPO formula, and torch.compile of the naive form. The
 bare matrix products of the rows that need the head are timed in the same rounds. "extra MB" is the
 rise of resident memory during a call, less the gradients that it returns.
 """
@@ -152,7 +152,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
-        "--compile", action="store_true", help="add torch.compile of the naive form"
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="torch.compile of the naive form among the peers (default: yes)",
     )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -1,6 +1,7 @@
 """A whole training step beside TRL's: time and memory of real trainer runs.
 
-    python benches/bench_step.py [--rounds 5] [--steps 4] [--data FILE.jsonl.gz] [--lora]
+    python benches/bench_step.py [--rounds 5] [--steps 4] [--no-checkpointing] [--lora]
+                                 [--data FILE.jsonl.gz | --long-prompts]
 
 Each run is a process of its own that trains a Mistral-shaped model (8 layers, hidden 512, vocabulary
 32,000, 56 M parameters, `float32`) for a few optimiser steps of two accumulated micro-batches of two
@@ -8,7 +9,9 @@ pairs, `max_length` 1,024; runs of the two trainers alternate. The time of a ste
 the steps after the first; memory is the peak of resident memory above what the process held before
 training began, model and data included, less the gradients and the optimiser's state, which every
 trainer needs. With `--data` the rows are real pairs in the UltraFeedback form and the tokenizer is
-Mistral's (from mistral-common); without, random words of the same lengths.
+Mistral's (from mistral-common); without, random words of the same lengths, or with --long-prompts
+prompts of about 600 tokens and answers of about 150. At the end one more run of oddsmith is profiled:
+the share of its step that is matrix products, and what the rest is.
 """
 
 from __future__ import annotations
@@ -50,18 +53,24 @@ def real_rows(path: Path, count: int) -> list[dict]:
     return [{"chosen": row["chosen"], "rejected": row["rejected"]} for row in rows]
 
 
-def generated_rows(count: int, words: list[str]) -> list[dict]:
-    """Random words; lengths as in the AlpacaEval pairs: 40 of prompt, 300 and 260 of answers."""
+def generated_rows(count: int, words: list[str], long_prompts: bool) -> list[dict]:
+    """
+    Random words, most of them one token; lengths as in the AlpacaEval pairs (40 tokens of prompt,
+    300 and 260 of answers), or long prompts (600, and 150 of each answer).
+    """
     import random
 
     draw = random.Random(5)
+    prompt, chosen, rejected, spread = (32, 250, 215, 0.55)
+    if long_prompts:
+        prompt, chosen, rejected, spread = (520, 130, 130, 0.1)
 
     def text(mean: int) -> str:
-        return " ".join(draw.choices(words, k=max(3, int(draw.lognormvariate(0, 0.55) * mean))))
+        return " ".join(draw.choices(words, k=max(3, int(draw.lognormvariate(0, spread) * mean))))
 
     def row() -> dict:
-        user = {"role": "user", "content": text(32)}
-        sides = {"chosen": text(250), "rejected": text(215)}
+        user = {"role": "user", "content": text(prompt)}
+        sides = {"chosen": text(chosen), "rejected": text(rejected)}
         return {k: [user, {"role": "assistant", "content": v}] for k, v in sides.items()}
 
     return [row() for _ in range(count)]
@@ -91,7 +100,7 @@ def child(args: argparse.Namespace) -> None:
         rows = real_rows(args.data, count)
     else:
         words = [w for w in tokenizer.get_vocab() if w.isascii() and w.isalpha()][:4000]
-        rows = generated_rows(count, words)
+        rows = generated_rows(count, words, args.long_prompts)
     torch.manual_seed(0)
     model = MistralForCausalLM(
         MistralConfig(
@@ -143,6 +152,9 @@ def child(args: argparse.Namespace) -> None:
         peft_config=adapter,
         callbacks=[clock],
     )
+    if args.profile:
+        print(json.dumps({"shares": shares_of(trainer)}))
+        return
     trained = sum(p.nbytes for p in trainer.model.parameters() if p.requires_grad)
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
@@ -159,6 +171,26 @@ def child(args: argparse.Namespace) -> None:
     print(json.dumps(result))
 
 
+def shares_of(trainer) -> dict[str, float]:
+    """Parts of the time that a training run spends, by kind of op, the first the products."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        trainer.train()
+    kinds = {
+        "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"),
+        "attention": ("flash_attention",),
+        "head beside its products": ("oddsmith::",),
+        "optimiser": ("adam", "clip", "norm"),
+    }
+    times = dict.fromkeys([*kinds, "everything else"], 0.0)
+    for event in profiler.key_averages():
+        names = (kind for kind, ops in kinds.items() if any(op in event.key.lower() for op in ops))
+        times[next(names, "everything else")] += event.self_cpu_time_total
+    total = sum(times.values())
+    return {kind: time / total for kind, time in times.items()}
+
+
 def run(trainer: str, argv: list[str]) -> dict:
     command = [sys.executable, __file__, "--child", trainer, *argv]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -173,9 +205,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--data", type=Path, help="gzipped jsonl in the UltraFeedback form")
+    parser.add_argument("--long-prompts", action="store_true")
     parser.add_argument("--lora", action="store_true")
-    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument(
+        "--checkpointing",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="gradient checkpointing for both, which is the default of both (default: on)",
+    )
     parser.add_argument("--child", choices=("oddsmith", "trl"), help=argparse.SUPPRESS)
+    parser.add_argument("--profile", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         child(args)
@@ -184,8 +223,9 @@ def main() -> None:
 
     argv = [f"--steps={args.steps}", f"--threads={args.threads}"]
     argv += [f"--data={args.data}"] if args.data else []
+    argv += ["--long-prompts"] if args.long_prompts else []
     argv += ["--lora"] if args.lora else []
-    argv += ["--checkpointing"] if args.checkpointing else []
+    argv += ["--checkpointing" if args.checkpointing else "--no-checkpointing"]
     results: dict[str, list[dict]] = {"oddsmith": [], "trl": []}
     for index in range(args.rounds):
         for name, runs in results.items():
@@ -198,8 +238,9 @@ def main() -> None:
     print(f"losses agree to {worst:.1e}")
     case = "step, Mistral shape 56 M, 2 x 2 pairs of up to 1,024 tokens, float32"
     case += ", LoRA" if args.lora else ""
-    case += ", checkpointing" if args.checkpointing else ""
-    case += ", real pairs" if args.data else ", generated pairs"
+    case += ", checkpointing" if args.checkpointing else ", no checkpointing"
+    kind = "long generated prompts" if args.long_prompts else "generated pairs"
+    case += ", real pairs" if args.data else f", {kind}"
     report(
         "step",
         case,
@@ -212,6 +253,8 @@ def main() -> None:
         args.threads,
         versions("torch", "trl", "transformers", "oddsmith"),
     )
+    shares = run("oddsmith", [*argv, "--profile"])["shares"]
+    print("of a profiled step: " + ", ".join(f"{share:.1%} {op}" for op, share in shares.items()))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import csv
 import gc
 import importlib.metadata
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -49,10 +50,14 @@ def peak_memory(run: Callable[[], object]) -> int:
 def interleave(
     runs: dict[str, Callable[[], object]], repeats: int, warm_up: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds of each run, one repeat of all after another, so that drift hits all alike."""
+    """
+    Seconds of each run, one repeat of all after another, so that drift hits all alike; in another
+    order each time, for what a run leaves behind (memory to give back, caches) hits its successor.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
+    draw = random.Random(0)
     for repeat in range(warm_up + repeats):
-        for name, run in runs.items():
+        for name, run in draw.sample(list(runs.items()), len(runs)):
             start = time.perf_counter()
             kept = run()
             elapsed = time.perf_counter() - start

@@ -4,8 +4,10 @@
 //! Adapters carry them to tensors (`torch`) and to Python (`python`), each behind a cargo feature of its
 //! name, so that an import in the wrong direction does not compile.
 
+pub mod arena;
 pub mod error;
 pub mod head;
+mod huge_pages;
 pub mod odds_ratio;
 pub mod quant;
 #[cfg(feature = "torch")]

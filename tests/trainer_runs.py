@@ -22,6 +22,7 @@ __all__ = [
     "make_model",
     "make_tokenizer",
     "pairs",
+    "random_words",
     "train",
     "train_logs",
 ]

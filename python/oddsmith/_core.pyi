@@ -44,6 +44,9 @@ def linear_orpo(
 def use_tensor_ops(on: bool) -> None:
     """Make CPU tensors take the path of other devices, for tests."""
 
+def install_pool() -> bool: ...
+def uninstall_pool() -> None: ...
+
 _Nested = tuple[Tensor, Tensor, Tensor, int]  # absmax, map, offset and block size of the scales
 
 def nf4_code() -> Tensor: ...

@@ -1,9 +1,10 @@
-"""Attention over a packed row of sequences, for the models of transformers.
+"""Attention over a packed row of pairs, for the models of transformers.
 
-A batch is packed into one row of real tokens, `[sequence 0 | sequence 1 | ..]`, and attention stays
-within each sequence: no pads, no mask matrix. The function is registered with transformers'
+A [`~oddsmith.packing.PackedBatch`] is one row of real tokens, `[prompt | chosen | rejected]` for
+each pair. The chosen answer sees the prompt and itself, so does the rejected one, and no pair sees
+another: no pads, and no prompt twice. The function is registered with transformers'
 `AttentionInterface` under a name of its own, and stands for `sdpa` wherever a call names no
-sequences (generation, a batch that was not packed).
+segments (generation, a batch that was not packed).
 """
 
 from __future__ import annotations
@@ -17,11 +18,15 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
+from .packed_flash import PackedFlash, Segments, blocks
+from .packed_varlen import can_run, packed_varlen
+from .packing import PackedBatch
+
 # No part of it may be a name that transformers looks for, such as "sdpa" or "flash".
 NAME = "oddsmith_packed"
 
-# Keyword that carries the lengths of the packed sequences through the model to `attend`.
-LENGTHS = "oddsmith_lengths"
+# Keyword that carries the segments of a packed row through the model to `attend`.
+SEGMENTS = "oddsmith_segments"
 
 # What some models hand to their attention and this one does not compute.
 _UNKNOWN = ("softcap", "position_bias", "s_aux")
@@ -54,8 +59,8 @@ def attend(
         dropout (`float`, *optional*): Rate of dropout on the attention weights.
         scaling (`float`, *optional*): Factor on the products; one over the root of d if not given.
         sliding_window (`int`, *optional*): Positions that a token sees, itself included.
-        kwargs: `oddsmith_lengths`, a tuple of the sequences' lengths, which sum to N; without it
-            the call goes to transformers' `sdpa`.
+        kwargs: `oddsmith_segments`, those of a [`~oddsmith.packing.PackedBatch`]; without it the
+            call goes to transformers' `sdpa`.
 
     Returns:
         `tuple`: `(1, N, heads, d)`, and None for the weights.
@@ -63,8 +68,8 @@ def attend(
     Raises:
         [`CannotPack`]: If the layer asks for something that is not computed here.
     """
-    lengths = kwargs.pop(LENGTHS, None)
-    if lengths is None:
+    segments = kwargs.pop(SEGMENTS, None)
+    if segments is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
@@ -73,32 +78,63 @@ def attend(
         raise CannotPack(f"its attention has a {', '.join(unknown)}")
     if not getattr(module, "is_causal", True):
         raise CannotPack("its attention is not causal")
+    if torch.is_autocast_enabled(query.device.type):  # as it does for libtorch's own attention
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (x.to(dtype) for x in (query, key, value))
+    if sliding_window is not None and all(
+        shared + max(chosen, rejected) <= sliding_window for shared, chosen, rejected in segments
+    ):
+        sliding_window = None
+    if query.device.type == "cpu" and not dropout and sliding_window is None:
+        out = PackedFlash.apply(query, key, value, segments, scaling)
+    elif can_run(query, dropout):
+        out = packed_varlen(query, key, value, segments, scaling, sliding_window)
+    else:
+        out = _blockwise(query, key, value, segments, dropout, scaling, sliding_window)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _blockwise(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Segments,
+    dropout: float,
+    scaling: float | None,
+    sliding_window: int | None,
+) -> Tensor:
+    """[`PackedFlash`] by libtorch's own choice of kernel: any device, dropout, a window."""
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    sides = (x.split(lengths, dim=2) for x in (query, key, value))
-    out = [
-        F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=_window(q.shape[2], sliding_window, q.device),
-            dropout_p=dropout,
-            is_causal=sliding_window is None or q.shape[2] <= sliding_window,
-            scale=scaling,
+    out = []
+    for own, prompt in blocks(segments):
+        seen = own.stop - own.start
+        keys, values = key[:, :, own], value[:, :, own]
+        if prompt is not None:
+            seen += prompt.stop - prompt.start
+            keys, values = (torch.cat([x[:, :, prompt], x[:, :, own]], dim=2) for x in (key, value))
+        window = seen if sliding_window is None else sliding_window
+        whole = prompt is None and seen <= window
+        out.append(
+            F.scaled_dot_product_attention(
+                query[:, :, own],
+                keys,
+                values,
+                attn_mask=None if whole else _band(own.stop - own.start, seen, window, key.device),
+                dropout_p=dropout,
+                is_causal=whole,
+                scale=scaling,
+            )
         )
-        for q, k, v in zip(*sides, strict=True)
-    ]
-    return torch.cat(out, dim=2).transpose(1, 2).contiguous(), None
+    return torch.cat(out, dim=2)
 
 
-def _window(length: int, sliding_window: int | None, device: torch.device) -> Tensor | None:
-    """Mask of a causal band, where the sequence is longer than the window."""
-    if sliding_window is None or length <= sliding_window:
-        return None
-    position = torch.arange(length, device=device)
-    distance = position[:, None] - position
-    return (distance >= 0) & (distance < sliding_window)
+def _band(queries: int, keys: int, window: int, device: torch.device) -> Tensor:
+    """Which keys each of the last `queries` positions sees, `(queries, keys)`."""
+    position = torch.arange(keys, device=device)
+    distance = position[keys - queries :, None] - position
+    return (distance >= 0) & (distance < window)
 
 
 def register() -> None:
@@ -143,40 +179,45 @@ def install(core: nn.Module) -> None:
 
 
 def _try_out(core: nn.Module) -> str | None:
-    """Compares two short sequences packed and padded; what is wrong, or None."""
+    """Compares two short pairs packed and padded; what is wrong, or None."""
     device = core.get_input_embeddings().weight.device
     if device.type == "meta":
         return "its weights are not in memory, so a packed row cannot be tried out"
-    # Low ids: the high ones of some models stand for images. Equal prefixes: only the position and
-    # the neighbours tell the two sequences apart.
-    lengths = (7, 4)
-    ids = torch.tensor([[3, 5, 4, 6, 5, 3, 4], [3, 5, 4, 6, 0, 0, 0]], device=device)
-    mask = torch.arange(7, device=device) < torch.tensor(lengths, device=device)[:, None]
-    packed = core(**packed_inputs(ids, mask, lengths), use_cache=False).logits[0]
-    padded = core(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits[mask]
+    # Low ids: the high ones of some models stand for images. The first pair shares a prompt of three
+    # tokens but the last, the second nothing; only position and neighbours tell its tokens apart.
+    chosen, rejected = ([3, 5, 4, 6, 5, 3, 4], [5, 3]), ([3, 5, 4, 3], [5, 3, 5])
+    pairs = [
+        {
+            "chosen_input_ids": a,
+            "chosen_labels": a,
+            "rejected_input_ids": b,
+            "rejected_labels": [-100] * 3 + b[3:],
+        }
+        for a, b in zip(chosen, rejected, strict=True)
+    ]
+    batch = PackedBatch.build(pairs, share_prompt=True).to(device)
+    ids = torch.zeros(4, 7, dtype=torch.int64, device=device)
+    mask = torch.zeros_like(ids)
+    for row, sequence in enumerate((*chosen, *rejected)):
+        ids[row, : len(sequence)] = torch.tensor(sequence)
+        mask[row, : len(sequence)] = 1
+    packed = core(**packed_inputs(batch), use_cache=False).logits[0, batch.rows]
+    padded = core(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    # Each row that predicts, in the order of the batch: chosen and rejected of each pair.
+    order = [0, 2, 1, 3]
+    padded = torch.cat([padded[row, : mask[row].sum() - 1] for row in order])
     room = 64 * torch.finfo(packed.dtype).eps * (1.0 + padded.abs().max())
     if packed.shape != padded.shape or (packed - padded).abs().max() > room:
         return "it gives other results on a packed row than on a padded batch"
     return None
 
 
-def packed_inputs(input_ids: Tensor, real: Tensor, lengths: tuple[int, ...]) -> dict[str, Any]:
-    """
-    A padded batch as one row of real tokens.
-
-    Args:
-        input_ids (`Tensor`): `(2B, T)`.
-        real (`Tensor`): True for real tokens, `(2B, T)`; pads on the right.
-        lengths (`tuple[int, ...]`): Real tokens of each sequence.
-
-    Returns:
-        `dict`: Arguments of the model's forward.
-    """
-    position = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+def packed_inputs(batch: PackedBatch) -> dict[str, Any]:
+    """Arguments of a model's forward for a packed batch."""
     return {
-        "input_ids": input_ids[real][None],
-        "position_ids": position[real][None],
+        "input_ids": batch.input_ids,
+        "position_ids": batch.position_ids,
         # Four dimensions: transformers takes it for a finished mask and makes none.
-        "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device),
-        LENGTHS: lengths,
+        "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids.device),
+        SEGMENTS: batch.segments,
     }

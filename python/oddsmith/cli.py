@@ -17,6 +17,8 @@ oddsmith: ORPO preference tuning, a drop-in for TRL's ORPOTrainer.
   oddsmith demo                            train a small model offline, in about two minutes
   oddsmith train --model M --dataset D     train a model on preference pairs
   oddsmith train run.yaml [--flag value]   the same, settings from a file, flags win
+  oddsmith prepare DATASET --output FILE   make preference pairs from other data, curated
+  oddsmith inspect DATASET --model M       look a dataset over: lengths, waste, likely mistakes
   oddsmith COMMAND --help                  the flags of a command
   oddsmith --version
 """
@@ -124,7 +126,19 @@ def train(argv: list[str]) -> int:
     return 0
 
 
-COMMANDS = {"demo": demo, "train": train}
+def prepare(argv: list[str]) -> int:
+    from .cli_data import run_prepare
+
+    return run_prepare(argv)
+
+
+def inspect(argv: list[str]) -> int:
+    from .cli_data import run_inspect
+
+    return run_inspect(argv)
+
+
+COMMANDS = {"demo": demo, "train": train, "prepare": prepare, "inspect": inspect}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -6,7 +6,32 @@ from typing import Any
 
 import torch
 
+from .packing import PackedBatch, SharePrompt
+
+# Key of the packed batch beside the padded columns.
+PACKED = "packed"
+
 _SUFFIXES = ("_input_ids", "_attention_mask", "_labels")
+
+
+class PairBatch(dict[str, Any]):
+    """A padded batch, with the same pairs packed as `packed` if the collator packs."""
+
+    def to(self, device: Any, non_blocking: bool = False) -> "PairBatch":
+        """The batch on another device, as `Tensor.to`."""
+        packed = self.packed()
+        moved = PairBatch(
+            (name, value.to(device, non_blocking=non_blocking) if torch.is_tensor(value) else value)
+            for name, value in self.items()
+        )
+        if packed is not None:
+            moved[PACKED] = packed.to(device, non_blocking).made_of(moved)
+        return moved
+
+    def packed(self) -> PackedBatch | None:
+        """The pairs packed, unless a column has been changed since."""
+        packed = self.get(PACKED)
+        return packed if packed is not None and packed.is_made_of(self) else None
 
 
 @dataclass
@@ -17,7 +42,8 @@ class PreferenceCollator:
     Every column that ends in `_input_ids`, `_attention_mask` or `_labels` becomes an int64 tensor
     (B, T) with T the longest of the batch; all others, the strings `prompt`, `chosen` and
     `rejected` among them, stay lists. Prompts of decoder-only models are padded on the left, so
-    that they can be generated from.
+    that they can be generated from. With `packing` the batch also holds the pairs as one row of
+    real tokens, a [`~oddsmith.packing.PackedBatch`], as `packed`.
 
     Args:
         pad_token_id (`int`):
@@ -26,6 +52,11 @@ class PreferenceCollator:
             Pads labels.
         is_encoder_decoder (`bool`, *optional*, defaults to `False`):
             Pad prompts, which feed the encoder, on the right too.
+        packing (`bool`, *optional*, defaults to `False`):
+            Pack the batch too.
+        share_prompt (`bool` or `"auto"`, *optional*, defaults to `"auto"`):
+            Whether the packed row holds each prompt once; `"auto"`: where that saves at least 5 %
+            of a pair's tokens.
 
     Raises:
         ValueError: If `pad_token_id` is None.
@@ -34,6 +65,8 @@ class PreferenceCollator:
     pad_token_id: int
     label_pad_token_id: int = -100
     is_encoder_decoder: bool = False
+    packing: bool = False
+    share_prompt: SharePrompt = "auto"
 
     def __post_init__(self):
         if self.pad_token_id is None:
@@ -41,11 +74,13 @@ class PreferenceCollator:
                 "pad_token_id is None; set tokenizer.pad_token, for instance to tokenizer.eos_token"
             )
 
-    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        batch: dict[str, Any] = {}
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> PairBatch:
+        batch = PairBatch()
         for name in features[0]:
             column = [feature[name] for feature in features]
             batch[name] = self._pad(name, column) if name.endswith(_SUFFIXES) else column
+        if self.packing:
+            batch[PACKED] = PackedBatch.build(features, self.share_prompt).made_of(batch)
         return batch
 
     def _pad(self, name: str, column: Sequence[Sequence[int]]) -> torch.Tensor:

@@ -18,6 +18,8 @@ BETA_SCHEDULES = ("constant", "linear", "cosine")
 NLL_SCOPES = ("full", "completion")
 ODDS_RATIO_LINKS = ("logsigmoid", "identity")
 OVERLENGTH_POLICIES = ("truncate", "drop")
+# As they come from a command line or a YAML file, and as they are.
+_SHARE_PROMPT = {"auto": "auto", "true": True, "false": False}
 
 # What TRL assumed when max_length was None.
 _MAX_LENGTH_OF_NONE = 512
@@ -91,6 +93,13 @@ class ORPOConfig(LegacyArguments, TrainingArguments):
         padding_free (`bool`, *optional*, defaults to `True`):
             Run the model on one packed row of the batch's real tokens, where its attention allows
             it; the log says where it does not. Needs the fused head.
+        share_prompt (`bool` or `"auto"`, *optional*, defaults to `"auto"`):
+            Compute what the two sequences of a pair begin with once, in a packed row; the results
+            are the same. `"auto"`: where that saves at least 5 % of a pair's tokens.
+        max_tokens_per_batch (`int`, *optional*):
+            Fill each training batch with pairs up to so many tokens, both sequences of a pair
+            counted in full, instead of `per_device_train_batch_size` pairs. An epoch has every pair
+            once.
         use_fused_head (`bool`, *optional*, defaults to `True`):
             Compute the loss in the fused head, which never holds the logits of a batch. `False`:
             from logits.
@@ -191,6 +200,13 @@ class ORPOConfig(LegacyArguments, TrainingArguments):
     padding_free: bool = field(
         default=True, metadata={"help": "Run the model on real tokens only, where it can."}
     )
+    share_prompt: str = field(
+        default="auto",
+        metadata={"help": "Compute each prompt once: auto (where it is worth it), true or false."},
+    )
+    max_tokens_per_batch: int | None = field(
+        default=None, metadata={"help": "Tokens of a training batch, in place of its pairs."}
+    )
     use_fused_head: bool = field(
         default=True, metadata={"help": "Compute the loss in the fused head, without the logits."}
     )
@@ -281,11 +297,14 @@ class ORPOConfig(LegacyArguments, TrainingArguments):
         _check_choice("odds_ratio_link", self.odds_ratio_link, ODDS_RATIO_LINKS)
         _check_choice("truncation_mode", self.truncation_mode, TRUNCATION_MODES)
         _check_choice("overlength", self.overlength, OVERLENGTH_POLICIES)
+        self.share_prompt = _SHARE_PROMPT.get(str(self.share_prompt).lower(), self.share_prompt)
+        _check_choice("share_prompt", self.share_prompt, tuple(_SHARE_PROMPT.values()))
         for name in (
             "max_length",
             "max_prompt_length",
             "max_completion_length",
             "dataset_num_proc",
+            "max_tokens_per_batch",
             "logits_budget",
         ):
             value = getattr(self, name)

@@ -313,6 +313,8 @@ def _apply_overlength(
     name: str,
 ) -> Dataset:
     count, total = int(too_long.sum()), len(too_long)
+    if builder is not None:
+        builder.overlength_counts[name] = count
     share = f"{name}: {count} of {total} rows ({count / total:.1%})"
     if overlength == "drop":
         if count == total:

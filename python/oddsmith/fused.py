@@ -5,7 +5,7 @@ model, called by whatever wraps it. Nothing goes around a wrapper, so DDP, FSDP,
 autocast see the calls that they expect.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import wraps
 from types import MethodType
 from typing import Any
@@ -16,6 +16,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from .functional import LinearORPOOutput, linear_orpo
 from .head_probe import HeadMismatch, LogitMap, find_head, head_forward_name, probe_head, swapped
+from .packing import PackedBatch
 
 __all__ = ["FusedBatch", "FusedHead", "FusedOutput", "HeadMismatch", "install"]
 
@@ -28,11 +29,11 @@ class FusedBatch:
     What the head needs to know about a batch: the rows that predict, and the objective.
 
     Args:
-        rows (`Tensor`): Positions in the flattened `(2B, T)` batch, `(N,)`.
+        rows (`Tensor`): Positions in the flattened batch that the model runs on, `(N,)`.
         targets (`Tensor`): Token that each row predicts, or -100, `(N,)`.
         sequence (`Tensor`): Sequence of each row, `(N,)`.
         completion (`Tensor`): Whether the target is a completion token, `(N,)`.
-        positions (`int`): `2B * T`.
+        positions (`int`): Positions of that batch.
         num_pairs (`int`): `B`.
         beta (`float`): Weight of the odds ratio term.
         nll_scope (`str`): See [`~oddsmith.functional.linear_orpo`], as the next two.
@@ -56,29 +57,58 @@ class FusedBatch:
         cls, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, **objective: Any
     ) -> "FusedBatch":
         """
-        From a concatenated batch, each argument `(2B, T)`, chosen sequences first.
+        From a padded batch, each argument `(2B, T)`, chosen sequences first.
 
-        Every real position with a real successor is a row. A rejected prompt is in no term of the
-        loss, nor is a chosen one if `nll_scope` is `"completion"`: their rows have no target.
+        Every real position with a real successor is a row.
         """
-        pairs = input_ids.shape[0] // 2
         real = attention_mask != 0
         predicts = torch.zeros_like(real)
         predicts[:, :-1] = real[:, :-1] & real[:, 1:]
         completion = torch.zeros_like(real)
         completion[:, :-1] = labels[:, 1:] >= 0
-        targets = input_ids.roll(-1, dims=1)
-        prompts = slice(pairs, None) if objective["nll_scope"] == "full" else slice(None)
-        targets[prompts] = targets[prompts].masked_fill(~completion[prompts], -100)
-        sequence = torch.arange(2 * pairs, device=real.device)[:, None].expand_as(real)
+        sequence = torch.arange(real.shape[0], device=real.device)[:, None].expand_as(real)
         rows = predicts.flatten().nonzero()[:, 0]
-        picked = (x.flatten()[rows] for x in (targets, sequence, completion))
-        return cls(rows, *picked, positions=real.numel(), num_pairs=pairs, **objective)
+        columns = (input_ids.roll(-1, dims=1), sequence, completion)
+        picked = (column.flatten()[rows] for column in columns)
+        return cls._of(rows, *picked, real.numel(), real.shape[0] // 2, objective)
 
-    def packed(self, real: Tensor) -> "FusedBatch":
-        """The same rows where only the real positions, `(2B, T)`, are left."""
-        place = real.flatten().cumsum(0) - 1
-        return replace(self, rows=place[self.rows], positions=int(place[-1]) + 1)
+    @classmethod
+    def of_packed(cls, batch: PackedBatch, **objective: Any) -> "FusedBatch":
+        """From a packed batch."""
+        return cls._of(
+            batch.rows,
+            batch.targets,
+            batch.sequence,
+            batch.completion,
+            batch.input_ids.numel(),
+            len(batch.segments),
+            objective,
+        )
+
+    @classmethod
+    def _of(
+        cls,
+        rows: Tensor,
+        successors: Tensor,
+        sequence: Tensor,
+        completion: Tensor,
+        positions: int,
+        pairs: int,
+        objective: dict[str, Any],
+    ) -> "FusedBatch":
+        # A rejected prompt is in no term of the loss, nor is a chosen one if only completions
+        # count: their rows have no target.
+        scored = completion
+        if objective["nll_scope"] == "full":
+            scored = scored | (sequence < pairs)
+        targets = successors.masked_fill(~scored, -100)
+        return cls(rows, targets, sequence, completion, positions, pairs, **objective)
+
+    def whole_pairs(self) -> Tensor:
+        """Which pairs have completion tokens on both sides, `(B,)`."""
+        counts = self.sequence.new_zeros(2 * self.num_pairs)
+        counts.index_add_(0, self.sequence, self.completion.to(counts.dtype))
+        return (counts.view(2, -1) > 0).all(dim=0)
 
 
 @dataclass

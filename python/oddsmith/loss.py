@@ -7,8 +7,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import attention, fused, plain
+from .collator import PairBatch
 from .metrics import PairScores, batch_share, pair_metrics
 from .overrides import is_overridden
+from .packing import PackedBatch
 
 Split = Literal["train", "eval"]
 
@@ -193,23 +195,26 @@ class LossHooks:
         )
 
     def _fused_scores(self, model: nn.Module, batch: dict[str, list | Tensor]) -> PairScores:
-        inputs = self._concatenated(batch)
-        labels = inputs["concatenated_labels"]
-        rows = fused.FusedBatch.build(
-            inputs["concatenated_input_ids"],
-            inputs["concatenated_attention_mask"],
-            labels,
-            beta=self.beta,
-            nll_scope=self.args.nll_scope,
-            odds_ratio_link=self.args.odds_ratio_link,
-            logits_budget=self.args.logits_budget,
-        )
-        real = inputs["concatenated_attention_mask"] != 0
-        if self._padded_because is None and not self.aux_loss_enabled:
-            lengths = tuple(real.sum(dim=1).tolist())
-            packed = attention.packed_inputs(inputs["concatenated_input_ids"], real, lengths)
-            out = model(**packed, use_cache=False, oddsmith_batch=rows.packed(real))
+        objective = {
+            "beta": self.beta,
+            "nll_scope": self.args.nll_scope,
+            "odds_ratio_link": self.args.odds_ratio_link,
+            "logits_budget": self.args.logits_budget,
+        }
+        if self._padded_because is None:
+            packed = batch.packed() if isinstance(batch, PairBatch) else None
+            if packed is None:  # of another collator, or changed since
+                packed = PackedBatch.from_padded(batch, self.args.share_prompt)
+            packed = packed.to(self.accelerator.device)
+            rows = fused.FusedBatch.of_packed(packed, **objective)
+            inputs = attention.packed_inputs(packed)
+            out = model(**inputs, use_cache=False, oddsmith_batch=rows)
         else:
+            inputs = self._concatenated(batch)
+            columns = ("input_ids", "attention_mask", "labels")
+            rows = fused.FusedBatch.build(
+                *(inputs[f"concatenated_{column}"] for column in columns), **objective
+            )
             out = self._run(model, inputs, oddsmith_batch=rows)
         return PairScores(
             loss=out.loss,
@@ -222,7 +227,7 @@ class LossHooks:
             log_odds_chosen=out.log_odds_chosen,
             chosen_logits=out.chosen_logits,
             rejected_logits=out.rejected_logits,
-            whole=_whole_pairs(labels[:, 1:]),
+            whole=rows.whole_pairs(),
             aux_loss=out.aux_loss,
         )
 

@@ -8,8 +8,9 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .data import check_vocabulary, prepare_dataset
-from .data_lints import lint_rows
+from .data_report import report_rows
 from .overrides import is_overridden
+from .token_stats import needed
 
 logger = logging.get_logger(__name__)
 
@@ -51,6 +52,18 @@ class RowHooks:
                 name = "eval_dataset" if key is None else f"eval_dataset[{key!r}]"
                 check_vocabulary(part, vocabulary, name=name)
         if PartialState().is_main_process and self.use_dpo_data_collator:
-            length = None if self.is_encoder_decoder else self.max_length
-            for line in lint_rows(train_dataset, self.processing_class, max_length=length):
-                logger.warning(line)
+            self._report_rows(train_dataset)
+
+    def _report_rows(self, train_dataset: Any) -> None:
+        columns = train_dataset.column_names
+        if columns is not None and not set(needed(columns)) <= set(columns):
+            return  # a tokenize_row of one's own names them otherwise
+        report = report_rows(
+            train_dataset,
+            self.processing_class,
+            max_length=None if self.is_encoder_decoder else self.max_length,
+            batch_size=self.args.per_device_train_batch_size,
+            overlength=self._rows.overlength_counts.get("train_dataset"),
+            policy=self.args.overlength,
+        )
+        logger.warning(str(report))

@@ -86,6 +86,8 @@ class RowBuilder:
         self.is_encoder_decoder = is_encoder_decoder
         self.max_completion_length = max_completion_length
         self.padding_value = padding_value
+        # By the name of the dataset, what prepare_dataset found; for the report at the start.
+        self.overlength_counts: dict[str, int] = {}
 
     def build_tokenized_answer(self, prompt: str, answer: str) -> Side:
         """

@@ -1,15 +1,20 @@
 """Preference pairs from wherever they are: the hub, files, folders of files, saved datasets."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
 from .errors import UserError
+from .records import DECOMPRESSORS, find_damage
 
 # Builder of datasets for each kind of file; datasets decompresses .gz and its like by itself.
 BUILDERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet"}
-COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+COMPRESSIONS = tuple(DECOMPRESSORS)
+# Files beside data that are none.
+METADATA = ("dataset_info.json", "dataset_infos.json", "summary.json")
+SUMMARY_SUFFIX = ".summary.json"
 # UltraFeedback's names first: its `train` split is for supervised training and has no pairs.
 TRAIN_SPLITS = ("train_prefs", "train")
 TEST_SPLITS = ("test_prefs", "test", "validation", "valid", "eval", "dev")
@@ -58,7 +63,9 @@ def load_source(name: str, config: str | None = None) -> DatasetDict:
         except UserError:
             raise
         except Exception as error:  # pyarrow, json, datasets: each has its own families
-            raise UserError(f"dataset {name} cannot be read: {reason(error)}") from error
+            # Arrow and datasets do not say which line; reading the files once more does.
+            damage = find_damage([file for files in local_splits(path).values() for file in files])
+            raise UserError(f"dataset {name} cannot be read: {damage or reason(error)}") from error
     elif is_path(name):
         raise UserError(f"dataset {name}: no such file or folder")
     else:
@@ -81,34 +88,12 @@ def reason(error: BaseException) -> str:
 
 
 def load_local(path: Path) -> Dataset | DatasetDict:
-    if path.is_file():
-        kind = file_kind(path)
-        if kind is None:
-            raise UserError(
-                f"dataset {path}: files can be .jsonl, .json or .parquet, also with "
-                f"{', '.join(COMPRESSIONS)} behind"
-            )
-        if path.stat().st_size == 0:
-            raise UserError(f"dataset {path} is empty")
-        return load_dataset(kind, data_files=str(path))
-    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+    if path.is_dir() and is_saved(path):
         return load_from_disk(str(path))
-    files = sorted(file for file in path.rglob("*") if file.is_file() and file_kind(file))
-    if not files:
-        raise UserError(
-            f"dataset {path}: the folder holds no .jsonl, .json or .parquet file and is no saved "
-            "dataset"
-        )
-    # Metadata such as dataset_info.json lies beside the rows of many datasets.
-    kinds = {file_kind(file) for file in files if file.suffix != ".json"} or {"json"}
-    if len(kinds) > 1:
-        raise UserError(f"dataset {path}: the folder mixes json and parquet files; name one file")
-    kind = kinds.pop()
-    files = [
-        file
-        for file in files
-        if file_kind(file) == kind and file.name not in ("dataset_info.json", "dataset_infos.json")
-    ]
+    files = data_files(path)
+    kind = file_kind(files[0])
+    if path.is_file():
+        return load_dataset(kind, data_files=str(path))
     # One by one: datasets wants the same columns in all splits of a call, and UltraFeedback's
     # supervised splits have others than its preference splits.
     return DatasetDict(
@@ -117,6 +102,80 @@ def load_local(path: Path) -> Dataset | DatasetDict:
             for split, group in group_by_split(files).items()
         }
     )
+
+
+def data_files(path: Path) -> list[Path]:
+    """
+    The data files that a path means: itself, or those of a folder, all of one kind.
+
+    Raises:
+        UserError: If the path is no data file, or the folder holds none, or files of two kinds.
+    """
+    if path.is_file():
+        if file_kind(path) is None:
+            raise UserError(
+                f"dataset {path}: files can be .jsonl, .json or .parquet, also with "
+                f"{', '.join(COMPRESSIONS)} behind"
+            )
+        if path.stat().st_size == 0:
+            raise UserError(f"dataset {path} is empty")
+        return [path]
+    files = sorted(file for file in path.rglob("*") if file.is_file() and file_kind(file))
+    # Metadata such as dataset_info.json lies beside the rows of many datasets, and what
+    # `oddsmith prepare` counted beside its pairs.
+    files = [
+        file
+        for file in files
+        if file.name not in METADATA and not file.name.endswith(SUMMARY_SUFFIX)
+    ]
+    if not files:
+        raise UserError(
+            f"dataset {path}: the folder holds no .jsonl, .json or .parquet file and is no saved "
+            "dataset"
+        )
+    kinds = {file_kind(file) for file in files if file.suffix != ".json"} or {"json"}
+    if len(kinds) > 1:
+        raise UserError(f"dataset {path}: the folder mixes json and parquet files; name one file")
+    return [file for file in files if file_kind(file) in kinds]
+
+
+def is_saved(path: Path) -> bool:
+    """Whether a folder was written by `save_to_disk`."""
+    return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
+
+
+def saved_files(path: Path) -> dict[str, list[Path]]:
+    """
+    The Arrow files of a folder that `save_to_disk` wrote, by split, in order.
+
+    Raises:
+        UserError: If its list of files cannot be read.
+    """
+    try:
+        if (path / "dataset_dict.json").is_file():
+            splits = json.loads((path / "dataset_dict.json").read_text())["splits"]
+            folders = {split: path / split for split in splits}
+        else:
+            folders = {"train": path}
+        return {
+            split: [
+                folder / file["filename"]
+                for file in json.loads((folder / "state.json").read_text())["_data_files"]
+            ]
+            for split, folder in folders.items()
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"dataset {path} cannot be read: {reason(error)}") from error
+
+
+def local_splits(path: Path) -> dict[str, list[Path]]:
+    """Data files of a path by split."""
+    if path.is_dir() and is_saved(path):
+        return saved_files(path)
+    files = data_files(path)
+    if path.is_file():
+        return {"train": files}
+    return {split: [Path(file) for file in group] for split, group in group_by_split(files).items()}
 
 
 def group_by_split(files: list[Path]) -> dict[str, list[str]]:

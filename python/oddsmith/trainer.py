@@ -13,10 +13,12 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
 from transformers.utils import logging
 
 from . import attention, fused
+from .batching import BatchHooks
 from .config import ORPOConfig
 from .data import PreferenceCollator, RowBuilder, ensure_pad_token
 from .evaluation import EvaluationHooks
 from .loss import LossHooks, Split
+from .memory import pooled_memory
 from .metrics import EMPTY_COMPLETIONS, FIRST_NON_FINITE, NON_FINITE, MetricStore
 from .model_card import CITATION, model_card
 from .model_loading import (
@@ -31,7 +33,7 @@ from .row_hooks import RowHooks
 logger = logging.get_logger(__name__)
 
 
-class ORPOTrainer(RowHooks, LossHooks, EvaluationHooks, Trainer):
+class ORPOTrainer(RowHooks, BatchHooks, LossHooks, EvaluationHooks, Trainer):
     r"""
     Trains a model on preference pairs with ORPO (Hong et al. 2024, arXiv 2403.07691).
 
@@ -125,7 +127,11 @@ class ORPOTrainer(RowHooks, LossHooks, EvaluationHooks, Trainer):
         self.use_dpo_data_collator = data_collator is None
         if data_collator is None:
             data_collator = PreferenceCollator(
-                pad_token_id, args.label_pad_token_id, self.is_encoder_decoder
+                pad_token_id,
+                args.label_pad_token_id,
+                self.is_encoder_decoder,
+                packing=self._packs(),
+                share_prompt=args.share_prompt,
             )
             args.remove_unused_columns = False  # the model's forward names none of the columns
 
@@ -210,10 +216,17 @@ class ORPOTrainer(RowHooks, LossHooks, EvaluationHooks, Trainer):
         self._padded_because = self._install_packing(model)
         return None
 
+    def _packs(self) -> bool:
+        """Whether batches go through the model as packed rows."""
+        from_logits = self._plain_because is not None or bool(self._own_loss_hooks())
+        return self._padded_because is None and not from_logits
+
     def _install_packing(self, model: nn.Module) -> str | None:
         """Why batches have to keep their pads, or None."""
         if not self.args.padding_free:
             return "padding_free is False"
+        if self.args.torch_compile:
+            return "torch_compile would compile again for the lengths of every batch"
         if getattr(model.config, "output_router_logits", False):
             return "its auxiliary loss is computed on a padded batch"
         core = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -254,6 +267,18 @@ class ORPOTrainer(RowHooks, LossHooks, EvaluationHooks, Trainer):
                 "config.output_router_logits is True but config.router_aux_loss_coef is 0.0: the "
                 "auxiliary loss has no effect; set the coefficient."
             )
+
+    # ---- Run ----
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """See [`~transformers.Trainer.train`]."""
+        with pooled_memory(self.args.device):
+            return super().train(*args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """See [`~transformers.Trainer.evaluate`]."""
+        with pooled_memory(self.args.device):
+            return super().evaluate(*args, **kwargs)
 
     # ---- Loss and metrics ----
 

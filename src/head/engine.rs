@@ -17,6 +17,7 @@ use super::real::Real;
 use super::row;
 use super::weight::{Head, Matrix};
 use crate::error::Result;
+use crate::huge_pages;
 
 /// Elements of a tile of logits: small enough to be read back from the cache by the pass that
 /// follows the product, large enough for the product to run at full speed. Tests cut their small
@@ -132,7 +133,9 @@ impl<T: Real> Kept<T> {
     /// Room for so many elements.
     #[must_use]
     pub fn new(elements: usize) -> Self {
-        Self { room: vec![T::ZERO; elements], ends: Vec::new(), full: false }
+        let mut room = vec![T::ZERO; elements];
+        huge_pages::advise(&mut room);
+        Self { room, ends: Vec::new(), full: false }
     }
 
     fn clear(&mut self) {
@@ -176,6 +179,7 @@ pub struct Gradients<'a, T> {
 fn room<T: Real>(scratch: &mut Vec<T>, size: usize) -> &mut [T] {
     if scratch.len() < size {
         *scratch = vec![T::ZERO; size];
+        huge_pages::advise(scratch);
     }
     &mut scratch[..size]
 }

@@ -11,11 +11,11 @@
 //! | recompute | trained | 4 U | a tile |
 
 /// Bytes of logits that may be kept when the caller sets no budget: an eighth of what the batch's
-/// logits would take, and never less than 112 MiB. That is a sixth or less of what a loss on
+/// logits would take, and never less than 140 MiB. That is a sixth or less of what a loss on
 /// materialised logits needs beside its gradients.
 #[must_use]
 pub fn default_budget(rows: usize, vocab: usize, element: usize) -> usize {
-    (rows * vocab * element / 8).max(112 << 20)
+    (rows * vocab * element / 8).max(140 << 20)
 }
 
 /// Rows at which a product runs at full speed: blocks of pairs are not merged beyond it, because
@@ -117,7 +117,7 @@ mod tests {
 
     #[test]
     fn the_default_grows_with_the_batch() {
-        assert_eq!(default_budget(100, 1000, 4), 112 << 20);
+        assert_eq!(default_budget(100, 1000, 4), 140 << 20);
         assert_eq!(default_budget(10_000, 150_000, 4), 750_000_000);
     }
 

@@ -2,6 +2,7 @@
 
 mod error;
 mod head;
+mod pool;
 mod quant;
 mod tensor;
 
@@ -12,6 +13,7 @@ use pyo3::prelude::*;
 fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add("TORCH_BUILD_VERSION", env!("TORCH_BUILD_VERSION"))?;
+    pool::register(module)?;
     head::register(module)?;
     quant::register(module)
 }

@@ -21,6 +21,7 @@ use crate::head::real::Real;
 use crate::head::scores::{Objective, Outcome};
 use crate::head::weight::{Head, Matrix};
 use crate::head::{backend, logps};
+use crate::huge_pages;
 
 /// Makes CPU tensors take the path of other devices, so that a machine without one can test it.
 static TENSOR_OPS: AtomicBool = AtomicBool::new(false);
@@ -246,13 +247,15 @@ impl Buffers {
         let options = (T::KIND, Device::Cpu);
         // Tiles cover the weight's gradient, so it is written in full; d_hidden is added to.
         let new = |wanted: bool, like: &[i64]| Tensor::f_empty(if wanted { like } else { &[0] }, options);
+        let mut weight = new(wants.weight, &args.weight.size())?;
+        huge_pages::advise(slice_mut::<T>(&mut weight)?);
         Ok(Self {
             hidden: if wants.hidden {
                 Tensor::f_zeros(args.hidden.size(), options)?
             } else {
                 Tensor::f_empty([0], options)?
             },
-            weight: new(wants.weight, &args.weight.size())?,
+            weight,
             bias: new(wants.bias, &args.weight.size()[..1])?,
             wants,
         })

@@ -1,12 +1,12 @@
-"""Packed rows: the same hidden states and gradients as a padded batch, model by model."""
+"""Packed rows: the same logits and gradients as a padded batch, model by model."""
 
 import pytest
 import torch
 import transformers
 
-from oddsmith import attention
-
-LENGTHS = (9, 1, 6, 13)
+from oddsmith import attention, packed_varlen
+from oddsmith.packed_flash import PackedFlash
+from oddsmith.packing import PackedBatch
 
 MODELS = {
     "Llama": {},
@@ -52,8 +52,22 @@ def tiny_model(name, attn_implementation="sdpa", **changes):
 
 
 def tolerance(name):
-    """Gemma's and Cohere's norms compute in float32 whatever the model's dtype."""
-    return {"Mixtral": 1e-5, "Gemma": 1e-6, "Cohere": 1e-6}.get(name, 1e-9)
+    return 1e-5 if name == "Mixtral" else 1e-9
+
+
+@pytest.fixture
+def in_double(monkeypatch):
+    """Norms and rotations stay in float64, which the models' code casts to float32."""
+    to, as_float = torch.Tensor.to, torch.Tensor.float
+
+    def keep(x, *args, **kwargs):
+        wide = x.dtype == torch.float64 and torch.float32 in (*args, *kwargs.values())
+        return x if wide else to(x, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "to", keep)
+    monkeypatch.setattr(
+        torch.Tensor, "float", lambda x: x if x.dtype == torch.float64 else as_float(x)
+    )
 
 
 def gemma2():
@@ -63,32 +77,62 @@ def gemma2():
     return model
 
 
-def padded_batch():
-    torch.manual_seed(1)
-    ids = torch.randint(3, 61, (len(LENGTHS), max(LENGTHS)))
-    real = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
-    return ids.masked_fill(~real, 0), real
+def pairs_of(*lengths, prompts="same", seed=1):
+    """Rows of `(prompt, chosen, rejected)` lengths; the prompts differ in nothing, or at the end."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def tokens(count):
+        return torch.randint(3, 61, (count,), generator=draw).tolist()
+
+    pairs = []
+    for prompt, *answers in lengths:
+        shared, pair = tokens(prompt), {}
+        for side, count in zip(("chosen", "rejected"), answers):
+            if side == "rejected" and prompts == "differ":
+                shared = [*shared[:-1], 2]
+            answer = tokens(count)
+            pair[f"{side}_input_ids"] = shared + answer
+            pair[f"{side}_labels"] = [-100] * prompt + answer
+        pairs.append(pair)
+    return pairs
+
+
+def padded(pairs):
+    """Ids and mask of the padded batch, `(2B, T)`, and where the packed rows are in it."""
+    sides = [pair[f"{side}_input_ids"] for side in ("chosen", "rejected") for pair in pairs]
+    ids = torch.zeros(len(sides), max(map(len, sides)), dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, side in enumerate(sides):
+        ids[row, : len(side)], mask[row, : len(side)] = torch.tensor(side), 1
+    order = [s * len(pairs) + p for p in range(len(pairs)) for s in range(2)]
+    rows = torch.cat([row * ids.shape[1] + torch.arange(len(sides[row]) - 1) for row in order])
+    return ids, mask, rows
+
+
+# Prompts of one token and of nine tenths of the row; an empty answer; a window of 4 is shorter.
+LENGTHS = ((1, 8, 5), (9, 1, 1), (6, 0, 3), (4, 9, 4))
 
 
 # Names that transformers 5.17 has; 5.23 prefers newer ones.
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+@pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize(("name", "checkpointing"), CASES)
-def test_packed_equals_padded(name, checkpointing):
+def test_packed_equals_padded(name, checkpointing, share, in_double):
     model = tiny_model(name)
-    ids, real = padded_batch()
-    weights = torch.randn(int(real.sum()), 61, dtype=model.dtype)
+    pairs = pairs_of(*LENGTHS, prompts="differ" if name == "Qwen2" else "same")
+    ids, mask, rows = padded(pairs)
+    batch = PackedBatch.build(pairs, share)
+    assert share == (batch.input_ids.numel() < mask.sum())
+    weights = torch.randn(len(rows), 61, dtype=model.dtype)
     close = {"rtol": tolerance(name), "atol": tolerance(name)}
-    embeddings = model.get_input_embeddings()
 
     def run(packed):
         model.zero_grad()
         if packed:
-            inputs = attention.packed_inputs(ids, real, LENGTHS)
+            inputs, where = attention.packed_inputs(batch), batch.rows
         else:
-            inputs = {"input_ids": ids, "attention_mask": real.long()}
-        inputs["inputs_embeds"] = embeddings(inputs.pop("input_ids")).detach().requires_grad_()
-        logits = model(**inputs, use_cache=False).logits
-        logits = logits[0] if packed else logits[real]
+            inputs, where = {"input_ids": ids, "attention_mask": mask}, rows
+        logits = model(**inputs, use_cache=False).logits.flatten(0, 1)[where]
         (logits * weights).sum().backward()
         return logits.detach(), [p.grad for p in model.parameters() if p.grad is not None]
 
@@ -96,12 +140,107 @@ def test_packed_equals_padded(name, checkpointing):
     attention.install(model)
     if checkpointing is not None:
         model.train()
+        if checkpointing["use_reentrant"]:  # as Trainer does for adapters
+            model.enable_input_require_grads()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpointing)
     logits, grads = run(packed=True)
     torch.testing.assert_close(logits, truth, **close)
     torch.testing.assert_close(grads, true_grads, **close)
-    # Calls that name no sequences still go through the padding mask.
+    # Calls that name no segments still go through the padding mask.
     torch.testing.assert_close(run(packed=False)[0], truth, **close)
+
+
+@pytest.mark.parametrize("heads", [(3, 3), (6, 2)])
+@pytest.mark.parametrize("scale", [None, 0.7])
+def test_flash_has_the_gradient_of_its_value(heads, scale):
+    segments = ((4, 3, 2), (0, 2, 5), (3, 0, 1), (2, 4, 0))
+    count = sum(map(sum, segments))
+    torch.manual_seed(3)
+    shapes = [(1, heads[0], count, 5)] + 2 * [(1, heads[1], count, 5)]
+    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    assert torch.autograd.gradcheck(lambda *x: PackedFlash.apply(*x, segments, scale), inputs)
+
+
+def naive_varlen(query, key, value, plan, scale, window):
+    """What a variable-length kernel computes: block by block, causal at the lower right."""
+    out, groups = [], query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+    bounds = zip(plan.query_bounds, plan.query_bounds[1:], plan.key_bounds, plan.key_bounds[1:])
+    for first, end, first_key, end_key in bounds:
+        assert end - first <= plan.longest_query and end_key - first_key <= plan.longest_key
+        q, k, v = query[first:end], key[first_key:end_key], value[first_key:end_key]
+        scores = torch.einsum("qhd,khd->hqk", q, k).double() * scale
+        distance = torch.arange(len(k) - len(q), len(k))[:, None] - torch.arange(len(k))
+        seen = (distance >= 0) & (distance < (window or len(k)))
+        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        out.append(torch.einsum("hqk,khd->qhd", weights, v.double()).to(q.dtype))
+    return torch.cat(out)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("window", [None, 3])
+def test_the_kernel_on_a_card(window):
+    segments = ((40, 30, 20), (0, 20, 50), (30, 0, 10), (20, 40, 0))
+    count = sum(map(sum, segments))
+    torch.manual_seed(5)
+    inputs = [
+        torch.randn(1, heads, count, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        for heads in (4, 2, 2)
+    ]
+    assert packed_varlen.can_run(inputs[0], 0.0)
+    out = packed_varlen.packed_varlen(*inputs, segments, None, window)
+    exact = [x.detach().double().cpu().requires_grad_() for x in inputs]
+    truth = attention._blockwise(*exact, segments, 0.0, None, window)
+    upstream = torch.randn(truth.shape, dtype=torch.float64)
+    grads = torch.autograd.grad(out, inputs, upstream.to(out))
+    true_grads = torch.autograd.grad(truth, exact, upstream)
+    for mine, true in zip((out, *grads), (truth, *true_grads), strict=True):
+        torch.testing.assert_close(mine.double().cpu(), true, rtol=3e-2, atol=3e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 3])
+def test_all_ways_equal_the_definition(dtype, window, monkeypatch):
+    segments = ((4, 3, 2), (0, 2, 5), (3, 0, 1), (2, 4, 0))
+    owner = [
+        (pair, part)
+        for pair, lengths in enumerate(segments)
+        for part, length in enumerate(lengths)
+        for _ in range(length)
+    ]
+    place, seen = [], {}
+    for pair, part in owner:
+        # An answer goes on where the prompt ended.
+        key = (pair, part)
+        start = segments[pair][0] if part else 0
+        place.append(start + seen.get(key, 0))
+        seen[key] = seen.get(key, 0) + 1
+    allowed = torch.tensor(
+        [
+            [
+                a[0] == b[0] and b[1] in (0, a[1]) and 0 <= place[i] - place[j] < (window or 99)
+                for j, b in enumerate(owner)
+            ]
+            for i, a in enumerate(owner)
+        ]
+    )
+    torch.manual_seed(4)
+    q, k, v = (torch.randn(1, heads, len(owner), 8).to(dtype) for heads in (4, 2, 2))
+    truth = torch.nn.functional.scaled_dot_product_attention(
+        *(x.double() for x in (q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1))),
+        attn_mask=allowed,
+        scale=0.6,
+    )
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2e-2}[dtype]
+    ways = [attention._blockwise(q, k, v, segments, 0.0, 0.6, window)]
+    if window is None:
+        ways.append(PackedFlash.apply(q, k, v, segments, 0.6))
+    # The kernel itself needs a card; what it is given does not.
+    monkeypatch.setattr(packed_varlen, "_kernel", lambda: naive_varlen)
+    ways.append(packed_varlen.packed_varlen(q, k, v, segments, 0.6, window))
+    for out in ways:
+        torch.testing.assert_close(out.double(), truth, rtol=tolerance, atol=tolerance)
 
 
 def test_generation_and_saving_are_left_alone(tmp_path):

@@ -55,7 +55,13 @@ def test_no_or_an_unknown_command(argv, capsys):
     assert not argv or f"no command {argv[0]!r}" in captured.err
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["--version"], ["train", "--help"], ["trian"]])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--help"], ["--version"], ["train", "--help"], ["trian"],
+        ["prepare", "--help"], ["prepare", "x.jsonl"], ["inspect", "--help"], ["inspect"],
+    ],
+)  # fmt: skip
 def test_help_and_typing_errors_answer_at_once(argv):
     """transformers and datasets take seconds to import; help must not wait for them."""
     program = (

@@ -1,4 +1,4 @@
-"""prepare_dataset, its checks, chat.row_text and the lints."""
+"""prepare_dataset, its checks and chat.row_text."""
 
 import logging
 
@@ -16,7 +16,6 @@ from oddsmith.data import (
     prepare_dataset,
     validate,
 )
-from oddsmith.data_lints import lint_rows
 
 WORDS = ["<pad>", "<s>", "</s>", *"abcdefghij", "<user>", "<bot>"]
 TEMPLATE = (
@@ -351,80 +350,3 @@ def test_vocabulary_beyond_the_first_batch_and_below_zero(tokenizer):
     with pytest.raises(ValueError, match="chosen_input_ids has token id -1"):
         check_vocabulary(Dataset.from_dict({"chosen_input_ids": [[3, -1]]}), 5)
     check_vocabulary(Dataset.from_dict({"text": ["a"]}), 5)
-
-
-# Lints
-
-CLEAN = {"prompt": "a b c d e ", "chosen": "f g", "rejected": "h i"}
-
-
-def lines_for(row, tokenizer, max_length=20):
-    rows = [CLEAN, CLEAN, row, row]
-    prepared = prepare(rows, tokenizer, max_length)
-    return lint_rows(prepared, tokenizer, max_length=max_length, name="mine")
-
-
-@pytest.mark.parametrize(
-    "row, words",
-    [
-        (
-            {
-                "prompt": "a b c d e",
-                "chosen": "<user> a b c d e <bot> f",
-                "rejected": "<user> a b c d e <bot> g",
-            },
-            "the prompt twice",
-        ),
-        ({**CLEAN, "chosen": "<s> f"}, "more than one BOS"),
-        ({**CLEAN, "rejected": CLEAN["chosen"]}, "the same chosen and rejected"),
-        ({**CLEAN, "rejected": ""}, "an empty completion"),
-        ({**CLEAN, "prompt": "a " * 25}, "longer than max_length 20 by their prompt alone"),
-    ],
-)
-def test_lints_name_the_row_and_the_fix(tokenizer, row, words):
-    lines = [line for line in lines_for(row, tokenizer) if words in line]
-    assert len(lines) == 1
-    assert lines[0].startswith("mine: 2 of 4 rows ") and "(first: row 2); " in lines[0]
-    assert "\n" not in lines[0]
-
-
-def test_clean_rows_have_no_lints(tokenizer):
-    assert lines_for(CLEAN, tokenizer) == []
-    quoting = {"prompt": "a b c d e", "chosen": "f a b c d e", "rejected": "g"}
-    assert lines_for(quoting, tokenizer) == []  # an answer may quote the prompt
-    cut = {**CLEAN, "chosen": "f " * 30}
-    assert lines_for(cut, tokenizer) == []  # without EOS, for it was cut
-
-
-def test_lints_of_missing_eos(tokenizer):
-    prepared = list(prepare([CLEAN] * 3, tokenizer))
-    prepared[1]["rejected_input_ids"] = prepared[1]["rejected_input_ids"][:-1]
-    (line,) = lint_rows(prepared, tokenizer, max_length=20)
-    assert "1 of 3 rows do not end in EOS (first: row 1)" in line
-    tokenizer.eos_token = None
-    lines = lint_rows(prepare([CLEAN], tokenizer), tokenizer)
-    assert lines == ["train_dataset: the tokenizer has no EOS token; set tokenizer.eos_token."]
-
-
-def test_one_token_for_bos_and_eos_is_no_double_bos(tokenizer):
-    tokenizer.bos_token = "</s>"
-    assert lines_for(CLEAN, tokenizer) == []
-    rows = list(prepare([CLEAN], tokenizer))
-    rows[0]["chosen_input_ids"].insert(0, 2)
-    assert "more than one BOS" in lint_rows(rows, tokenizer)[0]
-
-
-def test_lints_sample_the_whole_dataset(tokenizer):
-    same = {**CLEAN, "rejected": CLEAN["chosen"]}
-    prepared = prepare([CLEAN] * 90 + [same] * 10, tokenizer)
-    (line,) = lint_rows(prepared, tokenizer, sample=20)
-    assert "2 of 20 rows have the same" in line and "first: row 90" in line
-    assert lint_rows(prepared.to_iterable_dataset(), tokenizer, sample=20) == []
-
-
-def test_lints_of_encoder_decoder_rows(tokenizer):
-    builder = RowBuilder(tokenizer, is_encoder_decoder=True, max_completion_length=9)
-    rows = [{**CLEAN, "chosen": "f g </s>", "rejected": "f g </s>"}]
-    prepared = prepare_dataset(Dataset.from_list(rows), tokenizer, builder.tokenize_row)
-    (line,) = lint_rows(prepared, tokenizer)
-    assert "the same chosen and rejected" in line

@@ -14,7 +14,7 @@ from oddsmith import _core, torch_version
 
 PACKAGE = Path(oddsmith.__file__).parent
 # Imported only where the user has them and asks for them.
-OPTIONAL = {"wandb", "comet_ml"}
+OPTIONAL = {"flash_attn", "wandb", "comet_ml"}
 
 
 def canonical(name: str) -> str:

@@ -1,0 +1,127 @@
+"""Files of preference pairs: written beside their place, and put there when they are whole."""
+
+import gzip
+import io
+import json
+import os
+import tempfile
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from .errors import UserError
+from .pairs import Pair
+
+FORMATS = (".jsonl", ".jsonl.gz", ".parquet")
+_ROW_GROUP = 5000
+
+_MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+
+
+def format_of(path: Path) -> str:
+    """
+    Which of `FORMATS` a path names.
+
+    Raises:
+        UserError: If none.
+    """
+    for suffix in FORMATS:
+        if path.name.lower().endswith(suffix):
+            return suffix
+    raise UserError(f"--output {path}: must end in {', '.join(FORMATS)}")
+
+
+def row_of(pair: Pair) -> dict[str, Any]:
+    """The columns of a pair: prompt, chosen, rejected, score_chosen, score_rejected."""
+    return {
+        "prompt": pair.prompt,
+        "chosen": pair.chosen,
+        "rejected": pair.rejected,
+        "score_chosen": pair.score_chosen,
+        "score_rejected": pair.score_rejected,
+    }
+
+
+class PairFile(AbstractContextManager):
+    """
+    A file that appears, whole and on disk, where its context ends without an error.
+
+    Args:
+        path (`Path`): `.jsonl`, `.jsonl.gz` or `.parquet`; its folder is made.
+
+    Raises:
+        UserError: If it cannot be written.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self._kind = path, format_of(path)
+        self._parquet: pq.ParquetWriter | None = None
+        self._rows: list[dict[str, Any]] = []
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        except OSError as error:
+            raise UserError(f"--output {path}: {error}") from error
+        self._temporary = Path(name)
+        self._raw = os.fdopen(handle, "wb")
+        self._text: io.TextIOWrapper | None = None
+        if self._kind != ".parquet":
+            # Without a name and time in the header the same pairs make the same bytes.
+            packed = (
+                gzip.GzipFile("", "wb", 6, self._raw, mtime=0)
+                if self._kind.endswith(".gz")
+                else self._raw
+            )
+            self._text = io.TextIOWrapper(packed, encoding="utf-8", newline="\n")
+
+    def write(self, pair: Pair) -> None:
+        row = row_of(pair)
+        if self._text is not None:
+            row = {name: value for name, value in row.items() if value is not None}
+            self._text.write(json.dumps(row, ensure_ascii=False) + "\n")
+            return
+        self._rows.append(row)
+        if len(self._rows) >= _ROW_GROUP:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._parquet is None:
+            text = bool(self._rows) and isinstance(self._rows[0]["chosen"], str)
+            kind = pa.string() if text else _MESSAGES
+            scores = [(f"score_{side}", pa.float64()) for side in ("chosen", "rejected")]
+            schema = pa.schema([(name, kind) for name in ("prompt", "chosen", "rejected")] + scores)
+            self._parquet = pq.ParquetWriter(self._raw, schema, compression="zstd")
+        if self._rows:
+            self._parquet.write_table(pa.Table.from_pylist(self._rows, self._parquet.schema))
+        self._rows = []
+
+    def __exit__(self, kind, error, trace) -> None:
+        try:
+            if kind is None:
+                self._finish()
+        except OSError as failure:  # a full disk
+            raise UserError(f"--output {self.path}: {failure}") from failure
+        finally:
+            if not self._raw.closed:
+                self._raw.close()
+            self._temporary.unlink(missing_ok=True)
+
+    def _finish(self) -> None:
+        if self._text is not None:
+            self._text.flush()
+            if self._text.buffer is not self._raw:
+                self._text.buffer.close()  # gzip's end; it leaves the file below open
+        else:
+            self._flush()
+            self._parquet.close()
+        self._raw.flush()
+        os.fsync(self._raw.fileno())
+        self._raw.close()
+        # mkstemp lets nobody else read.
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(self._temporary, 0o666 & ~mask)
+        os.replace(self._temporary, self.path)

@@ -1,0 +1,142 @@
+"""Which format the rows of a dataset are in, and who reads it."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+from .pairs import Unit, per_record
+from .prepare_grouped import group_responses
+from .prepare_pairs import is_dialogue, parse_hh, parse_pair
+from .prepare_scored import PAIRINGS, Columns, parse_scored, parse_ultrafeedback
+from .prepare_trees import read_flat_messages, read_ready_trees
+from .records import Record
+
+# What a row is counted as in the summary.
+FORMATS = {
+    "pairs": "rows with chosen and rejected (UltraFeedback-binarized and its like)",
+    "hh": "rows with two dialogues (HH-RLHF)",
+    "ultrafeedback": "prompts with completions and their ratings (UltraFeedback)",
+    "oasst": "messages (OpenAssistant, flat)",
+    "oasst_trees": "messages (OpenAssistant, ready trees)",
+    "scored": "prompts with scored or ranked responses",
+    "responses": "scored or ranked responses",
+}
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """
+    How input becomes pairs.
+
+    Args:
+        format (`str`, *optional*, defaults to `"auto"`): One of `FORMATS`, or told by the first row.
+        pairing (`str`, *optional*, defaults to `"best_worst"`): See `draw_pairs`.
+        stop_at_bad_rows (`bool`, *optional*, defaults to `True`): Otherwise they are counted.
+        columns (`Columns`, *optional*): Names of the columns of `scored` and `responses`.
+        folder (`Path`, *optional*): Place of temporary files.
+
+    Raises:
+        ValueError: If a value is none of those, or the columns do not go with the format.
+    """
+
+    format: str = "auto"
+    pairing: str = "best_worst"
+    stop_at_bad_rows: bool = True
+    columns: Columns = field(default_factory=Columns)
+    folder: Path | None = None
+
+    def __post_init__(self):
+        if self.format != "auto" and self.format not in FORMATS:
+            raise ValueError(f"format is {self.format!r}; must be auto, {', '.join(FORMATS)}")
+        if self.pairing not in PAIRINGS:
+            raise ValueError(f"pairing is {self.pairing!r}; must be {', '.join(PAIRINGS)}")
+        columns = self.columns
+        if columns.responses and columns.response:
+            raise ValueError(
+                "responses_column (a list a row) and response_column (an answer a row) are two "
+                "formats; name one"
+            )
+        kind = self.format
+        if kind == "auto":
+            kind = "scored" if columns.responses else "responses" if columns.response else kind
+        ordered = columns.scores or columns.ranks or columns.score_key or columns.rank_key
+        if kind == "scored" and not (columns.responses and ordered):
+            raise ValueError(
+                "format 'scored' needs responses_column, and scores_column, ranks_column, "
+                "score_key or rank_key"
+            )
+        if kind == "responses" and not (columns.response and (columns.scores or columns.ranks)):
+            raise ValueError(
+                "format 'responses' needs response_column, and scores_column or ranks_column"
+            )
+
+
+def detect_format(fields: Mapping[str, Any], columns: Columns, where: str) -> str:
+    """
+    The format of a row.
+
+    Raises:
+        UserError: If it is none of `FORMATS`; names the columns and the flags.
+    """
+    if columns.responses:
+        return "scored"
+    if columns.response:
+        return "responses"
+    if "chosen" in fields and "rejected" in fields:
+        both = is_dialogue(fields["chosen"]) and is_dialogue(fields["rejected"])
+        return "hh" if both and fields.get("prompt") is None else "pairs"
+    if "instruction" in fields and "completions" in fields:
+        return "ultrafeedback"
+    if "message_id" in fields and "role" in fields:
+        return "oasst"
+    if isinstance(fields.get("prompt"), Mapping) and "message_tree_id" in fields:
+        return "oasst_trees"
+    raise UserError(
+        f"{where}: the format cannot be told from the columns {', '.join(map(str, fields))}; give "
+        "--format, or name the columns of scored answers: --responses_column or "
+        "--response_column, with --scores_column or --ranks_column"
+    )
+
+
+def read_units(records: Iterable[Record], options: ReadOptions) -> tuple[str, Iterator[Unit]]:
+    """
+    The format of the input and its units, read as they are asked for.
+
+    Raises:
+        UserError: If the format cannot be told; while reading, for bad rows, if they are to stop.
+    """
+    records = iter(records)
+    kind, head = options.format, []
+    if kind == "auto":
+        for record in records:
+            head.append(record)
+            if record.fields is not None:
+                kind = detect_format(record.fields, options.columns, record.where)
+                break
+            if options.stop_at_bad_rows:
+                raise UserError(f"{record.where}: {record.problem}")
+            if len(head) == 100:
+                raise UserError(f"{record.where}: none of the first 100 lines can be read")
+    return kind, _read(kind, chain(head, records), options)
+
+
+def _read(kind: str, records: Iterator[Record], options: ReadOptions) -> Iterator[Unit]:
+    stop, columns, pairing = options.stop_at_bad_rows, options.columns, options.pairing
+    if kind == "oasst":
+        return read_flat_messages(records, pairing, stop, options.folder)
+    if kind == "oasst_trees":
+        return read_ready_trees(records, pairing, stop)
+    if kind == "responses":
+        return group_responses(records, columns, pairing, stop, options.folder)
+    parsers = {
+        "hh": partial(parse_hh, lang_column=columns.lang),
+        "pairs": partial(parse_pair, lang_column=columns.lang),
+        "scored": partial(parse_scored, columns=columns, pairing=pairing),
+        "ultrafeedback": partial(parse_ultrafeedback, pairing=pairing),
+    }
+    # Without a single row that can be read any parser will do.
+    return per_record(records, parsers.get(kind, parse_pair), stop)

@@ -1,0 +1,106 @@
+"""The format with one answer a row: rows of the same prompt are brought together on disk."""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from .pairs import BadRow, Unit, bad_unit, fields_of, required, text_of, text_or_messages
+from .prepare_pairs import language_of
+from .prepare_scored import Columns, make_answer, make_pairs
+from .records import Record
+from .scratch import scratch_database
+
+
+class GroupedUnit(Unit):
+    """Rows with one answer each to the same prompt: kept is the row of every answer in a pair."""
+
+    __slots__ = ("members",)
+
+    def fates(self, outcomes):
+        """As `Unit.fates`, for each row by itself."""
+        if not self.pairs:
+            yield self.reason, self.rows
+            return
+        best: dict[str, str | None] = {}
+        for pair, outcome in zip(self.pairs, outcomes, strict=True):
+            for side in (pair.chosen, pair.rejected):
+                text = side[0]["content"]
+                if text not in best or outcome is None:
+                    best[text] = outcome
+        for text, scored in self.members:
+            unpaired = "neither best nor worst" if scored else "no score or rank"
+            yield (best.get(text, unpaired) if scored else unpaired), 1
+
+
+def group_responses(
+    records: Iterable[Record], columns: Columns, pairing: str, stop: bool, folder: Path | None
+) -> Iterator[Unit]:
+    """
+    Units of rows with one answer each, grouped by their prompt on disk.
+
+    Args:
+        records (`Iterable[Record]`): Input.
+        columns (`Columns`): Names of the columns.
+        pairing (`str`): See [`make_pairs`].
+        stop (`bool`): Whether a bad row is an error.
+        folder (`Path`, *optional*): Place of the temporary file.
+
+    Raises:
+        UserError: For a bad row, if `stop`.
+    """
+    with scratch_database(folder) as store:
+        store.execute(
+            "CREATE TABLE answers (prompt, text, score, rank, lang, source, unit, number)"
+        )
+        for record in records:
+            try:
+                fields = fields_of(record)
+                prompt = text_or_messages(required(fields, columns.prompt), columns.prompt)
+                text = text_of(required(fields, columns.response), columns.response)
+                marks = [
+                    json.dumps(None if name is None else fields.get(name))
+                    for name in (columns.scores, columns.ranks)
+                ]
+                make_answer(text, *map(json.loads, marks), columns.response)  # or a bad row
+            except BadRow as bad:
+                yield bad_unit(record, bad, stop)
+                continue
+            store.execute(
+                "INSERT INTO answers VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    json.dumps(prompt),
+                    text,
+                    *marks,
+                    language_of(fields, columns.lang),
+                    record.source,
+                    record.unit,
+                    record.number,
+                ),
+            )
+        store.execute("CREATE INDEX by_prompt ON answers (prompt)")
+        prompts = store.execute("SELECT prompt FROM answers GROUP BY prompt ORDER BY MIN(rowid)")
+        ranked = columns.ranks is not None
+        for (prompt,) in prompts:
+            rows = store.execute(
+                "SELECT text, score, rank, lang, source, unit, number FROM answers WHERE prompt = ? "
+                "ORDER BY rowid",
+                (prompt,),
+            ).fetchall()
+            first = Record(None, *rows[0][4:])
+            answers = [
+                make_answer(text, json.loads(score), json.loads(rank), columns.response)
+                for text, score, rank, *_ in rows
+            ]
+            scored = [answer for answer in answers if answer is not None]
+            try:
+                found = make_pairs(json.loads(prompt), scored, pairing, rows[0][3], ranked)
+            except BadRow as bad:
+                found = bad_unit(first, bad, stop)
+            if isinstance(found, Unit):
+                yield Unit(first.where, reason=found.reason, rows=len(rows))
+                continue
+            unit = GroupedUnit(first.where, found, rows=len(rows))
+            unit.members = [
+                (row[0], answer is not None) for row, answer in zip(rows, answers, strict=True)
+            ]
+            yield unit

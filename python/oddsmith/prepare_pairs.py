@@ -1,0 +1,160 @@
+"""Formats whose rows are pairs already: chosen and rejected, and the dialogues of HH-RLHF."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from .chat import extract_prompt
+from .pairs import (
+    BadRow,
+    Messages,
+    Pair,
+    Unit,
+    assistant,
+    number_of,
+    required,
+    shown,
+    text_of,
+    text_or_messages,
+    user,
+)
+
+_TURN = re.compile(r"\n\n(Human|Assistant):")
+_LANGUAGES = ("lang", "language")
+
+
+def language_of(fields: Mapping[str, Any], column: str | None = None) -> str | None:
+    """The language that a row names: `"pt-BR"` and `"pt_BR"` are `"pt"`."""
+    for name in (column,) if column else _LANGUAGES:
+        value = fields.get(name)
+        if isinstance(value, str) and value.strip():
+            return re.split("[-_]", value.strip().lower())[0]
+    return None
+
+
+def parse_pair(fields: Mapping[str, Any], lang_column: str | None = None) -> list[Pair] | Unit:
+    """
+    A row with `chosen`, `rejected` and mostly `prompt`, each text or messages.
+
+    UltraFeedback-binarized is of this form: its `chosen` and `rejected` hold the question too, which
+    is taken out of them. Where `score_chosen` and `score_rejected` are lists, each place is one
+    annotator's.
+
+    Args:
+        fields (`Mapping[str, Any]`): The row.
+        lang_column (`str`, *optional*): Column with the language; `lang` or `language` if not given.
+
+    Raises:
+        BadRow: If a field is missing or of another type.
+    """
+    chosen, rejected = (
+        text_or_messages(required(fields, side), side) for side in ("chosen", "rejected")
+    )
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        raise BadRow("chosen and rejected must both be strings or both be lists of messages")
+    prompt = fields.get("prompt")
+    if prompt is not None:
+        prompt = text_or_messages(prompt, "prompt")
+    if isinstance(chosen, str):
+        if isinstance(prompt, list):
+            # The answers of a conversation, given without their role.
+            chosen, rejected = [assistant(chosen)], [assistant(rejected)]
+        elif prompt is None:
+            prompt, chosen, rejected = extract_prompt(chosen, rejected)
+    elif not isinstance(prompt, list) or chosen[: len(prompt)] == prompt == rejected[: len(prompt)]:
+        # The conversations hold the prompt.
+        alone = user(prompt) if isinstance(prompt, str) else None
+        prompt, chosen, rejected = _extract_messages(chosen, rejected)
+        if not prompt and alone is not None and chosen[0]["role"] != "user":
+            prompt = [alone]
+    if not prompt or not (prompt if isinstance(prompt, str) else prompt[-1]["content"]).strip():
+        return Unit("", reason="no prompt")
+    scores, votes = _scores(fields)
+    return [Pair(prompt, chosen, rejected, *scores, votes, lang=language_of(fields, lang_column))]
+
+
+def _extract_messages(chosen: Messages, rejected: Messages) -> tuple[Messages, Messages, Messages]:
+    cut = 0
+    # The last message of each is its answer, even where they are the same.
+    for mine, other in zip(chosen[:-1], rejected[:-1], strict=False):
+        if mine != other:
+            break
+        cut += 1
+    return chosen[:cut], chosen[cut:], rejected[cut:]
+
+
+def _scores(fields: Mapping[str, Any]) -> tuple[list[float | None], tuple[int, int] | None]:
+    lists = []
+    for side in ("chosen", "rejected"):
+        name = f"score_{side}"
+        value = fields.get(name)
+        values = value if isinstance(value, list) else [value]
+        lists.append([number_of(each, name) for each in values])
+    votes = None
+    if max(map(len, lists)) > 1:
+        if len(lists[0]) != len(lists[1]):
+            raise BadRow(
+                f"score_chosen has {len(lists[0])} annotators and score_rejected {len(lists[1])}"
+            )
+        votes = count_votes(*lists)
+    return [mean(values) for values in lists], votes
+
+
+def count_votes(better: list[float | None], worse: list[float | None]) -> tuple[int, int]:
+    """Annotators who scored the first answer higher, and who scored it lower."""
+    both = [(a, b) for a, b in zip(better, worse, strict=True) if a is not None and b is not None]
+    return sum(a > b for a, b in both), sum(a < b for a, b in both)
+
+
+def mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def is_dialogue(value: Any) -> bool:
+    """Whether a text is a dialogue as HH-RLHF writes them."""
+    return isinstance(value, str) and value.startswith("\n\nHuman:") and "\n\nAssistant:" in value
+
+
+def parse_dialogue(text: Any, name: str) -> Messages:
+    r"""
+    Messages of a dialogue `"\n\nHuman: ...\n\nAssistant: ..."`; several turns of one side in a
+    row are one message.
+
+    Raises:
+        BadRow: If it does not begin with the human.
+    """
+    text = text_of(text, name)
+    parts = _TURN.split(text)
+    if parts[0].strip() or len(parts) < 3 or parts[1] != "Human":
+        raise BadRow(
+            f"field {name} is {shown(text)}; must begin with '\\n\\nHuman:' and have turns of "
+            "Human and Assistant"
+        )
+    messages: Messages = []
+    for speaker, content in zip(parts[1::2], parts[2::2], strict=True):
+        turn = (user if speaker == "Human" else assistant)(content.strip())
+        if messages and messages[-1]["role"] == turn["role"]:
+            messages[-1]["content"] += "\n\n" + turn["content"]
+        else:
+            messages.append(turn)
+    return messages
+
+
+def parse_hh(fields: Mapping[str, Any], lang_column: str | None = None) -> list[Pair] | Unit:
+    """
+    A row of HH-RLHF: two dialogues that share all but the last answer.
+
+    Raises:
+        BadRow: If `chosen` or `rejected` is missing or no dialogue.
+    """
+    sides = [parse_dialogue(required(fields, side), side) for side in ("chosen", "rejected")]
+    if any(messages[-1]["role"] != "assistant" for messages in sides):
+        return Unit("", reason="no answer at the end")
+    chosen, rejected = sides
+    if chosen[:-1] != rejected[:-1]:
+        # Two courses of a conversation: no two answers to one prompt.
+        return Unit("", reason="dialogues part earlier")
+    if not chosen[:-1] or not chosen[-2]["content"]:
+        return Unit("", reason="no prompt")
+    return [Pair(chosen[:-1], chosen[-1:], rejected[-1:], lang=language_of(fields, lang_column))]
