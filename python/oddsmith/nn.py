@@ -9,14 +9,21 @@ import torch
 from torch import Tensor, nn
 
 from .linear4bit import linear_nf4
-from .quant import PACKED_KEY, QuantState, quantize_nf4
+from .quant import PACKED_KEY, QuantState, dtype_name, quantize_nf4
 
 __all__ = ["Linear4bit", "Params4bit"]
 
 
-def _check_quant_type(quant_type: str) -> None:
+# What the bytes of codes may be kept as.
+_STORAGE = (torch.uint8, torch.int8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _check_options(quant_type: str, quant_storage: torch.dtype) -> None:
     if quant_type != "nf4":
         raise ValueError(f'Params4bit: quant_type is {quant_type!r}; must be "nf4"')
+    if quant_storage not in _STORAGE:
+        allowed = ", ".join(dtype_name(dtype) for dtype in _STORAGE)
+        raise ValueError(f"Params4bit: quant_storage is {quant_storage}; must be one of {allowed}")
 
 
 class Params4bit(nn.Parameter):
@@ -52,7 +59,7 @@ class Params4bit(nn.Parameter):
         module: nn.Module | None = None,
         **kwargs: Any,
     ) -> Params4bit:
-        _check_quant_type(quant_type)
+        _check_options(quant_type, quant_storage)
         self = torch.Tensor._make_subclass(
             cls, torch.empty(0) if data is None else data, requires_grad
         )
@@ -112,10 +119,9 @@ class Params4bit(nn.Parameter):
             return self
         data = self.data if device is None else self.data.to(device)
         packed, state = quantize_nf4(data, self.blocksize, self.compress_statistics)
+        packed = _stored(packed, self.quant_storage)
         self.requires_grad = False
-        self.data = (
-            packed if self.quant_storage == torch.uint8 else _stored(packed, self.quant_storage)
-        )
+        self.data = packed
         self.quant_state = state
         return self
 
@@ -159,12 +165,15 @@ def _rebuild(
 
 
 def _stored(packed: Tensor, dtype: torch.dtype) -> Tensor:
-    """The bytes under another dtype; an odd end is filled up with the code of zero."""
-    size = dtype.itemsize
-    flat = packed.flatten()
-    if rest := -len(flat) % size:
-        flat = torch.cat([flat, flat.new_full((rest,), 0x77)])
-    return flat.view(dtype).unsqueeze(1)
+    """The bytes under another dtype."""
+    if dtype == torch.uint8:
+        return packed
+    if packed.numel() % dtype.itemsize:
+        raise ValueError(
+            f"Params4bit: the weight has {packed.numel()} bytes of codes; "
+            f"quant_storage {dtype_name(dtype)} needs a multiple of {dtype.itemsize}"
+        )
+    return packed.flatten().view(dtype).unsqueeze(1)
 
 
 def _check_size(data: Tensor, state: QuantState) -> None:
@@ -174,11 +183,15 @@ def _check_size(data: Tensor, state: QuantState) -> None:
         raise ValueError(
             f"quant_state: shape is {tuple(state.shape)}, {wanted} bytes of codes; the weight has {codes}"
         )
-    blocks = -(-state.shape.numel() // state.blocksize)
-    if state.absmax.numel() != blocks:
-        raise ValueError(
-            f"quant_state: absmax has {state.absmax.numel()} elements; must be {blocks}, one a block"
-        )
+    scales = [("absmax", state.absmax, -(-state.shape.numel() // state.blocksize))]
+    if state.state2 is not None:
+        groups = -(-state.absmax.numel() // state.state2.blocksize)
+        scales.append(("nested_absmax", state.state2.absmax, groups))
+    for name, tensor, blocks in scales:
+        if tensor.numel() != blocks:
+            raise ValueError(
+                f"quant_state: {name} has {tensor.numel()} elements; must be {blocks}, one a block"
+            )
 
 
 class Linear4bit(nn.Linear):
@@ -226,7 +239,7 @@ class Linear4bit(nn.Linear):
         device: torch.device | str | None = None,
         blocksize: int = 64,
     ) -> None:
-        _check_quant_type(quant_type)
+        _check_options(quant_type, quant_storage)
         super().__init__(input_features, output_features, bias, device)
         self.weight = Params4bit(
             self.weight.data,
@@ -265,19 +278,27 @@ class Linear4bit(nn.Linear):
         dtype = self.compute_dtype or x.dtype
         return linear_nf4(x.to(dtype), self.weight, state, self.bias).to(x.dtype)
 
+    def _replace_weight(self, data: Tensor, state: QuantState | None, **settings: Any) -> None:
+        """In place where a parameter can change its data: optimizers and hooks know it."""
+        weight = self.weight
+        if torch._has_compatible_shallow_copy_type(weight, data):
+            weight.data, weight.quant_state = data, state
+            weight.__dict__.update(settings)
+        else:  # from meta to a device, or back
+            settings = {**weight._settings(), **settings}
+            self.weight = Params4bit(data, weight.requires_grad, state, **settings)
+
     def _apply(self, fn: Any, recurse: bool = True) -> Linear4bit:
         weight = self.weight
         if weight.quant_state is None:
-            applied = fn(weight)
-            if getattr(applied, "quant_state", None) is None:
-                weight.data = applied.data
-            elif applied is not weight:
-                weight.data, weight.quant_state = applied.data, applied.quant_state
+            applied = fn(weight)  # where that quantises, the weight itself
+            if applied is not weight:
+                self._replace_weight(applied.data, getattr(applied, "quant_state", None))
         else:
             # As bytes, which a change of dtype leaves alone.
             moved = fn(weight.data.view(torch.uint8))
-            weight.data = moved.view(weight.dtype)
-            weight.quant_state = weight.quant_state.to(moved.device)
+            state = weight.quant_state.to(moved.device)
+            self._replace_weight(moved.view(weight.dtype), state)
         # What is left is the bias.
         parameters = self._parameters
         self._parameters = {name: p for name, p in parameters.items() if name != "weight"}
@@ -329,12 +350,13 @@ class Linear4bit(nn.Linear):
             if data.shape != shape:
                 raise ValueError(f"has shape {tuple(data.shape)}; must be {tuple(shape)}")
             data = data.detach()
-            if weight.quant_state is None:
-                # To the layer's dtype and device, as torch's own layers do.
-                weight.data = data.clone() if device is None else data.to(weight.data, copy=True)
-            else:
+            if weight.quant_state is not None:
                 fresh = weight._with(data, None).quantize_(device)
-                weight.data, weight.quant_state = fresh.data, fresh.quant_state
+                self._replace_weight(fresh.data, fresh.quant_state)
+            elif device is None:
+                self._replace_weight(data.clone(), None)
+            else:  # to the layer's dtype and device, as torch's own layers do
+                self._replace_weight(data.to(weight.data, copy=True), None)
             return
         if not any(key.endswith(PACKED_KEY) for key in parts):
             kinds = [key for key in parts if "bitsandbytes__" in key] or ["none"]
@@ -343,5 +365,4 @@ class Linear4bit(nn.Linear):
         if loaded.quant_state.shape != shape:
             found = tuple(loaded.quant_state.shape)
             raise ValueError(f"quant_state: shape is {found}; must be {tuple(shape)}")
-        weight.data, weight.quant_state = loaded.data, loaded.quant_state
-        weight.__dict__.update(loaded._settings())
+        self._replace_weight(loaded.data, loaded.quant_state, **loaded._settings())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,9 @@ from torch import Tensor
 from . import _core
 
 __all__ = ["QuantState", "dequantize_nf4", "dynamic_map", "quantize_nf4"]
+
+# Values that may share a scale.
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 # Scales that share one scale of their own, in double quantisation.
 NESTED_BLOCKSIZE = 256
@@ -234,7 +238,7 @@ def _unpack_json(name: str, value: object) -> dict[str, Any]:
         raise ValueError(f"quant_state: {name} is no tensor of bytes")
     try:
         parts = json.loads(bytes(value.tolist()))
-    except ValueError as error:  # no UTF-8, no JSON
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, lists without end
         raise ValueError(f"quant_state: {name} is no JSON: {error}") from None
     if not isinstance(parts, dict):
         raise ValueError(f"quant_state: {name} is {parts!r}; must be a JSON object")
@@ -251,6 +255,34 @@ def _is_size(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
+def _check_tensors(parts: dict[str, Any]) -> None:
+    scale_dtype = torch.uint8 if "nested_absmax" in parts else torch.float32
+    tensors = {
+        "absmax": (scale_dtype, None),
+        "quant_map": (torch.float32, 16),
+        "nested_absmax": (torch.float32, None),
+        "nested_quant_map": (torch.float32, 256),
+    }
+    for name, (dtype, length) in tensors.items():
+        if name not in parts:
+            continue
+        tensor = parts[name]
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"quant_state: {name} is no tensor")
+        if tensor.dtype != dtype:
+            found, wanted = dtype_name(tensor.dtype), dtype_name(dtype)
+            raise ValueError(f"quant_state: {name} has dtype {found}; must be {wanted}")
+        if length is not None and tensor.numel() != length:
+            shape = tuple(tensor.shape)
+            raise ValueError(f"quant_state: {name} has shape {shape}; must be ({length},)")
+    code = parts["quant_map"]
+    # Codes that other releases have written may differ in the last bit; they mean the same.
+    if code.device.type != "meta" and not torch.allclose(
+        code, _nf4_code(code.device), rtol=0, atol=1e-6
+    ):
+        raise ValueError("quant_state: quant_map has other values than NF4")
+
+
 def _check_parts(parts: dict[str, Any]) -> None:
     wanted = _PLAIN_PARTS | (_NESTED_PARTS if parts.keys() & _NESTED_PARTS else frozenset())
     if missing := sorted(wanted - parts.keys()):
@@ -259,27 +291,32 @@ def _check_parts(parts: dict[str, Any]) -> None:
         raise ValueError(f"quant_state: {', '.join(unknown)} unknown")
     if parts["quant_type"] != "nf4":
         raise ValueError(f'quant_state: quant_type is {parts["quant_type"]!r}; must be "nf4"')
-    tensors = {"absmax": None, "quant_map": 16, "nested_absmax": None, "nested_quant_map": 256}
-    for name, length in tensors.items():
-        if name not in parts:
-            continue
-        if not isinstance(parts[name], Tensor):
-            raise ValueError(f"quant_state: {name} is no tensor")
-        if length is not None and parts[name].numel() != length:
-            shape = tuple(parts[name].shape)
-            raise ValueError(f"quant_state: {name} has shape {shape}; must be ({length},)")
-    code = parts["quant_map"]
-    if not torch.equal(code, _nf4_code(code.device).to(code.dtype)):
-        raise ValueError("quant_state: quant_map has other values than NF4")
-    shape = parts["shape"]
+    for name in ("dtype", "nested_dtype"):
+        if name in parts:
+            _named_dtype(name, parts[name])
+    _check_tensors(parts)
+    shape, blocksize = parts["shape"], parts["blocksize"]
     if not isinstance(shape, (list, tuple)) or not all(_is_size(size) for size in shape):
         raise ValueError(f"quant_state: shape is {shape!r}; must be a list of sizes")
-    for name in ("blocksize", "nested_blocksize"):
-        if name in parts and not (_is_size(parts[name]) and parts[name] > 0):
-            raise ValueError(f"quant_state: {name} is {parts[name]!r}; must be a positive number")
-    offset = parts.get("nested_offset", 0.0)
-    if isinstance(offset, bool) or not isinstance(offset, (int, float)):
-        raise ValueError(f"quant_state: nested_offset is {offset!r}; must be a number")
+    if any(size >= 1 << 62 for size in shape) or math.prod(shape) >= 1 << 62:
+        raise ValueError(f"quant_state: shape is {shape!r}; must be that of a tensor")
+    if not _is_size(blocksize) or blocksize not in BLOCK_SIZES:
+        allowed = ", ".join(map(str, BLOCK_SIZES))
+        raise ValueError(f"quant_state: blocksize is {blocksize!r}; must be one of {allowed}")
+    if "nested_absmax" in parts:
+        nested = parts["nested_blocksize"]
+        if not _is_size(nested) or not 0 < nested < 1 << 62:
+            raise ValueError(
+                f"quant_state: nested_blocksize is {nested!r}; must be a positive number"
+            )
+        _check_offset(parts["nested_offset"])
+
+
+def _check_offset(offset: object) -> None:
+    number = isinstance(offset, (int, float)) and not isinstance(offset, bool)
+    # NaN compares false.
+    if not (number and abs(offset) <= torch.finfo(torch.float32).max):
+        raise ValueError(f"quant_state: nested_offset is {offset!r}; must be a finite number")
 
 
 @torch.library.custom_op("oddsmith::quantize_nf4", mutates_args=())
@@ -356,7 +393,8 @@ def quantize_nf4(
 
     Bit-equal to bitsandbytes 0.50 on a CPU, but for the codes of scales under `double_quant`:
     bitsandbytes looks those up in a table that has no zero; here they are the nearest. A NaN makes
-    its whole block NaN, an infinity its block NaN and infinite, as there.
+    its whole block NaN, an infinity its block NaN and infinite, as there. Under `double_quant` either
+    would make the mean of the scales, and with it every value, NaN: such a tensor is refused.
 
     Args:
         tensor (`Tensor`): Any shape, `float32`, `bfloat16` or `float16`.
@@ -372,7 +410,7 @@ def quantize_nf4(
         half; and what is needed to read them.
 
     Raises:
-        ValueError: For another block size.
+        ValueError: For another block size; with `double_quant` for NaN and infinite values.
         TypeError: For another dtype.
     """
     packed, absmax = _quantize_nf4(tensor.detach(), blocksize)
@@ -387,6 +425,8 @@ def quantize_nf4(
     if double_quant:
         # libtorch's own mean: the order in which it adds decides the last bits.
         state.offset = absmax.mean()
+        if absmax.numel() and not state.offset.isfinite():
+            raise ValueError(f"quantize_nf4: {_why_not_finite(absmax, blocksize, tensor.numel())}")
         code = dynamic_map().to(tensor.device)
         codes, largest = _core.quantize_blockwise(
             absmax - state.offset, code, NESTED_BLOCKSIZE, stepped
@@ -396,6 +436,18 @@ def quantize_nf4(
             absmax=largest, code=code, blocksize=NESTED_BLOCKSIZE, dtype=torch.float32
         )
     return packed, state
+
+
+def _why_not_finite(absmax: Tensor, blocksize: int, count: int) -> str:
+    bad = absmax.isfinite().logical_not().nonzero().flatten()
+    if not len(bad):
+        return f"the mean of the scales is {absmax.mean().item()}; must be finite for double_quant"
+    first = int(bad[0]) * blocksize
+    return (
+        f"tensor has NaN or infinite values in {len(bad)} of {len(absmax)} blocks of {blocksize}, "
+        f"the first at {first}..{min(first + blocksize, count)} of the flat tensor; "
+        "must be finite for double_quant"
+    )
 
 
 def dequantize_nf4(packed: Tensor, state: QuantState, dtype: torch.dtype | None = None) -> Tensor:

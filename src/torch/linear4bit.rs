@@ -9,7 +9,7 @@
 use half::bf16;
 use tch::{Device, Kind, Tensor};
 
-use super::quant::{FLOATS, Weight, check_kind, dequantize_nf4, dtype};
+use super::quant::{FLOATS, Weight, check_kind, count, dequantize_nf4, dtype};
 use super::team::Torch;
 use super::view::{Element, slice, slice_mut};
 use super::{head, pages};
@@ -34,10 +34,8 @@ pub struct Size {
 }
 
 impl Size {
-    /// Number of weights.
-    #[must_use]
-    pub fn count(self) -> i64 {
-        self.rows * self.columns
+    fn count(self, op: &'static str) -> Result<i64> {
+        count(op, &[self.rows, self.columns])
     }
 }
 
@@ -94,7 +92,7 @@ pub fn forward(weight: Weight, size: Size, x: &Tensor, bias: Option<&Tensor>) ->
         let bias = bias.map(|bias| bias.f_to_kind(kind)).transpose()?;
         return Ok(x.f_linear(&weight, bias.as_ref())?);
     }
-    let weight = weight.checked(size.count())?;
+    let weight = weight.checked(size.count(op)?)?;
     let view = weight.view([dtype(kind), Dtype::F32])?;
     let x = x.f_contiguous()?.f_view([tokens, size.columns])?;
     let out = pages::empty(&[tokens, size.rows], kind)?;
@@ -192,7 +190,7 @@ pub fn input_gradient(weight: Weight, size: Size, grad: &Tensor, weight_kind: Ki
         let weight = dequantize_nf4(weight, &[size.rows, size.columns], weight_kind)?;
         return Ok(grad.f_matmul(&weight.f_to_kind(kind)?)?);
     }
-    let weight = weight.checked(size.count())?;
+    let weight = weight.checked(size.count(op)?)?;
     let view = weight.view([dtype(weight_kind), dtype(kind)])?;
     let grad = grad.f_contiguous()?.f_view([tokens, size.rows])?;
     let out = pages::empty(&[tokens, size.columns], kind)?;

@@ -50,6 +50,11 @@ fn check_blocksize(op: &'static str, blocksize: i64) -> Result<usize> {
     Err(value(op, "blocksize", "32, 64, 128, 256, 512, 1024, 2048 or 4096", blocksize))
 }
 
+/// Blocks that `count` values make, the last of which may be partial; both are not negative.
+fn blocks_of(count: i64, blocksize: i64) -> i64 {
+    (count as u64).div_ceil(blocksize as u64) as i64
+}
+
 /// The dtypes that quantised values come from and go to.
 pub(super) const FLOATS: [Kind; 3] = [Kind::Float, Kind::BFloat16, Kind::Half];
 
@@ -137,13 +142,13 @@ impl Weight {
         check_len(op, "packed", &self.packed, (count + 1) / 2, &format!("for {count} values"))?;
         let kind = if self.nested.is_some() { Kind::Uint8 } else { Kind::Float };
         check_kind(op, "absmax", self.absmax.f_kind()?, &[kind])?;
-        let blocks = (count + block - 1) / block;
+        let blocks = blocks_of(count, block);
         check_len(op, "absmax", &self.absmax, blocks, &format!("for {count} values in blocks of {block}"))?;
         if let Some(nested) = &mut self.nested {
             if nested.blocksize <= 0 {
                 return Err(value(op, "nested blocksize", "a positive number", nested.blocksize));
             }
-            let groups = (blocks + nested.blocksize - 1) / nested.blocksize;
+            let groups = blocks_of(blocks, nested.blocksize);
             let parts = [
                 ("nested absmax", &mut nested.absmax, groups),
                 ("nested code", &mut nested.map, MAP_LEN as i64),
@@ -176,17 +181,25 @@ impl Weight {
     }
 }
 
+/// Number of elements of a tensor of this shape.
+pub(super) fn count(op: &'static str, shape: &[i64]) -> Result<i64> {
+    let sizes = shape.iter().all(|&size| size >= 0);
+    let product = shape.iter().try_fold(1i64, |product, &size| product.checked_mul(size));
+    match product {
+        Some(product) if sizes && product < i64::MAX => Ok(product), // plus one, it is halved
+        _ => Err(value(op, "shape", "sizes of a tensor", format!("{shape:?}"))),
+    }
+}
+
 /// The values, `f32(code * scale)` rounded to `kind`, in `shape`.
 ///
 /// # Errors
 /// Arguments that do not fit, and what libtorch reports.
 pub fn dequantize_nf4(weight: Weight, shape: &[i64], kind: Kind) -> Result<Tensor> {
     check_kind(weight.op, "dtype", kind, &FLOATS)?;
-    if shape.iter().any(|&size| size < 0) {
-        return Err(value(weight.op, "shape", "sizes of a tensor", format!("{shape:?}")));
-    }
+    let count = count(weight.op, shape)?;
     let _guard = tch::no_grad_guard();
-    let weight = weight.checked(shape.iter().product())?;
+    let weight = weight.checked(count)?;
     if weight.packed.device() != Device::Cpu || tensor_ops() {
         return quant_ops::dequantize_nf4(&weight, shape, kind);
     }
@@ -226,7 +239,7 @@ pub fn quantize_blockwise(x: &Tensor, code: &Tensor, blocksize: i64, choice: Cho
     let device = x.device();
     // Scales are few: other devices send them here.
     let x = x.f_to_device(Device::Cpu)?.f_contiguous()?;
-    let blocks = (x.numel() as i64 + blocksize - 1) / blocksize;
+    let blocks = blocks_of(x.numel() as i64, blocksize);
     let mut codes = Tensor::f_empty(x.size(), (Kind::Uint8, Device::Cpu))?;
     let mut absmax = Tensor::f_empty([blocks], (Kind::Float, Device::Cpu))?;
     let (block, out, largest) = (blocksize as usize, slice_mut(&mut codes)?, slice_mut(&mut absmax)?);
@@ -257,7 +270,7 @@ pub fn dequantize_blockwise(
         return Err(value(OP, "blocksize", "a positive number", blocksize));
     }
     let count = codes.numel() as i64;
-    check_len(OP, "absmax", absmax, (count + blocksize - 1) / blocksize, &format!("for {count} codes"))?;
+    check_len(OP, "absmax", absmax, blocks_of(count, blocksize), &format!("for {count} codes"))?;
     let map = map(OP, code)?;
     let _guard = tch::no_grad_guard();
     let device = codes.device();
