@@ -1,4 +1,9 @@
-"""NF4 against bitsandbytes: bit for bit where it computes what the format says."""
+"""NF4 against bitsandbytes, bit for bit.
+
+bitsandbytes 0.50.2 has two implementations on a CPU. The plain one is what the format is. The one with
+AVX-512 reads wrong scales where rows are not whole blocks, and flushes what is subnormal in bfloat16:
+it is compared with where neither happens.
+"""
 
 import pytest
 import torch
@@ -18,7 +23,14 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 2), (5, 13), (63,), (64, 64), (1, 4097), (130, 70), (33, 4096), (3, 5, 7), (257, 8)]
 
 
-def weights(shape, dtype, seed=5):
+@pytest.fixture(autouse=True)
+def eager():
+    """The peer compiles what it falls back to, anew for every shape; the values are the same."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def weights(shape, dtype, seed=5, specks=True):
     """Values over four decades; with a block of zeros, exact ties and codes among them."""
     generator = torch.Generator().manual_seed(seed)
     size = torch.rand(shape, generator=generator) * 4 - 3
@@ -29,7 +41,8 @@ def weights(shape, dtype, seed=5):
     exact = torch.cat([torch.ones(1), code, midpoints])
     flat[64:128] = 0
     flat[128 : 128 + len(exact)] = exact[: max(len(flat) - 128, 0)]
-    flat[192:256] = 1e-39
+    if specks:
+        flat[192:256] = 1e-39
     return values.to(dtype)
 
 
@@ -45,6 +58,21 @@ def theirs_of(values, blocksize=64, nested=False):
     return peer.quantize_4bit(
         values, blocksize=blocksize, compress_statistics=nested, quant_type="nf4"
     )
+
+
+def their_values(codes, state, dtype=None):
+    """By the plain implementation, which a last dimension that is odd asks for."""
+    parts = state.as_dict()
+    column = peer.QuantState.from_dict({**parts, "shape": (state.shape.numel(), 1)}, codes.device)
+    column.dtype = dtype or state.dtype
+    return peer.dequantize_4bit(codes, column).reshape(state.shape)
+
+
+def their_kernel_s_values(codes, state, dtype=None):
+    assert state.shape[-1] % state.blocksize == 0
+    state = peer.QuantState.from_dict(state.as_dict(), codes.device)
+    state.dtype = dtype or state.dtype
+    return peer.dequantize_4bit(codes, state).reshape(state.shape)
 
 
 @pytest.mark.parametrize("blocksize", BLOCK_SIZES)
@@ -63,9 +91,19 @@ def test_codes_scales_and_values_are_bit_equal(dtype, blocksize):
             other.blocksize,
         )
         for out in DTYPES:
-            other.dtype = out
             back = functional.dequantize_nf4(packed, state, out)
-            assert same(back, peer.dequantize_4bit(codes, other)), (shape, out)
+            assert same(back, their_values(codes, other, out)), (shape, out)
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["scales", "nested"])
+@pytest.mark.parametrize("blocksize", BLOCK_SIZES)
+def test_values_are_bit_equal_to_their_kernel_s(blocksize, nested):
+    values = weights((33, 8192), torch.float32, specks=False)
+    codes, other = theirs_of(values, blocksize, nested)
+    state = QuantState.from_dict(other.as_dict())
+    for out in DTYPES:
+        back = functional.dequantize_nf4(codes, state, out)
+        assert same(back, their_kernel_s_values(codes, other, out)), out
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -81,7 +119,7 @@ def test_zeros_nan_and_infinity_are_as_theirs(dtype, length):
         codes, other = theirs_of(values)
         assert torch.equal(packed, codes) and same(state.absmax, other.absmax)
         back = functional.dequantize_nf4(packed, state)
-        assert same(back, peer.dequantize_4bit(codes, other))
+        assert same(back, their_values(codes, other))
 
 
 def test_strided_tensors_are_as_theirs():
@@ -111,9 +149,8 @@ def test_nested_codes_in_the_mode_that_compares(shape, blocksize):
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     for out in DTYPES:
-        other.dtype = out
         back = functional.dequantize_nf4(packed, state, out)
-        assert same(back, peer.dequantize_4bit(codes, other))
+        assert same(back, their_values(codes, other, out))
 
 
 def test_our_own_nested_codes_are_no_further_off():
@@ -135,7 +172,11 @@ def their_layer(weight, bias, nested=True, compute_dtype=None):
         columns, rows, bias=bias is not None, compute_dtype=compute_dtype, quant_type="nf4"
     )
     layer.weight = bnb.nn.Params4bit(
-        weight.clone(), requires_grad=False, compress_statistics=nested, quant_type="nf4", module=layer
+        weight.clone(),
+        requires_grad=False,
+        compress_statistics=nested,
+        quant_type="nf4",
+        module=layer,
     )
     if bias is not None:
         layer.bias = torch.nn.Parameter(bias.clone())
@@ -158,7 +199,7 @@ def entries_of(layer):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 class TestCheckpoints:
     def layers(self, dtype, nested):
-        weight, bias = weights((40, 192), dtype), weights((40,), dtype)
+        weight, bias = weights((40, 192), dtype, specks=False), weights((40,), dtype)
         theirs = their_layer(weight, bias, nested)
         return our_layer(weight, bias, compress_statistics=nested), theirs
 
@@ -183,7 +224,7 @@ class TestCheckpoints:
         weight = entries.pop("weight")
         parts = {k.removeprefix("weight."): v for k, v in entries.items() if k != "bias"}
         taken = bnb.nn.Params4bit.from_prequantized(weight, dict(parts), device="cpu")
-        back = peer.dequantize_4bit(taken.data, taken.quant_state)
+        back = their_kernel_s_values(taken.data, taken.quant_state)
         assert torch.equal(back, functional.dequantize_nf4(ours.weight, ours.quant_state))
         again = taken.quant_state.as_dict(packed=True)
         assert again.keys() == parts.keys()
@@ -195,7 +236,8 @@ class TestCheckpoints:
         taken = Params4bit.from_prequantized(theirs.weight.data, entries, device="cpu")
         assert (taken.blocksize, taken.compress_statistics) == (64, nested)
         back = functional.dequantize_nf4(taken, taken.quant_state)
-        assert torch.equal(back, peer.dequantize_4bit(theirs.weight.data, theirs.quant_state))
+        state = theirs.weight.quant_state
+        assert torch.equal(back, their_kernel_s_values(theirs.weight.data, state))
 
     def test_unpacked_parts_of_theirs(self, dtype, nested):
         _, theirs = self.layers(dtype, nested)

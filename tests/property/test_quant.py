@@ -11,9 +11,7 @@ from oddsmith import functional
 from oddsmith.quant import PACKED_KEY, QuantState
 
 # A busy machine is no failure.
-patiently = settings(
-    deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow]
-)
+patiently = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 
 block_sizes = st.sampled_from([32, 64, 128, 256, 512, 1024, 2048, 4096])
 dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
@@ -63,11 +61,14 @@ def test_quantising_again_changes_nothing(values, blocksize):
 
 
 @patiently
-@given(tensors(ordinary), st.floats(2**-20, 2**20).map(lambda x: 2.0 ** round(torch.tensor(x).log2().item())))
+@given(tensors(ordinary), st.integers(-20, 20).map(lambda power: 2.0**power))
 def test_a_power_of_two_scales_the_scales_alone(values, factor):
     packed, state = functional.quantize_nf4(values)
     scaled, other = functional.quantize_nf4(values * factor)
-    assert torch.equal(scaled, packed) and torch.equal(other.absmax, state.absmax * factor)
+    assert torch.equal(scaled, packed)
+    # A partial block of zeros has the least scale that there is.
+    least = state.absmax < 1e-37
+    assert torch.equal(other.absmax, torch.where(least, state.absmax, state.absmax * factor))
 
 
 @patiently

@@ -470,8 +470,14 @@ class TestStateDict:
                 ),
                 "found weight.quant_state.bitsandbytes__fp4; must be",
             ),
-            (lambda e: e.update(weight=e["weight"][:-1]), "3072 bytes of codes; the weight has 3071"),
-            (lambda e: e.update({"weight.absmax": e["weight.absmax"][1:]}), "absmax has 95 elements"),
+            (
+                lambda e: e.update(weight=e["weight"][:-1]),
+                "3072 bytes of codes; the weight has 3071",
+            ),
+            (
+                lambda e: e.update({"weight.absmax": e["weight.absmax"][1:]}),
+                "absmax has 95 elements",
+            ),
             (
                 lambda e: e.update({"weight.nested_absmax": torch.ones(2)}),
                 "nested_absmax has 2 elements; must be 1",
