@@ -2,203 +2,325 @@
 //! a register.
 //!
 //! A block's values are its 16 code values times its scale, so a block is multiplied and rounded 16
-//! times however long it is; the rest is look-ups, which compilers do not find by themselves.
+//! times however long it is; the rest is look-ups. The vector code takes 32 codes at a time, spread over
+//! lanes and shifted, each by its own distance, so that its four bits come last.
 #![allow(unsafe_code)] // vector instructions, behind their run-time check, on pointers of checked length
 
+use super::level::Level;
+use super::nf4::Packed;
 use super::storage::Storage;
 
-/// Instruction sets that the vector code of quantisation is written for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Level {
-    /// AVX-512 with byte and word instructions.
-    Avx512,
-    /// AVX2 with fused multiply-add and half-precision conversions.
-    Avx2,
-    /// Plain loops.
-    Baseline,
-}
+/// Values that the vector code takes at a time.
+#[cfg(target_arch = "x86_64")]
+const STEP: usize = 32;
 
-impl Level {
-    /// The best that this machine has.
-    #[must_use]
-    pub fn best() -> Self {
-        #[cfg(target_arch = "x86_64")]
-        {
-            use std::sync::OnceLock;
-            static LEVEL: OnceLock<Level> = OnceLock::new();
-            *LEVEL.get_or_init(|| {
-                let avx2 = is_x86_feature_detected!("avx2")
-                    && is_x86_feature_detected!("fma")
-                    && is_x86_feature_detected!("f16c");
-                let avx512 = is_x86_feature_detected!("avx512f")
-                    && is_x86_feature_detected!("avx512bw")
-                    && is_x86_feature_detected!("avx512dq")
-                    && is_x86_feature_detected!("avx512vl");
-                match (avx2, avx512) {
-                    (true, true) => Level::Avx512,
-                    (true, false) => Level::Avx2,
-                    _ => Level::Baseline,
-                }
-            })
-        }
-        #[cfg(not(target_arch = "x86_64"))]
-        Level::Baseline
-    }
-
-    /// Every level that this machine has.
-    #[cfg(test)]
-    #[must_use]
-    pub fn available() -> &'static [Level] {
-        match Self::best() {
-            Level::Avx512 => &[Level::Avx512, Level::Avx2, Level::Baseline],
-            Level::Avx2 => &[Level::Avx2, Level::Baseline],
-            Level::Baseline => &[Level::Baseline],
-        }
-    }
-}
-
-/// Looks both codes of every byte up in `table`.
+/// Fills `values` with those from `start` on. `past_cache` is for results that are not read soon and
+/// do not fit the cache: they are written around it.
 ///
 /// # Panics
-/// If `values` is not twice as long as `bytes`.
-#[inline]
-pub fn expand<T: Storage>(level: Level, bytes: &[u8], table: &[T; 16], values: &mut [T]) {
-    assert_eq!(values.len(), 2 * bytes.len());
-    let done = match level {
+/// If there are not that many.
+pub fn read<T: Storage>(level: Level, packed: &Packed<'_>, start: usize, values: &mut [T], past_cache: bool) {
+    let end = start + values.len();
+    assert!(end <= 2 * packed.bytes.len() && end <= packed.scales.len() * packed.blocksize);
+    assert!(packed.scales.is_whole() && packed.blocksize.is_power_of_two());
+    match level {
         #[cfg(target_arch = "x86_64")]
-        // SAFETY: `Level` says that the machine has the features; the pointers are of the slices whose
-        // lengths were compared above; T is as wide as the integers that stand for it.
-        Level::Avx512 | Level::Avx2 => unsafe {
-            let (table, out) = (table.as_ptr(), values.as_mut_ptr());
-            match (size_of::<T>(), level) {
-                (4, Level::Avx512) => x86::wide_avx512(bytes, table.cast(), out.cast()),
-                (2, Level::Avx512) => x86::half_avx512(bytes, table.cast(), out.cast()),
-                (4, _) => x86::wide_avx2(bytes, table.cast(), out.cast()),
-                (2, _) => x86::half_avx2(bytes, table.cast(), out.cast()),
-                _ => 0,
-            }
-        },
-        _ => 0,
-    };
-    for (pair, &byte) in values[2 * done..].chunks_exact_mut(2).zip(&bytes[done..]) {
-        pair[0] = table[usize::from(byte >> 4)];
-        pair[1] = table[usize::from(byte & 15)];
+        // SAFETY: a level is only ever one that this machine has; the lengths were compared above.
+        Level::Avx512 => unsafe { x86::read_avx512(packed, start, values, past_cache) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: as above.
+        Level::Avx2 => unsafe { x86::read_avx2(packed, start, values, past_cache) },
+        _ => read_plain(packed, start, values),
     }
 }
 
-/// Each function expands as many whole vectors as there are and returns the number of bytes done.
-///
-/// # Safety
-/// All: `table` has 16 elements, `out` room for twice the bytes.
+fn read_plain<T: Storage>(packed: &Packed<'_>, start: usize, values: &mut [T]) {
+    let (mut at, mut rest) = (start, values);
+    while !rest.is_empty() {
+        let block = at / packed.blocksize;
+        let (part, others) = rest.split_at_mut(rest.len().min((block + 1) * packed.blocksize - at));
+        rest = others;
+        let table = packed.table(block);
+        look_up(packed.bytes, &table, at, part);
+        at += part.len();
+    }
+}
+
+/// Looks up one value after another.
+#[inline]
+fn look_up<T: Copy>(bytes: &[u8], table: &[T; 16], start: usize, values: &mut [T]) {
+    for (i, value) in (start..).zip(values) {
+        let byte = bytes[i / 2];
+        *value = table[usize::from(if i % 2 == 0 { byte >> 4 } else { byte & 15 })];
+    }
+}
+
 #[cfg(target_arch = "x86_64")]
-mod x86 {
+pub mod x86 {
     #[allow(clippy::wildcard_imports)] // a page of names otherwise
     use std::arch::x86_64::*;
 
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-    pub unsafe fn wide_avx512(bytes: &[u8], table: *const u32, out: *mut u32) -> usize {
-        let whole = bytes.len() / 8 * 8;
-        // SAFETY: by the contract above; `i` stays below `whole`.
-        unsafe {
-            let table = _mm512_loadu_si512(table.cast());
-            for i in (0..whole).step_by(8) {
-                let byte = _mm512_cvtepu8_epi64(_mm_loadl_epi64(bytes.as_ptr().add(i).cast()));
-                // Lane 2j gets the high half of byte j, lane 2j + 1 the byte, of which the look-up
-                // reads four bits.
-                let index = _mm512_or_si512(_mm512_srli_epi64::<4>(byte), _mm512_slli_epi64::<32>(byte));
-                _mm512_storeu_si512(out.add(2 * i).cast(), _mm512_permutexvar_epi32(index, table));
-            }
+    use super::{STEP, look_up};
+    use crate::quant::codebook::NF4;
+    use crate::quant::nf4::Packed;
+    use crate::quant::storage::{Dtype, Storage};
+
+    const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+
+    /// Distances that bring each of a word's eight, or four, codes to the end, first code first.
+    const IN_32: [u32; 8] = [4, 0, 12, 8, 20, 16, 28, 24];
+    const IN_16: [u16; 4] = [4, 0, 12, 8];
+
+    /// The part of `at..end` that lies in one block and is worth vector code or, at an odd place and
+    /// at the end, is not: its end, and how much of it are whole steps.
+    #[inline(always)]
+    fn segment(at: usize, end: usize, shift: u32) -> (usize, usize) {
+        if at % 2 == 1 {
+            return (at + 1, 0);
         }
-        whole
+        let stop = end.min(((at >> shift) + 1) << shift);
+        (stop, (stop - at) / STEP * STEP)
     }
 
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-    pub unsafe fn half_avx512(bytes: &[u8], table: *const u16, out: *mut u16) -> usize {
-        let whole = bytes.len() / 16 * 16;
-        // SAFETY: by the contract above; `i` stays below `whole`.
+    /// Rounds to a dtype and widens again.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+    fn round_512(dtype: Dtype, values: __m512) -> __m512 {
+        match dtype {
+            Dtype::F32 => values,
+            Dtype::F16 => _mm512_cvtph_ps(_mm512_cvtps_ph::<NEAREST>(values)),
+            Dtype::Bf16 => {
+                let bits = _mm512_castps_si512(values);
+                let last = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+                let half = _mm512_add_epi32(last, _mm512_set1_epi32(0x7fff));
+                let kept = _mm512_set1_epi32(0xffff_0000_u32 as i32);
+                let rounded = _mm512_castsi512_ps(_mm512_and_si512(_mm512_add_epi32(bits, half), kept));
+                let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(values, values);
+                _mm512_mask_mov_ps(rounded, nan, _mm512_castsi512_ps(_mm512_set1_epi32(0x7fc0_0000)))
+            }
+        }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    fn round_256(dtype: Dtype, values: __m256) -> __m256 {
+        match dtype {
+            Dtype::F32 => values,
+            Dtype::F16 => _mm256_cvtph_ps(_mm256_cvtps_ph::<{ _MM_FROUND_TO_NEAREST_INT }>(values)),
+            Dtype::Bf16 => {
+                let bits = _mm256_castps_si256(values);
+                let last = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
+                let half = _mm256_add_epi32(last, _mm256_set1_epi32(0x7fff));
+                let kept = _mm256_set1_epi32(0xffff_0000_u32 as i32);
+                let rounded = _mm256_castsi256_ps(_mm256_and_si256(_mm256_add_epi32(bits, half), kept));
+                let nan = _mm256_cmp_ps::<_CMP_UNORD_Q>(values, values);
+                _mm256_blendv_ps(rounded, _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc0_0000)), nan)
+            }
+        }
+    }
+
+    /// # Safety
+    /// The machine has the features, `packed` all values from `start` on and a scale for each.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+    pub unsafe fn read_avx512<T: Storage>(
+        packed: &Packed<'_>,
+        start: usize,
+        values: &mut [T],
+        past_cache: bool,
+    ) {
+        let (shift, end) = (packed.blocksize.trailing_zeros(), start + values.len());
+        let mut scales = packed.scales.cursor();
+        let mut at = start;
+        // SAFETY: by the contract above; pointers stay within `at..at + whole` of bytes and values.
+        unsafe {
+            let code = _mm512_loadu_ps(NF4.as_ptr());
+            while at < end {
+                let (stop, whole) = segment(at, end, shift);
+                let table = _mm512_mul_ps(code, _mm512_set1_ps(scales.get(at >> shift)));
+                let table = round_512(packed.via[1], round_512(packed.via[0], table));
+                let part = &mut values[at - start..stop - start];
+                let (bytes, out) = (packed.bytes.as_ptr().add(at / 2), part.as_mut_ptr());
+                let around = past_cache && out as usize % 64 == 0;
+                match T::DTYPE {
+                    Dtype::F32 => wide_512(bytes, table, out.cast(), whole, around),
+                    Dtype::F16 => {
+                        half_512(bytes, _mm512_cvtps_ph::<NEAREST>(table), out.cast(), whole, around);
+                    }
+                    Dtype::Bf16 => {
+                        let bits = _mm512_castps_si512(round_512(Dtype::Bf16, table));
+                        let table = _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(bits));
+                        half_512(bytes, table, out.cast(), whole, around);
+                    }
+                }
+                if whole < part.len() {
+                    let mut exact = [0.0f32; 16];
+                    _mm512_storeu_ps(exact.as_mut_ptr(), table);
+                    look_up(packed.bytes, &T::narrow(&exact), at + whole, &mut part[whole..]);
+                }
+                at = stop;
+            }
+            if past_cache {
+                _mm_sfence();
+            }
+        }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+    unsafe fn wide_512(bytes: *const u8, table: __m512, out: *mut f32, count: usize, around: bool) {
+        // SAFETY: `count` values have that many halves of bytes.
+        unsafe {
+            let shifts = _mm512_broadcast_i64x4(_mm256_loadu_si256(IN_32.as_ptr().cast()));
+            let first = _mm512_inserti64x4::<1>(_mm512_setzero_si512(), _mm256_set1_epi32(1));
+            let second = _mm512_add_epi32(first, _mm512_set1_epi32(2));
+            for i in (0..count).step_by(STEP) {
+                let words = _mm512_castsi128_si512(_mm_loadu_si128(bytes.add(i / 2).cast()));
+                let low = _mm512_srlv_epi32(_mm512_permutexvar_epi32(first, words), shifts);
+                let high = _mm512_srlv_epi32(_mm512_permutexvar_epi32(second, words), shifts);
+                let (low, high) = (_mm512_permutexvar_ps(low, table), _mm512_permutexvar_ps(high, table));
+                if around {
+                    _mm512_stream_ps(out.add(i), low);
+                    _mm512_stream_ps(out.add(i + 16), high);
+                } else {
+                    _mm512_storeu_ps(out.add(i), low);
+                    _mm512_storeu_ps(out.add(i + 16), high);
+                }
+            }
+        }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+    unsafe fn half_512(bytes: *const u8, table: __m256i, out: *mut u16, count: usize, around: bool) {
+        // SAFETY: as above.
         unsafe {
             // Five bits are read: the table twice makes the fifth irrelevant.
-            let table = _mm512_broadcast_i64x4(_mm256_loadu_si256(table.cast()));
-            for i in (0..whole).step_by(16) {
-                let byte = _mm512_cvtepu8_epi32(_mm_loadu_si128(bytes.as_ptr().add(i).cast()));
-                let index = _mm512_or_si512(_mm512_srli_epi32::<4>(byte), _mm512_slli_epi32::<16>(byte));
-                _mm512_storeu_si512(out.add(2 * i).cast(), _mm512_permutexvar_epi16(index, table));
+            let table = _mm512_broadcast_i64x4(table);
+            let shifts = _mm512_set1_epi64(IN_16.as_ptr().cast::<i64>().read_unaligned());
+            let eight = _mm512_cvtepu16_epi64(_mm_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7));
+            // Every word four times.
+            let spread = _mm512_mullo_epi64(eight, _mm512_set1_epi64(0x0001_0001_0001_0001));
+            for i in (0..count).step_by(STEP) {
+                let words = _mm512_castsi128_si512(_mm_loadu_si128(bytes.add(i / 2).cast()));
+                let index = _mm512_srlv_epi16(_mm512_permutexvar_epi16(spread, words), shifts);
+                let values = _mm512_permutexvar_epi16(index, table);
+                if around {
+                    _mm512_stream_si512(out.add(i).cast(), values);
+                } else {
+                    _mm512_storeu_si512(out.add(i).cast(), values);
+                }
             }
         }
-        whole
     }
 
-    #[target_feature(enable = "avx2")]
-    pub unsafe fn wide_avx2(bytes: &[u8], table: *const u32, out: *mut u32) -> usize {
-        let whole = bytes.len() / 4 * 4;
-        // SAFETY: by the contract above; `i` stays below `whole`.
+    /// # Safety
+    /// As [`read_avx512`].
+    #[target_feature(enable = "avx2,fma,f16c")]
+    pub unsafe fn read_avx2<T: Storage>(
+        packed: &Packed<'_>,
+        start: usize,
+        values: &mut [T],
+        past_cache: bool,
+    ) {
+        let (shift, end) = (packed.blocksize.trailing_zeros(), start + values.len());
+        let mut scales = packed.scales.cursor();
+        let mut at = start;
+        // SAFETY: by the contract above; pointers stay within `at..at + whole` of bytes and values.
         unsafe {
-            let low = _mm256_loadu_ps(table.cast());
-            let high = _mm256_loadu_ps(table.add(8).cast());
-            for i in (0..whole).step_by(4) {
-                let four = bytes.as_ptr().add(i).cast::<i32>().read_unaligned();
-                let byte = _mm256_cvtepu8_epi64(_mm_cvtsi32_si128(four));
-                let index = _mm256_or_si256(_mm256_srli_epi64::<4>(byte), _mm256_slli_epi64::<32>(byte));
+            let code = [_mm256_loadu_ps(NF4.as_ptr()), _mm256_loadu_ps(NF4.as_ptr().add(8))];
+            while at < end {
+                let (stop, whole) = segment(at, end, shift);
+                let scale = _mm256_set1_ps(scales.get(at >> shift));
+                let mut table = [_mm256_mul_ps(code[0], scale), _mm256_mul_ps(code[1], scale)];
+                for half in &mut table {
+                    *half = round_256(packed.via[1], round_256(packed.via[0], *half));
+                }
+                let part = &mut values[at - start..stop - start];
+                let (bytes, out) = (packed.bytes.as_ptr().add(at / 2), part.as_mut_ptr());
+                let around = past_cache && out as usize % 32 == 0;
+                match T::DTYPE {
+                    Dtype::F32 => wide_256(bytes, table, out.cast(), whole, around),
+                    Dtype::F16 => {
+                        let table = table.map(|half| _mm256_cvtps_ph::<{ _MM_FROUND_TO_NEAREST_INT }>(half));
+                        half_256(bytes, table, out.cast(), whole, around);
+                    }
+                    Dtype::Bf16 => {
+                        let table = table.map(|half| {
+                            let bits = _mm256_castps_si256(round_256(Dtype::Bf16, half));
+                            let words = _mm256_srli_epi32::<16>(bits);
+                            _mm_packus_epi32(
+                                _mm256_castsi256_si128(words),
+                                _mm256_extracti128_si256::<1>(words),
+                            )
+                        });
+                        half_256(bytes, table, out.cast(), whole, around);
+                    }
+                }
+                if whole < part.len() {
+                    let mut exact = [0.0f32; 16];
+                    _mm256_storeu_ps(exact.as_mut_ptr(), table[0]);
+                    _mm256_storeu_ps(exact.as_mut_ptr().add(8), table[1]);
+                    look_up(packed.bytes, &T::narrow(&exact), at + whole, &mut part[whole..]);
+                }
+                at = stop;
+            }
+            if past_cache {
+                _mm_sfence();
+            }
+        }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn wide_256(bytes: *const u8, table: [__m256; 2], out: *mut f32, count: usize, around: bool) {
+        // SAFETY: `count` values have that many halves of bytes.
+        unsafe {
+            let shifts = _mm256_loadu_si256(IN_32.as_ptr().cast());
+            for i in (0..count).step_by(8) {
+                let four = bytes.add(i / 2).cast::<i32>().read_unaligned();
+                let index = _mm256_srlv_epi32(_mm256_set1_epi32(four), shifts);
                 // Three bits choose within a half of the table, the fourth the half: as a sign.
                 let upper = _mm256_castsi256_ps(_mm256_slli_epi32::<28>(index));
-                let value = _mm256_blendv_ps(
-                    _mm256_permutevar8x32_ps(low, index),
-                    _mm256_permutevar8x32_ps(high, index),
-                    upper,
-                );
-                _mm256_storeu_ps(out.add(2 * i).cast(), value);
+                let low = _mm256_permutevar8x32_ps(table[0], index);
+                let high = _mm256_permutevar8x32_ps(table[1], index);
+                let value = _mm256_blendv_ps(low, high, upper);
+                if around {
+                    _mm256_stream_ps(out.add(i), value);
+                } else {
+                    _mm256_storeu_ps(out.add(i), value);
+                }
             }
         }
-        whole
     }
 
-    #[target_feature(enable = "avx2")]
-    pub unsafe fn half_avx2(bytes: &[u8], table: *const u16, out: *mut u16) -> usize {
-        let whole = bytes.len() / 16 * 16;
-        // SAFETY: by the contract above; `i` stays below `whole`.
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn half_256(bytes: *const u8, table: [__m128i; 2], out: *mut u16, count: usize, around: bool) {
+        // SAFETY: as above.
         unsafe {
             // The low and the high bytes of the 16 values, as two tables of bytes.
-            let (first, second) = (_mm_loadu_si128(table.cast()), _mm_loadu_si128(table.add(8).cast()));
             let byte_mask = _mm_set1_epi16(0xff);
-            let low = _mm_packus_epi16(_mm_and_si128(first, byte_mask), _mm_and_si128(second, byte_mask));
-            let high = _mm_packus_epi16(_mm_srli_epi16::<8>(first), _mm_srli_epi16::<8>(second));
+            let low =
+                _mm_packus_epi16(_mm_and_si128(table[0], byte_mask), _mm_and_si128(table[1], byte_mask));
+            let high = _mm_packus_epi16(_mm_srli_epi16::<8>(table[0]), _mm_srli_epi16::<8>(table[1]));
             let code_mask = _mm_set1_epi8(15);
-            for i in (0..whole).step_by(16) {
-                let byte = _mm_loadu_si128(bytes.as_ptr().add(i).cast());
+            for i in (0..count).step_by(STEP) {
+                let byte = _mm_loadu_si128(bytes.add(i / 2).cast());
                 let even = _mm_and_si128(_mm_srli_epi16::<4>(byte), code_mask);
                 let odd = _mm_and_si128(byte, code_mask);
                 let codes = [_mm_unpacklo_epi8(even, odd), _mm_unpackhi_epi8(even, odd)];
                 for (half, code) in codes.into_iter().enumerate() {
                     let (low, high) = (_mm_shuffle_epi8(low, code), _mm_shuffle_epi8(high, code));
-                    let out = out.add(2 * i + 16 * half).cast::<__m128i>();
-                    _mm_storeu_si128(out, _mm_unpacklo_epi8(low, high));
-                    _mm_storeu_si128(out.add(1), _mm_unpackhi_epi8(low, high));
+                    let out = out.add(i + 16 * half).cast::<__m128i>();
+                    let (first, second) = (_mm_unpacklo_epi8(low, high), _mm_unpackhi_epi8(low, high));
+                    if around {
+                        _mm_stream_si128(out, first);
+                        _mm_stream_si128(out.add(1), second);
+                    } else {
+                        _mm_storeu_si128(out, first);
+                        _mm_storeu_si128(out.add(1), second);
+                    }
                 }
-            }
-        }
-        whole
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use half::bf16;
-
-    use super::*;
-
-    #[test]
-    fn every_level_looks_up_the_same_values() {
-        let bytes: Vec<u8> = (0..1000u32).map(|i| (i * 167 % 256) as u8).collect();
-        let wide: [f32; 16] = std::array::from_fn(|i| (i as f32 - 6.5) * 1.37);
-        let half = wide.map(bf16::from_f32);
-        for n in [0, 1, 3, 4, 7, 8, 15, 16, 17, 33, 256, 1000] {
-            let codes = bytes[..n].iter().flat_map(|&b| [b >> 4, b & 15]).map(usize::from);
-            let (mut a, mut b) = (vec![0.0f32; 2 * n], vec![bf16::ZERO; 2 * n]);
-            for &level in Level::available() {
-                expand(level, &bytes[..n], &wide, &mut a);
-                expand(level, &bytes[..n], &half, &mut b);
-                assert_eq!(a, codes.clone().map(|code| wide[code]).collect::<Vec<_>>(), "{level:?} {n}");
-                assert_eq!(b, codes.clone().map(|code| half[code]).collect::<Vec<_>>(), "{level:?} {n}");
             }
         }
     }

@@ -4,12 +4,14 @@
 //! the nearest of 16 numbers times that scale. [`codebook`] has the numbers, [`nf4`] turns values into
 //! codes and back, [`blockwise8`] is the 8-bit form that compresses the scales, [`scales`] reads them
 //! plain or compressed, and [`product`] multiplies by a 4-bit matrix without unpacking it.
-//! `expand` has the vector code that turns codes into values.
+//! `expand` has the vector code that turns codes into values, `pick` that for the other way.
 
 pub mod blockwise8;
 pub mod codebook;
 mod expand;
+mod level;
 pub mod nf4;
+mod pick;
 pub mod product;
 pub mod scales;
 pub mod storage;

@@ -7,14 +7,17 @@
 //! zero codes (and so NaN, `0 * inf`) and both infinities code 15.
 
 use super::codebook::{MIDPOINTS, NF4, ZERO, nearest};
-use super::expand::{Level, expand};
+use super::level::Level;
 use super::scales::Scales;
 use super::storage::{Dtype, Storage};
-use super::{GRAIN, for_each};
+use super::{GRAIN, expand, for_each, pick};
 use crate::head::backend::Team;
 
 /// Below this a scale has no inverse that is worth anything.
-const LEAST: f32 = 1e-38;
+pub(super) const LEAST: f32 = 1e-38;
+
+/// Bytes from which on a result is written around the cache, which would first read what was there.
+const PAST_CACHE: usize = 16 << 20;
 
 /// Longest block.
 const LONGEST: usize = 4096;
@@ -45,47 +48,54 @@ pub fn quantize<T: Storage>(
         // SAFETY: as above.
         #[allow(unsafe_code)]
         Level::Avx2 => unsafe { blocks_avx2(values, blocksize, packed, absmax) },
-        _ => blocks(values, blocksize, packed, absmax),
+        _ => blocks(Level::Baseline, values, blocksize, packed, absmax),
     });
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
 fn blocks_avx512<T: Storage>(values: &[T], blocksize: usize, packed: &mut [u8], absmax: &mut [f32]) {
-    blocks(values, blocksize, packed, absmax);
+    blocks(Level::Avx512, values, blocksize, packed, absmax);
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn blocks_avx2<T: Storage>(values: &[T], blocksize: usize, packed: &mut [u8], absmax: &mut [f32]) {
-    blocks(values, blocksize, packed, absmax);
+    blocks(Level::Avx2, values, blocksize, packed, absmax);
 }
 
 #[inline(always)]
-fn blocks<T: Storage>(values: &[T], blocksize: usize, packed: &mut [u8], absmax: &mut [f32]) {
-    let mut wide = [0.0f32; LONGEST];
+fn blocks<T: Storage>(level: Level, values: &[T], blocksize: usize, packed: &mut [u8], absmax: &mut [f32]) {
     let blocks = values.chunks(blocksize).zip(packed.chunks_mut(blocksize / 2)).zip(absmax);
     for ((values, packed), absmax) in blocks {
-        let wide = &mut wide[..values.len()];
-        T::widen(values, wide);
-        // As integers, so that NaN is above every number.
-        let bits = wide.iter().map(|x| x.to_bits() & 0x7fff_ffff).fold(0, u32::max);
-        let largest = f32::from_bits(bits);
-        let scale = if largest < LEAST { LEAST } else { largest };
         let whole = values.len() == blocksize;
-        *absmax = if whole { largest } else { scale };
-        if whole {
-            let inverse = 1.0 / scale;
-            wide.iter_mut().for_each(|x| *x *= inverse);
-        } else {
-            wide.iter_mut().for_each(|x| *x /= scale);
-        }
-        if whole && scale.is_finite() {
-            pack_finite(wide, packed);
-        } else {
-            pack_any(wide, packed);
-        }
+        let quick = if whole { pick::whole_block(level, values, packed) } else { None };
+        *absmax = quick.unwrap_or_else(|| any_block(values, whole, packed));
     }
+}
+
+/// A block of any length, NaN and infinity among its values, and its scale.
+#[inline(never)]
+fn any_block<T: Storage>(values: &[T], whole: bool, packed: &mut [u8]) -> f32 {
+    let mut wide = [0.0f32; LONGEST];
+    let wide = &mut wide[..values.len()];
+    T::widen(values, wide);
+    // As integers, so that NaN is above every number.
+    let bits = wide.iter().map(|x| x.to_bits() & 0x7fff_ffff).fold(0, u32::max);
+    let largest = f32::from_bits(bits);
+    let scale = if largest < LEAST { LEAST } else { largest };
+    if whole {
+        let inverse = 1.0 / scale;
+        wide.iter_mut().for_each(|x| *x *= inverse);
+    } else {
+        wide.iter_mut().for_each(|x| *x /= scale);
+    }
+    if whole && scale.is_finite() {
+        pack_finite(wide, packed);
+    } else {
+        pack_any(wide, packed);
+    }
+    if whole { largest } else { scale }
 }
 
 /// 32 values at a time, by counting midpoints: 15 comparisons are vector code, a search is not.
@@ -126,70 +136,12 @@ pub struct Packed<'a> {
 
 impl Packed<'_> {
     /// The 16 values of a block.
-    #[inline(always)]
+    #[inline]
     pub(super) fn table<T: Storage>(&self, block: usize) -> [T; 16] {
         let scale = self.scales.get(block);
         let values = NF4.map(|code| code * scale);
         T::narrow(&self.via[1].round(self.via[0].round(values)))
     }
-
-    /// The values from `start` on.
-    ///
-    /// # Panics
-    /// If there are not that many.
-    pub(super) fn read<T: Storage>(&self, level: Level, start: usize, values: &mut [T]) {
-        match level {
-            #[cfg(target_arch = "x86_64")]
-            // SAFETY: a level is only ever one that this machine has.
-            #[allow(unsafe_code)]
-            Level::Avx512 => unsafe { read_avx512(self, start, values) },
-            #[cfg(target_arch = "x86_64")]
-            // SAFETY: as above.
-            #[allow(unsafe_code)]
-            Level::Avx2 => unsafe { read_avx2(self, start, values) },
-            _ => self.read_at(Level::Baseline, start, values),
-        }
-    }
-
-    #[inline(always)]
-    fn read_at<T: Storage>(&self, level: Level, start: usize, values: &mut [T]) {
-        let (mut at, mut rest) = (start, values);
-        while !rest.is_empty() {
-            let block = at / self.blocksize;
-            let (part, others) = rest.split_at_mut(rest.len().min((block + 1) * self.blocksize - at));
-            rest = others;
-            self.read_block(level, &self.table(block), at, part);
-            at += part.len();
-        }
-    }
-
-    /// Values of one block, which may begin and end in the middle of a byte.
-    #[inline(always)]
-    fn read_block<T: Storage>(&self, level: Level, table: &[T; 16], start: usize, values: &mut [T]) {
-        let skipped = start % 2;
-        if skipped == 1 {
-            values[0] = table[usize::from(self.bytes[start / 2] & 15)];
-        }
-        let first = start.div_ceil(2);
-        let pairs = (values.len() - skipped) / 2;
-        let (whole, last) = values[skipped..].split_at_mut(2 * pairs);
-        expand(level, &self.bytes[first..first + pairs], table, whole);
-        if let [value] = last {
-            *value = table[usize::from(self.bytes[first + pairs] >> 4)];
-        }
-    }
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-fn read_avx512<T: Storage>(packed: &Packed<'_>, start: usize, values: &mut [T]) {
-    packed.read_at(Level::Avx512, start, values);
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma,f16c")]
-fn read_avx2<T: Storage>(packed: &Packed<'_>, start: usize, values: &mut [T]) {
-    packed.read_at(Level::Avx2, start, values);
 }
 
 /// All values: `f32(code * scale)`, rounded to the element type.
@@ -198,8 +150,9 @@ fn read_avx2<T: Storage>(packed: &Packed<'_>, start: usize, values: &mut [T]) {
 /// If `packed` has too few bytes or scales.
 pub fn dequantize<T: Storage>(team: &dyn Team, packed: &Packed<'_>, values: &mut [T]) {
     let level = Level::best();
+    let past_cache = size_of_val(values) >= PAST_CACHE;
     for_each(team, values.chunks_mut(GRAIN).enumerate(), |(i, values)| {
-        packed.read(level, i * GRAIN, values);
+        expand::read(level, packed, i * GRAIN, values, past_cache);
     });
 }
 
@@ -226,7 +179,8 @@ pub fn dequantize_tile<T: Storage>(team: &dyn Team, packed: &Packed<'_>, tile: T
     let rows = (GRAIN / tile.columns).max(1);
     for_each(team, values.chunks_mut(rows * tile.columns).enumerate(), |(i, values)| {
         for (j, values) in values.chunks_exact_mut(tile.columns).enumerate() {
-            packed.read(level, (tile.row + i * rows + j) * tile.width + tile.column, values);
+            let start = (tile.row + i * rows + j) * tile.width + tile.column;
+            expand::read(level, packed, start, values, false);
         }
     });
 }

@@ -65,6 +65,45 @@ impl Scales<'_> {
     }
 }
 
+/// Reads scales one after the other: a division where a group begins, not one for each.
+#[derive(Clone, Copy, Debug)]
+pub struct Cursor<'a> {
+    scales: Scales<'a>,
+    /// Blocks that `group` is the scale of.
+    first: usize,
+    end: usize,
+    group: f32,
+}
+
+impl Cursor<'_> {
+    /// As [`Scales::get`].
+    ///
+    /// # Panics
+    /// As there.
+    #[inline(always)]
+    pub fn get(&mut self, block: usize) -> f32 {
+        match self.scales {
+            Scales::Plain(absmax) => absmax[block],
+            Scales::Nested { codes, map, absmax, blocksize, offset } => {
+                if block < self.first || block >= self.end {
+                    let group = block / blocksize;
+                    (self.first, self.end) = (group * blocksize, (group + 1).saturating_mul(blocksize));
+                    self.group = absmax[group];
+                }
+                map[usize::from(codes[block])] * self.group + offset
+            }
+        }
+    }
+}
+
+impl<'a> Scales<'a> {
+    /// For reading many.
+    #[must_use]
+    pub fn cursor(self) -> Cursor<'a> {
+        Cursor { scales: self, first: 0, end: 0, group: 0.0 }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -85,6 +124,10 @@ mod tests {
             (0..3).map(|i| scales.get(i)).collect::<Vec<_>>(),
             [0.1, 0.3 + 0.1, -0.992_187_5 * 0.7 + 0.1]
         );
+        let mut cursor = scales.cursor();
+        for block in [2, 0, 1, 2, 1] {
+            assert_eq!(cursor.get(block), scales.get(block));
+        }
         let short =
             Scales::Nested { codes: &[1, 2, 3], map: &map, absmax: &[0.3], blocksize: 2, offset: 0.1 };
         assert!(!short.is_whole());

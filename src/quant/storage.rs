@@ -5,6 +5,9 @@ use half::{bf16, f16};
 
 /// `f32`, `f16` or `bf16`.
 pub trait Storage: Copy + Default + Send + Sync + 'static {
+    /// The type's name.
+    const DTYPE: Dtype;
+
     /// Widens to `f32`, which every value of the type fits.
     fn widen(values: &[Self], wide: &mut [f32]);
 
@@ -52,6 +55,8 @@ fn bf16_bits(x: f32) -> u16 {
 }
 
 impl Storage for f32 {
+    const DTYPE: Dtype = Dtype::F32;
+
     #[inline(always)]
     fn widen(values: &[Self], wide: &mut [f32]) {
         wide.copy_from_slice(values);
@@ -69,6 +74,8 @@ impl Storage for f32 {
 }
 
 impl Storage for bf16 {
+    const DTYPE: Dtype = Dtype::Bf16;
+
     #[inline(always)]
     fn widen(values: &[Self], wide: &mut [f32]) {
         for (wide, value) in wide.iter_mut().zip(values) {
@@ -88,6 +95,8 @@ impl Storage for bf16 {
 }
 
 impl Storage for f16 {
+    const DTYPE: Dtype = Dtype::F16;
+
     // The slice forms use the processor's conversions where it has them.
     #[inline(always)]
     fn widen(values: &[Self], wide: &mut [f32]) {
