@@ -14,22 +14,21 @@ use super::storage::Storage;
 #[cfg(target_arch = "x86_64")]
 const STEP: usize = 32;
 
-/// Fills `values` with those from `start` on. `past_cache` is for results that are not read soon and
-/// do not fit the cache: they are written around it.
+/// Fills `values` with those from `start` on.
 ///
 /// # Panics
 /// If there are not that many.
-pub fn read<T: Storage>(level: Level, packed: &Packed<'_>, start: usize, values: &mut [T], past_cache: bool) {
+pub fn read<T: Storage>(level: Level, packed: &Packed<'_>, start: usize, values: &mut [T]) {
     let end = start + values.len();
     assert!(end <= 2 * packed.bytes.len() && end <= packed.scales.len() * packed.blocksize);
     assert!(packed.scales.is_whole() && packed.blocksize.is_power_of_two());
     match level {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: a level is only ever one that this machine has; the lengths were compared above.
-        Level::Avx512 => unsafe { x86::read_avx512(packed, start, values, past_cache) },
+        Level::Avx512 => unsafe { x86::read_avx512(packed, start, values) },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: as above.
-        Level::Avx2 => unsafe { x86::read_avx2(packed, start, values, past_cache) },
+        Level::Avx2 => unsafe { x86::read_avx2(packed, start, values) },
         _ => read_plain(packed, start, values),
     }
 }
@@ -122,12 +121,7 @@ pub mod x86 {
     /// # Safety
     /// The machine has the features, `packed` all values from `start` on and a scale for each.
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-    pub unsafe fn read_avx512<T: Storage>(
-        packed: &Packed<'_>,
-        start: usize,
-        values: &mut [T],
-        past_cache: bool,
-    ) {
+    pub unsafe fn read_avx512<T: Storage>(packed: &Packed<'_>, start: usize, values: &mut [T]) {
         let (shift, end) = (packed.blocksize.trailing_zeros(), start + values.len());
         let mut scales = packed.scales.cursor();
         let mut at = start;
@@ -140,16 +134,15 @@ pub mod x86 {
                 let table = round_512(packed.via[1], round_512(packed.via[0], table));
                 let part = &mut values[at - start..stop - start];
                 let (bytes, out) = (packed.bytes.as_ptr().add(at / 2), part.as_mut_ptr());
-                let around = past_cache && out as usize % 64 == 0;
                 match T::DTYPE {
-                    Dtype::F32 => wide_512(bytes, table, out.cast(), whole, around),
+                    Dtype::F32 => wide_512(bytes, table, out.cast(), whole),
                     Dtype::F16 => {
-                        half_512(bytes, _mm512_cvtps_ph::<NEAREST>(table), out.cast(), whole, around);
+                        half_512(bytes, _mm512_cvtps_ph::<NEAREST>(table), out.cast(), whole);
                     }
                     Dtype::Bf16 => {
                         let bits = _mm512_castps_si512(round_512(Dtype::Bf16, table));
                         let table = _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(bits));
-                        half_512(bytes, table, out.cast(), whole, around);
+                        half_512(bytes, table, out.cast(), whole);
                     }
                 }
                 if whole < part.len() {
@@ -159,15 +152,12 @@ pub mod x86 {
                 }
                 at = stop;
             }
-            if past_cache {
-                _mm_sfence();
-            }
         }
     }
 
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-    unsafe fn wide_512(bytes: *const u8, table: __m512, out: *mut f32, count: usize, around: bool) {
+    unsafe fn wide_512(bytes: *const u8, table: __m512, out: *mut f32, count: usize) {
         // SAFETY: `count` values have that many halves of bytes.
         unsafe {
             let shifts = _mm512_broadcast_i64x4(_mm256_loadu_si256(IN_32.as_ptr().cast()));
@@ -178,20 +168,15 @@ pub mod x86 {
                 let low = _mm512_srlv_epi32(_mm512_permutexvar_epi32(first, words), shifts);
                 let high = _mm512_srlv_epi32(_mm512_permutexvar_epi32(second, words), shifts);
                 let (low, high) = (_mm512_permutexvar_ps(low, table), _mm512_permutexvar_ps(high, table));
-                if around {
-                    _mm512_stream_ps(out.add(i), low);
-                    _mm512_stream_ps(out.add(i + 16), high);
-                } else {
-                    _mm512_storeu_ps(out.add(i), low);
-                    _mm512_storeu_ps(out.add(i + 16), high);
-                }
+                _mm512_storeu_ps(out.add(i), low);
+                _mm512_storeu_ps(out.add(i + 16), high);
             }
         }
     }
 
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-    unsafe fn half_512(bytes: *const u8, table: __m256i, out: *mut u16, count: usize, around: bool) {
+    unsafe fn half_512(bytes: *const u8, table: __m256i, out: *mut u16, count: usize) {
         // SAFETY: as above.
         unsafe {
             // Five bits are read: the table twice makes the fifth irrelevant.
@@ -204,11 +189,7 @@ pub mod x86 {
                 let words = _mm512_castsi128_si512(_mm_loadu_si128(bytes.add(i / 2).cast()));
                 let index = _mm512_srlv_epi16(_mm512_permutexvar_epi16(spread, words), shifts);
                 let values = _mm512_permutexvar_epi16(index, table);
-                if around {
-                    _mm512_stream_si512(out.add(i).cast(), values);
-                } else {
-                    _mm512_storeu_si512(out.add(i).cast(), values);
-                }
+                _mm512_storeu_si512(out.add(i).cast(), values);
             }
         }
     }
@@ -216,12 +197,7 @@ pub mod x86 {
     /// # Safety
     /// As [`read_avx512`].
     #[target_feature(enable = "avx2,fma,f16c")]
-    pub unsafe fn read_avx2<T: Storage>(
-        packed: &Packed<'_>,
-        start: usize,
-        values: &mut [T],
-        past_cache: bool,
-    ) {
+    pub unsafe fn read_avx2<T: Storage>(packed: &Packed<'_>, start: usize, values: &mut [T]) {
         let (shift, end) = (packed.blocksize.trailing_zeros(), start + values.len());
         let mut scales = packed.scales.cursor();
         let mut at = start;
@@ -237,12 +213,11 @@ pub mod x86 {
                 }
                 let part = &mut values[at - start..stop - start];
                 let (bytes, out) = (packed.bytes.as_ptr().add(at / 2), part.as_mut_ptr());
-                let around = past_cache && out as usize % 32 == 0;
                 match T::DTYPE {
-                    Dtype::F32 => wide_256(bytes, table, out.cast(), whole, around),
+                    Dtype::F32 => wide_256(bytes, table, out.cast(), whole),
                     Dtype::F16 => {
                         let table = table.map(|half| _mm256_cvtps_ph::<{ _MM_FROUND_TO_NEAREST_INT }>(half));
-                        half_256(bytes, table, out.cast(), whole, around);
+                        half_256(bytes, table, out.cast(), whole);
                     }
                     Dtype::Bf16 => {
                         let table = table.map(|half| {
@@ -253,7 +228,7 @@ pub mod x86 {
                                 _mm256_extracti128_si256::<1>(words),
                             )
                         });
-                        half_256(bytes, table, out.cast(), whole, around);
+                        half_256(bytes, table, out.cast(), whole);
                     }
                 }
                 if whole < part.len() {
@@ -264,15 +239,12 @@ pub mod x86 {
                 }
                 at = stop;
             }
-            if past_cache {
-                _mm_sfence();
-            }
         }
     }
 
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn wide_256(bytes: *const u8, table: [__m256; 2], out: *mut f32, count: usize, around: bool) {
+    unsafe fn wide_256(bytes: *const u8, table: [__m256; 2], out: *mut f32, count: usize) {
         // SAFETY: `count` values have that many halves of bytes.
         unsafe {
             let shifts = _mm256_loadu_si256(IN_32.as_ptr().cast());
@@ -284,18 +256,14 @@ pub mod x86 {
                 let low = _mm256_permutevar8x32_ps(table[0], index);
                 let high = _mm256_permutevar8x32_ps(table[1], index);
                 let value = _mm256_blendv_ps(low, high, upper);
-                if around {
-                    _mm256_stream_ps(out.add(i), value);
-                } else {
-                    _mm256_storeu_ps(out.add(i), value);
-                }
+                _mm256_storeu_ps(out.add(i), value);
             }
         }
     }
 
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn half_256(bytes: *const u8, table: [__m128i; 2], out: *mut u16, count: usize, around: bool) {
+    unsafe fn half_256(bytes: *const u8, table: [__m128i; 2], out: *mut u16, count: usize) {
         // SAFETY: as above.
         unsafe {
             // The low and the high bytes of the 16 values, as two tables of bytes.
@@ -313,13 +281,8 @@ pub mod x86 {
                     let (low, high) = (_mm_shuffle_epi8(low, code), _mm_shuffle_epi8(high, code));
                     let out = out.add(i + 16 * half).cast::<__m128i>();
                     let (first, second) = (_mm_unpacklo_epi8(low, high), _mm_unpackhi_epi8(low, high));
-                    if around {
-                        _mm_stream_si128(out, first);
-                        _mm_stream_si128(out.add(1), second);
-                    } else {
-                        _mm_storeu_si128(out, first);
-                        _mm_storeu_si128(out.add(1), second);
-                    }
+                    _mm_storeu_si128(out, first);
+                    _mm_storeu_si128(out.add(1), second);
                 }
             }
         }

@@ -16,9 +16,6 @@ use crate::head::backend::Team;
 /// Below this a scale has no inverse that is worth anything.
 pub(super) const LEAST: f32 = 1e-38;
 
-/// Bytes from which on a result is written around the cache, which would first read what was there.
-const PAST_CACHE: usize = 16 << 20;
-
 /// Longest block.
 const LONGEST: usize = 4096;
 
@@ -150,9 +147,8 @@ impl Packed<'_> {
 /// If `packed` has too few bytes or scales.
 pub fn dequantize<T: Storage>(team: &dyn Team, packed: &Packed<'_>, values: &mut [T]) {
     let level = Level::best();
-    let past_cache = size_of_val(values) >= PAST_CACHE;
     for_each(team, values.chunks_mut(GRAIN).enumerate(), |(i, values)| {
-        expand::read(level, packed, i * GRAIN, values, past_cache);
+        expand::read(level, packed, i * GRAIN, values);
     });
 }
 
@@ -180,7 +176,7 @@ pub fn dequantize_tile<T: Storage>(team: &dyn Team, packed: &Packed<'_>, tile: T
     for_each(team, values.chunks_mut(rows * tile.columns).enumerate(), |(i, values)| {
         for (j, values) in values.chunks_exact_mut(tile.columns).enumerate() {
             let start = (tile.row + i * rows + j) * tile.width + tile.column;
-            expand::read(level, packed, start, values, false);
+            expand::read(level, packed, start, values);
         }
     });
 }

@@ -9,11 +9,20 @@ use super::nf4::Packed;
 use super::{expand, for_each};
 use crate::head::backend::Team;
 
-/// Tokens up to which looking every weight up once is faster than a matrix product.
-pub const FEW: usize = 16;
+/// Most tokens.
+pub const FEW: usize = 32;
+
+/// Tokens up to which looking every weight up once is faster than a product in `f32`.
+#[must_use]
+pub fn worth_it() -> usize {
+    if Level::best() == Level::Avx512 { FEW } else { 16 }
+}
 
 /// Tokens that a look-up is shared by: what the registers hold sums for.
 const SHARED: usize = 4;
+
+/// Rows of the matrix that share a load of the tokens.
+const TOGETHER: usize = 2;
 
 /// Rows of the matrix in a task.
 const ROWS: usize = 16;
@@ -41,35 +50,16 @@ pub fn few_tokens(team: &dyn Team, weight: &Packed<'_>, width: usize, x: &[f32],
     // The products of a row of the matrix lie apart in `out`, so they are collected transposed.
     let mut columns = vec![0.0f32; out.len()];
     for_each(team, columns.chunks_mut(ROWS * tokens).enumerate(), |(task, columns)| {
-        // Scales of a row and what a step may read beyond them, or its values.
-        let blocks = width / weight.blocksize;
-        let mut row_values = vec![0.0f32; if from_codes { blocks + 4 } else { width }];
-        let mut scales = weight.scales.cursor();
+        if from_codes {
+            #[cfg(target_arch = "x86_64")]
+            few_rows(weight, width, task * ROWS, &turned, tokens, columns);
+            return;
+        }
+        let mut row_values = vec![0.0f32; width];
         for (i, sums) in columns.chunks_exact_mut(tokens).enumerate() {
-            let row = task * ROWS + i;
-            if from_codes {
-                for (block, scale) in row_values[..blocks].iter_mut().enumerate() {
-                    *scale = scales.get(row * blocks + block);
-                }
-                #[cfg(target_arch = "x86_64")]
-                for (sums, x) in sums.chunks_mut(SHARED).zip(turned.chunks(SHARED * padded)) {
-                    let bytes = &weight.bytes[row * width / 2..(row + 1) * width / 2];
-                    // SAFETY: `level` says that the machine has the features; `x` has `sums.len()`
-                    // vectors of `padded` values, and the scales were made four longer above.
-                    unsafe {
-                        match sums.len() {
-                            1 => x86::row::<1>(bytes, &row_values, weight.blocksize, x, sums),
-                            2 => x86::row::<2>(bytes, &row_values, weight.blocksize, x, sums),
-                            3 => x86::row::<3>(bytes, &row_values, weight.blocksize, x, sums),
-                            _ => x86::row::<4>(bytes, &row_values, weight.blocksize, x, sums),
-                        }
-                    }
-                }
-            } else {
-                expand::read(level, weight, row * width, &mut row_values, false);
-                for (sum, x) in sums.iter_mut().zip(x.chunks_exact(width)) {
-                    *sum = dot(level, x, &row_values);
-                }
+            expand::read(level, weight, (task * ROWS + i) * width, &mut row_values);
+            for (sum, x) in sums.iter_mut().zip(x.chunks_exact(width)) {
+                *sum = dot(level, x, &row_values);
             }
         }
     });
@@ -77,6 +67,55 @@ pub fn few_tokens(team: &dyn Team, weight: &Packed<'_>, width: usize, x: &[f32],
         for (out, sums) in out.iter_mut().zip(columns.chunks_exact(tokens)) {
             *out = sums[t];
         }
+    }
+}
+
+/// Products of the rows of a task, several at a time, for they share the loads of the tokens; on a
+/// machine with AVX-512.
+#[cfg(target_arch = "x86_64")]
+fn few_rows(
+    weight: &Packed<'_>,
+    width: usize,
+    first: usize,
+    turned: &[f32],
+    tokens: usize,
+    columns: &mut [f32],
+) {
+    let blocks = width / weight.blocksize;
+    // Of each row, and what a step may read beyond them.
+    let mut scales = vec![0.0f32; TOGETHER * (blocks + 4)];
+    let mut cursor = weight.scales.cursor();
+    let vector = turned.len() / tokens;
+    let mut row = first;
+    for columns in columns.chunks_mut(TOGETHER * tokens) {
+        let rows = columns.len() / tokens;
+        for i in 0..rows {
+            let scales = &mut scales[i * (blocks + 4)..][..blocks];
+            for (block, scale) in scales.iter_mut().enumerate() {
+                *scale = cursor.get((row + i) * blocks + block);
+            }
+        }
+        let bytes = &weight.bytes[row * width / 2..(row + rows) * width / 2];
+        for (group, turned) in turned.chunks(SHARED * vector).enumerate() {
+            let shared = turned.len() / vector;
+            let mut sums = [0.0f32; TOGETHER * SHARED];
+            let job = x86::Rows { bytes, scales: &scales, blocksize: weight.blocksize, turned };
+            // SAFETY: the machine has the features; `bytes` are `rows` rows of whole blocks, `turned`
+            // has `shared` vectors, and the scales were made four longer above.
+            unsafe {
+                match (rows, shared) {
+                    (TOGETHER, 1) => job.sums::<TOGETHER, 1>(&mut sums),
+                    (TOGETHER, 2) => job.sums::<TOGETHER, 2>(&mut sums),
+                    (TOGETHER, 3) => job.sums::<TOGETHER, 3>(&mut sums),
+                    (TOGETHER, _) => job.sums::<TOGETHER, 4>(&mut sums),
+                    _ => job.one_by_one(rows, shared, &mut sums),
+                }
+            }
+            for (columns, sums) in columns.chunks_exact_mut(tokens).zip(sums.chunks_exact(shared)) {
+                columns[group * SHARED..][..shared].copy_from_slice(sums);
+            }
+        }
+        row += rows;
     }
 }
 
@@ -139,51 +178,91 @@ mod x86 {
         dot_body::<true>(x, y)
     }
 
-    /// A row of the matrix times `TOKENS` vectors that [`super::turn`] has made.
-    ///
-    /// # Safety
-    /// `bytes` are whole blocks, `scales` theirs and four more, `turned` has `TOKENS` vectors of as many
-    /// values as `bytes` have codes, filled up to whole steps, and `sums` as many elements.
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-    pub unsafe fn row<const TOKENS: usize>(
-        bytes: &[u8],
-        scales: &[f32],
-        blocksize: usize,
-        turned: &[f32],
-        sums: &mut [f32],
-    ) {
-        let shift = blocksize.trailing_zeros();
-        let width = 2 * bytes.len();
-        let padded = width.next_multiple_of(STEP);
-        // SAFETY: by the contract above; a mask leaves out what is no longer in the row.
-        unsafe {
-            let code = _mm512_loadu_ps(NF4.as_ptr());
-            // The block, within a step, of each word of eight codes.
-            let words = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-            let block = _mm512_srl_epi32(_mm512_slli_epi32::<3>(words), _mm_cvtsi32_si128(shift as i32));
-            let mut totals = [_mm512_setzero_ps(); TOKENS];
-            for at in (0..width).step_by(STEP) {
-                let left = (width - at) / 8;
-                let mask = if left >= 16 { 0xffff } else { (1u16 << left) - 1 };
-                let mut codes = _mm512_maskz_loadu_epi32(mask, bytes.as_ptr().add(at / 2).cast());
-                let scale = _mm_loadu_ps(scales.as_ptr().add(at >> shift));
-                let scale = _mm512_permutexvar_ps(block, _mm512_castps128_ps512(scale));
-                let mut parts = [_mm512_setzero_ps(); TOKENS];
-                for i in 0..8 {
-                    // The look-up reads four bits.
-                    let weight = _mm512_permutexvar_ps(codes, code);
-                    codes = _mm512_srli_epi32::<4>(codes);
-                    for (t, part) in parts.iter_mut().enumerate() {
-                        let x = _mm512_loadu_ps(turned.as_ptr().add(t * padded + at + 16 * i));
-                        *part = _mm512_fmadd_ps(weight, x, *part);
+    /// Rows of the matrix, and tokens that [`super::turn`] has made.
+    pub struct Rows<'a> {
+        pub bytes: &'a [u8],
+        /// For each row its scales and four more values.
+        pub scales: &'a [f32],
+        pub blocksize: usize,
+        pub turned: &'a [f32],
+    }
+
+    impl Rows<'_> {
+        /// As [`Rows::sums`], for numbers that are not worth code of their own.
+        ///
+        /// # Safety
+        /// As there, with `rows` and `tokens` for its constants.
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+        pub unsafe fn one_by_one(&self, rows: usize, tokens: usize, sums: &mut [f32]) {
+            let (width, vector) = (self.bytes.len() / rows, self.turned.len() / tokens);
+            let stride = 2 * width / self.blocksize + 4;
+            for (i, sum) in sums[..rows * tokens].iter_mut().enumerate() {
+                let (row, token) = (i / tokens, i % tokens);
+                let one = Rows {
+                    bytes: &self.bytes[row * width..(row + 1) * width],
+                    scales: &self.scales[row * stride..],
+                    blocksize: self.blocksize,
+                    turned: &self.turned[token * vector..(token + 1) * vector],
+                };
+                // SAFETY: a row and a token of those that the caller vouches for.
+                unsafe { one.sums::<1, 1>(std::slice::from_mut(sum)) };
+            }
+        }
+
+        /// The product of each row with each token.
+        ///
+        /// # Safety
+        /// The machine has the features. `bytes` are `ROWS` rows of whole blocks; `scales` has those of
+        /// each row and four more; `turned` has `TOKENS` vectors of as many values as a row has
+        /// codes, filled up to whole steps; `sums` has room for `ROWS * TOKENS`.
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+        pub unsafe fn sums<const ROWS: usize, const TOKENS: usize>(&self, sums: &mut [f32]) {
+            let shift = self.blocksize.trailing_zeros();
+            let bytes = self.bytes.len() / ROWS;
+            let width = 2 * bytes;
+            let padded = width.next_multiple_of(STEP);
+            let stride = (width >> shift) + 4;
+            // SAFETY: by the contract above; a mask leaves out what is no longer in the row.
+            unsafe {
+                let code = _mm512_loadu_ps(NF4.as_ptr());
+                // The block, within a step, of each word of eight codes.
+                let words = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+                let block = _mm512_srl_epi32(_mm512_slli_epi32::<3>(words), _mm_cvtsi32_si128(shift as i32));
+                let mut totals = [[_mm512_setzero_ps(); TOKENS]; ROWS];
+                for at in (0..width).step_by(STEP) {
+                    let left = (width - at) / 8;
+                    let mask = if left >= 16 { 0xffff } else { (1u16 << left) - 1 };
+                    let mut codes = [_mm512_setzero_si512(); ROWS];
+                    for (row, codes) in codes.iter_mut().enumerate() {
+                        let from = self.bytes.as_ptr().add(row * bytes + at / 2);
+                        *codes = _mm512_maskz_loadu_epi32(mask, from.cast());
+                    }
+                    let mut parts = [[_mm512_setzero_ps(); TOKENS]; ROWS];
+                    for i in 0..8 {
+                        let mut weights = [_mm512_setzero_ps(); ROWS];
+                        for (weight, codes) in weights.iter_mut().zip(&mut codes) {
+                            // The look-up reads four bits.
+                            *weight = _mm512_permutexvar_ps(*codes, code);
+                            *codes = _mm512_srli_epi32::<4>(*codes);
+                        }
+                        for t in 0..TOKENS {
+                            let x = _mm512_loadu_ps(self.turned.as_ptr().add(t * padded + at + 16 * i));
+                            for (part, weight) in parts.iter_mut().zip(weights) {
+                                part[t] = _mm512_fmadd_ps(weight, x, part[t]);
+                            }
+                        }
+                    }
+                    for row in 0..ROWS {
+                        let scale = _mm_loadu_ps(self.scales.as_ptr().add(row * stride + (at >> shift)));
+                        let scale = _mm512_permutexvar_ps(block, _mm512_castps128_ps512(scale));
+                        for t in 0..TOKENS {
+                            totals[row][t] = _mm512_fmadd_ps(parts[row][t], scale, totals[row][t]);
+                        }
                     }
                 }
-                for (total, part) in totals.iter_mut().zip(parts) {
-                    *total = _mm512_fmadd_ps(part, scale, *total);
+                for (sum, total) in sums.iter_mut().zip(totals.iter().flatten()) {
+                    *sum = _mm512_reduce_add_ps(*total);
                 }
-            }
-            for (sum, total) in sums.iter_mut().zip(totals) {
-                *sum = _mm512_reduce_add_ps(total);
             }
         }
     }

@@ -6,6 +6,8 @@
 //! `bf16`. Either way a weight is rounded to the dtype of the tokens before it is multiplied, and every
 //! result is the sum of a whole row or column, rounded once.
 
+use std::sync::OnceLock;
+
 use half::bf16;
 use tch::{Device, Kind, Tensor};
 
@@ -15,11 +17,15 @@ use super::view::{Element, slice, slice_mut};
 use super::{head, pages};
 use crate::error::{Error, Result};
 use crate::quant::nf4::{Packed, Tile, dequantize_tile};
-use crate::quant::product::{FEW, few_tokens};
+use crate::quant::product::{few_tokens, worth_it};
 use crate::quant::storage::{Dtype, Storage};
 
-/// Elements of a tile.
-const TILE: i64 = 1 << 22;
+/// Bytes of a tile.
+const TILE: i64 = 16 << 20;
+
+/// Tokens up to which products straight from the codes are faster than those in `bf16` by a processor
+/// that has units for it.
+const FEW_WITH_UNITS: usize = 12;
 
 /// Tokens that are converted at a time where a product runs in another dtype than theirs.
 const ROWS: i64 = 2048;
@@ -39,12 +45,20 @@ impl Size {
     }
 }
 
-/// True if the processor multiplies `bf16` by itself.
+/// True if the processor multiplies `bf16` by itself, and oneDNN, which libtorch multiplies with, was
+/// not told by its environment to do without.
 fn has_bf16_units() -> bool {
-    #[cfg(target_arch = "x86_64")]
-    return is_x86_feature_detected!("avx512bf16");
-    #[cfg(not(target_arch = "x86_64"))]
-    return false;
+    static UNITS: OnceLock<bool> = OnceLock::new();
+    *UNITS.get_or_init(|| {
+        let without = ["SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"];
+        let limit = std::env::var("ONEDNN_MAX_CPU_ISA").or_else(|_| std::env::var("DNNL_MAX_CPU_ISA"));
+        let limited = limit.is_ok_and(|limit| without.contains(&limit.to_ascii_uppercase().as_str()));
+        #[cfg(target_arch = "x86_64")]
+        let there = is_x86_feature_detected!("avx512bf16");
+        #[cfg(not(target_arch = "x86_64"))]
+        let there = false;
+        there && !limited
+    })
 }
 
 /// The dtype that products run in.
@@ -99,7 +113,8 @@ pub fn forward(weight: Weight, size: Size, x: &Tensor, bias: Option<&Tensor>) ->
     if tokens == 0 || size.rows == 0 {
         return Ok(out.f_view(&shape[..])?);
     }
-    if tokens as usize <= FEW {
+    let most = if product_kind(kind) == Kind::BFloat16 { FEW_WITH_UNITS } else { worth_it() };
+    if tokens as usize <= most {
         return Ok(few(&view, size, &x, bias)?.f_to_kind(kind)?.f_view(&shape[..])?);
     }
     match product_kind(kind) {
@@ -142,6 +157,10 @@ fn tile_step(wanted: i64, end: i64) -> i64 {
     even.clamp(1, end)
 }
 
+fn tile_elements<T>() -> i64 {
+    TILE / size_of::<T>() as i64
+}
+
 fn tiles<T: Storage + Element>(
     weight: &Packed<'_>,
     size: Size,
@@ -149,7 +168,7 @@ fn tiles<T: Storage + Element>(
     bias: Option<&Tensor>,
     out: &Tensor,
 ) -> Result<()> {
-    let step = tile_step(TILE / size.columns, size.rows);
+    let step = tile_step(tile_elements::<T>() / size.columns, size.rows);
     let mut buffer = pages::empty(&[step, size.columns], T::KIND)?;
     let bias = bias.map(|bias| bias.f_to_kind(T::KIND)).transpose()?;
     for (first, tokens) in row_ranges(x.size()[0], x.f_kind()? != T::KIND) {
@@ -206,7 +225,7 @@ pub fn input_gradient(weight: Weight, size: Size, grad: &Tensor, weight_kind: Ki
 /// Strips of columns: each product sums over all rows of the weight, so that nothing is added up in
 /// the output.
 fn strips<T: Storage + Element>(weight: &Packed<'_>, size: Size, grad: &Tensor, out: &Tensor) -> Result<()> {
-    let step = tile_step(TILE / size.rows, size.columns);
+    let step = tile_step(tile_elements::<T>() / size.rows, size.columns);
     let mut buffer = pages::empty(&[size.rows * step], T::KIND)?;
     for (first, tokens) in row_ranges(grad.size()[0], grad.f_kind()? != T::KIND) {
         let grad = grad.f_narrow(0, first, tokens)?.f_to_kind(T::KIND)?;
