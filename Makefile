@@ -65,11 +65,12 @@ fmt: test-build ## Format everything
 	$(BIN)/ruff format
 
 .PHONY: bench
-bench: $(BIN)/.tools ## Benchmarks beside TRL and Liger
+bench: $(BIN)/.tools ## Benchmarks beside TRL, Liger and bitsandbytes
 	$(ACTIVATE) && pip install --no-build-isolation -e ".[bench]"
 	$(BIN)/python benches/bench_head.py
 	$(BIN)/python benches/bench_step.py
 	$(BIN)/python benches/bench_tokenize.py
+	$(BIN)/python benches/bench_nf4.py
 
 .PHONY: clean
 clean: ## Remove the environment and what Python has cached

@@ -1,7 +1,7 @@
 //! The hot path of oddsmith: ORPO (odds-ratio preference optimisation) without the logits.
 //!
-//! Algorithms work on slices and know neither torch nor Python: [`odds_ratio`], [`head`], [`data`]. Adapters
-//! carry them to tensors (`torch`) and to Python (`python`), each behind a cargo feature of its
+//! Algorithms work on slices and know neither torch nor Python: [`odds_ratio`], [`head`], [`data`],
+//! [`quant`]. Adapters carry them to tensors (`torch`) and to Python (`python`), each behind a cargo feature of its
 //! name, so that an import in the wrong direction does not compile.
 
 pub mod arena;
@@ -10,6 +10,7 @@ pub mod error;
 pub mod head;
 mod huge_pages;
 pub mod odds_ratio;
+pub mod quant;
 #[cfg(feature = "torch")]
 pub mod torch;
 

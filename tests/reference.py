@@ -63,3 +63,54 @@ def linear_orpo(
         "rejected_logits": z[~chosen].mean(),
         "empty_completions": (~whole).sum(),
     }
+
+
+def quantize_nf4(tensor, code, blocksize):
+    """Packed bytes and scales, a block after the other."""
+    midpoints = (code[1:] + code[:-1]) / 2
+    codes, scales = [], []
+    for block in tensor.detach().float().flatten().split(blocksize):
+        whole = len(block) == blocksize
+        largest = block.abs().max()
+        scale = largest.clamp(min=1e-38)
+        scales.append(largest if whole else scale)
+        scaled = block * (1 / scale) if whole else block / scale
+        codes.append((scaled[:, None] > midpoints).sum(1))
+    flat = torch.cat(codes).to(torch.uint8)
+    if len(flat) % 2:
+        flat = torch.cat([flat, flat.new_tensor([7])])
+    return (flat[0::2] << 4 | flat[1::2])[:, None], torch.stack(scales)
+
+
+def dequantize_nf4(packed, absmax, code, blocksize, shape, dtype=torch.float32):
+    codes = torch.stack([packed.flatten() >> 4, packed.flatten() & 15], 1).flatten()
+    codes = codes[: shape.numel()].long()
+    scales = absmax.repeat_interleave(blocksize)[: len(codes)]
+    return (code[codes] * scales).to(dtype).view(shape)
+
+
+def quantize_blockwise(tensor, values, blocksize):
+    """The nearest of `values`, of two the lower."""
+    codes, scales = [], []
+    for block in tensor.flatten().split(blocksize):
+        scale = block.abs().max()
+        scales.append(scale)
+        scaled = block / scale if scale > 0 else block
+        distance = (scaled.double()[:, None] - values.double()).abs()
+        codes.append(distance.argmin(1))
+    return torch.cat(codes).to(torch.uint8).view(tensor.shape), torch.stack(scales)
+
+
+def restored_scales(state):
+    """The scale of each block in `float32`, from codes if they are quantised."""
+    if state.state2 is None:
+        return state.absmax
+    nested = state.state2
+    spread = nested.absmax.repeat_interleave(nested.blocksize)[: len(state.absmax)]
+    return nested.code[state.absmax.long()] * spread + state.offset
+
+
+def unpacked(packed, state):
+    """A 4-bit weight in `float32`, from its codes and scales."""
+    scales = restored_scales(state)
+    return dequantize_nf4(packed, scales, state.code, state.blocksize, state.shape)

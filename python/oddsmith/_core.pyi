@@ -78,3 +78,40 @@ def use_tensor_ops(on: bool) -> None:
 
 def install_pool() -> bool: ...
 def uninstall_pool() -> None: ...
+
+_Nested = tuple[Tensor, Tensor, Tensor, int]  # absmax, map, offset and block size of the scales
+
+def nf4_code() -> Tensor: ...
+def quantize_nf4(tensor: Tensor, blocksize: int) -> tuple[Tensor, Tensor]: ...
+def dequantize_nf4(
+    packed: Tensor,
+    absmax: Tensor,
+    nested: _Nested | None,
+    blocksize: int,
+    shape: list[int],
+    dtype: str,
+) -> Tensor: ...
+def linear_nf4(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested: _Nested | None,
+    blocksize: int,
+    shape: tuple[int, int],
+    bias: Tensor | None,
+) -> Tensor: ...
+def linear_nf4_input_gradient(
+    grad: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested: _Nested | None,
+    blocksize: int,
+    shape: tuple[int, int],
+    weight_dtype: str,
+) -> Tensor: ...
+def quantize_blockwise(
+    tensor: Tensor, code: Tensor, blocksize: int, stepped: bool
+) -> tuple[Tensor, Tensor]: ...
+def dequantize_blockwise(
+    codes: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: str
+) -> Tensor: ...

@@ -13,8 +13,18 @@ import torch
 from torch import Tensor
 
 from . import _core
+from .linear4bit import linear_nf4
+from .quant import QuantState, dequantize_nf4, quantize_nf4
 
-__all__ = ["LinearORPOOutput", "linear_logps", "linear_orpo"]
+__all__ = [
+    "LinearORPOOutput",
+    "QuantState",
+    "dequantize_nf4",
+    "linear_logps",
+    "linear_nf4",
+    "linear_orpo",
+    "quantize_nf4",
+]
 
 
 class LinearORPOOutput(NamedTuple):

@@ -4,6 +4,7 @@ mod data;
 mod error;
 mod head;
 mod pool;
+mod quant;
 mod tensor;
 
 use pyo3::prelude::*;
@@ -15,5 +16,6 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("TORCH_BUILD_VERSION", env!("TORCH_BUILD_VERSION"))?;
     data::register(module)?;
     pool::register(module)?;
-    head::register(module)
+    head::register(module)?;
+    quant::register(module)
 }

@@ -31,6 +31,11 @@ pub fn use_tensor_ops(on: bool) {
     TENSOR_OPS.store(on, Ordering::Relaxed);
 }
 
+/// True while CPU tensors take the path of other devices.
+pub(super) fn tensor_ops() -> bool {
+    TENSOR_OPS.load(Ordering::Relaxed)
+}
+
 /// The label that means "no row".
 pub const IGNORE: i64 = -100;
 
@@ -180,12 +185,12 @@ impl Args<'_> {
     }
 
     fn on_cpu(&self) -> bool {
-        self.hidden.device() == Device::Cpu && !TENSOR_OPS.load(Ordering::Relaxed)
+        self.hidden.device() == Device::Cpu && !tensor_ops()
     }
 }
 
 /// The dtype's name in Python.
-fn dtype_name(kind: Kind) -> &'static str {
+pub(super) fn dtype_name(kind: Kind) -> &'static str {
     match kind {
         Kind::Float => "float32",
         Kind::Double => "float64",

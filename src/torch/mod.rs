@@ -3,7 +3,11 @@
 pub mod gemm;
 pub mod head;
 pub mod head_ops;
+pub mod linear4bit;
+pub mod pages;
 #[cfg(target_os = "linux")]
 pub mod pool;
+pub mod quant;
+pub mod quant_ops;
 pub mod team;
 pub mod view;

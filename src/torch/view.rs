@@ -16,7 +16,7 @@ macro_rules! element {
     ($($ty:ty => $kind:ident),*) => { $(impl Element for $ty { const KIND: Kind = Kind::$kind; })* };
 }
 
-element!(f32 => Float, f64 => Double, bf16 => BFloat16, f16 => Half, i64 => Int64, bool => Bool);
+element!(f32 => Float, f64 => Double, bf16 => BFloat16, f16 => Half, i64 => Int64, u8 => Uint8, bool => Bool);
 
 fn check<T: Element>(tensor: &Tensor) -> Result<usize> {
     let misfit = tensor.device() != Device::Cpu || !tensor.is_contiguous() || tensor.f_kind()? != T::KIND;

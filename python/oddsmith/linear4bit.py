@@ -1,0 +1,130 @@
+"""The product with a 4-bit matrix as a differentiable function."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _core
+from .quant import QuantState, dtype_name, nested_parts, packed_bytes, scale_arguments
+
+__all__ = ["linear_nf4"]
+
+
+@torch.library.custom_op("oddsmith::linear_nf4", mutates_args=())
+def _linear_nf4(
+    x: Tensor,
+    bias: Tensor | None,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_code: Tensor | None,
+    offset: Tensor | None,
+    nested_blocksize: int,
+    blocksize: int,
+    out_features: int,
+    in_features: int,
+) -> Tensor:
+    scales = nested_parts(nested_absmax, nested_code, offset, nested_blocksize)
+    shape = out_features, in_features
+    return _core.linear_nf4(x, packed, absmax, scales, blocksize, shape, bias)
+
+
+@_linear_nf4.register_fake
+def _(x, bias, packed, *scales_and_sizes):
+    out_features = scales_and_sizes[-2]
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+@torch.library.custom_op("oddsmith::linear_nf4_input_gradient", mutates_args=())
+def _linear_nf4_input_gradient(
+    grad: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_code: Tensor | None,
+    offset: Tensor | None,
+    nested_blocksize: int,
+    blocksize: int,
+    out_features: int,
+    in_features: int,
+    weight_dtype: torch.dtype,
+) -> Tensor:
+    scales = nested_parts(nested_absmax, nested_code, offset, nested_blocksize)
+    shape = out_features, in_features
+    return _core.linear_nf4_input_gradient(
+        grad, packed, absmax, scales, blocksize, shape, dtype_name(weight_dtype)
+    )
+
+
+@_linear_nf4_input_gradient.register_fake
+def _(grad, packed, *scales_and_sizes):
+    in_features = scales_and_sizes[-2]
+    return grad.new_empty((*grad.shape[:-1], in_features))
+
+
+class _LinearNF4(torch.autograd.Function):
+    """Saves only what is there anyway: the codes and their scales."""
+
+    @staticmethod
+    def forward(ctx, x, bias, packed, absmax, nested_absmax, nested_code, offset, *rest):
+        *sizes, weight_dtype = rest
+        weight = packed, absmax, nested_absmax, nested_code, offset
+        ctx.save_for_backward(*weight)
+        ctx.sizes, ctx.weight_dtype = sizes, weight_dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return _linear_nf4(x, bias, *weight, *sizes)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        d_x = d_bias = None
+        if ctx.needs_input_grad[0]:
+            d_x = _linear_nf4_input_gradient(grad, *ctx.saved_tensors, *ctx.sizes, ctx.weight_dtype)
+        if ctx.needs_input_grad[1]:
+            rows = grad.reshape(-1, grad.shape[-1])
+            d_bias = rows.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+        return (d_x, d_bias, *[None] * 10)
+
+
+def linear_nf4(x: Tensor, packed: Tensor, state: QuantState, bias: Tensor | None = None) -> Tensor:
+    """`x @ weight.T + bias` with an NF4 weight, differentiable in `x` and `bias`.
+
+    Equivalent to, with a copy of the weight in full for each of forward and backward:
+
+    ```python
+    F.linear(x, dequantize_nf4(packed, state, x.dtype), bias)
+    ```
+
+    On the CPU the weight is dequantised tile by tile, and for up to four tokens multiplied
+    straight from its codes. The gradient of `x` uses the weight as rounded to `state.dtype`, then to
+    `x.dtype`, as bitsandbytes does.
+
+    Args:
+        x (`Tensor`): `(.., in_features)`, `float32`, `bfloat16` or `float16`.
+        packed (`Tensor`): Codes of the weight.
+        state ([`QuantState`]): State of the weight, whose `shape` is `(out_features, in_features)`.
+        bias (`Tensor`, *optional*): `(out_features,)`.
+
+    Returns:
+        `Tensor`: `(.., out_features)`, dtype of `x`.
+
+    Raises:
+        ValueError: For a shape or device that does not fit; the message names the argument.
+        TypeError: For a dtype that does not fit.
+    """
+    if state.quant_type != "nf4":
+        raise ValueError(f'linear_nf4: quant_type is {state.quant_type!r}; must be "nf4"')
+    if len(state.shape) != 2:
+        shape = tuple(state.shape)
+        raise ValueError(f"linear_nf4: the weight has shape {shape}; must be a matrix")
+    for name, tensor in (("packed", packed), ("absmax", state.absmax), ("bias", bias)):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(
+                f"linear_nf4: {name} is on {tensor.device}; must be on the device of x, {x.device}"
+            )
+    codes = packed_bytes(packed.detach())
+    weight = *scale_arguments(state), state.blocksize, *state.shape
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        return _LinearNF4.apply(x, bias, codes, *weight, state.dtype)
+    return _linear_nf4(x, bias, codes, *weight)

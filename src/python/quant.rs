@@ -1,0 +1,146 @@
+//! Thin functions around [`crate::torch::quant`] and [`crate::torch::linear4bit`].
+
+use pyo3::exceptions::PyTypeError;
+use pyo3::prelude::*;
+use tch::Kind;
+
+use super::error::detached;
+use super::tensor::PyTensor;
+use crate::quant::blockwise8::Choice;
+use crate::torch::linear4bit::{self, Size};
+use crate::torch::quant::{self, Nested, Weight};
+
+/// The parts of quantised scales: absmax, map, offset, block size.
+type NestedParts = (PyTensor, PyTensor, PyTensor, i64);
+
+fn weight(
+    op: &'static str,
+    packed: PyTensor,
+    absmax: PyTensor,
+    nested: Option<NestedParts>,
+    blocksize: i64,
+) -> Weight {
+    let nested = nested.map(|(absmax, map, offset, blocksize)| Nested {
+        absmax: absmax.0,
+        map: map.0,
+        offset: offset.0,
+        blocksize,
+    });
+    Weight { op, packed: packed.0, absmax: absmax.0, nested, blocksize }
+}
+
+fn kind(op: &str, dtype: &str) -> PyResult<Kind> {
+    match dtype {
+        "float32" => Ok(Kind::Float),
+        "bfloat16" => Ok(Kind::BFloat16),
+        "float16" => Ok(Kind::Half),
+        _ => {
+            let allowed = "float32, bfloat16, float16";
+            Err(PyTypeError::new_err(format!("{op}: dtype is {dtype}; must be {allowed}")))
+        }
+    }
+}
+
+/// The 16 values of the NF4 code.
+#[pyfunction]
+fn nf4_code(py: Python<'_>) -> PyResult<PyTensor> {
+    Ok(PyTensor(detached(py, quant::code)?))
+}
+
+#[pyfunction]
+fn quantize_nf4(py: Python<'_>, tensor: PyTensor, blocksize: i64) -> PyResult<(PyTensor, PyTensor)> {
+    let [packed, absmax] = detached(py, move || quant::quantize_nf4(&tensor.0, blocksize))?;
+    Ok((PyTensor(packed), PyTensor(absmax)))
+}
+
+#[pyfunction]
+fn dequantize_nf4(
+    py: Python<'_>,
+    packed: PyTensor,
+    absmax: PyTensor,
+    nested: Option<NestedParts>,
+    blocksize: i64,
+    shape: Vec<i64>,
+    dtype: &str,
+) -> PyResult<PyTensor> {
+    const OP: &str = "dequantize_nf4";
+    let kind = kind(OP, dtype)?;
+    let weight = weight(OP, packed, absmax, nested, blocksize);
+    Ok(PyTensor(detached(py, move || quant::dequantize_nf4(weight, &shape, kind))?))
+}
+
+#[pyfunction]
+#[allow(clippy::too_many_arguments)] // the op's schema, called from one place
+fn linear_nf4(
+    py: Python<'_>,
+    x: PyTensor,
+    packed: PyTensor,
+    absmax: PyTensor,
+    nested: Option<NestedParts>,
+    blocksize: i64,
+    shape: (i64, i64),
+    bias: Option<PyTensor>,
+) -> PyResult<PyTensor> {
+    let weight = weight("linear_nf4", packed, absmax, nested, blocksize);
+    let size = Size { rows: shape.0, columns: shape.1 };
+    let run = move || linear4bit::forward(weight, size, &x.0, bias.as_ref().map(|bias| &bias.0));
+    Ok(PyTensor(detached(py, run)?))
+}
+
+#[pyfunction]
+#[allow(clippy::too_many_arguments)] // the op's schema, called from one place
+fn linear_nf4_input_gradient(
+    py: Python<'_>,
+    grad: PyTensor,
+    packed: PyTensor,
+    absmax: PyTensor,
+    nested: Option<NestedParts>,
+    blocksize: i64,
+    shape: (i64, i64),
+    weight_dtype: &str,
+) -> PyResult<PyTensor> {
+    const OP: &str = "linear_nf4";
+    let kind = kind(OP, weight_dtype)?;
+    let weight = weight(OP, packed, absmax, nested, blocksize);
+    let size = Size { rows: shape.0, columns: shape.1 };
+    Ok(PyTensor(detached(py, move || linear4bit::input_gradient(weight, size, &grad.0, kind))?))
+}
+
+#[pyfunction]
+fn quantize_blockwise(
+    py: Python<'_>,
+    tensor: PyTensor,
+    code: PyTensor,
+    blocksize: i64,
+    stepped: bool,
+) -> PyResult<(PyTensor, PyTensor)> {
+    let choice = if stepped { Choice::Stepped } else { Choice::Nearest };
+    let run = move || quant::quantize_blockwise(&tensor.0, &code.0, blocksize, choice);
+    let [codes, absmax] = detached(py, run)?;
+    Ok((PyTensor(codes), PyTensor(absmax)))
+}
+
+#[pyfunction]
+fn dequantize_blockwise(
+    py: Python<'_>,
+    codes: PyTensor,
+    absmax: PyTensor,
+    code: PyTensor,
+    blocksize: i64,
+    dtype: &str,
+) -> PyResult<PyTensor> {
+    let kind = kind("dequantize_blockwise", dtype)?;
+    let run = move || quant::dequantize_blockwise(&codes.0, &absmax.0, &code.0, blocksize, kind);
+    Ok(PyTensor(detached(py, run)?))
+}
+
+/// Adds the functions of quantisation to the module.
+pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add_function(wrap_pyfunction!(nf4_code, module)?)?;
+    module.add_function(wrap_pyfunction!(quantize_nf4, module)?)?;
+    module.add_function(wrap_pyfunction!(dequantize_nf4, module)?)?;
+    module.add_function(wrap_pyfunction!(linear_nf4, module)?)?;
+    module.add_function(wrap_pyfunction!(linear_nf4_input_gradient, module)?)?;
+    module.add_function(wrap_pyfunction!(quantize_blockwise, module)?)?;
+    module.add_function(wrap_pyfunction!(dequantize_blockwise, module)?)
+}

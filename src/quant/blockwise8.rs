@@ -1,0 +1,186 @@
+//! 8-bit blockwise quantisation with a map of 256 values.
+//!
+//! Dettmers et al. 2022 (arXiv 2110.02861). The dynamic maps of that paper are built from libtorch's
+//! `linspace`, whose bits differ between processors, so a map is always an argument here.
+
+use super::storage::Storage;
+use super::{GRAIN, for_each};
+use crate::head::backend::Team;
+
+/// Values of a map.
+pub const MAP_LEN: usize = 256;
+
+/// How a scaled value becomes a code.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Choice {
+    /// The nearest value of the map; of two, the lower.
+    Nearest,
+    /// What bitsandbytes 0.50 does on a CPU: the nearest to the closest of 65,536 even steps from -1
+    /// to 1, among which there is no zero; a block of zeros gets code 0. For comparisons with it only.
+    Stepped,
+}
+
+/// A map with what a search in it needs.
+#[derive(Debug)]
+pub struct Map {
+    /// Midpoints of neighbours, exact.
+    midpoints: [f64; MAP_LEN - 1],
+    choice: Choice,
+}
+
+impl Map {
+    /// Prepares a map of ascending values.
+    #[must_use]
+    pub fn new(values: &[f32; MAP_LEN], choice: Choice) -> Self {
+        let wide = |i: usize| f64::from(values[i]);
+        let exact = |i: usize| f64::midpoint(wide(i), wide(i + 1));
+        // The steps are compared with midpoints that were rounded.
+        let rounded = |i: usize| f64::from((values[i] + values[i + 1]) * 0.5);
+        let midpoints = match choice {
+            Choice::Nearest => std::array::from_fn(exact),
+            Choice::Stepped => std::array::from_fn(rounded),
+        };
+        Self { midpoints, choice }
+    }
+
+    /// The code of a value in `[-1, 1]`.
+    fn code(&self, x: f32) -> u8 {
+        let x = match self.choice {
+            Choice::Nearest => x,
+            Choice::Stepped => {
+                let x = x.clamp(-1.0, 1.0);
+                let step = ((1.0 + x) * 0.5).mul_add(65_535.0, 0.5) as u16;
+                2.0 * f32::from(step) / 65_535.0 - 1.0
+            }
+        };
+        self.midpoints.partition_point(|&midpoint| midpoint < f64::from(x)) as u8
+    }
+
+    fn block(&self, wide: &[f32], codes: &mut [u8]) -> f32 {
+        let absmax =
+            wide.iter().fold(0.0f32, |max, x| if x.abs() > max || x.is_nan() { x.abs() } else { max });
+        if absmax == 0.0 && self.choice == Choice::Stepped {
+            codes.fill(0);
+            return absmax;
+        }
+        let (divisor, inverse) = if absmax == 0.0 { (1.0, 1.0) } else { (absmax, 1.0 / absmax) };
+        for (code, x) in codes.iter_mut().zip(wide) {
+            *code = match self.choice {
+                // The inverse of a subnormal overflows.
+                Choice::Nearest => self.code(x / divisor),
+                Choice::Stepped => self.code(x * inverse),
+            };
+        }
+        absmax
+    }
+}
+
+/// Quantises blocks of `blocksize` values: a code a value and the largest magnitude a block. A NaN
+/// makes its whole block NaN.
+///
+/// # Panics
+/// If `codes` or `absmax` are not as long as `values` asks for.
+pub fn quantize<T: Storage>(
+    team: &dyn Team,
+    values: &[T],
+    map: &Map,
+    blocksize: usize,
+    codes: &mut [u8],
+    absmax: &mut [f32],
+) {
+    assert!(codes.len() == values.len() && absmax.len() == values.len().div_ceil(blocksize));
+    let blocks = (GRAIN / blocksize).max(1);
+    let grain = blocks * blocksize;
+    let items = values.chunks(grain).zip(codes.chunks_mut(grain)).zip(absmax.chunks_mut(blocks));
+    for_each(team, items, |((values, codes), absmax)| {
+        let mut wide = vec![0.0; blocksize];
+        let blocks = values.chunks(blocksize).zip(codes.chunks_mut(blocksize)).zip(absmax);
+        for ((values, codes), absmax) in blocks {
+            let wide = &mut wide[..values.len()];
+            T::widen(values, wide);
+            *absmax = map.block(wide, codes);
+        }
+    });
+}
+
+/// `map[code] * absmax` in `f32`, rounded to the element type.
+///
+/// # Panics
+/// If `values` or `absmax` are not as long as `codes` asks for.
+pub fn dequantize<T: Storage>(
+    team: &dyn Team,
+    codes: &[u8],
+    map: &[f32; MAP_LEN],
+    absmax: &[f32],
+    blocksize: usize,
+    values: &mut [T],
+) {
+    assert!(codes.len() == values.len() && absmax.len() == values.len().div_ceil(blocksize));
+    let blocks = (GRAIN / blocksize).max(1);
+    let grain = blocks * blocksize;
+    let items = codes.chunks(grain).zip(values.chunks_mut(grain)).zip(absmax.chunks(blocks));
+    for_each(team, items, |((codes, values), absmax)| {
+        let blocks = codes.chunks(blocksize).zip(values.chunks_mut(blocksize)).zip(absmax);
+        for ((codes, values), absmax) in blocks {
+            for (value, &code) in values.iter_mut().zip(codes) {
+                *value = T::narrow_one(map[usize::from(code)] * absmax);
+            }
+        }
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::head::backend::Portable;
+
+    /// Uneven, ascending, with zero and one, as the dynamic maps are.
+    fn map() -> [f32; MAP_LEN] {
+        std::array::from_fn(|i| {
+            let t = (i as f32 - 127.0) / 128.0;
+            t * t.abs()
+        })
+    }
+
+    fn wave(n: usize) -> Vec<f32> {
+        (0..n).map(|i| (i as f32 * 0.71).sin() * (1.0 + (i % 13) as f32)).collect()
+    }
+
+    #[test]
+    fn codes_are_the_nearest() {
+        let (values, map) = (wave(1003), map());
+        let (mut codes, mut absmax) = (vec![0; 1003], vec![0.0; 4]);
+        quantize(&Portable, &values, &Map::new(&map, Choice::Nearest), 256, &mut codes, &mut absmax);
+        for (i, (&x, &code)) in values.iter().zip(&codes).enumerate() {
+            let scaled = x / absmax[i / 256];
+            let distance = |v: f32| (f64::from(v) - f64::from(scaled)).abs();
+            let least = map.iter().map(|&v| distance(v)).fold(f64::INFINITY, f64::min);
+            assert!(distance(map[usize::from(code)]) <= least);
+        }
+        let mut back = vec![0.0f32; 1003];
+        dequantize(&Portable, &codes, &map, &absmax, 256, &mut back);
+        for (i, (x, y)) in back.iter().zip(&codes).enumerate() {
+            assert_eq!(*x, map[usize::from(*y)] * absmax[i / 256]);
+        }
+    }
+
+    #[test]
+    fn zero_stays_zero_except_in_steps() {
+        let (zeros, map) = ([0.0f32; 40], map());
+        let (mut codes, mut absmax) = ([9; 40], [9.0; 2]);
+        quantize(&Portable, &zeros, &Map::new(&map, Choice::Nearest), 32, &mut codes, &mut absmax);
+        assert!(codes.iter().all(|&code| map[usize::from(code)] == 0.0) && absmax == [0.0; 2]);
+        quantize(&Portable, &zeros, &Map::new(&map, Choice::Stepped), 32, &mut codes, &mut absmax);
+        assert!(codes == [0; 40] && absmax == [0.0; 2]);
+    }
+
+    #[test]
+    fn nan_poisons_its_block_alone() {
+        let mut values = wave(96);
+        values[40] = f32::NAN;
+        let (mut codes, mut absmax) = (vec![0; 96], vec![0.0; 3]);
+        let nearest = Map::new(&map(), Choice::Nearest);
+        quantize(&Portable, &values, &nearest, 32, &mut codes, &mut absmax);
+        assert_eq!([false, true, false], [0, 1, 2].map(|i: usize| absmax[i].is_nan()));
+    }
+}

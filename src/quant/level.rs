@@ -1,0 +1,51 @@
+//! Which vector instructions there are.
+
+/// Instruction sets that the vector code of quantisation is written for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Level {
+    /// AVX-512 with byte and word instructions.
+    Avx512,
+    /// AVX2 with fused multiply-add and half-precision conversions.
+    Avx2,
+    /// Plain loops.
+    Baseline,
+}
+
+impl Level {
+    /// The best that this machine has.
+    #[must_use]
+    pub fn best() -> Self {
+        #[cfg(target_arch = "x86_64")]
+        {
+            use std::sync::OnceLock;
+            static LEVEL: OnceLock<Level> = OnceLock::new();
+            *LEVEL.get_or_init(|| {
+                let avx2 = is_x86_feature_detected!("avx2")
+                    && is_x86_feature_detected!("fma")
+                    && is_x86_feature_detected!("f16c");
+                let avx512 = is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512bw")
+                    && is_x86_feature_detected!("avx512dq")
+                    && is_x86_feature_detected!("avx512vl");
+                match (avx2, avx512) {
+                    (true, true) => Level::Avx512,
+                    (true, false) => Level::Avx2,
+                    _ => Level::Baseline,
+                }
+            })
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        Level::Baseline
+    }
+
+    /// Every level that this machine has.
+    #[cfg(test)]
+    #[must_use]
+    pub fn available() -> &'static [Level] {
+        match Self::best() {
+            Level::Avx512 => &[Level::Avx512, Level::Avx2, Level::Baseline],
+            Level::Avx2 => &[Level::Avx2, Level::Baseline],
+            Level::Baseline => &[Level::Baseline],
+        }
+    }
+}

@@ -1,0 +1,185 @@
+//! NF4: values to codes and back, bit-equal to bitsandbytes 0.50 on a CPU.
+//!
+//! The rules that are not obvious: a whole block is multiplied by the inverse of its scale, a partial
+//! last block divided by it; a scale below 1e-38 counts as 1e-38, and only a partial block keeps
+//! that as its scale, so a block of zeros has scale 0 and codes of zero. NaN makes a block's scale and
+//! codes NaN and 15, hence every value of it NaN; infinity makes the scale infinite, the finite values
+//! zero codes (and so NaN, `0 * inf`) and both infinities code 15.
+
+use super::codebook::{MIDPOINTS, NF4, ZERO, nearest};
+use super::level::Level;
+use super::scales::Scales;
+use super::storage::{Dtype, Storage};
+use super::{GRAIN, expand, for_each, pick};
+use crate::head::backend::Team;
+
+/// Below this a scale has no inverse that is worth anything.
+pub(super) const LEAST: f32 = 1e-38;
+
+/// Longest block.
+const LONGEST: usize = 4096;
+
+/// Quantises `values` in blocks: two codes a byte, the first in the high half, and a scale a block.
+///
+/// # Panics
+/// If `blocksize` is none of [`super::BLOCK_SIZES`], or `packed` or `absmax` are not as long as
+/// `values` asks for.
+pub fn quantize<T: Storage>(
+    team: &dyn Team,
+    values: &[T],
+    blocksize: usize,
+    packed: &mut [u8],
+    absmax: &mut [f32],
+) {
+    assert!(super::BLOCK_SIZES.contains(&blocksize));
+    assert!(packed.len() == values.len().div_ceil(2) && absmax.len() == values.len().div_ceil(blocksize));
+    let level = Level::best();
+    let items =
+        values.chunks(GRAIN).zip(packed.chunks_mut(GRAIN / 2)).zip(absmax.chunks_mut(GRAIN / blocksize));
+    for_each(team, items, |((values, packed), absmax)| match level {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: `Level::best` has found the features on this machine.
+        #[allow(unsafe_code)]
+        Level::Avx512 => unsafe { blocks_avx512(values, blocksize, packed, absmax) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: as above.
+        #[allow(unsafe_code)]
+        Level::Avx2 => unsafe { blocks_avx2(values, blocksize, packed, absmax) },
+        _ => blocks(Level::Baseline, values, blocksize, packed, absmax),
+    });
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+fn blocks_avx512<T: Storage>(values: &[T], blocksize: usize, packed: &mut [u8], absmax: &mut [f32]) {
+    blocks(Level::Avx512, values, blocksize, packed, absmax);
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn blocks_avx2<T: Storage>(values: &[T], blocksize: usize, packed: &mut [u8], absmax: &mut [f32]) {
+    blocks(Level::Avx2, values, blocksize, packed, absmax);
+}
+
+#[inline(always)]
+fn blocks<T: Storage>(level: Level, values: &[T], blocksize: usize, packed: &mut [u8], absmax: &mut [f32]) {
+    let blocks = values.chunks(blocksize).zip(packed.chunks_mut(blocksize / 2)).zip(absmax);
+    for ((values, packed), absmax) in blocks {
+        let whole = values.len() == blocksize;
+        let quick = if whole { pick::whole_block(level, values, packed) } else { None };
+        *absmax = quick.unwrap_or_else(|| any_block(values, whole, packed));
+    }
+}
+
+/// A block of any length, NaN and infinity among its values, and its scale.
+#[inline(never)]
+fn any_block<T: Storage>(values: &[T], whole: bool, packed: &mut [u8]) -> f32 {
+    let mut wide = [0.0f32; LONGEST];
+    let wide = &mut wide[..values.len()];
+    T::widen(values, wide);
+    // As integers, so that NaN is above every number.
+    let bits = wide.iter().map(|x| x.to_bits() & 0x7fff_ffff).fold(0, u32::max);
+    let largest = f32::from_bits(bits);
+    let scale = if largest < LEAST { LEAST } else { largest };
+    if whole {
+        let inverse = 1.0 / scale;
+        wide.iter_mut().for_each(|x| *x *= inverse);
+    } else {
+        wide.iter_mut().for_each(|x| *x /= scale);
+    }
+    if whole && scale.is_finite() {
+        pack_finite(wide, packed);
+    } else {
+        pack_any(wide, packed);
+    }
+    if whole { largest } else { scale }
+}
+
+/// 32 values at a time, by counting midpoints: 15 comparisons are vector code, a search is not.
+#[inline(always)]
+fn pack_finite(scaled: &[f32], packed: &mut [u8]) {
+    for (scaled, packed) in scaled.chunks_exact(32).zip(packed.chunks_exact_mut(16)) {
+        let mut codes = [0u32; 32];
+        for midpoint in MIDPOINTS {
+            for i in 0..32 {
+                codes[i] += u32::from(scaled[i] > midpoint);
+            }
+        }
+        for i in 0..16 {
+            packed[i] = (codes[2 * i] << 4 | codes[2 * i + 1]) as u8;
+        }
+    }
+}
+
+/// Any number of values, NaN among them.
+fn pack_any(scaled: &[f32], packed: &mut [u8]) {
+    for (pair, packed) in scaled.chunks(2).zip(packed) {
+        *packed = nearest(pair[0]) << 4 | pair.get(1).map_or(ZERO, |&x| nearest(x));
+    }
+}
+
+/// A flat 4-bit tensor.
+#[derive(Clone, Copy, Debug)]
+pub struct Packed<'a> {
+    /// Two codes a byte.
+    pub bytes: &'a [u8],
+    /// A scale a block.
+    pub scales: Scales<'a>,
+    /// Values in a block.
+    pub blocksize: usize,
+    /// Dtypes that a product of code and scale is rounded to before the element type, in this order.
+    pub via: [Dtype; 2],
+}
+
+impl Packed<'_> {
+    /// The 16 values of a block.
+    #[inline]
+    pub(super) fn table<T: Storage>(&self, block: usize) -> [T; 16] {
+        let scale = self.scales.get(block);
+        let values = NF4.map(|code| code * scale);
+        T::narrow(&self.via[1].round(self.via[0].round(values)))
+    }
+}
+
+/// All values: `f32(code * scale)`, rounded to the element type.
+///
+/// # Panics
+/// If `packed` has too few bytes or scales.
+pub fn dequantize<T: Storage>(team: &dyn Team, packed: &Packed<'_>, values: &mut [T]) {
+    let level = Level::best();
+    for_each(team, values.chunks_mut(GRAIN).enumerate(), |(i, values)| {
+        expand::read(level, packed, i * GRAIN, values);
+    });
+}
+
+/// A rectangle of a row-major matrix: `columns` of it from `column` on, of every row from `row` on.
+#[derive(Clone, Copy, Debug)]
+pub struct Tile {
+    /// Columns of the whole matrix.
+    pub width: usize,
+    /// First row.
+    pub row: usize,
+    /// First column.
+    pub column: usize,
+    /// Columns of the tile.
+    pub columns: usize,
+}
+
+/// Fills `values`, row-major, with the tile; it has as many rows as fit.
+///
+/// # Panics
+/// If the tile is not within the matrix.
+pub fn dequantize_tile<T: Storage>(team: &dyn Team, packed: &Packed<'_>, tile: Tile, values: &mut [T]) {
+    let level = Level::best();
+    // Strips are narrow: several rows make a task.
+    let rows = (GRAIN / tile.columns).max(1);
+    for_each(team, values.chunks_mut(rows * tile.columns).enumerate(), |(i, values)| {
+        for (j, values) in values.chunks_exact_mut(tile.columns).enumerate() {
+            let start = (tile.row + i * rows + j) * tile.width + tile.column;
+            expand::read(level, packed, start, values);
+        }
+    });
+}
+
+#[cfg(test)]
+mod tests;
