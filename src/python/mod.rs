@@ -1,5 +1,6 @@
 //! The Python module `oddsmith._core`: conversions and thin functions.
 
+mod checkpoint;
 mod error;
 mod head;
 mod pool;
@@ -15,5 +16,6 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("TORCH_BUILD_VERSION", env!("TORCH_BUILD_VERSION"))?;
     pool::register(module)?;
     head::register(module)?;
-    quant::register(module)
+    quant::register(module)?;
+    checkpoint::register(module)
 }
