@@ -8,7 +8,7 @@ use super::collection::{Collection, Found};
 use super::file::TensorFile;
 use super::layout::{Item, Layout};
 use super::low_rank::LowRank;
-use super::output::Output;
+use super::output::{Disk, Output};
 use super::rule::{Rule, Target};
 use super::sink::{Sink, items};
 use super::source::Source;
@@ -18,6 +18,9 @@ use crate::head::backend::{Gemm, Team};
 use crate::quant::BLOCK_SIZES;
 use crate::quant::blockwise8::{Choice, MAP_LEN};
 use crate::quant::storage::Dtype;
+
+/// Bytes that are read before the disk begins to write what became of them.
+const DISK: usize = 128 << 20;
 
 /// What the conversion borrows from its surroundings.
 pub struct Engine<'a> {
@@ -75,19 +78,27 @@ pub type Progress<'a> = dyn FnMut(usize) -> Result<()> + 'a;
 /// that are made stay behind.
 pub fn convert(job: &Job<'_>, engine: &Engine<'_>, progress: &mut Progress<'_>) -> Result<Vec<Written>> {
     let plan = Plan::new(job)?;
-    let mut written = Vec::new();
+    let (disk, mut written) = (Disk::start(), Vec::new());
     for (file, path) in job.base.files().iter().zip(&job.outputs) {
         let names = file.in_order();
         let layout = Layout::new(names.iter().flat_map(|name| plan.items(file, name)).collect())?;
         let names_after = layout.names().map(str::to_owned).collect();
         let summary = Written { names: names_after, len: layout.len() };
         let mut output = Output::create(path, layout)?;
+        let mut waiting = 0;
         for name in names {
             plan.write(file, name, engine, &mut output, progress)?;
+            waiting += file.entries()[name].len;
+            if waiting >= DISK {
+                disk.begin(&output)?;
+                waiting = 0;
+            }
         }
         output.finish()?;
+        disk.complete(&output)?;
         written.push(summary);
     }
+    disk.wait()?;
     Ok(written)
 }
 

@@ -2,6 +2,8 @@
 
 use std::fs::{File, OpenOptions};
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::{SyncSender, sync_channel};
+use std::thread::JoinHandle;
 
 use super::layout::Layout;
 use crate::error::{Error, Result};
@@ -44,23 +46,75 @@ impl Output {
         self.texts.push((name, text));
     }
 
-    /// Has the disk begin with what is there, in the background of what comes.
-    ///
-    /// # Errors
-    /// What the system reports.
-    pub fn flush(&self) -> Result<()> {
-        self.file.sync_data().map_err(|error| Error::io(&self.path, &error))
-    }
-
-    /// Writes texts and header, and waits until the disk has everything.
+    /// Writes texts and header. The file is whole, but perhaps not on the disk yet: see [`Disk`].
     ///
     /// # Errors
     /// If a text is missing, and what the system reports.
     pub fn finish(&self) -> Result<()> {
         let (header, start, texts) = self.layout.finish(&self.texts)?;
         self.write_at(&texts, start)?;
-        self.write_at(&header, 0)?;
-        self.file.sync_all().map_err(|error| Error::io(&self.path, &error))
+        self.write_at(&header, 0)
+    }
+}
+
+/// A file that has to be on the disk.
+type Request = (PathBuf, File);
+
+/// A thread that waits for the disk, so that the others need not.
+#[derive(Debug)]
+pub struct Disk {
+    requests: SyncSender<Request>,
+    thread: JoinHandle<Result<()>>,
+}
+
+impl Disk {
+    /// Starts the thread.
+    #[must_use]
+    pub fn start() -> Self {
+        let (requests, waiting) = sync_channel::<Request>(1);
+        let thread = std::thread::spawn(move || {
+            let mut result = Ok(());
+            for (path, file) in waiting {
+                let synced = file.sync_all().map_err(|error| Error::io(&path, &error));
+                result = result.and(synced);
+            }
+            result
+        });
+        Self { requests, thread }
+    }
+
+    fn request(output: &Output) -> Result<Request> {
+        let file = output.file.try_clone().map_err(|error| Error::io(&output.path, &error))?;
+        Ok((output.path.clone(), file))
+    }
+
+    /// Has the disk begin with what is written so far, unless it is busy.
+    ///
+    /// # Errors
+    /// What the system reports.
+    pub fn begin(&self, output: &Output) -> Result<()> {
+        // A full channel means that the thread has enough to do.
+        let _ = self.requests.try_send(Self::request(output)?);
+        Ok(())
+    }
+
+    /// Has all of a file written.
+    ///
+    /// # Errors
+    /// What the system reports.
+    pub fn complete(&self, output: &Output) -> Result<()> {
+        let gone = |_| Error::Internal("the thread that waits for the disk is gone".into());
+        self.requests.send(Self::request(output)?).map_err(gone)
+    }
+
+    /// Waits until the disk has everything.
+    ///
+    /// # Errors
+    /// The first failure of the disk.
+    pub fn wait(self) -> Result<()> {
+        drop(self.requests);
+        let gone = |_| Error::Internal("the thread that waits for the disk has panicked".into());
+        self.thread.join().map_err(gone)?
     }
 }
 
@@ -100,8 +154,11 @@ mod tests {
         assert!(output.write("t", 0, &[1]).is_err());
         assert!(output.finish().is_err());
         output.text("t".into(), "text".into());
-        output.flush().expect("a disk");
+        let disk = Disk::start();
+        disk.begin(&output).expect("a disk");
         output.finish().expect("a file");
+        disk.complete(&output).expect("a disk");
+        disk.wait().expect("a disk");
         let file = TensorFile::open(&path).expect("a whole file");
         let read = |name: &str| file.whole(&file.entries()[name]).expect("bytes").to_vec();
         assert_eq!((read("a"), read("b"), read("t")), (vec![1, 2, 3, 4], vec![5, 6], b"text".to_vec()));
