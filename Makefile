@@ -69,6 +69,7 @@ bench: $(BIN)/.tools ## Benchmarks beside TRL and Liger
 	$(ACTIVATE) && pip install --no-build-isolation -e ".[bench]"
 	$(BIN)/python benches/bench_head.py
 	$(BIN)/python benches/bench_step.py
+	$(BIN)/python benches/bench_checkpoint.py
 
 .PHONY: clean
 clean: ## Remove the environment and what Python has cached

@@ -33,6 +33,8 @@ from oddsmith.checkpoint_merge import merge_adapter
 from oddsmith.errors import UserError
 from oddsmith.functional import QuantState, dequantize_nf4, quantize_nf4
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+
 SIZES = {
     "vocab_size": 96,
     "hidden_size": 48,
@@ -647,7 +649,10 @@ def test_adapters_that_do_not_fit(tensors, words, base, tmp_path):
     [
         ({"use_dora": True}, "has no lora_magnitude_vector; use_dora is True"),
         ({"layer_replication": [[0, 1]]}, "uses layer_replication, which cannot be merged here"),
-        ({"alora_invocation_tokens": [5]}, "uses alora_invocation_tokens"),
+        (
+            {"alora_invocation_tokens": [5], "task_type": "CAUSAL_LM"},
+            "uses alora_invocation_tokens",
+        ),
         ({"trainable_token_indices": [3]}, "uses trainable_token_indices"),
         ({"init_lora_weights": "pissa_niter_4"}, "which changed the base weights"),
         ({"init_lora_weights": "olora"}, "which changed the base weights"),
