@@ -20,6 +20,7 @@ from .checkpoint_files import (
     Checkpoint,
     check_free,
     copy_others,
+    local_folder,
     staged,
     user_errors,
     write_json,
@@ -158,11 +159,12 @@ def write_checkpoint(
             names = _core.convert_checkpoint(
                 source.shards, adapter, rules, outputs, dynamic_map(), stepped, bar.update
             )
-        written = [_data_len(output) for output in outputs]
+        files = {name: output.name for output, (found, _) in zip(outputs, names) for name in found}
+        for output in outputs:
+            if output.name not in files.values():  # it held nothing but parts of 4-bit weights
+                output.unlink()
+        written = [_data_len(output) for output in outputs if output.exists()]
         if source.index is not None:
-            files = {
-                name: output.name for output, (found, _) in zip(outputs, names) for name in found
-            }
             metadata = {**source.index.get("metadata", {}), "total_size": sum(written)}
             write_json(stage / INDEX, {"metadata": metadata, "weight_map": files})
         copy_others(others, source.path, stage)
@@ -228,7 +230,7 @@ def quantize_checkpoint(
     output embeddings and what is tied to them.
 
     Args:
-        model_dir (`str` or `Path`): Folder of a model in `float32`, `bfloat16` or `float16`.
+        model_dir (`str` or `Path`): Folder or hub id of a model in `float32`, `bfloat16` or `float16`.
         out_dir (`str` or `Path`): The folder to be.
         double_quant (`bool`, *optional*, defaults to `False`): Quantise the scales too.
         blocksize (`int`, *optional*, defaults to 64): Values that share a scale.
@@ -248,7 +250,7 @@ def quantize_checkpoint(
     check_blocksize(blocksize)
     check_dtype("compute_dtype", compute_dtype)
     check_dtype("dtype", dtype)
-    source = Checkpoint(Path(model_dir))
+    source = Checkpoint(local_folder(model_dir))
     refuse_quantized(source)
     names = Names(empty_model(source.path, trust_remote_code), source.tensors)
     skip = list(skip)

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+
 from . import _core
 from .errors import UserError
 
@@ -23,6 +26,7 @@ INDEX = "model.safetensors.index.json"
 _WEIGHT_FILE = re.compile(
     r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|onnx)(\.index\.json)?$|.*\.ckpt\..*"
 )
+_HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py")
 _TEMPLATES = "additional_chat_templates"
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
@@ -76,6 +80,22 @@ def user_errors() -> Iterator[None]:
         raise UserError(f"{name}{error.strerror or error}") from error
     except (ValueError, TypeError) as error:
         raise UserError(str(error)) from error
+
+
+def local_folder(name: str | Path, files: tuple[str, ...] = _HUB_FILES) -> Path:
+    """
+    The folder of this name, or of the model of this name on the hub, which is fetched.
+
+    Raises:
+        UserError: If there is neither.
+    """
+    path = Path(name)
+    if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+        return path
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=list(files)))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise UserError(f"{name}: no such folder, and the hub says: {error}") from error
 
 
 class Checkpoint:

@@ -23,7 +23,7 @@ from .checkpoint import (
     write_checkpoint,
 )
 from .checkpoint_adapter import Adapter
-from .checkpoint_files import Checkpoint, user_errors
+from .checkpoint_files import Checkpoint, local_folder, user_errors
 from .checkpoint_names import Names, empty_model
 from .checkpoint_plan import Rule, Update
 from .errors import UserError
@@ -226,8 +226,8 @@ def merge_adapter(
     The sums are computed in `float32` and rounded once.
 
     Args:
-        base (`str` or `Path`): Folder of a model in `float32`, `bfloat16`, `float16` or NF4.
-        adapter (`str` or `Path`): Folder of a LoRA or DoRA adapter.
+        base (`str` or `Path`): Folder or hub id of a model in `float32`, `bfloat16`, `float16` or NF4.
+        adapter (`str` or `Path`): Folder or hub id of a LoRA or DoRA adapter.
         out (`str` or `Path`): The folder to be.
         dtype (`str`, *optional*): Dtype of the result; as stored, or as quantised from, if not given.
         quantize (`bool`, *optional*, defaults to `False`): Write NF4. Weights of a 4-bit base that the
@@ -255,7 +255,7 @@ def merge_adapter(
             raise UserError(f"--{flag}: only with --quantize")
     if blocksize is not None:
         check_blocksize(blocksize)
-    source, lora = Checkpoint(Path(base)), Adapter(Path(adapter))
+    source, lora = Checkpoint(local_folder(base)), Adapter(local_folder(adapter))
     names = Names(empty_model(source.path, trust_remote_code), source.tensors)
     merge = Merge(source, lora, names, dtype)
     config = with_dtype(source.config, dtype)

@@ -18,7 +18,7 @@ def quantize_parser() -> argparse.ArgumentParser:
         "appears when it is whole.",
     )
     parser.add_argument(
-        "model", metavar="MODEL", help="folder of a model in float32, bfloat16 or float16"
+        "model", metavar="MODEL", help="folder or hub id of a model in float32, bfloat16 or float16"
     )
     parser.add_argument("out", metavar="OUT", help="folder to write")
     add(
@@ -59,8 +59,10 @@ def merge_parser() -> argparse.ArgumentParser:
         epilog="A tokenizer beside the adapter wins over that of the base. The folder OUT appears when it "
         "is whole.",
     )
-    parser.add_argument("base", metavar="BASE", help="folder of the base, in full precision or NF4")
-    parser.add_argument("adapter", metavar="ADAPTER", help="folder of the adapter")
+    parser.add_argument(
+        "base", metavar="BASE", help="folder or hub id of the base, in full precision or NF4"
+    )
+    parser.add_argument("adapter", metavar="ADAPTER", help="folder or hub id of the adapter")
     parser.add_argument("out", metavar="OUT", help="folder to write")
     add(
         parser,

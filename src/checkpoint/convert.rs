@@ -116,10 +116,10 @@ pub fn size(job: &Job<'_>) -> Result<usize> {
     Ok(len)
 }
 
-/// A rule with its tensor.
+/// A rule that fits its tensor. Scales of 4-bit tensors are read again when their turn comes: those of
+/// a whole model would fill memory.
 struct Step<'a> {
     rule: &'a Rule,
-    source: Source<'a>,
     /// Sizes before and after.
     from: Vec<usize>,
     to: Vec<usize>,
@@ -148,19 +148,14 @@ impl<'a> Plan<'a> {
             if before.state.is_some() {
                 plan.gone.extend(PARTS.iter().map(|part| format!("{}{part}", rule.name)));
             }
-            let source = match &rule.replacement {
-                None => before,
-                Some(name) => {
-                    let source = Source::open(plan.adapter()?, name)?;
-                    if source.shape() != before.shape() {
-                        let expected = format!("{:?}, as the base has it", before.shape());
-                        let got = format!("{:?}", source.shape());
-                        return Err(unfit(name, "the shape of a replacement", &expected, got));
-                    }
-                    source
-                }
-            };
-            let step = plan.step(rule, source)?;
+            let source = plan.source(rule)?;
+            if source.shape() != before.shape() {
+                let name = rule.replacement.as_ref().unwrap_or(&rule.name);
+                let expected = format!("{:?}, as the base has it", before.shape());
+                let got = format!("{:?}", source.shape());
+                return Err(unfit(name, "the shape of a replacement", &expected, got));
+            }
+            let step = plan.step(rule, &source)?;
             if plan.steps.insert(&rule.name, step).is_some() {
                 return Err(Error::Internal(format!("two rules for {:?}", rule.name)));
             }
@@ -172,7 +167,14 @@ impl<'a> Plan<'a> {
         self.job.adapter.ok_or_else(|| Error::Internal("a rule without its adapter".into()))
     }
 
-    fn step(&self, rule: &'a Rule, source: Source<'a>) -> Result<Step<'a>> {
+    fn source(&self, rule: &Rule) -> Result<Source<'a>> {
+        match &rule.replacement {
+            None => Source::open(self.job.base, &rule.name),
+            Some(name) => Source::open(self.adapter()?, name),
+        }
+    }
+
+    fn step(&self, rule: &'a Rule, source: &Source<'a>) -> Result<Step<'a>> {
         let from = source.shape().to_vec();
         let mut to = from.clone();
         if rule.transposed {
@@ -190,7 +192,7 @@ impl<'a> Plan<'a> {
                 return Err(unfit(&rule.name, "shape", "a matrix with values", format!("{from:?}")));
             }
         }
-        let step = Step { rule, source, from, to };
+        let step = Step { rule, from, to };
         step.low_rank(self)?;
         Ok(step)
     }
@@ -274,7 +276,7 @@ impl Step<'_> {
     ) -> Result<()> {
         let strict = self.rule.update.is_some();
         let mut sink = Sink::new(&self.rule.name, &self.to, self.rule.target, strict);
-        let low_rank = self.low_rank(plan)?;
+        let (source, low_rank) = (plan.source(self.rule)?, self.low_rank(plan)?);
         let count: usize = self.from.iter().product();
         let mut told = 0;
         let mut tell = |done: usize| {
@@ -283,19 +285,19 @@ impl Step<'_> {
             told = now;
             progress(news)
         };
-        let same = self.source.state.is_none()
+        let same = source.state.is_none()
             && low_rank.is_none()
             && !self.rule.transposed
-            && self.source.dtype() == self.rule.target.dtype();
+            && source.dtype() == self.rule.target.dtype();
         // The whole matrix for a transpose: the models that store weights the other way are small.
         let chunk = if self.rule.transposed { count.max(1) } else { self.chunk(engine.chunk) };
         for start in (0..count).step_by(chunk) {
             let size = chunk.min(count - start);
             if same {
-                self.direct(engine, output, &mut sink, start, size)?;
+                direct(&source, (start, size), engine, output, &mut sink)?;
             } else {
                 let mut wide = vec![0.0; size];
-                self.source.read(engine.team, start, &mut wide)?;
+                source.read(engine.team, start, &mut wide)?;
                 if let Some(low_rank) = &low_rank {
                     let (_, columns) = self.sizes();
                     low_rank.apply(engine.team, engine.gemm, start / columns, &mut wide)?;
@@ -312,29 +314,29 @@ impl Step<'_> {
         }
         sink.finish(engine, output)
     }
+}
 
-    fn direct(
-        &self,
+/// Values that are written under the dtype they have, without a copy.
+fn direct(
+    source: &Source<'_>,
+    place: (usize, usize),
+    engine: &Engine<'_>,
+    output: &Output,
+    sink: &mut Sink<'_>,
+) -> Result<()> {
+    fn run<T: Plain>(
+        source: &Source<'_>,
+        (start, size): (usize, usize),
         engine: &Engine<'_>,
         output: &Output,
         sink: &mut Sink<'_>,
-        start: usize,
-        size: usize,
     ) -> Result<()> {
-        fn run<T: Plain>(
-            source: &Source<'_>,
-            (start, size): (usize, usize),
-            engine: &Engine<'_>,
-            output: &Output,
-            sink: &mut Sink<'_>,
-        ) -> Result<()> {
-            source.direct::<T, ()>(start, size, |values| sink.write_as(engine, output, start, values))
-        }
-        match self.source.dtype() {
-            Dtype::F32 => run::<f32>(&self.source, (start, size), engine, output, sink),
-            Dtype::F16 => run::<half::f16>(&self.source, (start, size), engine, output, sink),
-            Dtype::Bf16 => run::<half::bf16>(&self.source, (start, size), engine, output, sink),
-        }
+        source.direct::<T, ()>(start, size, |values| sink.write_as(engine, output, start, values))
+    }
+    match source.dtype() {
+        Dtype::F32 => run::<f32>(source, place, engine, output, sink),
+        Dtype::F16 => run::<half::f16>(source, place, engine, output, sink),
+        Dtype::Bf16 => run::<half::bf16>(source, place, engine, output, sink),
     }
 }
 

@@ -5,6 +5,8 @@
 //! for the longest header is kept, and what is left of it is blanks, which the format allows. Tensors are
 //! sorted by the size of their elements, as safetensors' own writer does, so that each is aligned.
 
+use std::collections::HashMap;
+
 use serde_json::Value;
 
 use super::file::Kind;
@@ -45,7 +47,8 @@ impl Item {
 pub struct Layout {
     /// In the order of the file, texts last.
     items: Vec<Item>,
-    starts: Vec<usize>,
+    /// First bytes of those that are no texts.
+    starts: HashMap<String, usize>,
     header: usize,
 }
 
@@ -58,15 +61,16 @@ impl Layout {
         items.sort_by(|a, b| (a.text, b.kind.bitsize(), &a.name).cmp(&(b.text, a.kind.bitsize(), &b.name)));
         let mut names: Vec<_> = items.iter().map(|item| &item.name).collect();
         names.sort();
-        if let Some(pair) = names.windows(2).find(|pair| pair[0] == pair[1]) {
-            return Err(Error::Internal(format!("two tensors of a file are called {:?}", pair[0])));
+        let mut pairs = names.iter().zip(names.iter().skip(1));
+        if let Some((name, _)) = pairs.find(|(a, b)| a == b) {
+            return Err(Error::Internal(format!("two tensors of a file are called {name:?}")));
         }
-        let mut layout = Self { items, starts: Vec::new(), header: 0 };
+        let mut layout = Self { items, starts: HashMap::new(), header: 0 };
         let header = layout.text(|item| item.len).len();
         layout.header = header.next_multiple_of(8);
         let mut at = 8 + layout.header;
-        for item in &layout.items {
-            layout.starts.push(at);
+        for item in layout.items.iter().filter(|item| !item.text) {
+            layout.starts.insert(item.name.clone(), at);
             at += item.len;
         }
         Ok(layout)
@@ -94,9 +98,8 @@ impl Layout {
     /// # Errors
     /// If it is none of this file, or a text.
     pub fn start(&self, name: &str) -> Result<u64> {
-        let place = self.items.iter().position(|item| item.name == name && !item.text);
-        let place = place.ok_or_else(|| Error::Internal(format!("no place for {name:?}")))?;
-        Ok(self.starts[place] as u64)
+        let start = self.starts.get(name);
+        start.map(|&start| start as u64).ok_or_else(|| Error::Internal(format!("no place for {name:?}")))
     }
 
     /// The first bytes of the file, and where the texts begin, once they are there: `texts` has one for

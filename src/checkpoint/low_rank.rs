@@ -76,7 +76,9 @@ impl LowRank {
             );
             return Err(from.get(name)?.file.wrong(problem));
         }
-        left.iter_mut().for_each(|x| *x *= update.scale);
+        for x in &mut left {
+            *x *= update.scale;
+        }
         let magnitude = match &update.magnitude {
             None => None,
             Some(name) => {
@@ -119,7 +121,9 @@ impl LowRank {
         for_rows(team, values, self.columns, &mut lengths, |_, row, length| {
             let norm = row.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>().sqrt() as f32;
             let factor = *length / norm;
-            row.iter_mut().for_each(|x| *x *= factor);
+            for x in row {
+                *x *= factor;
+            }
         });
         Ok(())
     }

@@ -243,10 +243,10 @@ pub fn json(shape: &[usize], dtype: Dtype, blocksize: usize, offset: Option<f32>
     );
     if let Some(offset) = offset {
         let offset = repr(f64::from(offset));
-        text += &format!(
-            ", \"nested_blocksize\": {NESTED_BLOCKSIZE}, \"nested_dtype\": \"float32\", \
-             \"nested_offset\": {offset}"
+        let more = format!(
+            "\"nested_blocksize\": {NESTED_BLOCKSIZE}, \"nested_dtype\": \"float32\", \"nested_offset\": {offset}"
         );
+        text = [text, more].join(", ");
     }
     text + "}"
 }
@@ -297,7 +297,7 @@ mod tests {
         for (x, text) in cases {
             assert_eq!(repr(x), text);
         }
-        assert_eq!(repr(-2.225_073_858_507_201_4e-308).len(), LONGEST_REPR);
+        assert_eq!(repr(-f64::MIN_POSITIVE).len(), LONGEST_REPR);
     }
 
     #[test]

@@ -58,6 +58,7 @@ fn write(folder: &Path, name: &str, tensors: &[Made]) -> PathBuf {
 }
 
 /// A sum in the order of the values.
+#[allow(clippy::unnecessary_wraps)] // as the engine wants it
 fn mean(values: &[f32]) -> Result<f32> {
     Ok(values.iter().sum::<f32>() / values.len() as f32)
 }
@@ -202,7 +203,9 @@ fn merged(
         }
         if let Some(lengths) = magnitude {
             let norm = row.iter().map(|x| x * x).sum::<f64>().sqrt();
-            row.iter_mut().for_each(|x| *x *= f64::from(lengths[i]) / norm);
+            for x in row {
+                *x *= f64::from(lengths[i]) / norm;
+            }
         }
     }
     sum

@@ -67,9 +67,10 @@ fn rules(parts: Vec<RuleParts>) -> PyResult<Vec<Rule>> {
             let allowed = "float32, bfloat16, float16";
             return Err(PyTypeError::new_err(format!("checkpoint: dtype is {dtype}; must be {allowed}")));
         };
-        let target = match quantize {
-            true => Target::Nf4 { dtype, blocksize, double: double_quant },
-            false => Target::Float(dtype),
+        let target = if quantize {
+            Target::Nf4 { dtype, blocksize, double: double_quant }
+        } else {
+            Target::Float(dtype)
         };
         Ok(Rule { name, replacement, update: update.map(Into::into), transposed, target })
     };
@@ -133,7 +134,7 @@ fn converted_size(
 }
 
 #[pyfunction]
-#[allow(clippy::too_many_arguments)] // called from one place, by name
+#[allow(clippy::too_many_arguments, clippy::needless_pass_by_value)] // called from one place
 fn convert_checkpoint(
     py: Python<'_>,
     base: Vec<PathBuf>,

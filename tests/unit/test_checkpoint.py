@@ -129,6 +129,16 @@ def test_quantised_as_in_memory(blocksize, double_quant, dtype, tmp_path):
     assert found == json.loads(json.dumps(wanted.to_dict()))
 
 
+def test_means_are_those_of_libtorch(tmp_path):
+    # More scales than libtorch adds up in one thread.
+    model = mistral(hidden_size=1024, intermediate_size=4224, num_hidden_layers=1).bfloat16()
+    model.save_pretrained(tmp_path / "base")
+    quantize_checkpoint(tmp_path / "base", tmp_path / "out", double_quant=True)
+    before, after = weights(tmp_path / "base"), weights(tmp_path / "out")
+    assert after["model.layers.0.mlp.up_proj.weight.absmax"].numel() == 67_584
+    assert_quantized(before, after, linear_names(model), 64, True)
+
+
 def test_many_files(tmp_path):
     model = mistral()
     model.save_pretrained(tmp_path / "base", max_shard_size="60KB")
@@ -540,6 +550,28 @@ def test_merged_into_four_bits(double_quant, dtype, tmp_path):
             assert torch.equal(again[f"{name}.{part}"], value), (name, part)
     found = json.loads((tmp_path / "again" / "config.json").read_text())
     assert found == json.loads((tmp_path / "base" / "config.json").read_text())
+
+
+def test_parts_of_a_weight_may_be_in_other_files(tmp_path):
+    values = four_bit(tmp_path, mistral().bfloat16())
+    file = tmp_path / "base" / "model.safetensors"
+    tensors = load_file(file)
+    places = {name: "codes" if ".absmax" not in name else "scales" for name in tensors}
+    for place in ("codes", "scales"):
+        part = {name: tensor for name, tensor in tensors.items() if places[name] == place}
+        save_file(part, file.with_name(f"{place}.safetensors"), metadata={"format": "pt"})
+    index = {"weight_map": {name: f"{place}.safetensors" for name, place in places.items()}}
+    file.with_name("model.safetensors.index.json").write_text(json.dumps(index))
+    file.unlink()
+    merge_adapter(tmp_path / "base", make_adapter(tmp_path), tmp_path / "out")
+    changed = "model.layers.0.self_attn.q_proj.weight"
+    assert not (tmp_path / "out" / "scales.safetensors").exists()
+    found = load_file(tmp_path / "out" / "codes.safetensors")
+    assert found.keys() == values.keys()
+    for name, tensor in values.items():
+        assert torch.equal(found[name], tensor) == (name != changed), name
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {"codes.safetensors"}
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
