@@ -262,14 +262,35 @@ pub fn repr(x: f64) -> String {
         let name = if x.is_nan() { "NaN" } else { "Infinity" };
         return format!("{}{name}", if x < 0.0 { "-" } else { "" });
     }
-    let scientific = format!("{x:e}");
+    let mut scientific = format!("{x:e}");
+    // Two texts of this length may be as near, as the values of f32 end after few digits; Python takes
+    // the even one.
+    let places = scientific.chars().take_while(|&c| c != 'e').filter(char::is_ascii_digit).count() - 1;
+    let even = format!("{x:.places$e}");
+    if even.parse() == Ok(x) {
+        scientific = even;
+    }
     let (digits, exponent) = scientific.split_once('e').unwrap_or((&scientific, "0"));
     let exponent: i32 = exponent.parse().unwrap_or(0);
     if x != 0.0 && !(-4..16).contains(&exponent) {
         let sign = if exponent < 0 { '-' } else { '+' };
         return format!("{digits}e{sign}{:02}", exponent.abs());
     }
-    format!("{x:?}")
+    plain(digits, exponent)
+}
+
+/// Digits with one before the point, times ten to the power of `exponent`, without an exponent.
+fn plain(digits: &str, exponent: i32) -> String {
+    let (sign, digits) = digits.strip_prefix('-').map_or(("", digits), |rest| ("-", rest));
+    let digits = digits.replace('.', "");
+    let Ok(before) = usize::try_from(exponent + 1) else {
+        return format!("{sign}0.{}{digits}", "0".repeat(exponent.unsigned_abs() as usize - 1));
+    };
+    match before.checked_sub(digits.len()) {
+        Some(zeros) => format!("{sign}{digits}{}.0", "0".repeat(zeros)),
+        None if before == 0 => format!("{sign}0.{digits}"),
+        None => format!("{sign}{}.{}", &digits[..before], &digits[before..]),
+    }
 }
 
 #[cfg(test)]
@@ -293,6 +314,12 @@ mod tests {
             (f64::NAN, "NaN"),
             (f64::NEG_INFINITY, "-Infinity"),
             (f64::from(0.1f32), "0.10000000149011612"),
+            (123.456, "123.456"),
+            (120.0, "120.0"),
+            (0.012, "0.012"),
+            // 0.080219268798828125 and 0.0001220703125 + 2^-34, which end in a 5: to the even digit.
+            (0.080_219_268_798_828_125, "0.08021926879882812"),
+            (f64::from(f32::from_bits(0x3e80_0001)), "0.2500000298023224"),
         ];
         for (x, text) in cases {
             assert_eq!(repr(x), text);

@@ -510,6 +510,40 @@ proptest! {
         read_all(&content);
     }
 
+    /// Headers of the right form, with sizes that fit the file now and then.
+    #[test]
+    fn any_header_is_a_file_or_an_error(
+        tensors in prop::collection::vec(
+            (
+                prop::sample::select(vec!["w", "w.absmax", "w.quant_map", "w.nested_absmax", JSON, "x", ""]),
+                prop::sample::select(vec!["F32", "BF16", "U8", "I8", "F4", "F8_E4M3", "BOOL", "F128"]),
+                prop::collection::vec(prop_oneof![0u64..9, any::<u64>()], 0..4),
+                prop::option::weighted(0.2, any::<(u64, u64)>()),
+            ),
+            0..5,
+        ),
+        surplus in 0usize..2,
+    ) {
+        let (mut at, mut parts) = (0u64, Vec::new());
+        for (name, kind, shape, offsets) in tensors {
+            let bits = match kind { "F32" => 32u64, "BF16" => 16, "F4" => 4, _ => 8 };
+            let len = shape.iter().try_fold(bits, |product, size| product.checked_mul(*size)).unwrap_or(0) / 8;
+            let end = at.saturating_add(len);
+            let (from, to) = offsets.unwrap_or((at, end));
+            if end < 100_000 {
+                at = end;
+            }
+            parts.push(format!(
+                "{name:?}:{{\"dtype\":{kind:?},\"shape\":{shape:?},\"data_offsets\":[{from},{to}]}}"
+            ));
+        }
+        let header = format!("{{{}}}", parts.join(","));
+        let mut content = (header.len() as u64).to_le_bytes().to_vec();
+        content.extend_from_slice(header.as_bytes());
+        content.resize(content.len() + at as usize + surplus, 0x77);
+        read_all(&content);
+    }
+
     #[test]
     fn a_changed_file_is_a_file_or_an_error(
         changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..6),
