@@ -298,6 +298,7 @@ mod tests {
     use super::*;
 
     #[test]
+    #[allow(clippy::excessive_precision)] // to the last digit, as that is what they are about
     fn numbers_are_written_as_python_writes_them() {
         let cases = [
             (0.123_779_296_875, "0.123779296875"),
