@@ -71,6 +71,7 @@ bench: $(BIN)/.tools ## Benchmarks beside TRL, Liger and bitsandbytes
 	$(BIN)/python benches/bench_step.py
 	$(BIN)/python benches/bench_tokenize.py
 	$(BIN)/python benches/bench_nf4.py
+	$(BIN)/python benches/bench_checkpoint.py
 
 .PHONY: clean
 clean: ## Remove the environment and what Python has cached

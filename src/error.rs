@@ -50,6 +50,24 @@ pub enum Error {
     },
     /// What the tokenizer library reported.
     Tokenizer(String),
+    /// A file that is not what it should be.
+    File {
+        /// The file.
+        path: String,
+        /// What is wrong with it, and what would be right.
+        problem: String,
+    },
+    /// A file that cannot be read or written.
+    Io {
+        /// The file.
+        path: String,
+        /// The system's number of the error.
+        code: Option<i32>,
+        /// The system's words.
+        message: String,
+    },
+    /// The caller has asked to stop.
+    Stopped,
     /// What libtorch reported.
     Torch(String),
     /// A mistake of this library.
@@ -70,6 +88,9 @@ impl fmt::Display for Error {
             }
             Error::Row { row, fault } => write!(f, "{row}: {fault}"),
             Error::Tokenizer(message) => write!(f, "tokenizer: {message}"),
+            Error::File { path, problem } => write!(f, "{path}: {problem}"),
+            Error::Io { path, message, .. } => write!(f, "{path}: {message}"),
+            Error::Stopped => write!(f, "stopped"),
             Error::Torch(message) => write!(f, "libtorch: {message}"),
             Error::Internal(message) => write!(f, "internal error, please report it: {message}"),
         }
@@ -77,6 +98,29 @@ impl fmt::Display for Error {
 }
 
 impl std::error::Error for Error {}
+
+impl Error {
+    /// A failure of the system, with the file it is about.
+    #[must_use]
+    pub fn io(path: &std::path::Path, error: &std::io::Error) -> Self {
+        let path = path.display().to_string();
+        // Without " (os error 28)", which the number says.
+        let text = error.to_string();
+        let message = text.split(" (os error").next().unwrap_or_default().to_owned();
+        Error::Io { path, code: error.raw_os_error(), message }
+    }
+
+    /// A value that does not fit, of the tensor of this name.
+    #[must_use]
+    pub fn about(self, name: &str) -> Self {
+        match self {
+            Error::Value { op, argument, expected, got } => {
+                Error::Value { op, argument, expected, got: format!("{got} of {name}") }
+            }
+            other => other,
+        }
+    }
+}
 
 #[cfg(feature = "torch")]
 impl From<tch::TchError> for Error {

@@ -1,6 +1,11 @@
 """The compiled core. Use [`oddsmith.functional`], which adds autograd and torch.compile."""
 
+from collections.abc import Callable
+from os import PathLike
+
 from torch import Tensor
+
+from .checkpoint_plan import Rule
 
 __version__: str
 TORCH_BUILD_VERSION: str
@@ -115,3 +120,20 @@ def quantize_blockwise(
 def dequantize_blockwise(
     codes: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: str
 ) -> Tensor: ...
+
+_Path = str | PathLike[str]
+
+def checkpoint_tensors(path: _Path) -> list[tuple[str, str, list[int]]]: ...
+def checkpoint_states(
+    base: list[_Path], names: list[str]
+) -> list[tuple[list[int], str, int, bool] | None]: ...
+def converted_size(base: list[_Path], adapter: _Path | None, rules: list[Rule]) -> int: ...
+def convert_checkpoint(
+    base: list[_Path],
+    adapter: _Path | None,
+    rules: list[Rule],
+    outputs: list[_Path],
+    code: Tensor,
+    stepped: bool,
+    progress: Callable[[int], object],
+) -> list[tuple[list[str], int]]: ...

@@ -19,6 +19,8 @@ oddsmith: ORPO preference tuning, a drop-in for TRL's ORPOTrainer.
   oddsmith train run.yaml [--flag value]   the same, settings from a file, flags win
   oddsmith prepare DATASET --output FILE   make preference pairs from other data, curated
   oddsmith inspect DATASET --model M       look a dataset over: lengths, waste, likely mistakes
+  oddsmith quantize MODEL OUT              write an NF4 checkpoint in the format of bitsandbytes
+  oddsmith merge BASE ADAPTER OUT          merge a LoRA adapter into its base, 4-bit or not
   oddsmith COMMAND --help                  the flags of a command
   oddsmith --version
 """
@@ -138,7 +140,26 @@ def inspect(argv: list[str]) -> int:
     return run_inspect(argv)
 
 
-COMMANDS = {"demo": demo, "train": train, "prepare": prepare, "inspect": inspect}
+def quantize(argv: list[str]) -> int:
+    from .cli_checkpoint import run_quantize
+
+    return run_quantize(argv)
+
+
+def merge(argv: list[str]) -> int:
+    from .cli_checkpoint import run_merge
+
+    return run_merge(argv)
+
+
+COMMANDS = {
+    "demo": demo,
+    "train": train,
+    "prepare": prepare,
+    "inspect": inspect,
+    "quantize": quantize,
+    "merge": merge,
+}
 
 
 def main(argv: list[str] | None = None) -> int:

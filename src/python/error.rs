@@ -2,7 +2,7 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use pyo3::exceptions::{PyRuntimeError, PyTypeError, PyValueError};
+use pyo3::exceptions::{PyOSError, PyRuntimeError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 
 use crate::error::{Error, Result};
@@ -11,9 +11,16 @@ impl From<Error> for PyErr {
     fn from(error: Error) -> Self {
         let message = error.to_string();
         match error {
-            Error::Shape { .. } | Error::Value { .. } | Error::Row { .. } => PyValueError::new_err(message),
+            Error::Shape { .. } | Error::Value { .. } | Error::Row { .. } | Error::File { .. } => {
+                PyValueError::new_err(message)
+            }
             Error::Dtype { .. } => PyTypeError::new_err(message),
-            Error::Tokenizer(_) | Error::Torch(_) | Error::Internal(_) => PyRuntimeError::new_err(message),
+            // Python makes FileNotFoundError and its like of the number.
+            Error::Io { path, code: Some(code), message } => PyOSError::new_err((code, message, path)),
+            Error::Io { .. } => PyOSError::new_err(message),
+            Error::Tokenizer(_) | Error::Stopped | Error::Torch(_) | Error::Internal(_) => {
+                PyRuntimeError::new_err(message)
+            }
         }
     }
 }

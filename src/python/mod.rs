@@ -1,5 +1,6 @@
 //! The Python module `oddsmith._core`: conversions and thin functions.
 
+mod checkpoint;
 mod data;
 mod error;
 mod head;
@@ -17,5 +18,6 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     data::register(module)?;
     pool::register(module)?;
     head::register(module)?;
-    quant::register(module)
+    quant::register(module)?;
+    checkpoint::register(module)
 }

@@ -213,7 +213,7 @@ pub fn dequantize_nf4(weight: Weight, shape: &[i64], kind: Kind) -> Result<Tenso
     Ok(values)
 }
 
-fn map(op: &'static str, code: &Tensor) -> Result<[f32; MAP_LEN]> {
+pub(super) fn map(op: &'static str, code: &Tensor) -> Result<[f32; MAP_LEN]> {
     check_kind(op, "code", code.f_kind()?, &[Kind::Float])?;
     check_len(op, "code", code, MAP_LEN as i64, "a value a code")?;
     let code = code.f_to_device(Device::Cpu)?.f_contiguous()?;

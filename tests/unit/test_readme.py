@@ -9,6 +9,7 @@ from datasets import Dataset
 
 from oddsmith import cli
 from oddsmith.cli_arguments import TrainParser
+from oddsmith.cli_checkpoint import merge_parser, quantize_parser
 from oddsmith.cli_data import inspect_parser, prepare_parser
 from oddsmith.demo.model import build_model, train_tokenizer
 from oddsmith.demo.tasks import make_pairs
@@ -89,7 +90,8 @@ def test_every_module_is_in_the_file_tree():
 
 def test_commands_and_flags_exist():
     flags = {flag for block in SHELL for flag in re.findall(r"(?<= )--[a-z_]+", block)}
-    parsers = (TrainParser(), prepare_parser(), inspect_parser())
+    data = (prepare_parser(), inspect_parser())
+    parsers = (TrainParser(), *data, quantize_parser(), merge_parser())
     known = {flag for parser in parsers for flag in parser._option_string_actions}
     assert flags - {"--release"} <= known
     commands = {name for block in SHELL for name in re.findall(r"oddsmith (\w+)", block)}

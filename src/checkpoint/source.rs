@@ -1,0 +1,140 @@
+//! The values of a tensor, plain or 4-bit, a chunk at a time.
+
+use half::{bf16, f16};
+
+use super::bytes::{Plain, values};
+use super::collection::{Collection, Found};
+use super::file::Kind;
+use super::state::State;
+use crate::error::Result;
+use crate::head::backend::Team;
+use crate::quant::nf4::{self, Packed};
+use crate::quant::scales::Scales;
+use crate::quant::storage::{Dtype, Storage};
+use crate::quant::{for_each, storage};
+
+/// A tensor of floating point values.
+#[derive(Debug)]
+pub struct Source<'a> {
+    /// Where its bytes are.
+    pub found: Found<'a>,
+    /// If it is quantised.
+    pub state: Option<State>,
+}
+
+/// The dtype of a plain tensor, `None` if it is no float that models have.
+#[must_use]
+pub fn float(kind: Kind) -> Option<Dtype> {
+    match kind {
+        Kind::F32 => Some(Dtype::F32),
+        Kind::F16 => Some(Dtype::F16),
+        Kind::BF16 => Some(Dtype::Bf16),
+        _ => None,
+    }
+}
+
+/// Widens in parallel.
+pub fn widen<T: Storage>(team: &dyn Team, values: &[T], wide: &mut [f32]) {
+    const PIECE: usize = 16_384;
+    let items = values.chunks(PIECE).zip(wide.chunks_mut(PIECE));
+    for_each(team, items, |(values, wide)| T::widen(values, wide));
+}
+
+/// Rounds in parallel.
+pub fn narrow<T: Storage>(team: &dyn Team, wide: &[f32], values: &mut [T]) {
+    const PIECE: usize = 16_384;
+    let items = wide.chunks(PIECE).zip(values.chunks_mut(PIECE));
+    for_each(team, items, |(wide, values)| {
+        let (whole, rest) = wide.as_chunks::<16>();
+        let (places, last) = values.as_chunks_mut::<16>();
+        for (place, wide) in places.iter_mut().zip(whole) {
+            *place = T::narrow(wide);
+        }
+        for (place, &wide) in last.iter_mut().zip(rest) {
+            *place = T::narrow_one(wide);
+        }
+    });
+}
+
+impl<'a> Source<'a> {
+    /// A tensor by name.
+    ///
+    /// # Errors
+    /// If it is missing, quantised in another way, or holds no floats.
+    pub fn open(from: &'a Collection, name: &str) -> Result<Self> {
+        let found = from.get(name)?;
+        let state = State::read(from, name)?;
+        if state.is_none() && float(found.entry.kind).is_none() {
+            let problem = format!("{name} has dtype {}; must be F32, F16 or BF16", found.entry.kind);
+            return Err(found.file.wrong(problem));
+        }
+        Ok(Self { found, state })
+    }
+
+    /// Sizes of the tensor.
+    #[must_use]
+    pub fn shape(&self) -> &[usize] {
+        self.state.as_ref().map_or(&self.found.entry.shape, |state| &state.shape)
+    }
+
+    /// Dtype of its values.
+    #[must_use]
+    pub fn dtype(&self) -> Dtype {
+        let plain = || float(self.found.entry.kind).unwrap_or(Dtype::F32);
+        self.state.as_ref().map_or_else(plain, |state| state.dtype)
+    }
+
+    /// Bytes of the file that hold `count` values from `start` on.
+    #[must_use]
+    pub fn bytes(&self, start: usize, count: usize) -> std::ops::Range<usize> {
+        let end = start + count;
+        match (&self.state, self.dtype()) {
+            (Some(_), _) => start / 2..end.div_ceil(2),
+            (None, Dtype::F32) => 4 * start..4 * end,
+            (None, _) => 2 * start..2 * end,
+        }
+    }
+
+    /// The values from `start` on, where a block begins.
+    ///
+    /// # Errors
+    /// What the system reports.
+    pub fn read(&self, team: &dyn Team, start: usize, wide: &mut [f32]) -> Result<()> {
+        let range = self.bytes(start, wide.len());
+        let bytes = self.found.file.window(self.found.entry, range.clone())?;
+        self.found.file.prefetch(self.found.entry, range.end..range.end + range.len());
+        if let Some(state) = &self.state {
+            let scales = state.scales(start, wide.len());
+            let packed = Packed {
+                bytes: &bytes,
+                scales: Scales::Plain(&scales),
+                blocksize: state.blocksize,
+                via: [state.dtype, storage::Dtype::F32],
+            };
+            nf4::dequantize(team, &packed, wide);
+            return Ok(());
+        }
+        match self.dtype() {
+            Dtype::F32 => widen::<f32>(team, &values(&bytes), wide),
+            Dtype::F16 => widen::<f16>(team, &values(&bytes), wide),
+            Dtype::Bf16 => widen::<bf16>(team, &values(&bytes), wide),
+        }
+        Ok(())
+    }
+
+    /// Hands `f` the values from `start` on as they are in the file, if that is as `T`.
+    ///
+    /// # Errors
+    /// What the system reports.
+    pub fn direct<T: Plain, R>(
+        &self,
+        start: usize,
+        count: usize,
+        f: impl FnOnce(&[T]) -> Result<R>,
+    ) -> Result<R> {
+        let range = self.bytes(start, count);
+        let bytes = self.found.file.window(self.found.entry, range.clone())?;
+        self.found.file.prefetch(self.found.entry, range.end..range.end + range.len());
+        f(&values::<T>(&bytes))
+    }
+}

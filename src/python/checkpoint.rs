@@ -1,0 +1,182 @@
+//! Thin functions around [`crate::checkpoint`].
+
+use std::path::PathBuf;
+use std::sync::Mutex;
+
+use pyo3::exceptions::{PyTypeError, PyValueError};
+use pyo3::prelude::*;
+
+use super::error::detached;
+use super::tensor::PyTensor;
+use crate::checkpoint::collection::Collection;
+use crate::checkpoint::convert::{Job, size};
+use crate::checkpoint::file::TensorFile;
+use crate::checkpoint::rule::{Factor, Rule, Target, Update};
+use crate::checkpoint::state::{State, dtype_name, dtype_of};
+use crate::error::Error;
+use crate::quant::blockwise8::Choice;
+use crate::torch::checkpoint::run;
+
+/// `oddsmith.checkpoint_plan.Factor`.
+#[derive(FromPyObject)]
+struct FactorParts {
+    name: String,
+    transposed: bool,
+}
+
+/// `oddsmith.checkpoint_plan.Update`.
+#[derive(FromPyObject)]
+struct UpdateParts {
+    left: FactorParts,
+    right: Option<FactorParts>,
+    scale: f64,
+    magnitude: Option<String>,
+}
+
+/// `oddsmith.checkpoint_plan.Rule`.
+#[derive(FromPyObject)]
+struct RuleParts {
+    name: String,
+    replacement: Option<String>,
+    update: Option<UpdateParts>,
+    transposed: bool,
+    quantize: bool,
+    dtype: String,
+    blocksize: usize,
+    double_quant: bool,
+}
+
+impl From<FactorParts> for Factor {
+    fn from(parts: FactorParts) -> Self {
+        Self { name: parts.name, transposed: parts.transposed }
+    }
+}
+
+impl From<UpdateParts> for Update {
+    fn from(parts: UpdateParts) -> Self {
+        let (left, right) = (parts.left.into(), parts.right.map(Into::into));
+        Self { left, right, scale: parts.scale as f32, magnitude: parts.magnitude }
+    }
+}
+
+fn rules(parts: Vec<RuleParts>) -> PyResult<Vec<Rule>> {
+    let rule = |parts: RuleParts| {
+        let RuleParts { name, replacement, update, transposed, quantize, dtype, blocksize, double_quant } =
+            parts;
+        let Some(dtype) = dtype_of(&dtype) else {
+            let allowed = "float32, bfloat16, float16";
+            return Err(PyTypeError::new_err(format!("checkpoint: dtype is {dtype}; must be {allowed}")));
+        };
+        let target = if quantize {
+            Target::Nf4 { dtype, blocksize, double: double_quant }
+        } else {
+            Target::Float(dtype)
+        };
+        Ok(Rule { name, replacement, update: update.map(Into::into), transposed, target })
+    };
+    parts.into_iter().map(rule).collect()
+}
+
+/// Name, dtype and shape of every tensor of a file.
+#[pyfunction]
+fn checkpoint_tensors(py: Python<'_>, path: PathBuf) -> PyResult<Vec<(String, String, Vec<usize>)>> {
+    detached(py, move || {
+        let file = TensorFile::open(&path)?;
+        let entry = |name: &str| {
+            let entry = &file.entries()[name];
+            (name.to_owned(), entry.kind.to_string(), entry.shape.clone())
+        };
+        Ok(file.in_order().into_iter().map(entry).collect())
+    })
+}
+
+/// Shape, dtype, block size and whether scales are quantised, of a 4-bit weight; `None` for others.
+type StateParts = Option<(Vec<usize>, &'static str, usize, bool)>;
+
+#[pyfunction]
+fn checkpoint_states(py: Python<'_>, base: Vec<PathBuf>, names: Vec<String>) -> PyResult<Vec<StateParts>> {
+    detached(py, move || {
+        let base = Collection::open(&base)?;
+        let state = |name: &String| {
+            let state = State::read(&base, name)?;
+            Ok(state.map(|state| {
+                let double = state.double();
+                (state.shape, dtype_name(state.dtype), state.blocksize, double)
+            }))
+        };
+        names.iter().map(state).collect()
+    })
+}
+
+fn with_job<R>(
+    (base, adapter): (Vec<PathBuf>, Option<PathBuf>),
+    rules: Vec<Rule>,
+    outputs: Vec<PathBuf>,
+    f: impl FnOnce(&Job<'_>) -> Result<R, Error>,
+) -> Result<R, Error> {
+    let base = Collection::open(&base)?;
+    let adapter = adapter.map(|path| Collection::open(&[path])).transpose()?;
+    f(&Job { base: &base, adapter: adapter.as_ref(), rules, outputs })
+}
+
+/// Checks everything that can be checked before writing, and returns the bytes that will be written.
+#[pyfunction]
+fn converted_size(
+    py: Python<'_>,
+    base: Vec<PathBuf>,
+    adapter: Option<PathBuf>,
+    rules: Vec<RuleParts>,
+) -> PyResult<usize> {
+    let rules = self::rules(rules)?;
+    // Their names are not looked at.
+    let outputs = base.clone();
+    detached(py, move || with_job((base, adapter), rules, outputs, size))
+}
+
+#[pyfunction]
+#[allow(clippy::too_many_arguments, clippy::needless_pass_by_value)] // called from one place
+fn convert_checkpoint(
+    py: Python<'_>,
+    base: Vec<PathBuf>,
+    adapter: Option<PathBuf>,
+    rules: Vec<RuleParts>,
+    outputs: Vec<PathBuf>,
+    code: PyTensor,
+    stepped: bool,
+    progress: Py<PyAny>,
+) -> PyResult<Vec<(Vec<String>, usize)>> {
+    if base.is_empty() {
+        return Err(PyValueError::new_err("checkpoint: base has no files"));
+    }
+    let rules = self::rules(rules)?;
+    let choice = if stepped { Choice::Stepped } else { Choice::Nearest };
+    // What the callback raised, while the core hears that it has to stop.
+    let raised = Mutex::new(None);
+    let mut tell = |bytes: usize| {
+        let told = Python::attach(|py| {
+            py.check_signals()?;
+            progress.call1(py, (bytes,)).map(|_| ())
+        });
+        told.map_err(|error| {
+            if let Ok(mut slot) = raised.lock() {
+                *slot = Some(error);
+            }
+            Error::Stopped
+        })
+    };
+    let (code, tell) = (code.0, &mut tell);
+    let written =
+        detached(py, move || with_job((base, adapter), rules, outputs, |job| run(job, &code, choice, tell)));
+    if let Some(error) = raised.into_inner().ok().flatten() {
+        return Err(error);
+    }
+    Ok(written?.into_iter().map(|file| (file.names, file.len)).collect())
+}
+
+/// Adds the functions of checkpoints to the module.
+pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add_function(wrap_pyfunction!(checkpoint_tensors, module)?)?;
+    module.add_function(wrap_pyfunction!(checkpoint_states, module)?)?;
+    module.add_function(wrap_pyfunction!(converted_size, module)?)?;
+    module.add_function(wrap_pyfunction!(convert_checkpoint, module)?)
+}
