@@ -104,7 +104,7 @@ def report(
         p20, p50, p80 = (quantile(values, 0.2), statistics.median(values), quantile(values, 0.8))
         megabytes = extra.get(name, 0) / 1e6
         memory = f"{megabytes:10.0f}" if name in extra else " " * 10
-        print(f"  {name:24}{p50:9.3f}s{p20:8.3f}s{p80:8.3f}s{p50 / base:9.2f}x{memory}")
+        print(f"  {name:24}{p50:9.4f}s{p20:8.4f}s{p80:8.4f}s{p50 / base:9.2f}x{memory}")
         rows.append(
             [
                 bench,

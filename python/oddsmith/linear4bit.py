@@ -96,9 +96,9 @@ def linear_nf4(x: Tensor, packed: Tensor, state: QuantState, bias: Tensor | None
     F.linear(x, dequantize_nf4(packed, state, x.dtype), bias)
     ```
 
-    On the CPU the weight is dequantised tile by tile, and for up to four tokens multiplied
-    straight from its codes. The gradient of `x` uses the weight as rounded to `state.dtype`, then to
-    `x.dtype`, as bitsandbytes does.
+    On the CPU the weight is dequantised tile by tile, and for a few tokens multiplied straight from
+    its codes, in `float32` whatever the dtype of `x`. The gradient of `x` uses the weight as rounded to
+    `state.dtype`, then to `x.dtype`, as bitsandbytes does.
 
     Args:
         x (`Tensor`): `(.., in_features)`, `float32`, `bfloat16` or `float16`.

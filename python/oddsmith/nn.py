@@ -91,6 +91,7 @@ class Params4bit(nn.Parameter):
             quantized_stats (`dict`): The other entries of the weight, under any prefix.
             requires_grad (`bool`, *optional*, defaults to `False`): Passed on.
             device (`torch.device`, *optional*): Where the weight goes; stays if not given.
+            kwargs: What other releases pass as well; ignored.
 
         Raises:
             ValueError: If codes and state do not belong together.

@@ -55,7 +55,8 @@ fn look_up<T: Copy>(bytes: &[u8], table: &[T; 16], start: usize, values: &mut [T
 }
 
 #[cfg(target_arch = "x86_64")]
-pub mod x86 {
+#[allow(clippy::cast_ptr_alignment)] // the loads and stores here need none
+mod x86 {
     #[allow(clippy::wildcard_imports)] // a page of names otherwise
     use std::arch::x86_64::*;
 

@@ -12,7 +12,8 @@ pub enum Level {
 }
 
 impl Level {
-    /// The best that this machine has.
+    /// The best that this machine has; no better than `ATEN_CPU_CAPABILITY`, by which libtorch lets its
+    /// own vector code be limited to `avx2` or `default`.
     #[must_use]
     pub fn best() -> Self {
         #[cfg(target_arch = "x86_64")]
@@ -27,10 +28,11 @@ impl Level {
                     && is_x86_feature_detected!("avx512bw")
                     && is_x86_feature_detected!("avx512dq")
                     && is_x86_feature_detected!("avx512vl");
-                match (avx2, avx512) {
-                    (true, true) => Level::Avx512,
-                    (true, false) => Level::Avx2,
-                    _ => Level::Baseline,
+                let limit = std::env::var("ATEN_CPU_CAPABILITY").unwrap_or_default();
+                match (avx2, avx512, limit.as_str()) {
+                    (_, _, "default") | (false, ..) => Level::Baseline,
+                    (_, false, _) | (_, _, "avx2") => Level::Avx2,
+                    _ => Level::Avx512,
                 }
             })
         }

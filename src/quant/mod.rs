@@ -1,4 +1,4 @@
-//! 4-bit NormalFloat (NF4) and 8-bit blockwise quantisation on slices.
+//! 4-bit `NormalFloat` (NF4) and 8-bit blockwise quantisation on slices.
 //!
 //! Dettmers et al. 2023 (arXiv 2305.14314): blocks of a flat tensor share a scale, and every value is
 //! the nearest of 16 numbers times that scale. [`codebook`] has the numbers, [`nf4`] turns values into

@@ -36,9 +36,21 @@ pub fn quantize<T: Storage>(
     let level = Level::best();
     let items =
         values.chunks(GRAIN).zip(packed.chunks_mut(GRAIN / 2)).zip(absmax.chunks_mut(GRAIN / blocksize));
-    for_each(team, items, |((values, packed), absmax)| match level {
+    for_each(team, items, |((values, packed), absmax)| {
+        blocks_at(level, values, blocksize, packed, absmax);
+    });
+}
+
+fn blocks_at<T: Storage>(
+    level: Level,
+    values: &[T],
+    blocksize: usize,
+    packed: &mut [u8],
+    absmax: &mut [f32],
+) {
+    match level {
         #[cfg(target_arch = "x86_64")]
-        // SAFETY: `Level::best` has found the features on this machine.
+        // SAFETY: a level is only ever one that this machine has.
         #[allow(unsafe_code)]
         Level::Avx512 => unsafe { blocks_avx512(values, blocksize, packed, absmax) },
         #[cfg(target_arch = "x86_64")]
@@ -46,7 +58,7 @@ pub fn quantize<T: Storage>(
         #[allow(unsafe_code)]
         Level::Avx2 => unsafe { blocks_avx2(values, blocksize, packed, absmax) },
         _ => blocks(Level::Baseline, values, blocksize, packed, absmax),
-    });
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -83,9 +95,13 @@ fn any_block<T: Storage>(values: &[T], whole: bool, packed: &mut [u8]) -> f32 {
     let scale = if largest < LEAST { LEAST } else { largest };
     if whole {
         let inverse = 1.0 / scale;
-        wide.iter_mut().for_each(|x| *x *= inverse);
+        for x in wide.iter_mut() {
+            *x *= inverse;
+        }
     } else {
-        wide.iter_mut().for_each(|x| *x /= scale);
+        for x in wide.iter_mut() {
+            *x /= scale;
+        }
     }
     if whole && scale.is_finite() {
         pack_finite(wide, packed);

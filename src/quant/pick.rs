@@ -17,7 +17,7 @@ use super::storage::Storage;
 /// If `packed` does not have half as many bytes.
 #[inline(always)]
 pub fn whole_block<T: Storage>(level: Level, values: &[T], packed: &mut [u8]) -> Option<f32> {
-    assert!(values.len() % 32 == 0 && packed.len() * 2 == values.len());
+    assert!(values.len().is_multiple_of(32) && packed.len() * 2 == values.len());
     let largest = match level {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: a level is only ever one that this machine has; the lengths were compared above.

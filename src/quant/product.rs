@@ -39,12 +39,12 @@ const STEP: usize = 128;
 /// If there are more tokens, or lengths that do not belong together.
 pub fn few_tokens(team: &dyn Team, weight: &Packed<'_>, width: usize, x: &[f32], out: &mut [f32]) {
     let tokens = x.len() / width;
-    assert!((1..=FEW).contains(&tokens) && x.len() == tokens * width && out.len() % tokens == 0);
+    assert!((1..=FEW).contains(&tokens) && x.len() == tokens * width && out.len().is_multiple_of(tokens));
     let rows = out.len() / tokens;
     assert!(weight.bytes.len() * 2 >= rows * width);
     assert!(weight.scales.is_whole() && weight.scales.len() * weight.blocksize >= rows * width);
     let level = Level::best();
-    let from_codes = level == Level::Avx512 && width % weight.blocksize == 0;
+    let from_codes = level == Level::Avx512 && width.is_multiple_of(weight.blocksize);
     let padded = width.next_multiple_of(STEP);
     let turned = if from_codes { turn(x, width, padded) } else { Vec::new() };
     // The products of a row of the matrix lie apart in `out`, so they are collected transposed.

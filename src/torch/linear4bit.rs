@@ -4,7 +4,8 @@
 //! in `f32` whatever the dtype of the tokens, as libtorch's half-precision products are a hundred times
 //! slower on processors without units for them; where a processor has units for `bf16`, they run in
 //! `bf16`. Either way a weight is rounded to the dtype of the tokens before it is multiplied, and every
-//! result is the sum of a whole row or column, rounded once.
+//! result is the sum of a whole row or column, rounded once. A few tokens are multiplied straight from
+//! the codes, always in `f32`.
 
 use std::sync::OnceLock;
 

@@ -17,7 +17,7 @@ use crate::quant::scales::Scales;
 use crate::quant::storage::{Dtype, Storage};
 use crate::quant::{BLOCK_SIZES, codebook};
 
-pub(super) fn value(op: &'static str, argument: &'static str, expected: &str, got: impl ToString) -> Error {
+pub(super) fn value(op: &'static str, argument: &'static str, expected: &str, got: &impl ToString) -> Error {
     Error::Value { op, argument, expected: expected.into(), got: got.to_string() }
 }
 
@@ -47,7 +47,7 @@ fn check_blocksize(op: &'static str, blocksize: i64) -> Result<usize> {
     if BLOCK_SIZES.contains(&size) {
         return Ok(size);
     }
-    Err(value(op, "blocksize", "32, 64, 128, 256, 512, 1024, 2048 or 4096", blocksize))
+    Err(value(op, "blocksize", "32, 64, 128, 256, 512, 1024, 2048 or 4096", &blocksize))
 }
 
 /// Blocks that `count` values make, the last of which may be partial; both are not negative.
@@ -146,7 +146,7 @@ impl Weight {
         check_len(op, "absmax", &self.absmax, blocks, &format!("for {count} values in blocks of {block}"))?;
         if let Some(nested) = &mut self.nested {
             if nested.blocksize <= 0 {
-                return Err(value(op, "nested blocksize", "a positive number", nested.blocksize));
+                return Err(value(op, "nested blocksize", "a positive number", &nested.blocksize));
             }
             let groups = blocks_of(blocks, nested.blocksize);
             let parts = [
@@ -187,7 +187,7 @@ pub(super) fn count(op: &'static str, shape: &[i64]) -> Result<i64> {
     let product = shape.iter().try_fold(1i64, |product, &size| product.checked_mul(size));
     match product {
         Some(product) if sizes && product < i64::MAX => Ok(product), // plus one, it is halved
-        _ => Err(value(op, "shape", "sizes of a tensor", format!("{shape:?}"))),
+        _ => Err(value(op, "shape", "sizes of a tensor", &format!("{shape:?}"))),
     }
 }
 
@@ -219,7 +219,7 @@ pub(super) fn map(op: &'static str, code: &Tensor) -> Result<[f32; MAP_LEN]> {
     let code = code.f_to_device(Device::Cpu)?.f_contiguous()?;
     let values = slice::<f32>(&code)?;
     if values.windows(2).any(|pair| pair[0] > pair[1] || pair[0].is_nan() || pair[1].is_nan()) {
-        return Err(value(op, "code", "in ascending order", "not"));
+        return Err(value(op, "code", "in ascending order", &"not"));
     }
     <[f32; MAP_LEN]>::try_from(values).map_err(|error| Error::Internal(error.to_string()))
 }
@@ -232,7 +232,7 @@ pub fn quantize_blockwise(x: &Tensor, code: &Tensor, blocksize: i64, choice: Cho
     const OP: &str = "quantize_blockwise";
     check_kind(OP, "tensor", x.f_kind()?, &FLOATS)?;
     if blocksize <= 0 {
-        return Err(value(OP, "blocksize", "a positive number", blocksize));
+        return Err(value(OP, "blocksize", "a positive number", &blocksize));
     }
     let map = Map::new(&map(OP, code)?, choice);
     let _guard = tch::no_grad_guard();
@@ -267,7 +267,7 @@ pub fn dequantize_blockwise(
     check_kind(OP, "absmax", absmax.f_kind()?, &[Kind::Float])?;
     check_kind(OP, "dtype", kind, &FLOATS)?;
     if blocksize <= 0 {
-        return Err(value(OP, "blocksize", "a positive number", blocksize));
+        return Err(value(OP, "blocksize", "a positive number", &blocksize));
     }
     let count = codes.numel() as i64;
     check_len(OP, "absmax", absmax, blocks_of(count, blocksize), &format!("for {count} codes"))?;

@@ -2,7 +2,10 @@
 
 import copy
 import json
+import os
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -243,6 +246,32 @@ def test_bytes_may_be_stored_as_floats(path):
         stored = packed.view(-1).view(dtype)[:, None]
         back = functional.dequantize_nf4(stored, state)
         assert torch.equal(back, functional.dequantize_nf4(packed, state))
+
+
+LIMITED = """
+import sys, torch
+from oddsmith import functional
+values, x, expected = torch.load(sys.argv[1])
+for dtype, (packed, absmax, back, out) in expected.items():
+    ours, state = functional.quantize_nf4(values.to(dtype))
+    assert torch.equal(ours, packed) and torch.equal(state.absmax, absmax), dtype
+    assert torch.equal(functional.dequantize_nf4(ours, state), back), dtype
+    torch.testing.assert_close(functional.linear_nf4(x, ours, state), out, rtol=1e-4, atol=1e-3)
+"""
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_processors_without_the_best_vector_code_get_the_same_bits(capability, tmp_path):
+    values, x, expected = heavy_tailed(33, 192), torch.randn(3, 192), {}
+    for dtype in DTYPES:
+        packed, state = functional.quantize_nf4(values.to(dtype))
+        back, out = functional.dequantize_nf4(packed, state), functional.linear_nf4(x, packed, state)
+        expected[dtype] = packed, state.absmax, back, out
+    torch.save((values, x, expected), tmp_path / "expected.pt")
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
+    command = [sys.executable, "-c", LIMITED, str(tmp_path / "expected.pt")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 class TestState:
