@@ -22,7 +22,7 @@ SVD = ("random", "exact")
 REFRESH_ON = ("all", "first")
 
 # The options that every class below has beside its own.
-_OPTIONS = """layerwise (`bool`, *optional*, defaults to `False`):
+OPTIONS_DOC = """layerwise (`bool`, *optional*, defaults to `False`):
             Update each parameter in the backward pass, and free its gradient; `step` does nothing.
         accumulation_steps (`int`, *optional*, defaults to 1):
             Backward passes to an update, for `layerwise`.
@@ -151,7 +151,7 @@ class GaLoreAdamW(GaLoreOptimizer):
             Correct the bias of the moments.
         no_deprecation_warning (`bool`, *optional*):
             Of no effect; galore-torch has it.
-        {_OPTIONS}
+        {OPTIONS_DOC}
     """
 
     def __init__(
@@ -201,7 +201,7 @@ class GaLoreAdafactor(GaLoreOptimizer):
             Learning rate by the step, without `lr`.
         warmup_init (`bool`, *optional*, defaults to `False`):
             Let that rate start from nothing.
-        {_OPTIONS}
+        {OPTIONS_DOC}
     """
 
     def __init__(
@@ -249,12 +249,11 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
     For a matrix `(m, n)` with `m <= n` at rank `r`, GaLore's formula: a basis of `m * r` and two
     moments of `n * r` each, where AdamW has `2 * m * n`.
     """
-
-    def size(value: Any) -> int:
-        if isinstance(value, Tensor):
-            return value.numel() * value.element_size()
-        if isinstance(value, dict):
-            return sum(map(size, value.values()))
-        return 0
-
-    return sum(size(state) for state in optimizer.state.values())
+    # By address: 8-bit moments share their map.
+    tensors = {
+        value.data_ptr(): value.numel() * value.element_size()
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, Tensor)
+    }
+    return sum(tensors.values())

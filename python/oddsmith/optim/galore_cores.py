@@ -74,7 +74,16 @@ class AdamWCore:
         """
         for target, grad, state in zip(targets, grads, states):
             state["step"] += 1
-            _fused_adamw(target, grad, state, group, lr)
+            self.step_moments(target, grad, state, group, lr)
+
+    def loaded(self, state: State) -> None:
+        """What is to be done with a state that has just been loaded."""
+
+    def step_moments(
+        self, target: Tensor, grad: Tensor, state: State, group: Group, lr: float
+    ) -> None:
+        """Updates `exp_avg`, `exp_avg_sq` and then the target."""
+        _fused_adamw(target, grad, state, group, lr)
 
 
 def _fused_adamw(target: Tensor, grad: Tensor, state: State, group: Group, lr: float) -> None:
@@ -125,6 +134,9 @@ class AdafactorCore:
             state["exp_avg_sq_col"] = zeros(like.shape[:-2] + like.shape[-1:])
         else:
             state["exp_avg_sq"] = zeros(like.shape)
+
+    def loaded(self, state: State) -> None:
+        """What is to be done with a state that has just been loaded."""
 
     def decay(self, state: State, group: Group, lr: float) -> float:
         """What a parameter loses to weight decay, by the rate of the coming step."""

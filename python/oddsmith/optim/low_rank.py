@@ -332,10 +332,11 @@ class LowRankOptimizer(Optimizer):
         # torch would cast every tensor to the dtype of its parameter.
         super().load_state_dict({**state_dict, "state": {}})
         for parameter, state in states:
-            self.state[parameter] = {
+            self.state[parameter] = state = {
                 key: value.to(parameter.device, copy=True) if isinstance(value, Tensor) else value
                 for key, value in state.items()
             }
+            self.core.loaded(state)
 
     def _checked_state(self, state_dict: dict[str, Any]) -> list[tuple[nn.Parameter, dict]]:
         name = type(self).__name__

@@ -97,7 +97,7 @@ def random_bases(
     # Left over from a small matrix, the products of an old basis may be tiny: orthonormal columns
     # give the noise and them the same weight.
     tall = torch.linalg.qr(torch.cat([start, noise], dim=1)).Q
-    for last in [False] * (POWER_STEPS - 1) + [True]:
+    for _ in range(POWER_STEPS):
         wide = torch.linalg.qr(grad @ tall).Q
         tall, small = torch.linalg.qr(grad.T @ wide)
     # grad is close to wide @ small.T @ tall.T: the SVD of what is in the middle orders the columns.
