@@ -114,3 +114,69 @@ def unpacked(packed, state):
     """A 4-bit weight in `float32`, from its codes and scales."""
     scales = restored_scales(state)
     return dequantize_nf4(packed, scales, state.code, state.blocksize, state.shape)
+
+
+def galore_project(grad, left, right):
+    grad = grad if left is None else left.to(grad).T @ grad
+    return grad if right is None else grad @ right.to(grad).T
+
+
+def galore_project_back(low, left, right):
+    low = low if left is None else left.to(low) @ low
+    return low if right is None else low @ right.to(low)
+
+
+class GaLoreAdamW:
+    """One matrix, exact SVD (Zhao et al. 2024, algorithm 2), in the dtype of the weight."""
+
+    def __init__(self, weight, rank, gap, scale, proj_type):
+        self.weight, self.rank, self.gap, self.scale = weight.clone(), rank, gap, scale
+        tall = weight.shape[0] >= weight.shape[1]
+        self.right = {"std": tall, "reverse_std": not tall, "left": False}.get(proj_type, True)
+        self.left = proj_type == "full" or not self.right
+        self.t, self.m, self.v = 0, 0.0, 0.0
+
+    def step(self, grad, lr, betas, eps, decay):
+        if self.t % self.gap == 0:
+            u, _, vh = torch.linalg.svd(grad, full_matrices=False)
+            self.bases = (
+                u[:, : self.rank] if self.left else None,
+                vh[: self.rank] if self.right else None,
+            )
+        self.t += 1
+        low = galore_project(grad, *self.bases)
+        self.m = betas[0] * self.m + (1 - betas[0]) * low
+        self.v = betas[1] * self.v + (1 - betas[1]) * low**2
+        correction = (1 - betas[1] ** self.t) ** 0.5 / (1 - betas[0] ** self.t)
+        change = galore_project_back(self.m / (self.v**0.5 + eps), *self.bases)
+        self.weight -= lr * correction * self.scale * change
+        self.weight *= 1 - lr * decay
+
+
+class Apollo:
+    """One matrix (Zhu et al. 2024, algorithm 1); `limited` says whether the limiter has acted."""
+
+    def __init__(self, weight, scale_type, scale):
+        self.weight, self.scale_type, self.scale = weight.clone(), scale_type, scale
+        self.t, self.m, self.v, self.last, self.limited = 0, 0.0, 0.0, None, False
+
+    def step(self, grad, basis, lr, betas, eps, decay):
+        right = grad.shape[0] >= grad.shape[1]
+        low = grad @ basis.T if right else basis.T @ grad
+        self.t += 1
+        self.m = betas[0] * self.m + (1 - betas[0]) * low
+        self.v = betas[1] * self.v + (1 - betas[1]) * low**2
+        normed = self.m / (self.v**0.5 + eps)
+        if self.scale_type == "channel":
+            dim = 1 if right else 0
+            factor = normed.norm(dim=dim, keepdim=True) / (low.norm(dim=dim, keepdim=True) + 1e-8)
+        else:
+            factor = normed.norm() / (low.norm() + 1e-8)
+        change = grad * factor
+        if self.last is not None and change.norm() > 1.01 * self.last:
+            change *= 1.01 * self.last / change.norm()
+            self.limited = True
+        self.last = change.norm()
+        correction = (1 - betas[1] ** self.t) ** 0.5 / (1 - betas[0] ** self.t)
+        self.weight -= lr * correction * self.scale**0.5 * change
+        self.weight *= 1 - lr * decay

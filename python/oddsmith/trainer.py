@@ -9,7 +9,7 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.utils import logging
 
 from . import attention, fused
@@ -28,6 +28,7 @@ from .model_loading import (
     prepare_model,
     vocabulary_size,
 )
+from .optim.galore_names import LOW_RANK_NAMES, low_rank_optimizer
 from .row_hooks import RowHooks
 
 logger = logging.get_logger(__name__)
@@ -279,6 +280,23 @@ class ORPOTrainer(RowHooks, BatchHooks, LossHooks, EvaluationHooks, Trainer):
         """See [`~transformers.Trainer.evaluate`]."""
         with pooled_memory(self.args.device):
             return super().evaluate(*args, **kwargs)
+
+    # ---- Optimizer ----
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(
+        args: TrainingArguments, model: nn.Module | None = None
+    ) -> tuple[Any, dict[str, Any]]:
+        """See [`~transformers.Trainer.get_optimizer_cls_and_kwargs`]; GaLore and APOLLO are ours."""
+        if args.optim in LOW_RANK_NAMES:
+            return low_rank_optimizer(args, model)
+        return Trainer.get_optimizer_cls_and_kwargs(args, model)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # in accelerate's wrapper
+        if getattr(optimizer, "layerwise", False):
+            return optimizer.pop_grad_norm()  # the gradients are gone
+        return super()._get_grad_norm(model, grad_norm=grad_norm)
 
     # ---- Loss and metrics ----
 

@@ -19,9 +19,30 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 def test_no_example_is_forgotten():
     assert sorted(path.name for path in EXAMPLES.iterdir() if path.is_file()) == [
+        "orpo_galore.py",
         "orpo_lora.py",
         "train.yaml",
     ]
+
+
+def test_orpo_galore(tiny_mistral, ultrafeedback, tmp_path):
+    pytest.importorskip("tensorboard", reason="the example reports to tensorboard")
+    out = tmp_path / "out"
+    run = subprocess.run(
+        [sys.executable, EXAMPLES / "orpo_galore.py", "--model", tiny_mistral,
+         "--dataset", ultrafeedback, "--output-dir", out, "--max-steps", "2",
+         "--eval-steps", "2", "--save-steps", "2", "--logging-steps", "1", "--rank", "8",
+         "--learning-rate", "1e-3", "--max-length", "96", "--max-prompt-length", "64"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-4000:]
+    assert f"Saved the model to {out}" in run.stdout
+    trained = dict(AutoModelForCausalLM.from_pretrained(out).named_parameters())
+    base = AutoModelForCausalLM.from_pretrained(tiny_mistral)
+    assert all(not trained[name].equal(weight) for name, weight in base.named_parameters())
+    assert (out / "checkpoint-2" / "optimizer.pt").is_file()
 
 
 def test_orpo_lora(tiny_mistral, ultrafeedback, tmp_path):

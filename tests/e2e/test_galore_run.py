@@ -1,0 +1,222 @@
+"""Whole runs with GaLore and APOLLO: learning, going on after a kill, two processes.
+
+Run as a script this file is what the processes of a test run.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from oddsmith import ORPOConfig, ORPOTrainer
+from oddsmith.demo_model import build_model, train_tokenizer
+from oddsmith.demo_tasks import make_pairs
+from oddsmith.optim.galore import optimizer_bytes
+from oddsmith.optim.galore_names import LOW_RANK_NAMES
+from trainer_runs import arguments, long_pairs, make_model, make_tokenizer, pairs, train, train_logs
+
+ARTICLE = [r".*attn.*", r".*mlp.*"]
+NAMES = sorted(LOW_RANK_NAMES)
+STEPS, SAVED = 6, 4
+
+
+def config(folder, **changed):
+    """Refreshes at 0 and 3, a checkpoint before the next at 6; other rates at every step."""
+    options = {
+        "optim": "galore_adamw",
+        "optim_target_modules": ARTICLE,
+        "optim_args": "rank=6,update_proj_gap=3",
+        "lr_scheduler_type": "linear",
+        "adam_epsilon": 1e-6,
+        "max_steps": STEPS,
+        "save_strategy": "steps",
+        "save_steps": SAVED,
+        **changed,
+    }
+    return arguments(folder, **options)
+
+
+def run(folder, resume=None, callbacks=None, rows=None, **changed):
+    tokenizer = make_tokenizer()
+    trainer = ORPOTrainer(
+        make_model("mistral", tokenizer),
+        ORPOConfig(**config(folder, **changed)),
+        train_dataset=pairs(16) if rows is None else rows,
+        processing_class=tokenizer,
+        callbacks=callbacks,
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def weights(trainer):
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+def losses(trainer):
+    return {log["step"]: (log["loss"], log["grad_norm"]) for log in train_logs(trainer)}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_goes_on_bit_for_bit(name, tmp_path):
+    through = run(tmp_path / "through", optim=name)
+    saved = str(tmp_path / "through" / f"checkpoint-{SAVED}")
+    state = torch.load(f"{saved}/optimizer.pt", weights_only=True)["state"]
+    assert {state[key]["step"] for key in state} == {SAVED}
+    resumed = run(tmp_path / "resumed", resume=saved, optim=name)
+    after = {step: values for step, values in losses(through).items() if step > SAVED}
+    assert len(after) == STEPS - SAVED
+    assert {step: losses(resumed)[step] for step in after} == after
+    for key, weight in weights(through).items():
+        assert torch.equal(weight, weights(resumed)[key]), key
+
+
+class Kill(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == SAVED + 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_goes_on_after_a_kill(tmp_path):
+    name = "galore_adamw_8bit_layerwise"
+    command = [sys.executable, __file__, "kill", str(tmp_path / "killed"), name]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-4000:]
+    through = run(tmp_path / "through", optim=name)
+    saved = str(tmp_path / "killed" / f"checkpoint-{SAVED}")
+    resumed = run(tmp_path / "resumed", resume=saved, optim=name)
+    assert losses(resumed)[STEPS] == losses(through)[STEPS]
+    for key, weight in weights(through).items():
+        assert torch.equal(weight, weights(resumed)[key]), key
+
+
+@pytest.mark.parametrize(
+    "name", ["galore_adamw", "galore_adamw_8bit", "galore_adafactor", "apollo_adamw"]
+)
+def test_layerwise_is_the_same_run(name, tmp_path):
+    """Two micro-batches to an update, and the last group of an epoch has one."""
+    rows = pairs(10)
+    options = {"max_grad_norm": 0.0, "max_steps": 6, "save_strategy": "no", "rows": rows}
+    plain = run(tmp_path, optim=name, **options)
+    layerwise = run(tmp_path, optim=f"{name}_layerwise", **options)
+    assert layerwise.optimizer.optimizer.layerwise
+    assert all(p.grad is None for p in layerwise.model.parameters())
+    for one, other in zip(train_logs(plain), train_logs(layerwise), strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=2e-4)
+        assert other["grad_norm"] > 0
+    for key, weight in weights(plain).items():
+        torch.testing.assert_close(weights(layerwise)[key], weight, rtol=1e-3, atol=2e-3, msg=key)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_margins_rise(name, tmp_path):
+    options = {"max_steps": 30, "learning_rate": 5e-3, "save_strategy": "no", "logging_steps": 5}
+    if name.startswith("apollo"):
+        options["optim_args"] = "rank=6,update_proj_gap=10,scale=4"
+    trainer = run(tmp_path, optim=name, rows=pairs(8), **options)
+    first, *_, last = train_logs(trainer)
+    assert last["rewards/margins"] > first["rewards/margins"]
+    assert last["loss"] < 0.9 * first["loss"]
+
+
+def test_memory_is_that_of_the_formula(tmp_path):
+    trainer = run(tmp_path, max_steps=1, save_strategy="no")
+    expected = 0
+    for name, p in trainer.model.named_parameters():
+        if "attn" in name or "mlp" in name:
+            small, large = sorted(p.shape)
+            expected += small * 6 + 2 * large * 6
+        else:
+            expected += 2 * p.numel()
+    assert optimizer_bytes(trainer.optimizer.optimizer) == 4 * expected
+
+
+def final_loss(folder, svd):
+    """The evaluation loss after 300 steps of full-parameter training from nothing."""
+    rows = make_pairs(1_200, seed=4)
+    texts = [message["content"] for row in rows for message in row["prompt"] + row["chosen"]]
+    tokenizer = train_tokenizer(texts)
+    torch.manual_seed(5)
+    model = build_model(tokenizer, hidden_size=48, num_hidden_layers=2)
+    from datasets import Dataset
+
+    args = config(
+        folder, max_steps=300, save_strategy="no", per_device_train_batch_size=8,
+        gradient_accumulation_steps=1, logging_steps=50, learning_rate=1e-2, beta=0.1,
+        optim_args=f"rank=8,update_proj_gap=50,svd={svd}", warmup_steps=20,
+    )  # fmt: skip
+    trainer = train(
+        ORPOTrainer, ORPOConfig, model, tokenizer, Dataset.from_list(rows[:1_100]), args,
+        eval_dataset=Dataset.from_list(rows[1_100:]),
+    )  # fmt: skip
+    return train_logs(trainer)[0]["loss"], trainer.evaluate()["eval_loss"]
+
+
+@pytest.mark.slow
+def test_a_random_basis_is_as_good(tmp_path):
+    first, exact = final_loss(tmp_path, "exact")
+    _, random = final_loss(tmp_path, "random")
+    assert exact < 0.8 * first  # it has learnt something
+    assert random == pytest.approx(exact, rel=5e-3)
+
+
+def test_two_processes_are_one(tmp_path):
+    """Rows of one length: the mean over a large batch is the mean of the means of its halves."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*command, __file__, "two", str(tmp_path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    for name in ("galore_adamw", "galore_adamw_8bit", "apollo_adamw"):
+        assert results[0][name] == results[1][name]  # to the bit
+        alone = distributed_run(tmp_path, name, per_device_train_batch_size=4)
+        for key, value in sums(alone).items():
+            assert results[0][name][key] == pytest.approx(value, rel=1e-3, abs=5e-3), key
+    assert "would come before the gradients are averaged" in results[0]["layerwise"]
+
+
+def distributed_run(folder, name, **changed):
+    options = {
+        "max_length": 24, "gradient_accumulation_steps": 1, "save_strategy": "no",
+        "per_device_train_batch_size": 2, "max_steps": 5,
+    }  # fmt: skip
+    return run(folder, optim=name, rows=long_pairs(24), **{**options, **changed})
+
+
+def sums(trainer):
+    return {name: p.double().sum().item() for name, p in trainer.model.named_parameters()}
+
+
+def two(folder):
+    results = {}
+    for name in ("galore_adamw", "galore_adamw_8bit", "apollo_adamw"):
+        trainer = distributed_run(folder, name)
+        assert trainer.accelerator.num_processes == 2
+        results[name] = sums(trainer)
+    try:
+        distributed_run(folder, "galore_adamw_layerwise")
+    except NotImplementedError as error:
+        results["layerwise"] = str(error)
+    rank = os.environ["RANK"]
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "two":
+        two(sys.argv[2])
+    else:
+        run(sys.argv[2], optim=sys.argv[3], callbacks=[Kill()])
