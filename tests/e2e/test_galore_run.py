@@ -17,8 +17,8 @@ from transformers import TrainerCallback
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from oddsmith import ORPOConfig, ORPOTrainer
-from oddsmith.demo_model import build_model, train_tokenizer
-from oddsmith.demo_tasks import make_pairs
+from oddsmith.demo.model import build_model, train_tokenizer
+from oddsmith.demo.tasks import make_pairs
 from oddsmith.optim.galore import optimizer_bytes
 from oddsmith.optim.galore_names import LOW_RANK_NAMES
 from trainer_runs import arguments, long_pairs, make_model, make_tokenizer, pairs, train, train_logs
