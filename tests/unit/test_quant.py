@@ -265,7 +265,10 @@ def test_processors_without_the_best_vector_code_get_the_same_bits(capability, t
     values, x, expected = heavy_tailed(33, 192), torch.randn(3, 192), {}
     for dtype in DTYPES:
         packed, state = functional.quantize_nf4(values.to(dtype))
-        back, out = functional.dequantize_nf4(packed, state), functional.linear_nf4(x, packed, state)
+        back, out = (
+            functional.dequantize_nf4(packed, state),
+            functional.linear_nf4(x, packed, state),
+        )
         expected[dtype] = packed, state.absmax, back, out
     torch.save((values, x, expected), tmp_path / "expected.pt")
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
