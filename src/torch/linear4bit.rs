@@ -21,8 +21,8 @@ use crate::quant::nf4::{Packed, Tile, dequantize_tile};
 use crate::quant::product::{few_tokens, worth_it};
 use crate::quant::storage::{Dtype, Storage};
 
-/// Bytes of a tile.
-const TILE: i64 = 16 << 20;
+/// Bytes of a tile, at least and at most. The library packs all tokens anew for every tile.
+const TILE: [i64; 2] = [16 << 20, 32 << 20];
 
 /// Tokens up to which products straight from the codes are faster than those in `bf16` by a processor
 /// that has units for it.
@@ -158,8 +158,10 @@ fn tile_step(wanted: i64, end: i64) -> i64 {
     even.clamp(1, end)
 }
 
-fn tile_elements<T>() -> i64 {
-    TILE / size_of::<T>() as i64
+/// Half of the weight, within the bounds of a tile.
+fn tile_elements<T>(size: Size) -> i64 {
+    let bytes = size_of::<T>() as i64;
+    (size.rows * size.columns / 2 * bytes).clamp(TILE[0], TILE[1]) / bytes
 }
 
 fn tiles<T: Storage + Element>(
@@ -169,7 +171,7 @@ fn tiles<T: Storage + Element>(
     bias: Option<&Tensor>,
     out: &Tensor,
 ) -> Result<()> {
-    let step = tile_step(tile_elements::<T>() / size.columns, size.rows);
+    let step = tile_step(tile_elements::<T>(size) / size.columns, size.rows);
     let mut buffer = pages::empty(&[step, size.columns], T::KIND)?;
     let bias = bias.map(|bias| bias.f_to_kind(T::KIND)).transpose()?;
     for (first, tokens) in row_ranges(x.size()[0], x.f_kind()? != T::KIND) {
@@ -226,7 +228,7 @@ pub fn input_gradient(weight: Weight, size: Size, grad: &Tensor, weight_kind: Ki
 /// Strips of columns: each product sums over all rows of the weight, so that nothing is added up in
 /// the output.
 fn strips<T: Storage + Element>(weight: &Packed<'_>, size: Size, grad: &Tensor, out: &Tensor) -> Result<()> {
-    let step = tile_step(tile_elements::<T>() / size.rows, size.columns);
+    let step = tile_step(tile_elements::<T>(size) / size.rows, size.columns);
     let mut buffer = pages::empty(&[size.rows * step], T::KIND)?;
     for (first, tokens) in row_ranges(grad.size()[0], grad.f_kind()? != T::KIND) {
         let grad = grad.f_narrow(0, first, tokens)?.f_to_kind(T::KIND)?;
