@@ -1,8 +1,9 @@
-"""`oddsmith quantize` of a generated bf16 checkpoint: speed and resident memory of the whole process.
+"""`oddsmith quantize` and `oddsmith merge` of a generated bf16 checkpoint: speed and resident memory of the whole process.
 
     python benches/bench_checkpoint.py [--folder DIR] [--repeats 3] [--layers 22] [--peer]
 
-The model has TinyLlama's shape, 1.1 billion parameters in two files. The command runs in a process of
+The model has TinyLlama's shape, 1.1 billion parameters in two files; the adapter is of rank 16 on every
+linear layer. The command runs in a process of
 its own; its time is that of the conversion, from checking the files to the last rename, without starting
 Python. Floors in the same rounds: writing as many bytes as the result has, with fsync, and reading the
 files (cold: after dropping them from the page cache; warm otherwise). "extra MB" is the process's largest
@@ -24,6 +25,7 @@ import time
 from pathlib import Path
 
 import torch
+from peft import LoraConfig
 from safetensors.torch import save_file
 from transformers import MistralConfig, MistralForCausalLM
 
@@ -79,6 +81,20 @@ def generate(folder: Path, layers: int) -> int:
     return total
 
 
+def generate_adapter(folder: Path, model: Path) -> None:
+    """Writes an adapter of every linear layer."""
+    with torch.device("meta"):
+        shapes = MistralForCausalLM(MistralConfig.from_pretrained(model)).named_parameters()
+    tensors = {}
+    for name, value in shapes:
+        if "_proj" in name:
+            stem = f"base_model.model.{name.removesuffix('.weight')}"
+            tensors[f"{stem}.lora_A.weight"] = torch.randn(16, value.shape[1]) * 0.02
+            tensors[f"{stem}.lora_B.weight"] = torch.randn(value.shape[0], 16) * 0.02
+    LoraConfig(r=16, lora_alpha=32, target_modules="all-linear").save_pretrained(folder)
+    save_file(tensors, folder / "adapter_model.safetensors")
+
+
 def drop_cache(folder: Path) -> None:
     for file in folder.iterdir():
         with file.open("rb") as handle:
@@ -106,9 +122,10 @@ def process(run: str, *arguments: object) -> tuple[float, int, str]:
     return seconds, int(re.search(r"^peak (\d+)$", child.stdout, re.MULTILINE)[1]), child.stdout
 
 
-def quantize(model: Path, out: Path, *flags: str) -> tuple[float, int]:
+def command(*arguments: object) -> tuple[float, int]:
+    """Seconds and largest resident set of an `oddsmith` command."""
     run = "from oddsmith import cli; assert cli.main(sys.argv[1:]) == 0"
-    _, memory, text = process(run, "quantize", model, out, *flags)
+    _, memory, text = process(run, *arguments)
     return float(re.search(r"in ([\d.]+) s", text)[1]), memory
 
 
@@ -145,6 +162,9 @@ def main() -> None:
         folder = Path(name)
         model, out = folder / "model", folder / "out"
         total = generate(model, flags.layers)
+        adapter, four_bit = folder / "adapter", folder / "four_bit"
+        generate_adapter(adapter, model)
+        command("quantize", model, four_bit)
         seconds: dict[str, list[float]] = {}
         memory: dict[str, int] = {}
 
@@ -158,9 +178,15 @@ def main() -> None:
                 for flag in ((), ("--double_quant",)):
                     if cache == "cold":
                         drop_cache(model)
-                    add(f"{cache} {' '.join(flag)}".strip(), *quantize(model, out, *flag))
+                    add(
+                        f"{cache} {' '.join(flag)}".strip(), *command("quantize", model, out, *flag)
+                    )
                     result = sum(file.stat().st_size for file in out.glob("*.safetensors"))
                     shutil.rmtree(out)
+            for base, flag in ((model, ()), (four_bit, ()), (four_bit, ("--quantize",))):
+                found = command("merge", base, adapter, out, *flag)
+                add(f"merge into {base.name} {' '.join(flag)}".strip(), *found)
+                shutil.rmtree(out)
             drop_cache(model)
             add("read, cold", read(model))
             add("read, warm", read(model))

@@ -26,13 +26,12 @@ from .checkpoint_files import (
     write_json,
 )
 from .checkpoint_names import Names, empty_model
-from .checkpoint_plan import Rule
+from .checkpoint_plan import BLOCK_SIZES, DTYPES, Rule
 from .errors import UserError
 from .quant import dynamic_map
 
 # safetensors' names of the floats that models have.
 FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 @dataclass(frozen=True)
@@ -69,8 +68,8 @@ def check_blocksize(blocksize: int) -> None:
 
 
 def check_dtype(flag: str, dtype: str | None) -> None:
-    if dtype is not None and dtype not in FLOATS.values():
-        raise UserError(f"--{flag} {dtype}: must be one of {', '.join(FLOATS.values())}")
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"--{flag} {dtype}: must be one of {', '.join(DTYPES)}")
 
 
 def quantization_config(

@@ -3,10 +3,8 @@
 import argparse
 from typing import Any
 
+from .checkpoint_plan import BLOCK_SIZES, DTYPES
 from .cli_data import add
-
-DTYPES = ("float32", "bfloat16", "float16")
-BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 def quantize_parser() -> argparse.ArgumentParser:

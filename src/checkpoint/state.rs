@@ -329,6 +329,7 @@ mod tests {
     }
 
     #[test]
+    #[allow(clippy::excessive_precision)] // likewise
     fn the_json_is_that_of_the_format() {
         let plain = r#"{"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [8, 64]}"#;
         assert_eq!(json(&[8, 64], Dtype::Bf16, 64, None), plain);

@@ -2,7 +2,6 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use half::bf16;
-use proptest::prelude::*;
 use safetensors::tensor::{Dtype as Kind, TensorView};
 use safetensors::{SafeTensors, serialize};
 use tempfile::TempDir;
@@ -10,7 +9,6 @@ use tempfile::TempDir;
 use super::bytes::{bytes, values};
 use super::collection::Collection;
 use super::convert::{Engine, Job, convert, size};
-use super::file::TensorFile;
 use super::rule::{Factor, Rule, Target, Update};
 use super::state::State;
 use crate::error::{Error, Result};
@@ -20,7 +18,12 @@ use crate::quant::codebook::NF4;
 use crate::quant::nf4;
 use crate::quant::storage::{Dtype, Storage};
 
+mod damage;
+mod fuzz;
+
 const BLOCK: usize = 4096;
+
+const JSON: &str = "w.quant_state.bitsandbytes__nf4";
 
 fn map() -> [f32; MAP_LEN] {
     std::array::from_fn(|i| {
@@ -401,249 +404,4 @@ fn a_caller_may_stop() {
     let (map, choice) = (map(), Choice::Nearest);
     let engine = Engine { team: &Portable, gemm: &Portable, mean: &mean, map: &map, choice, chunk: BLOCK };
     assert_eq!(convert(&job, &engine, &mut |_| Err(Error::Stopped)), Err(Error::Stopped));
-}
-
-#[test]
-fn a_name_is_in_one_file() {
-    let folder = folder();
-    let tensor = [made("w", Kind::U8, &[1], &[1])];
-    let paths = [write(folder.path(), "x", &tensor), write(folder.path(), "y", &tensor)];
-    let message = Collection::open(&paths).expect_err("twice").to_string();
-    assert!(message.contains("has a tensor \"w\", and so has"), "{message}");
-    let message = Collection::open(&[folder.path().join("z")]).expect_err("none").to_string();
-    assert!(message.ends_with("z: No such file or directory"), "{message}");
-}
-
-#[test]
-fn damaged_files_are_refused() {
-    let folder = folder();
-    let path = write(folder.path(), "x", &[made("w", Kind::F32, &[4], bytes(&wave(4)))]);
-    let whole = std::fs::read(&path).expect("it");
-    let open = |content: &[u8]| {
-        std::fs::write(&path, content).expect("a disk");
-        TensorFile::open(&path).expect_err("damaged").to_string()
-    };
-    assert!(open(&[]).contains("has 0 bytes"));
-    assert!(open(&whole[..whole.len() - 1]).contains("is truncated or too long"));
-    assert!(open(&[whole.clone(), vec![0]].concat()).contains("is truncated or too long"));
-    assert!(open(&whole[..20]).contains("the header ends after its 20 bytes"));
-    assert!(open(b"PK\x03\x04 an archive of pickles").contains("is no safetensors file"));
-    let text = String::from_utf8_lossy(&whole[8..]).replace("[4]", "[5]").into_bytes();
-    assert!(open(&[&whole[..8], &text[..]].concat()).contains("invalid shape, data type, or offset"));
-    // One that shrinks while it is read.
-    std::fs::write(&path, &whole).expect("a disk");
-    let file = TensorFile::open(&path).expect("whole again");
-    std::fs::write(&path, &whole[..whole.len() - 4]).expect("a disk");
-    let message = file.whole(&file.entries()["w"]).expect_err("shorter").to_string();
-    assert!(message.contains("fewer than when it was opened"), "{message}");
-}
-
-/// The message that a 4-bit weight with changed parts is refused with.
-fn refused(change: impl Fn(&mut Vec<Made>)) -> String {
-    let folder = folder();
-    let (_, mut tensors) = four_bit(folder.path(), true);
-    change(&mut tensors);
-    let file = Collection::open(&[write(folder.path(), "changed", &tensors)]).expect("a file");
-    State::read(&file, "w").expect_err("no state").to_string()
-}
-
-fn part<'a>(tensors: &'a mut [Made], name: &str) -> &'a mut Made {
-    tensors.iter_mut().find(|made| made.0 == name).expect(name)
-}
-
-const JSON: &str = "w.quant_state.bitsandbytes__nf4";
-
-fn refused_json(from: &str, to: &str) -> String {
-    refused(|tensors| {
-        let made = part(tensors, JSON);
-        let text = String::from_utf8(made.3.clone()).expect("text").replace(from, to);
-        (made.2, made.3) = (vec![text.len()], text.into_bytes());
-    })
-}
-
-#[test]
-fn states_that_do_not_fit_are_refused_by_name() {
-    let cases = [
-        (refused_json("130", "131"), "shape [70, 131], which does not fit the 4550 bytes of codes"),
-        (refused_json("[70, 130]", "[70, -130]"), "shape of quant_state is [70,-130]"),
-        (refused_json("70", "18446744073709551615"), "which does not fit"),
-        (refused_json("\"blocksize\": 64", "\"blocksize\": 48"), "blocksize of quant_state is 48"),
-        (
-            refused_json("\"blocksize\": 64", "\"blocksize\": 128"),
-            "absmax has 143 elements; must be 72, one a block",
-        ),
-        (refused_json("bfloat16", "float64"), "dtype of quant_state is \"float64\""),
-        (refused_json("\"nf4\"", "\"fp4\""), "quant_type of quant_state is \"fp4\"; must be \"nf4\""),
-        (refused_json("{", "["), "quant_state is no JSON"),
-        (refused_json("nested_offset", "offset"), "nested_offset of quant_state is missing"),
-        (refused_json("256", "0"), "nested_blocksize of quant_state is 0"),
-        (refused_json("256", "128"), "nested_absmax has 1 elements; must be 2"),
-        (
-            refused(|all| part(all, JSON).0 = "w.quant_state.bitsandbytes__fp4".into()),
-            "w: is fp4; of quantised",
-        ),
-        (refused(|all| all.retain(|made| made.0 != JSON)), "has absmax but no quant_state"),
-        (refused(|all| all.retain(|made| made.0 != "w.absmax")), "absmax is missing"),
-        (refused(|all| all.retain(|made| made.0 != "w.quant_map")), "quant_map is missing"),
-        (refused(|all| part(all, "w").1 = Kind::I8), "w: is int8"),
-        (refused(|all| part(all, "w.quant_map").3[0] ^= 1), "quant_map has other values than NF4"),
-        (
-            refused(|all| {
-                let made = part(all, "w.nested_absmax");
-                (made.1, made.2) = (Kind::U8, vec![4]);
-            }),
-            "w.nested_absmax has dtype U8; must be F32",
-        ),
-    ];
-    for (message, words) in cases {
-        assert!(message.contains(words), "{message}");
-    }
-}
-
-proptest! {
-    /// No file makes the reader panic, and what it takes can be read.
-    #[test]
-    fn any_bytes_are_a_file_or_an_error(mut content: Vec<u8>, length in any::<Option<u8>>()) {
-        if let (Some(length), true) = (length, content.len() >= 8) {
-            content[..8].copy_from_slice(&u64::from(length).to_le_bytes());
-        }
-        read_all(&content);
-    }
-
-    /// Headers of the right form, with sizes that fit the file now and then.
-    #[test]
-    fn any_header_is_a_file_or_an_error(
-        tensors in prop::collection::vec(
-            (
-                prop::sample::select(vec!["w", "w.absmax", "w.quant_map", "w.nested_absmax", JSON, "x", ""]),
-                prop::sample::select(vec!["F32", "BF16", "U8", "I8", "F4", "F8_E4M3", "BOOL", "F128"]),
-                prop::collection::vec(prop_oneof![0u64..9, any::<u64>()], 0..4),
-                prop::option::weighted(0.2, any::<(u64, u64)>()),
-            ),
-            0..5,
-        ),
-        surplus in 0usize..2,
-    ) {
-        let (mut at, mut parts) = (0u64, Vec::new());
-        for (name, kind, shape, offsets) in tensors {
-            let bits = match kind { "F32" => 32u64, "BF16" => 16, "F4" => 4, _ => 8 };
-            let len = shape.iter().try_fold(bits, |product, size| product.checked_mul(*size)).unwrap_or(0) / 8;
-            let end = at.saturating_add(len);
-            let (from, to) = offsets.unwrap_or((at, end));
-            if end < 100_000 {
-                at = end;
-            }
-            parts.push(format!(
-                "{name:?}:{{\"dtype\":{kind:?},\"shape\":{shape:?},\"data_offsets\":[{from},{to}]}}"
-            ));
-        }
-        let header = format!("{{{}}}", parts.join(","));
-        let mut content = (header.len() as u64).to_le_bytes().to_vec();
-        content.extend_from_slice(header.as_bytes());
-        content.resize(content.len() + at as usize + surplus, 0x77);
-        read_all(&content);
-    }
-
-    #[test]
-    fn a_changed_file_is_a_file_or_an_error(
-        changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..6),
-        cut in prop::option::of(any::<prop::sample::Index>()),
-        double: bool,
-    ) {
-        let mut content = whole_file(double);
-        for (place, byte) in changes {
-            let place = place.index(content.len());
-            content[place] = byte;
-        }
-        if let Some(cut) = cut {
-            content.truncate(cut.index(content.len()));
-        }
-        read_all(&content);
-    }
-
-    /// Texts in place of the JSON: what is read has the sizes that it says.
-    #[test]
-    fn any_json_is_a_state_or_an_error(
-        (key, value) in (
-            prop::sample::select(vec!["blocksize", "dtype", "shape", "nested_blocksize", "nested_offset", "quant_type"]),
-            prop_oneof![
-                any::<i64>().prop_map(serde_json::Value::from),
-                any::<f64>().prop_map(serde_json::Value::from),
-                prop::sample::select(vec![32, 64, 128, 4096]).prop_map(serde_json::Value::from),
-                ".{0,8}".prop_map(serde_json::Value::from),
-                prop::collection::vec(any::<u64>(), 0..4).prop_map(serde_json::Value::from),
-                prop::collection::vec(0u64..200, 0..4).prop_map(serde_json::Value::from),
-                Just(serde_json::Value::Null),
-            ],
-        ),
-        double: bool,
-    ) {
-        let file = whole_file(double);
-        let read = SafeTensors::deserialize(&file).expect("whole");
-        let text = read.tensor(JSON).expect("it").data();
-        let mut json: serde_json::Value = serde_json::from_slice(text).expect("JSON");
-        json[key] = value;
-        let text = json.to_string().into_bytes();
-        let tensors: Vec<Made> = read.tensors().into_iter().map(|(name, view)| {
-            let data = if name == JSON { text.clone() } else { view.data().to_vec() };
-            let shape = if name == JSON { vec![text.len()] } else { view.shape().to_vec() };
-            (name, view.dtype(), shape, data)
-        }).collect();
-        let folder = folder();
-        read_all(&std::fs::read(write(folder.path(), "x", &tensors)).expect("it"));
-    }
-
-    /// Whatever the shape, the file holds what quantising the whole tensor makes, and reads back.
-    #[test]
-    fn any_matrix_is_quantised_whole(
-        rows in 1usize..90, columns in 1usize..90, power in 5u32..13, double: bool, seed: u32,
-    ) {
-        let folder = folder();
-        let weight: Vec<f32> = wave(rows * columns).iter().map(|x| x * (1.0 + (seed % 97) as f32)).collect();
-        let base = [made("w", Kind::F32, &[rows, columns], bytes(&weight))];
-        let blocksize = 1 << power;
-        let file = run(folder.path(), &base, &[], vec![to_nf4("w", Dtype::F32, blocksize, double)]).expect("a file");
-        prop_assert_eq!(data(&file, "w"), &packed(&weight, blocksize).0[..]);
-        let source = Collection::open(&[folder.path().join("out")]).expect("a file");
-        let state = State::read(&source, "w").expect("a state").expect("quantised");
-        prop_assert_eq!(state.scales(0, rows * columns).len(), (rows * columns).div_ceil(blocksize));
-        prop_assert_eq!(state.double(), double);
-    }
-}
-
-/// A file with a small 4-bit weight and a plain one.
-fn whole_file(double: bool) -> Vec<u8> {
-    use std::sync::OnceLock;
-    static FILES: [OnceLock<Vec<u8>>; 2] = [OnceLock::new(), OnceLock::new()];
-    let make = || {
-        let folder = folder();
-        let base = [
-            made("w", Kind::BF16, &[3, 70], bytes(&narrow(&wave(210)))),
-            made("n", Kind::F32, &[2], bytes(&wave(2))),
-        ];
-        run(folder.path(), &base, &[], vec![to_nf4("w", Dtype::Bf16, 64, double)]).expect("a file")
-    };
-    FILES[usize::from(double)].get_or_init(make).clone()
-}
-
-/// Opens a file with this content, and reads every tensor and state if that works.
-fn read_all(content: &[u8]) {
-    let folder = folder();
-    let path = folder.path().join("x");
-    std::fs::write(&path, content).expect("a disk");
-    let Ok(collection) = Collection::open(&[&path]) else {
-        return;
-    };
-    let file = &collection.files()[0];
-    for (name, entry) in file.entries() {
-        assert_eq!(file.whole(entry).expect("bytes").len(), entry.len);
-        if let Ok(Some(state)) = State::read(&collection, name) {
-            assert_eq!(entry.len, state.count().div_ceil(2));
-            let blocks = state.count().div_ceil(state.blocksize);
-            assert_eq!(state.scales(0, state.count()).len(), blocks);
-        }
-        let rules = vec![to_float(name, Dtype::F32)];
-        let job = Job { base: &collection, adapter: None, rules, outputs: vec![folder.path().join("y")] };
-        let _ = size(&job);
-    }
 }

@@ -39,7 +39,7 @@ pub fn detached<R: Send>(py: Python<'_>, f: impl FnOnce() -> Result<R> + Send) -
 
 #[cfg(test)]
 mod tests {
-    use pyo3::exceptions::{PyException, PyRuntimeError, PyTypeError, PyValueError};
+    use pyo3::exceptions::{PyException, PyOSError, PyRuntimeError, PyTypeError, PyValueError};
     use pyo3::prelude::*;
 
     use super::detached;
@@ -73,6 +73,18 @@ mod tests {
             assert_eq!(row.to_string(), "mine row 3: bad");
             let tokenizer = raised(py, || Err(Error::Tokenizer("no model".into())));
             assert!(tokenizer.is_instance_of::<PyRuntimeError>());
+            let file = || Error::File { path: "x.safetensors".into(), problem: "is truncated".into() };
+            let damaged = raised(py, move || Err(file()));
+            assert!(damaged.is_instance_of::<PyValueError>());
+            assert_eq!(damaged.to_string(), "x.safetensors: is truncated");
+            let full = || std::io::Error::from_raw_os_error(28);
+            let disk = raised(py, move || Err(Error::io("out/x".as_ref(), &full())));
+            assert!(disk.is_instance_of::<PyOSError>());
+            assert_eq!(disk.to_string(), "[Errno 28] No space left on device: 'out/x'");
+            let other = std::io::Error::other("failed to write whole buffer");
+            let disk = raised(py, move || Err(Error::io("out/x".as_ref(), &other)));
+            assert!(disk.is_instance_of::<PyOSError>());
+            assert_eq!(disk.to_string(), "out/x: failed to write whole buffer");
             let torch = raised(py, || Err(Error::Torch("no memory".into())));
             assert!(torch.is_instance_of::<PyRuntimeError>());
             assert_eq!(torch.to_string(), "libtorch: no memory");
