@@ -301,7 +301,7 @@ mod tests {
     #[allow(clippy::excessive_precision)] // to the last digit, as that is what they are about
     fn numbers_are_written_as_python_writes_them() {
         let cases = [
-            (0.123_779_3, "0.123779296875"),
+            (0.123_779_296_875, "0.123779296875"),
             (0.0, "0.0"),
             (-0.0, "-0.0"),
             (1.0, "1.0"),
