@@ -160,7 +160,6 @@ def final_loss(folder, svd):
     return train_logs(trainer)[0]["loss"], trainer.evaluate()["eval_loss"]
 
 
-@pytest.mark.slow
 def test_a_random_basis_is_as_good(tmp_path):
     first, exact = final_loss(tmp_path, "exact")
     _, random = final_loss(tmp_path, "random")

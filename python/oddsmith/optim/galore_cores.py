@@ -37,7 +37,7 @@ class AdamWCore:
 
     def init(self, state: State, like: Tensor, group: Group) -> None:
         """Adds the moments for a gradient shaped as `like`."""
-        for name in self.names:
+        for name in ("exp_avg", "exp_avg_sq"):
             state[name] = torch.zeros(like.shape, dtype=torch.float32, device=like.device)
 
     def correction(self, state: State, group: Group) -> float:
