@@ -65,13 +65,15 @@ fmt: test-build ## Format everything
 	$(BIN)/ruff format
 
 .PHONY: bench
-bench: $(BIN)/.tools ## Benchmarks beside TRL, Liger and bitsandbytes
+bench: $(BIN)/.tools ## Benchmarks beside TRL, Liger, bitsandbytes and galore-torch
 	$(ACTIVATE) && pip install --no-build-isolation -e ".[bench]"
 	$(BIN)/python benches/bench_head.py
 	$(BIN)/python benches/bench_step.py
 	$(BIN)/python benches/bench_tokenize.py
 	$(BIN)/python benches/bench_nf4.py
+	$(BIN)/python benches/bench_step.py --qlora
 	$(BIN)/python benches/bench_checkpoint.py
+	$(BIN)/python benches/bench_galore.py
 
 .PHONY: clean
 clean: ## Remove the environment and what Python has cached

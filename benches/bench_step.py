@@ -1,6 +1,6 @@
 """A whole training step beside TRL's: time and memory of real trainer runs.
 
-    python benches/bench_step.py [--rounds 5] [--steps 4] [--no-checkpointing] [--lora]
+    python benches/bench_step.py [--rounds 5] [--steps 4] [--no-checkpointing] [--lora | --qlora]
                                  [--data FILE.jsonl.gz | --long-prompts]
 
 Each run is a process of its own that trains a Mistral-shaped model (8 layers, hidden 512, vocabulary
@@ -10,7 +10,8 @@ the steps after the first; memory is the peak of resident memory above what the 
 training began, model and data included, less the gradients and the optimiser's state, which every
 trainer needs. With `--data` the rows are real pairs in the UltraFeedback form and the tokenizer is
 Mistral's (from mistral-common); without, random words of the same lengths, or with --long-prompts
-prompts of about 600 tokens and answers of about 150. At the end one more run of oddsmith is profiled:
+prompts of about 600 tokens and answers of about 150. With --qlora the base is in NF4, of bitsandbytes
+for TRL (which has to be installed then) and of oddsmith for oddsmith. At the end one more run of oddsmith is profiled:
 the share of its step that is matrix products, and what the rest is.
 """
 
@@ -76,6 +77,19 @@ def generated_rows(count: int, words: list[str], long_prompts: bool) -> list[dic
     return [row() for _ in range(count)]
 
 
+def in_four_bits(model, folder: Path, trainer: str):
+    """The model with NF4 weights, of bitsandbytes or of oddsmith."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    if trainer == "oddsmith":
+        from oddsmith import use_for_bitsandbytes
+
+        use_for_bitsandbytes()
+    model.save_pretrained(folder / "full")
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    return AutoModelForCausalLM.from_pretrained(folder / "full", quantization_config=config)
+
+
 def child(args: argparse.Namespace) -> None:
     """One run of one trainer; prints a JSON object."""
     import time
@@ -113,8 +127,10 @@ def child(args: argparse.Namespace) -> None:
             num_key_value_heads=4,
         )
     )
+    if args.qlora:
+        model = in_four_bits(model, folder, args.child)
     adapter = None
-    if args.lora:
+    if args.lora or args.qlora:
         from peft import LoraConfig
 
         adapter = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -208,6 +224,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="gzipped jsonl in the UltraFeedback form")
     parser.add_argument("--long-prompts", action="store_true")
     parser.add_argument("--lora", action="store_true")
+    parser.add_argument("--qlora", action="store_true", help="the base in NF4, and an adapter")
     parser.add_argument(
         "--checkpointing",
         action=argparse.BooleanOptionalAction,
@@ -226,6 +243,7 @@ def main() -> None:
     argv += [f"--data={args.data}"] if args.data else []
     argv += ["--long-prompts"] if args.long_prompts else []
     argv += ["--lora"] if args.lora else []
+    argv += ["--qlora"] if args.qlora else []
     argv += ["--checkpointing" if args.checkpointing else "--no-checkpointing"]
     results: dict[str, list[dict]] = {"oddsmith": [], "trl": []}
     for index in range(args.rounds):
@@ -238,7 +256,7 @@ def main() -> None:
     worst = max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))
     print(f"losses agree to {worst:.1e}")
     case = "step, Mistral shape 56 M, 2 x 2 pairs of up to 1,024 tokens, float32"
-    case += ", LoRA" if args.lora else ""
+    case += ", LoRA" if args.lora else ", QLoRA" if args.qlora else ""
     case += ", checkpointing" if args.checkpointing else ", no checkpointing"
     kind = "long generated prompts" if args.long_prompts else "generated pairs"
     case += ", real pairs" if args.data else f", {kind}"

@@ -127,8 +127,7 @@ def main():
         eval_steps=options.eval_steps,
         save_strategy="steps",
         save_steps=options.save_steps,
-        # "paged_adamw_8bit", the usual choice beside a 4-bit base model, is not part of oddsmith
-        # yet, nor is 4-bit; the optimizer states of a LoRA adapter are small without it.
+        # orpo_qlora.py has the base in 4 bits.
         optim="adamw_torch",
         warmup_ratio=0.1,
         report_to="tensorboard",

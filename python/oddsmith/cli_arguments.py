@@ -30,6 +30,9 @@ class RunArguments:
         dtype (`str`, *optional*): Type of the weights. Alias: `torch_dtype`.
         attn_implementation (`str`, *optional*): Attention of transformers.
         chat_template (`str`, *optional*): File with a Jinja chat template.
+        load_in_4bit (`bool`, *optional*, defaults to `False`): Keep the base in NF4 (QLoRA).
+        bnb_4bit_quant_type (`str`, *optional*, defaults to `"nf4"`): The only type there is.
+        use_bnb_nested_quant (`bool`, *optional*, defaults to `False`): Quantise the scales too.
     """
 
     model_name_or_path: str | None = field(
@@ -72,6 +75,15 @@ class RunArguments:
     )
     chat_template: str | None = field(
         default=None, metadata={"help": "File with a Jinja chat template."}
+    )
+    load_in_4bit: bool = field(
+        default=False, metadata={"help": "Keep the base in NF4; needs --use_peft."}
+    )
+    bnb_4bit_quant_type: str = field(
+        default="nf4", metadata={"help": "Type of the 4-bit weights.", "choices": ["nf4"]}
+    )
+    use_bnb_nested_quant: bool = field(
+        default=False, metadata={"help": "Quantise the scales of 4-bit weights too."}
     )
 
 

@@ -14,6 +14,7 @@ from transformers import (
 )
 from transformers.utils import is_peft_available
 
+from .adoption import adopt_on_cpu
 from .config import ORPOConfig
 
 
@@ -98,7 +99,7 @@ def vocabulary_size(model: nn.Module) -> int:
 
 
 def is_quantized(model: nn.Module) -> bool:
-    """Whether bitsandbytes holds the weights, in 8 or 4 bits."""
+    """Whether the weights are held in 8 or 4 bits, by bitsandbytes or by oddsmith."""
     return any(getattr(model, f"is_loaded_in_{bits}bit", False) for bits in (8, 4))
 
 
@@ -121,6 +122,7 @@ def prepare_model(model: nn.Module, args: ORPOConfig, peft_config: Any) -> tuple
         ValueError: If the model has an adapter already.
     """
     casted = False
+    adopt_on_cpu(model)
     if peft_config is not None:
         model, casted = _add_adapter(model, args, peft_config)
     elif args.gradient_checkpointing:

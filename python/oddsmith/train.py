@@ -78,11 +78,25 @@ def model_init_kwargs(run: RunArguments, config: ORPOConfig) -> dict[str, Any]:
         "dtype": run.dtype,
         "attn_implementation": run.attn_implementation,
         "revision": run.model_revision,
+        "quantization_config": quantization(run),
     }
     return {
         **(config.model_init_kwargs or {}),
         **{name: value for name, value in flags.items() if value is not None},
     }
+
+
+def quantization(run: RunArguments) -> Any:
+    """The configuration of 4-bit weights, or `None` without `--load_in_4bit`."""
+    if not run.load_in_4bit:
+        return None
+    from .quantizer import NF4Config
+
+    return NF4Config(
+        compute_dtype=None if run.dtype in (None, "auto") else run.dtype,
+        double_quant=run.use_bnb_nested_quant,
+        bnb_4bit_quant_type=run.bnb_4bit_quant_type,
+    )
 
 
 def make_adapter(adapter: AdapterArguments) -> Any:
@@ -135,6 +149,10 @@ def run_train(run: RunArguments, adapter: AdapterArguments, config: ORPOConfig) 
     Raises:
         UserError: If the model, the data or the arguments are at fault; nothing has been trained.
     """
+    if run.load_in_4bit and not adapter.use_peft:
+        raise UserError(
+            "--load_in_4bit needs --use_peft: 4-bit weights cannot be trained themselves"
+        )
     checkpoint = checkpoint_to_resume(config)
     evaluates = config.eval_strategy != "no" or config.do_eval
     tokenizer = load_tokenizer(run, config)

@@ -21,6 +21,7 @@ def test_no_example_is_forgotten():
     assert sorted(path.name for path in EXAMPLES.iterdir() if path.is_file()) == [
         "orpo_galore.py",
         "orpo_lora.py",
+        "orpo_qlora.py",  # in test_qlora.py
         "train.yaml",
     ]
 
