@@ -8,7 +8,7 @@ from torch import nn
 from transformers.utils import logging
 
 from .nn import Linear4bit, Params4bit
-from .quant import QuantState
+from .quant_state import QuantState
 from .quantizer import count_parameters, serve_peft
 
 __all__ = ["adopt", "adopt_on_cpu"]

@@ -26,9 +26,10 @@ from .checkpoint_files import (
     write_json,
 )
 from .checkpoint_names import Names, empty_model
-from .checkpoint_plan import BLOCK_SIZES, DTYPES, Rule
+from .checkpoint_plan import DTYPES, Rule
 from .errors import UserError
 from .quant import dynamic_map
+from .quant_state import BLOCK_SIZES
 
 # safetensors' names of the floats that models have.
 FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Of values before and after; and values that may share a scale in NF4.
+# Of values before and after.
 DTYPES = ("float32", "bfloat16", "float16")
-BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,9 @@
 import argparse
 from typing import Any
 
-from .checkpoint_plan import BLOCK_SIZES, DTYPES
+from .checkpoint_plan import DTYPES
 from .cli_data import add
+from .quant_state import BLOCK_SIZES
 
 
 def quantize_parser() -> argparse.ArgumentParser:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from . import _core
 from .linear4bit import linear_nf4
-from .quant import QuantState, dequantize_nf4, quantize_nf4
+from .quant import dequantize_nf4, quantize_nf4
+from .quant_state import QuantState
 
 __all__ = [
     "LinearORPOOutput",

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from . import _core
-from .quant import QuantState, dtype_name, nested_parts, packed_bytes, scale_arguments
+from .quant import nested_parts, packed_bytes, scale_arguments
+from .quant_state import QuantState, dtype_name
 
 __all__ = ["linear_nf4", "linear_nf4_lora"]
 

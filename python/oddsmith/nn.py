@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from .linear4bit import linear_nf4
-from .quant import PACKED_KEY, QuantState, dtype_name, quantize_nf4
+from .quant import quantize_nf4
+from .quant_state import PACKED_KEY, QuantState, dtype_name
 
 __all__ = ["Linear4bit", "Params4bit"]
 

@@ -28,7 +28,8 @@ from transformers.quantizers.quantizers_utils import get_module_from_name, shoul
 from transformers.utils import logging
 
 from .nn import Linear4bit, Params4bit
-from .quant import PACKED_KEY, dequantize_nf4
+from .quant import dequantize_nf4
+from .quant_state import PACKED_KEY
 from .stand_in import METHOD
 
 __all__ = ["NF4Config", "NF4Quantizer", "use_for_bitsandbytes"]
@@ -39,14 +40,20 @@ logger = logging.get_logger(__name__)
 _ENTRIES = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", PACKED_KEY)
 
 
-class NF4Config(BitsAndBytesConfig):
+def NF4Config(
+    compute_dtype: torch.dtype | str | None = None,
+    double_quant: bool = False,
+    skip_modules: list[str] | None = None,
+    **kwargs: Any,
+) -> BitsAndBytesConfig:
     """
-    Loads a model with NF4 weights (Dettmers et al. 2023), whether bitsandbytes is installed or not.
+    Settings that load a model with NF4 weights (Dettmers et al. 2023), whether bitsandbytes is installed
+    or not.
 
-    A `BitsAndBytesConfig`, and in a checkpoint it is one: other programs read it as such.
+    A function and no class of its own: transformers compares the class with that of a checkpoint.
 
     Args:
-        compute_dtype (`torch.dtype` or `str`, *optional*, defaults to `"float32"`):
+        compute_dtype (`torch.dtype` or `str`, *optional*, defaults to `torch.float32`):
             Dtype that the inputs of linear layers are cast to.
         double_quant (`bool`, *optional*, defaults to `False`):
             Quantise the scales too, which saves 0.4 bits a value.
@@ -54,24 +61,19 @@ class NF4Config(BitsAndBytesConfig):
             Layers that stay as they are; the output head if not given.
         kwargs:
             Further arguments of `BitsAndBytesConfig`.
-    """
 
-    def __init__(
-        self,
-        compute_dtype: torch.dtype | str | None = None,
-        double_quant: bool = False,
-        skip_modules: list[str] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        settings = {
-            "load_in_4bit": True,
-            "bnb_4bit_quant_type": "nf4",
-            "bnb_4bit_compute_dtype": compute_dtype,
-            "bnb_4bit_use_double_quant": double_quant,
-            "llm_int8_skip_modules": skip_modules,
-        }
-        super().__init__(**{**settings, **kwargs})
-        use_for_bitsandbytes()
+    Returns:
+        `BitsAndBytesConfig`: For `from_pretrained`, and what a checkpoint says.
+    """
+    settings = {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_compute_dtype": compute_dtype,
+        "bnb_4bit_use_double_quant": double_quant,
+        "llm_int8_skip_modules": skip_modules,
+    }
+    use_for_bitsandbytes()
+    return BitsAndBytesConfig(**{**settings, **kwargs})
 
 
 class NF4Quantizer(Bnb4BitHfQuantizer):

@@ -12,7 +12,8 @@ from safetensors.torch import load, save
 
 from oddsmith import functional
 from oddsmith.nn import Linear4bit, Params4bit
-from oddsmith.quant import QuantState, dynamic_map
+from oddsmith.quant import dynamic_map
+from oddsmith.quant_state import QuantState
 
 bnb = pytest.importorskip("bitsandbytes", reason="the peer is not installed")
 peer = pytest.importorskip("bitsandbytes.functional")

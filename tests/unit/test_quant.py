@@ -12,7 +12,8 @@ import torch
 
 import reference
 from oddsmith import _core, functional
-from oddsmith.quant import PACKED_KEY, QuantState, dynamic_map
+from oddsmith.quant import dynamic_map
+from oddsmith.quant_state import PACKED_KEY, QuantState
 
 BLOCK_SIZES = [32, 64, 128, 256, 512, 1024, 2048, 4096]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -134,6 +134,17 @@ def test_nf4_config(folder):
     assert layer.self_attn.q_proj.compute_dtype is torch.float32
 
 
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning")
+def test_nf4_config_of_a_quantised_checkpoint(folder, tmp_path):
+    model = load(folder)
+    model.save_pretrained(tmp_path / "first")
+    again = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "first", quantization_config=NF4Config()
+    )
+    tokens = torch.arange(24).view(2, 12)
+    assert torch.equal(model(tokens).logits, again(tokens).logits)
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
