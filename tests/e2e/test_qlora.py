@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -83,6 +83,32 @@ def test_an_epoch_and_what_comes_after(folder, tmp_path, settings, places):
         tokens, attention_mask=mask, max_new_tokens=4, min_new_tokens=4, pad_token_id=0
     )
     assert made.shape == (1, 16)
+
+
+def test_offline_tools_make_the_same(folder, tmp_path):
+    assert cli.main(["quantize", str(folder), str(tmp_path / "nf4"), "--double_quant"]) == 0
+    loaded = load(folder)
+    offline = AutoModelForCausalLM.from_pretrained(tmp_path / "nf4")
+    ours, theirs = (
+        {n: m.weight for n, m in model.named_modules() if isinstance(m, Linear4bit)}
+        for model in (offline, loaded)
+    )
+    assert ours.keys() == theirs.keys() and ours
+    for name, weight in ours.items():
+        assert torch.equal(weight.data, theirs[name].data)
+        assert torch.equal(weight.quant_state.absmax, theirs[name].quant_state.absmax)
+
+    adapter = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(loaded, adapter).eval()
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    model.save_pretrained(tmp_path / "adapter")
+    folders = [str(tmp_path / each) for each in ("nf4", "adapter", "merged")]
+    assert cli.main(["merge", *folders, "--dtype", "float32"]) == 0
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    tokens = torch.arange(3, 15)[None]
+    torch.testing.assert_close(merged(tokens).logits, model(tokens).logits, rtol=1e-3, atol=1e-4)
 
 
 def test_the_command_line(folder, ultrafeedback, tmp_path):
