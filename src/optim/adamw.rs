@@ -1,6 +1,7 @@
 //! `AdamW` (Loshchilov and Hutter 2019, arXiv 1711.05101): the rule, and its form with `f32` moments.
 //!
-//! Every operation rounds by itself, so that all vector code and the CUDA kernel have the same bits.
+//! Where it says fused multiply-add it is one on every processor, and elsewhere every operation rounds by
+//! itself, so that all vector code and the CUDA kernel have the same bits.
 
 use crate::quant::level::Level;
 use crate::quant::storage::{Dtype, Storage};
@@ -40,13 +41,13 @@ pub(super) fn element(rule: &Rule, value: f32, grad: f32, m: f32, v: f32) -> Upd
     // All bits, or none: a mask, for a branch would end the vector code. NaN compares as false too.
     let finite = u32::from(square < f32::INFINITY).wrapping_neg();
     let masked = |x: f32| f32::from_bits(x.to_bits() & finite);
-    let m = masked(rule.beta1 * m + (1.0 - rule.beta1) * grad);
-    let v = masked(rule.beta2 * v + (1.0 - rule.beta2) * square);
+    let m = masked(rule.beta1.mul_add(m, (1.0 - rule.beta1) * grad));
+    let v = masked(rule.beta2.mul_add(v, (1.0 - rule.beta2) * square));
     let root = v.sqrt();
     // Zero over eps where the moments begin again. The factor is selected, not the value: a value that is
     // stored in some lanes only is a masked store, and those take tens of cycles on some processors.
     let keep = f32::from_bits((rule.keep.to_bits() & finite) | (1.0f32.to_bits() & !finite));
-    let value = (value + rule.step_size * (m / (root + rule.eps))) * keep;
+    let value = rule.step_size.mul_add(m / (root + rule.eps), value) * keep;
     Update { value, m, v, root, bad: finite.wrapping_add(1) }
 }
 
@@ -98,11 +99,9 @@ fn noise(place: u32, seed: u32) -> u32 {
 /// `x` between two values of `bf16`, as the upper one if the noise is less than the part above the lower.
 #[inline(always)]
 fn nudged(x: f32, noise: u32) -> f32 {
-    let bits = x.to_bits();
-    if bits & 0x7f80_0000 == 0x7f80_0000 {
-        return x; // infinite or NaN
-    }
-    f32::from_bits(bits.wrapping_add(noise) & 0xffff_0000)
+    // Infinity and NaN stay; a mask, as in `element`.
+    let finite = u32::from(x.abs() < f32::INFINITY).wrapping_neg();
+    f32::from_bits(x.to_bits().wrapping_add(noise & finite) & (0xffff_0000 | !finite))
 }
 
 /// One step of some elements with `f32` moments, `first` being the place of the first in its parameter.

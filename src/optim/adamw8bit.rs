@@ -94,33 +94,41 @@ fn blocks<P: Storage, G: Storage>(
     grads: &[G],
     codes: Codes<'_>,
 ) -> u64 {
-    let mut bad = 0;
-    let moments = codes.m.chunks_mut(BLOCK).zip(codes.v.chunks_mut(BLOCK));
-    let scales = codes.m_absmax.iter_mut().zip(codes.v_absmax);
-    let parts = values.chunks_mut(BLOCK).zip(grads.chunks(BLOCK)).zip(moments).zip(scales);
-    // Room for what is not as wide as f32, or no whole block: its loops have a fixed length.
+    let (values, end_values) = values.as_chunks_mut::<BLOCK>();
+    let (grads, end_grads) = grads.as_chunks::<BLOCK>();
+    let (m, end_m) = codes.m.as_chunks_mut::<BLOCK>();
+    let (v, end_v) = codes.v.as_chunks_mut::<BLOCK>();
+    let mut scales = codes.m_absmax.iter_mut().zip(codes.v_absmax);
+    // Room for what is not as wide as f32, or no whole block: the loops have a fixed length.
     let (mut wide, mut grad, mut fresh) = ([0.0; BLOCK], [0.0; BLOCK], Fresh::new());
-    for (number, (((values, grads), (m, v)), scales)) in parts.enumerate() {
-        let n = values.len();
-        if n == BLOCK
-            && let Some(values) = P::as_f32_mut(values).and_then(|values| values.try_into().ok())
-            && let Some(grads) = G::as_f32(grads).and_then(|grads| grads.try_into().ok())
-            && let (Ok(m), Ok(v)) = ((&mut *m).try_into(), (&mut *v).try_into())
+    let (mut bad, mut place) = (0, first);
+    let whole = values.iter_mut().zip(grads).zip(m.iter_mut().zip(v)).zip(scales.by_ref());
+    for (((values, grads), (m, v)), scales) in whole {
+        if let (Some(values), Some(grads)) = (P::as_f32_mut(values), G::as_f32(grads))
+            && let (Ok(values), Ok(grads)) = (values.try_into(), grads.try_into())
         {
-            bad += u64::from(block(rule, values, grads, [m, v], scales, &mut fresh));
-            continue;
+            bad += block(rule, values, grads, [m, v], scales, &mut fresh);
+        } else {
+            P::widen(values, &mut wide);
+            G::widen(grads, &mut grad);
+            bad += block(rule, &mut wide, &grad, [m, v], scales, &mut fresh);
+            store(&wide, rule.seed, place, values);
         }
-        // No code or gradient of the last block behind this one's.
+        place += BLOCK as u64;
+    }
+    if let Some(scales) = scales.next() {
+        // No code or gradient of another block behind those of the last.
+        let n = end_values.len();
         let (mut all_m, mut all_v) = ([SIGNED_ZERO; BLOCK], [0; BLOCK]);
         grad[n..].fill(0.0);
-        P::widen(values, &mut wide[..n]);
-        G::widen(grads, &mut grad[..n]);
-        all_m[..n].copy_from_slice(m);
-        all_v[..n].copy_from_slice(v);
-        bad += u64::from(block(rule, &mut wide, &grad, [&mut all_m, &mut all_v], scales, &mut fresh));
-        m.copy_from_slice(&all_m[..n]);
-        v.copy_from_slice(&all_v[..n]);
-        store(&wide, rule.seed, first + (number * BLOCK) as u64, values);
+        P::widen(end_values, &mut wide[..n]);
+        G::widen(end_grads, &mut grad[..n]);
+        all_m[..n].copy_from_slice(end_m);
+        all_v[..n].copy_from_slice(end_v);
+        bad += block(rule, &mut wide, &grad, [&mut all_m, &mut all_v], scales, &mut fresh);
+        end_m.copy_from_slice(&all_m[..n]);
+        end_v.copy_from_slice(&all_v[..n]);
+        store(&wide, rule.seed, place, end_values);
     }
     bad
 }
@@ -138,6 +146,8 @@ impl Fresh {
     }
 }
 
+/// Updates a block, in two loops: one alone would be so long that a processor overlooks too few rounds
+/// of it to fill the time of square root and division.
 #[inline(always)]
 fn block(
     rule: &Rule,
@@ -146,7 +156,7 @@ fn block(
     [m, v]: [&mut [u8; BLOCK]; 2],
     (m_absmax, v_absmax): (&mut f32, &mut f32),
     fresh: &mut Fresh,
-) -> u32 {
+) -> u64 {
     let (m_scale, root_scale) = (*m_absmax, v_absmax.sqrt());
     // Magnitudes compare as their bits do, and the maximum of integers has no order to keep.
     let (mut m_top, mut v_top, mut bad) = (0, 0, 0);
@@ -166,7 +176,7 @@ fn block(
         m[i] = signed_code(fresh.m[i], m_inverse);
         v[i] = root_code(fresh.roots[i], root_inverse);
     }
-    bad
+    u64::from(bad)
 }
 
 #[cfg(test)]

@@ -60,7 +60,7 @@ fn code(y: f32) -> f32 {
     let third = octave.wrapping_mul(171) >> 9;
     let power = f32::from_bits((third.wrapping_add(127)) << 23);
     let inverse_square = f32::from_bits(127u32.wrapping_sub(2 * third) << 23);
-    let linear = (y * inverse_square + 6.0 * power) * (1.0 / 7.0);
+    let linear = y.mul_add(inverse_square, 6.0 * power) * (1.0 / 7.0);
     // From 1 on this is below y; between the values 0 and 1 the code is y itself.
     if linear < y { linear } else { y }
 }
@@ -77,7 +77,7 @@ fn nearest(q: f32, zero: u8) -> u8 {
 fn value(q: f32) -> f32 {
     // With sign and exponent alone; 0 of 0.
     let power = f32::from_bits(q.to_bits() & 0xff80_0000);
-    (7.0 * q - 6.0 * power) * (power * power)
+    q.mul_add(7.0, -6.0 * power) * (power * power)
 }
 
 const SIGN: u32 = 1 << 31;

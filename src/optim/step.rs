@@ -57,6 +57,8 @@ pub struct Parameter<'a> {
     pub moments: Moments<'a>,
     /// What its group and its count of steps come to.
     pub rule: Rule,
+    /// Place of the first element, if these are a part of a parameter.
+    pub first: u64,
 }
 
 /// Updates all parameters; returns how many elements had a gradient that is not finite.
@@ -67,7 +69,8 @@ pub fn step(team: &dyn Team, parameters: Vec<Parameter<'_>>) -> u64 {
     let bad = AtomicU64::new(0);
     let level = Level::best();
     let pieces: Vec<_> = parameters.into_iter().flat_map(pieces).collect();
-    for_each(team, pieces.into_iter(), |(first, piece)| {
+    for_each(team, pieces.into_iter(), |piece| {
+        let first = piece.first;
         let found = match piece.values {
             Values::F32(values, grads) => update(level, &piece.rule, first, values, grads, piece.moments),
             Values::Bf16(values, grads) => update(level, &piece.rule, first, values, grads, piece.moments),
@@ -98,9 +101,9 @@ fn update<P: Storage, G: Storage>(
     }
 }
 
-/// A parameter in pieces of whole blocks, each with the place of its first element.
-fn pieces(parameter: Parameter<'_>) -> Vec<(u64, Parameter<'_>)> {
-    let Parameter { values, moments, rule } = parameter;
+/// A parameter in pieces of whole blocks.
+fn pieces(parameter: Parameter<'_>) -> Vec<Parameter<'_>> {
+    let Parameter { values, moments, rule, first } = parameter;
     let count = values.len().div_ceil(GRAIN);
     let moments: Vec<Moments<'_>> = match moments {
         Moments::Full(m, v) => {
@@ -127,9 +130,9 @@ fn pieces(parameter: Parameter<'_>) -> Vec<(u64, Parameter<'_>)> {
             cut(values, grads).map(|(v, g)| Values::F16WithF32(v, g)).collect()
         }
     };
-    let places = (0..).step_by(GRAIN);
-    let parts = values.into_iter().zip(moments).map(|(values, moments)| Parameter { values, moments, rule });
-    places.zip(parts).collect()
+    let places = (first..).step_by(GRAIN);
+    let parts = values.into_iter().zip(moments).zip(places);
+    parts.map(|((values, moments), first)| Parameter { values, moments, rule, first }).collect()
 }
 
 fn cut<'a, P, G>(values: &'a mut [P], grads: &'a [G]) -> impl Iterator<Item = (&'a mut [P], &'a [G])> {
@@ -161,11 +164,13 @@ mod tests {
                     values: Values::F32(&mut values, &grads),
                     moments: Moments::Eight(codes),
                     rule: rule(1),
+                    first: 0,
                 },
                 Parameter {
                     values: Values::F32(&mut few, &few_grads),
                     moments: Moments::Full(&mut few_m, &mut few_v),
                     rule: rule(2),
+                    first: 0,
                 },
             ],
         );

@@ -4,6 +4,7 @@ mod checkpoint;
 mod data;
 mod error;
 mod head;
+mod optim;
 mod pool;
 mod quant;
 mod tensor;
@@ -19,5 +20,6 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     pool::register(module)?;
     head::register(module)?;
     quant::register(module)?;
+    optim::register(module)?;
     checkpoint::register(module)
 }

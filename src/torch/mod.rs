@@ -1,5 +1,6 @@
 //! The algorithms on libtorch's tensors: checks, views, and one file per op.
 
+pub mod adamw;
 pub mod checkpoint;
 pub mod gemm;
 pub mod head;
