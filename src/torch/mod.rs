@@ -1,6 +1,7 @@
 //! The algorithms on libtorch's tensors: checks, views, and one file per op.
 
 pub mod checkpoint;
+pub mod cuda;
 pub mod gemm;
 pub mod head;
 pub mod head_ops;
