@@ -10,7 +10,9 @@ import hashlib
 import os
 import re
 import subprocess
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,8 @@ FLAGS = (
     "-std=c++17 -O2 -fPIC -fvisibility=hidden -pthread -ffp-contract=off -fno-strict-aliasing "
     "-Wall -Wno-unknown-pragmas -Wno-unused-function"
 ).split()
+# Files of the cache: some dozens of states of the sources.
+KEPT = 200
 # `extern` and what `__shared__` stands for exclude each other.
 DYNAMIC_SHARED = re.compile(
     r"extern\s+__shared__\s+(?:__align__\(\d+\)\s+|alignas\(\d+\)\s+)?"
@@ -50,16 +54,14 @@ def cache_folder() -> Path:
     return root / "oddsmith" / "emulator"
 
 
-def translate(path: Path, headers: Path, folder: Path) -> Path:
+def translate(path: Path, headers: Path, target: Path) -> None:
     """Writes a C++ file with the kernel source at `path` and an entry for each of its kernels."""
     source = DYNAMIC_SHARED.sub(
         r"\g<type>* const \g<name> = reinterpret_cast<\g<type>*>(::emulator::dynamic_shared())",
         path.read_text(encoding="utf-8"),
     )
-    device = folder / path.name
-    device.write_text(source, encoding="utf-8")
     # Preprocessed, since macros may make kernels.
-    plain = run_compiler(["-E", "-P", "-x", "c++", f"-I{headers}", str(device)])
+    plain = run_compiler(["-E", "-P", "-x", "c++", f"-I{headers}", str(path)])
     found = {match["name"]: match["bounds"] for match in KERNEL.finditer(plain)}
     entries = [
         f'[[maybe_unused]] const bool {name}_entered = emulator::enter<&device::{name}>("{name}"'
@@ -79,9 +81,45 @@ def translate(path: Path, headers: Path, folder: Path) -> Path:
         *entries,
         "}",
     ]
-    target = folder / f"{path.stem}.cpp"
     target.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return target
+
+
+def digest(*parts: bytes) -> str:
+    result = hashlib.sha256(" ".join([CXX, *FLAGS]).encode())
+    for part in parts:
+        result.update(len(part).to_bytes(8, "little") + part)
+    return result.hexdigest()[:16]
+
+
+def cached(path: Path, make: Callable[[Path], None]) -> Path:
+    """`path`, made by `make` if it is not there: whole, whatever other processes do."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{os.getpid()}-{path.name}")
+        make(partial)
+        partial.rename(path)
+        old = sorted(path.parent.glob("*-*.*"), key=lambda each: each.stat().st_mtime)[:-KEPT]
+        for each in old:
+            each.unlink(missing_ok=True)
+    return path
+
+
+def compile_object(source: Path, headers: Path) -> Path:
+    """The object file of a kernel source, or of a part of the emulator."""
+    parts = [source, *sorted(headers.glob("*.cuh")), *sorted(EMULATOR.glob("*.h")), Path(__file__)]
+    name = f"{source.stem}-{digest(*[part.read_bytes() for part in parts])}"
+    include = [f"-I{headers}", f"-I{EMULATOR}"]
+
+    def make(target: Path) -> None:
+        if source.suffix != ".cu":
+            run_compiler([*FLAGS, *include, "-c", str(source), "-o", str(target)])
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            translated = Path(folder) / f"{source.stem}.cpp"
+            translate(source, headers, translated)
+            run_compiler([*FLAGS, *include, "-c", str(translated), "-o", str(target)])
+
+    return cached(cache_folder() / f"{name}.o", make)
 
 
 def build(sources: Iterable[Path] | None = None, headers: Path = KERNELS) -> Path:
@@ -90,22 +128,16 @@ def build(sources: Iterable[Path] | None = None, headers: Path = KERNELS) -> Pat
     Raises:
         CompileError: with the compiler's words.
     """
-    paths = sorted(KERNELS.glob("*.cu")) if sources is None else list(sources)
-    inputs = [*paths, *sorted(headers.glob("*.cuh")), *sorted(EMULATOR.glob("*.*")), Path(__file__)]
-    digest = hashlib.sha256(" ".join([CXX, *FLAGS]).encode())
-    for path in inputs:
-        digest.update(f"{path.name}\0".encode() + path.read_bytes())
-    library = cache_folder() / digest.hexdigest()[:16] / "libemulator.so"
-    if library.exists():
-        return library
-    library.parent.mkdir(parents=True, exist_ok=True)
-    files = [translate(path, headers, library.parent) for path in paths]
-    files += sorted(EMULATOR.glob("*.cpp"))
-    partial = library.with_suffix(f".{os.getpid()}")
-    include = [f"-I{headers}", f"-I{EMULATOR}"]
-    run_compiler([*FLAGS, "-shared", *include, *map(str, files), "-o", str(partial)])
-    partial.rename(library)  # whole, or not there, for processes that come later
-    return library
+    kernels = sorted(KERNELS.glob("*.cu")) if sources is None else list(sources)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        inputs = [*kernels, *sorted(EMULATOR.glob("*.cpp"))]
+        objects = list(pool.map(lambda source: str(compile_object(source, headers)), inputs))
+    library = cache_folder() / f"libemulator-{digest(*[path.encode() for path in objects])}.so"
+
+    def make(target: Path) -> None:
+        run_compiler(["-shared", "-pthread", *objects, "-o", str(target)])
+
+    return cached(library, make)
 
 
 @dataclass(frozen=True)

@@ -19,19 +19,3 @@ def sample_driver(samples):
     driver.reset()
     yield driver
     driver.reset()
-
-
-@pytest.fixture(scope="session")
-def emulator() -> Path:
-    """The library of all kernels in kernels/."""
-    return emulation.build()
-
-
-@pytest.fixture
-def emulated_driver(emulator, monkeypatch):
-    """For one test, CPU tensors take the path of CUDA tensors, through the emulator."""
-    monkeypatch.setenv("ODDSMITH_CUDA_DRIVER", str(emulator))
-    driver = emulation.Driver(emulator)
-    driver.reset()
-    yield driver
-    driver.reset()

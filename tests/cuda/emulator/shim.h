@@ -2,9 +2,8 @@
 // here does not compile. A kernel is included inside `namespace device`.
 //
 // Functions that round follow IEEE 754 to the bit (the __f*_rn family, fmaf, division, sqrtf); the
-// others are rounded correctly, where a device may be off by an ulp or two. The host's compiler does
-// not contract a * b + c (-ffp-contract=off), NVRTC does: where bits matter, kernels say __fmul_rn,
-// __fadd_rn or fmaf.
+// others are rounded correctly, where a device may be off by an ulp or two. Neither the host's compiler
+// (-ffp-contract=off) nor NVRTC (--fmad=false) makes a fused a * b + c of two operations.
 #pragma once
 
 #include <atomic>
