@@ -1,12 +1,13 @@
 """Every test here runs on a card and, in small, on the emulated one."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pytest
 import torch
 
+import emulation
 from oddsmith import _core
 
 
@@ -15,7 +16,11 @@ class Card:
     """Where kernels run: a CUDA device, or CPU tensors while a driver is emulated."""
 
     device: torch.device
-    emulated: bool
+    driver: emulation.Driver | None
+
+    @property
+    def emulated(self) -> bool:
+        return self.driver is not None
 
     def count(self, on_card: int, emulated: int) -> int:
         """How much is tried: the emulator takes a microsecond for what a card does in a nanosecond."""
@@ -24,6 +29,20 @@ class Card:
     def sync(self) -> None:
         if not self.emulated:
             torch.cuda.synchronize()
+
+    def kernels(self, run: Callable[[], object]) -> set[str]:
+        """Names of the kernels that `run` launches; on a card those of libtorch too."""
+        if self.emulated:
+            before = len(self.driver.launches())
+            run()
+            return {launch.kernel for launch in self.driver.launches()[before:]}
+        from torch.profiler import ProfilerActivity, profile
+
+        run()
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            run()
+            self.sync()
+        return {event.key for event in profiler.key_averages()}
 
     @contextmanager
     def slices(self) -> Iterator[None]:
@@ -36,10 +55,13 @@ class Card:
 
 
 @pytest.fixture(params=[pytest.param("card", marks=pytest.mark.gpu), "emulated"])
-def card(request) -> Card:
+def card(request) -> Iterator[Card]:
     if request.param == "emulated":
-        request.getfixturevalue("emulated_driver")
-        return Card(torch.device("cpu"), True)
+        driver = request.getfixturevalue("emulated_driver")
+        # tests/cuda has the other order: what lacks a barrier goes wrong in one of the two.
+        with driver.reversed():
+            yield Card(torch.device("cpu"), driver)
+        return
     if not torch.cuda.is_available():
         pytest.skip("torch finds no CUDA device")
-    return Card(torch.device("cuda"), False)
+    yield Card(torch.device("cuda"), None)

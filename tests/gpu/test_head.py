@@ -18,6 +18,7 @@ from oddsmith import functional
 CASES = [
     (1009, 67, ((3, 17), (11, 5), (3, 29), (11, 8))),
     (4099, 40, ((60, 100), (1, 33), (60, 80), (1, 90))),
+    (20_011, 24, ((2, 9), (1, 4), (2, 7), (1, 6))),  # more words than a tile of logits has
 ]
 OPTIONS = [
     {},
