@@ -3,20 +3,22 @@
 import torch
 
 import reference
+from oddsmith.quant_state import nf4_code
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def weights(shape, dtype, seed: int = 5) -> torch.Tensor:
-    """Values over four decades, with a block of zeros and exact ties among them, on the CPU."""
+    """Values over four decades; a block of zeros, and one of ties and what is next to them. CPU."""
     generator = torch.Generator().manual_seed(seed)
     size = torch.rand(shape, generator=generator) * 4 - 3
     values = torch.randn(shape, generator=generator) * 10**size
     flat = values.view(-1)
     flat[64:128] = 0
-    if len(flat) > 160:
-        flat[128:160] = torch.linspace(-1, 1, 32)  # multiples of 2/31: near midpoints
-        flat[128] = 1
+    code = nf4_code(torch.device("cpu"))
+    ties = (code[1:] + code[:-1]) / 2
+    edges = torch.cat([torch.ones(1), code, ties, ties.nextafter(torch.tensor(2.0))])
+    flat[128 : 128 + len(edges)] = edges[: max(len(flat) - 128, 0)]
     return values.to(dtype)
 
 
