@@ -27,13 +27,35 @@ struct Scales {
     const float* offset;
     int nested_shift;
 
-    __device__ __forceinline__ float get(i64 block) const {
+    /// Of several blocks, without a branch between them: all loads of a kind are under way together.
+    template <int N>
+    __device__ __forceinline__ void get(const i64 (&blocks)[N], float (&scales)[N]) const {
         if (map == nullptr) {
-            return static_cast<const float*>(absmax)[block];
+#pragma unroll
+            for (int i = 0; i < N; ++i) {
+                scales[i] = static_cast<const float*>(absmax)[blocks[i]];
+            }
+            return;
         }
-        const float code = map[static_cast<const u8*>(absmax)[block]];
-        const float scaled = __fmul_rn(code, nested_absmax[block >> nested_shift]);
-        return __fadd_rn(scaled, *offset);
+        u32 codes[N];
+        float groups[N];
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+            codes[i] = static_cast<const u8*>(absmax)[blocks[i]];
+            groups[i] = nested_absmax[blocks[i] >> nested_shift];
+        }
+        const float mean = *offset;
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+            scales[i] = __fadd_rn(__fmul_rn(map[codes[i]], groups[i]), mean);
+        }
+    }
+
+    __device__ __forceinline__ float get(i64 block) const {
+        const i64 blocks[1] = {block};
+        float scales[1];
+        get(blocks, scales);
+        return scales[0];
     }
 };
 
@@ -104,6 +126,31 @@ __device__ __forceinline__ float value_of(const float (&code)[16], u32 word, int
     return code[word >> (4 * (i ^ 1)) & 15u];
 }
 
+/// Words of 2 or 4 bytes of codes, which may lie at any address.
+template <int BYTES, int N>
+__device__ __forceinline__ void load_codes(const u8* packed, const i64 (&places)[N], u32 (&words)[N]) {
+    const bool aligned = reinterpret_cast<u64>(packed) % BYTES == 0;
+    if (aligned) {
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+            if constexpr (BYTES == 4) {
+                words[i] = reinterpret_cast<const u32*>(packed)[places[i]];
+            } else {
+                words[i] = reinterpret_cast<const u16*>(packed)[places[i]];
+            }
+        }
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+        words[i] = 0;
+#pragma unroll
+        for (int j = 0; j < BYTES; ++j) {
+            words[i] |= static_cast<u32>(packed[places[i] * BYTES + j]) << (8 * j);
+        }
+    }
+}
+
 template <typename T>
 __device__ __forceinline__ void dequantize(
     const u8* __restrict__ packed, const Scales scales, T* __restrict__ values, i64 count, int block_shift
@@ -112,44 +159,32 @@ __device__ __forceinline__ void dequantize(
     constexpr int BYTES = GROUP / 2;
     __shared__ float code[16];
     fill(code);
-    const bool aligned = reinterpret_cast<u64>(packed) % BYTES == 0;
     const i64 whole = count / GROUP;
     const i64 first = static_cast<i64>(blockIdx.x) * DEQUANTIZE_THREADS * DEQUANTIZE_STEPS + threadIdx.x;
-    u32 words[DEQUANTIZE_STEPS];
-    float scale[DEQUANTIZE_STEPS];
-    // All loads are under way before the first is waited for.
+    if (whole > 0) {
+        i64 groups[DEQUANTIZE_STEPS];
+        i64 blocks[DEQUANTIZE_STEPS];
 #pragma unroll
-    for (int step = 0; step < DEQUANTIZE_STEPS; ++step) {
-        const i64 group = first + step * DEQUANTIZE_THREADS;
-        if (group >= whole) {
-            break;
+        for (int step = 0; step < DEQUANTIZE_STEPS; ++step) {
+            // Past the end the last group is read again, and not written.
+            groups[step] = min(first + step * DEQUANTIZE_THREADS, whole - 1);
+            blocks[step] = groups[step] * GROUP >> block_shift;
         }
-        const u8* bytes = packed + group * BYTES;
-        if (!aligned) {
-            words[step] = 0;
+        u32 words[DEQUANTIZE_STEPS];
+        float scale[DEQUANTIZE_STEPS];
+        load_codes<BYTES>(packed, groups, words);
+        scales.get(blocks, scale);
 #pragma unroll
-            for (int i = 0; i < BYTES; ++i) {
-                words[step] |= static_cast<u32>(bytes[i]) << (8 * i);
+        for (int step = 0; step < DEQUANTIZE_STEPS; ++step) {
+            float wide[GROUP];
+#pragma unroll
+            for (int i = 0; i < GROUP; ++i) {
+                wide[i] = __fmul_rn(value_of(code, words[step], i), scale[step]);
             }
-        } else if constexpr (BYTES == 4) {
-            words[step] = *reinterpret_cast<const u32*>(bytes);
-        } else {
-            words[step] = *reinterpret_cast<const u16*>(bytes);
+            if (first + step * DEQUANTIZE_THREADS < whole) {
+                store_16_bytes(values + groups[step] * GROUP, wide);
+            }
         }
-        scale[step] = scales.get(group * GROUP >> block_shift);
-    }
-#pragma unroll
-    for (int step = 0; step < DEQUANTIZE_STEPS; ++step) {
-        const i64 group = first + step * DEQUANTIZE_THREADS;
-        if (group >= whole) {
-            break;
-        }
-        float wide[GROUP];
-#pragma unroll
-        for (int i = 0; i < GROUP; ++i) {
-            wide[i] = __fmul_rn(value_of(code, words[step], i), scale[step]);
-        }
-        store_16_bytes(values + group * GROUP, wide);
     }
     // Fewer than a group are left: a thread each, of the first block.
     const i64 last = whole * GROUP + threadIdx.x;
@@ -183,7 +218,7 @@ __device__ __forceinline__ void load_tokens(const T* x, float (&values)[CODES]) 
 }
 
 /// `out[t, row] = sum over c of x[t, c] * weight[row, c] + bias[row]`, in `float`, rounded once. `columns`
-/// is a multiple of 8, `x` aligned to 16 bytes, `packed` to 4; `tokens` is at most TOKENS.
+/// is a multiple of 8, `x` aligned to 16 bytes; `tokens` is at most TOKENS.
 template <typename T, int TOKENS>
 __device__ __forceinline__ void multiply(
     const T* __restrict__ x, const u8* __restrict__ packed, const Scales scales, const T* __restrict__ bias,
@@ -196,39 +231,52 @@ __device__ __forceinline__ void multiply(
     if (row >= rows) {
         return;
     }
+    // Steps whose loads are under way together: as many as the registers hold beside the sums.
+    constexpr int STEPS = TOKENS == 1 ? 4 : TOKENS <= 4 ? 2 : 1;
+    constexpr int WIDTH = WARP * CODES;
     float sums[ROWS][TOKENS] = {};
-    constexpr int AT_ONCE = TOKENS > 4 ? 1 : 2;
-#pragma unroll AT_ONCE
-    for (int column = lane * CODES; column < columns; column += WARP * CODES) {
-        u32 words[ROWS];
-        float scale[ROWS];
+    for (int first = lane * CODES; first < columns; first += STEPS * WIDTH) {
+        i64 places[STEPS * ROWS];
+        i64 blocks[STEPS * ROWS];
+        u32 words[STEPS * ROWS];
+        float scale[STEPS * ROWS];
 #pragma unroll
-        for (int r = 0; r < ROWS; ++r) {
-            // Of a row that is not there, the last is read instead.
-            const i64 start = (row + r < rows ? row + r : row) * columns + column;
-            words[r] = reinterpret_cast<const u32*>(packed)[start / CODES];
-            scale[r] = scales.get(start >> block_shift);
+        for (int i = 0; i < STEPS * ROWS; ++i) {
+            // Past the end of a row its beginning is read, for a row that is not there the one before;
+            // neither is added up.
+            const int column = first + i / ROWS * WIDTH;
+            const i64 start = (row + i % ROWS < rows ? row + i % ROWS : row) * columns;
+            places[i] = (start + (column < columns ? column : first)) / CODES;
+            blocks[i] = places[i] * CODES >> block_shift;
         }
-        float weights[ROWS][CODES];
+        load_codes<CODES / 2>(packed, places, words);
+        scales.get(blocks, scale);
 #pragma unroll
-        for (int r = 0; r < ROWS; ++r) {
-#pragma unroll
-            for (int i = 0; i < CODES; ++i) {
-                weights[r][i] = value_of(code, words[r], i);
-            }
-        }
-#pragma unroll
-        for (int t = 0; t < TOKENS; ++t) {
-            float values[CODES];
-            load_tokens(x + static_cast<i64>(t < tokens ? t : 0) * columns + column, values);
+        for (int step = 0; step < STEPS; ++step) {
+            const bool inside = first + step * WIDTH < columns;
+            const int column = inside ? first + step * WIDTH : first;
+            float weights[ROWS][CODES];
 #pragma unroll
             for (int r = 0; r < ROWS; ++r) {
-                float part = 0.0f;
 #pragma unroll
                 for (int i = 0; i < CODES; ++i) {
-                    part = fmaf(weights[r][i], values[i], part);
+                    weights[r][i] = value_of(code, words[step * ROWS + r], i);
                 }
-                sums[r][t] = fmaf(part, scale[r], sums[r][t]);
+            }
+#pragma unroll
+            for (int t = 0; t < TOKENS; ++t) {
+                float values[CODES];
+                load_tokens(x + static_cast<i64>(t < tokens ? t : 0) * columns + column, values);
+#pragma unroll
+                for (int r = 0; r < ROWS; ++r) {
+                    float part = 0.0f;
+#pragma unroll
+                    for (int i = 0; i < CODES; ++i) {
+                        part = fmaf(weights[r][i], values[i], part);
+                    }
+                    const float sum = fmaf(part, scale[step * ROWS + r], sums[r][t]);
+                    sums[r][t] = inside ? sum : sums[r][t];
+                }
             }
         }
     }
