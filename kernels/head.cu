@@ -93,16 +93,26 @@ constexpr float HEADROOM<f16> = 32768.0f;
 
 /// Adds a tile to the statistics. With `EXPECT` the tile becomes `HEADROOM * exp(logit - max)`, times
 /// the softcap's slope, and what a row has accumulated shrinks as its maximum moves. The shift is the
-/// maximum itself, not a bound on it: a certain token's exponential is then exactly one, and the log
-/// odds see what is left beside it.
+/// maximum itself, not a bound on it, and its own exponential, which is one, is counted apart: the log
+/// odds of a likely token are made of what is left beside it, down to where `1 + x` ends in double.
 template <typename T, bool EXPECT>
 __device__ __forceinline__ void sweep(
     float* tile, i64 stride, i64 first, int columns, Transform transform, const i64* targets,
     Stats stats, float* accumulated, i64 width) {
     const i64 row = blockIdx.x;
     float* products = tile + row * stride;
+    const i64 target = targets[row];
+    const bool totalled = target < 0 || transform.softcap != 0.0f;
     Part part;
     part.read(products, columns, transform);
+    if (threadIdx.x == 0) {
+        const int column = static_cast<int>(target - first);
+        if (target >= first && target < first + columns) {
+            stats.label[row] = transform.logit(products[column], column);
+        } else if (first == 0) {
+            stats.label[row] = __uint_as_float(0x7fffffffu);
+        }
+    }
 
     float largest = Max::identity();
 #pragma unroll
@@ -119,9 +129,7 @@ __device__ __forceinline__ void sweep(
     // A maximum drops NaN, an exponential does not; if there is nothing but -inf, they are all zero.
     const float shift = max == Max::identity() ? 0.0f : max;
 
-    const int wanted = static_cast<int>(targets[row] - first);
-    const bool labelled = targets[row] >= first && targets[row] < first + columns;
-    const bool totalled = targets[row] < 0 || transform.softcap != 0.0f;
+    float peaks = 0.0f;
     float sum = 0.0f;
     float total = 0.0f;
 #pragma unroll
@@ -131,11 +139,9 @@ __device__ __forceinline__ void sweep(
             const int column = Part::column(g) + i;
             const float logit = part.values[g][i];
             const float power = expf(logit - shift);
-            sum += power;
+            peaks += logit == shift ? 1.0f : 0.0f;
+            sum += logit == shift ? 0.0f : power;
             total += column < columns ? logit : 0.0f;
-            if (labelled && column == wanted) {
-                stats.label[row] = logit;
-            }
             if (EXPECT) {
                 const float back = column < columns ? transform.slope(logit) : 0.0f;
                 part.values[g][i] = HEADROOM<T> * power * back;
@@ -154,16 +160,14 @@ __device__ __forceinline__ void sweep(
         }
     }
     sum = block_sum(sum);
+    peaks = block_sum(peaks);
     if (totalled) {
         total = block_sum(total);
     }
     if (threadIdx.x == 0) {
         stats.max[row] = max;
-        stats.sum[row] = (first == 0 ? 0.0 : stats.sum[row] * shrink) + sum;
+        stats.sum[row] = (first == 0 ? 0.0 : stats.sum[row] * shrink) + peaks + sum;
         stats.total[row] = (first == 0 ? 0.0 : stats.total[row]) + total;
-        if (first == 0 && !labelled) {
-            stats.label[row] = __uint_as_float(0x7fffffffu);
-        }
     }
 }
 
