@@ -124,6 +124,36 @@ __device__ __forceinline__ void store(T* target, i64 index, float value) {
     target[index] = from_float<T>(value);
 }
 
+/// Two elements of 16 bits in a word, the first in its low half, each rounded to nearest, ties to even.
+/// NaN becomes 0x7fff. From sm_80 on a single instruction, where rounding a bfloat16 by itself takes
+/// seven.
+template <typename T>
+__device__ __forceinline__ u32 pack(float low, float high);
+
+template <>
+__device__ __forceinline__ u32 pack<bf16>(float low, float high) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    u32 word;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+    return word;
+#else
+    const u32 first = low == low ? to_bf16(low).bits : 0x7fffu;
+    const u32 second = high == high ? to_bf16(high).bits : 0x7fffu;
+    return first | second << 16;
+#endif
+}
+
+template <>
+__device__ __forceinline__ u32 pack<f16>(float low, float high) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    u32 word;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+    return word;
+#else
+    return static_cast<u32>(to_f16(low).bits) | static_cast<u32>(to_f16(high).bits) << 16;
+#endif
+}
+
 // ---- 16 bytes at once ----
 
 /// How many elements of `T` there are in 16 bytes: 4 floats, 8 halves.
@@ -166,8 +196,7 @@ __device__ __forceinline__ void store_16_bytes(T* target, const float (&values)[
     u32 words[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        words[i] = static_cast<u32>(from_float<T>(values[2 * i]).bits)
-            | static_cast<u32>(from_float<T>(values[2 * i + 1]).bits) << 16;
+        words[i] = pack<T>(values[2 * i], values[2 * i + 1]);
     }
     *reinterpret_cast<uint4*>(target) = make_uint4(words[0], words[1], words[2], words[3]);
 }
@@ -217,6 +246,15 @@ __device__ __forceinline__ float block_reduce(float value) {
 
 __device__ __forceinline__ float warp_max(float value) {
     return warp_reduce<Max>(value);
+}
+
+/// Of the bits of numbers that are not negative, among which NaN is above every number.
+__device__ __forceinline__ u32 warp_max(u32 bits) {
+#pragma unroll
+    for (int distance = WARP / 2; distance > 0; distance /= 2) {
+        bits = max(bits, __shfl_xor_sync(ALL_LANES, bits, distance));
+    }
+    return bits;
 }
 
 __device__ __forceinline__ float warp_sum(float value) {

@@ -10,6 +10,7 @@
 constexpr int GROUP = 8;   // neighbouring columns of a thread: 16 bytes of halves
 constexpr int GROUPS = 2;  // of a thread
 constexpr int MAX_THREADS = 512;  // so a tile is up to 8192 wide: src/torch/head_cuda.rs
+constexpr int MIN_BLOCKS = 2;     // on a multiprocessor: 64 registers hold it all
 constexpr int BLOCK = 512;        // of the kernels that take a whole batch
 
 /// What a product goes through on its way to a logit: `z = scale * (product + bias)`, then
@@ -18,14 +19,18 @@ struct Transform {
     const float* bias;  // of the tile's columns, or null
     float scale;
     float softcap;
+    float inverse;  // of the softcap, or zero
+
+    __device__ __forceinline__ Transform(const float* bias, float scale, float softcap)
+        : bias(bias), scale(scale), softcap(softcap), inverse(softcap == 0.0f ? 0.0f : 1.0f / softcap) {}
 
     __device__ __forceinline__ float logit(float product, int column) const {
-        float z = scale * (bias == nullptr ? product : product + bias[column]);
-        return softcap == 0.0f ? z : softcap * tanhf(z / softcap);
+        const float z = scale * (bias == nullptr ? product : product + bias[column]);
+        return softcap == 0.0f ? z : softcap * tanhf(z * inverse);
     }
     /// `d logit / d z`.
     __device__ __forceinline__ float slope(float logit) const {
-        const float ratio = logit / softcap;
+        const float ratio = logit * inverse;
         return softcap == 0.0f ? 1.0f : 1.0f - ratio * ratio;
     }
 };
@@ -143,8 +148,7 @@ __device__ __forceinline__ void sweep(
             sum += logit == shift ? 0.0f : power;
             total += column < columns ? logit : 0.0f;
             if (EXPECT) {
-                const float back = column < columns ? transform.slope(logit) : 0.0f;
-                part.values[g][i] = HEADROOM<T> * power * back;
+                part.values[g][i] = column < columns ? HEADROOM<T> * power * transform.slope(logit) : 0.0f;
             }
         }
     }
@@ -172,7 +176,7 @@ __device__ __forceinline__ void sweep(
 }
 
 /// Statistics alone: no gradient is wanted, or the logits are visited again.
-extern "C" __global__ void __launch_bounds__(MAX_THREADS) head_forward(
+extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) head_forward(
     float* tile, i64 stride, i64 first, int columns, const float* bias, float scale, float softcap,
     const i64* targets, float* max, double* sum, float* label, double* total) {
     sweep<float, false>(
@@ -181,7 +185,7 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS) head_forward(
 }
 
 #define EXPECTATION(name, T) \
-    extern "C" __global__ void __launch_bounds__(MAX_THREADS) name( \
+    extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) name( \
         float* tile, i64 stride, i64 first, int columns, const float* bias, float scale, \
         float softcap, const i64* targets, float* max, double* sum, float* label, double* total, \
         float* accumulated, i64 width) { \
@@ -229,7 +233,7 @@ __device__ __forceinline__ void gradient(
 }
 
 #define GRADIENT(name, T) \
-    extern "C" __global__ void __launch_bounds__(MAX_THREADS) name( \
+    extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) name( \
         float* tile, i64 stride, i64 first, int columns, const float* bias, float scale, \
         float softcap, const i64* targets, const float* max, const double* sum, \
         const float* coefficients) { \
@@ -267,7 +271,7 @@ __device__ __forceinline__ void finish(
 }
 
 #define FINISH(name, T) \
-    extern "C" __global__ void __launch_bounds__(MAX_THREADS) name( \
+    extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) name( \
         const float* accumulated, i64 stride, const T* weight, i64 width, float scale, \
         float softcap, const i64* targets, const i64* index, const double* sum, \
         const float* label, const float* coefficients, T* d_hidden) { \
@@ -291,7 +295,7 @@ __device__ __forceinline__ void scale_rows(
 }
 
 #define SCALE_ROWS(name, T) \
-    extern "C" __global__ void __launch_bounds__(MAX_THREADS) name( \
+    extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) name( \
         T* rows, i64 width, const i64* index, const float* coefficients) { \
         scale_rows<T>(rows, width, index, coefficients); \
     }

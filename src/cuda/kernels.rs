@@ -24,3 +24,23 @@ pub static NF4: Source = Source { name: "nf4", text: include_str!("../../kernels
 
 /// All sources.
 pub static ALL: [&Source; 3] = [&BLOCKWISE8, &HEAD, &NF4];
+
+#[cfg(test)]
+mod tests {
+    use super::NF4;
+    use crate::quant::codebook;
+
+    /// The bits of the array of this name in the source.
+    fn table(name: &str) -> Vec<u32> {
+        let (_, rest) = NF4.text.split_once(&format!("__constant__ u32 {name}")).expect("there");
+        let (body, _) = rest.split_once("};").expect("an array");
+        let words = body.split("0x").skip(1);
+        words.map(|word| u32::from_str_radix(&word[..8], 16).expect("eight digits")).collect()
+    }
+
+    #[test]
+    fn the_code_of_the_card_is_the_code() {
+        assert_eq!(table("NF4["), codebook::NF4.map(f32::to_bits));
+        assert_eq!(table("MIDPOINTS["), codebook::MIDPOINTS.map(f32::to_bits));
+    }
+}

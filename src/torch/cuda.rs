@@ -51,6 +51,27 @@ pub fn pointer(tensor: &Tensor, kind: Kind) -> Result<Arg> {
     Ok(Arg::ptr(tensor.data_ptr() as u64))
 }
 
+/// The kernel of a dtype, of those for `float32`, `bfloat16` and `float16`.
+#[must_use]
+pub fn named(kind: Kind, [f32, bf16, f16]: [&'static str; 3]) -> &'static str {
+    match kind {
+        Kind::BFloat16 => bf16,
+        Kind::Half => f16,
+        _ => f32,
+    }
+}
+
+/// As many blocks as `items` ask for, `each` of them a block.
+///
+/// # Errors
+/// If a card does not count that far: for tensors larger than the memory of any.
+pub fn grid(items: i64, each: i64) -> Result<[u32; 3]> {
+    let blocks = (items as u64).div_ceil(each as u64);
+    let blocks =
+        i32::try_from(blocks).map_err(|error| Error::Internal(format!("{blocks} blocks: {error}")))?;
+    Ok([blocks as u32, 1, 1])
+}
+
 /// Checks that arguments are where the first is, whose memory the kernel reaches.
 ///
 /// # Errors

@@ -1,5 +1,6 @@
 //! The algorithms on libtorch's tensors: checks, views, and one file per op.
 
+mod blockwise8_cuda;
 pub mod checkpoint;
 pub mod cuda;
 pub mod gemm;
@@ -9,6 +10,7 @@ pub mod head_cuda;
 mod head_kernels;
 pub mod head_ops;
 pub mod linear4bit;
+mod nf4_cuda;
 pub mod pages;
 #[cfg(target_os = "linux")]
 pub mod pool;
