@@ -10,6 +10,7 @@
 constexpr int GROUP = 8;   // neighbouring columns of a thread: 16 bytes of halves
 constexpr int GROUPS = 2;  // of a thread
 constexpr int MAX_THREADS = 512;  // so a tile is up to 8192 wide: src/torch/head_cuda.rs
+constexpr int MIN_BLOCKS = 2;     // on a multiprocessor: 64 registers hold it all
 constexpr int BLOCK = 512;        // of the kernels that take a whole batch
 
 /// What a product goes through on its way to a logit: `z = scale * (product + bias)`, then
@@ -18,14 +19,18 @@ struct Transform {
     const float* bias;  // of the tile's columns, or null
     float scale;
     float softcap;
+    float inverse;  // of the softcap, or zero
+
+    __device__ __forceinline__ Transform(const float* bias, float scale, float softcap)
+        : bias(bias), scale(scale), softcap(softcap), inverse(softcap == 0.0f ? 0.0f : 1.0f / softcap) {}
 
     __device__ __forceinline__ float logit(float product, int column) const {
-        float z = scale * (bias == nullptr ? product : product + bias[column]);
-        return softcap == 0.0f ? z : softcap * tanhf(z / softcap);
+        const float z = scale * (bias == nullptr ? product : product + bias[column]);
+        return softcap == 0.0f ? z : softcap * tanhf(z * inverse);
     }
     /// `d logit / d z`.
     __device__ __forceinline__ float slope(float logit) const {
-        const float ratio = logit / softcap;
+        const float ratio = logit * inverse;
         return softcap == 0.0f ? 1.0f : 1.0f - ratio * ratio;
     }
 };
@@ -93,16 +98,26 @@ constexpr float HEADROOM<f16> = 32768.0f;
 
 /// Adds a tile to the statistics. With `EXPECT` the tile becomes `HEADROOM * exp(logit - max)`, times
 /// the softcap's slope, and what a row has accumulated shrinks as its maximum moves. The shift is the
-/// maximum itself, not a bound on it: a certain token's exponential is then exactly one, and the log
-/// odds see what is left beside it.
+/// maximum itself, not a bound on it, and its own exponential, which is one, is counted apart: the log
+/// odds of a likely token are made of what is left beside it, down to where `1 + x` ends in double.
 template <typename T, bool EXPECT>
 __device__ __forceinline__ void sweep(
     float* tile, i64 stride, i64 first, int columns, Transform transform, const i64* targets,
     Stats stats, float* accumulated, i64 width) {
     const i64 row = blockIdx.x;
     float* products = tile + row * stride;
+    const i64 target = targets[row];
+    const bool totalled = target < 0 || transform.softcap != 0.0f;
     Part part;
     part.read(products, columns, transform);
+    if (threadIdx.x == 0) {
+        const int column = static_cast<int>(target - first);
+        if (target >= first && target < first + columns) {
+            stats.label[row] = transform.logit(products[column], column);
+        } else if (first == 0) {
+            stats.label[row] = __uint_as_float(0x7fffffffu);
+        }
+    }
 
     float largest = Max::identity();
 #pragma unroll
@@ -119,9 +134,7 @@ __device__ __forceinline__ void sweep(
     // A maximum drops NaN, an exponential does not; if there is nothing but -inf, they are all zero.
     const float shift = max == Max::identity() ? 0.0f : max;
 
-    const int wanted = static_cast<int>(targets[row] - first);
-    const bool labelled = targets[row] >= first && targets[row] < first + columns;
-    const bool totalled = targets[row] < 0 || transform.softcap != 0.0f;
+    float peaks = 0.0f;
     float sum = 0.0f;
     float total = 0.0f;
 #pragma unroll
@@ -131,14 +144,11 @@ __device__ __forceinline__ void sweep(
             const int column = Part::column(g) + i;
             const float logit = part.values[g][i];
             const float power = expf(logit - shift);
-            sum += power;
+            peaks += logit == shift ? 1.0f : 0.0f;
+            sum += logit == shift ? 0.0f : power;
             total += column < columns ? logit : 0.0f;
-            if (labelled && column == wanted) {
-                stats.label[row] = logit;
-            }
             if (EXPECT) {
-                const float back = column < columns ? transform.slope(logit) : 0.0f;
-                part.values[g][i] = HEADROOM<T> * power * back;
+                part.values[g][i] = column < columns ? HEADROOM<T> * power * transform.slope(logit) : 0.0f;
             }
         }
     }
@@ -154,21 +164,19 @@ __device__ __forceinline__ void sweep(
         }
     }
     sum = block_sum(sum);
+    peaks = block_sum(peaks);
     if (totalled) {
         total = block_sum(total);
     }
     if (threadIdx.x == 0) {
         stats.max[row] = max;
-        stats.sum[row] = (first == 0 ? 0.0 : stats.sum[row] * shrink) + sum;
+        stats.sum[row] = (first == 0 ? 0.0 : stats.sum[row] * shrink) + peaks + sum;
         stats.total[row] = (first == 0 ? 0.0 : stats.total[row]) + total;
-        if (first == 0 && !labelled) {
-            stats.label[row] = __uint_as_float(0x7fffffffu);
-        }
     }
 }
 
 /// Statistics alone: no gradient is wanted, or the logits are visited again.
-extern "C" __global__ void __launch_bounds__(MAX_THREADS) head_forward(
+extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) head_forward(
     float* tile, i64 stride, i64 first, int columns, const float* bias, float scale, float softcap,
     const i64* targets, float* max, double* sum, float* label, double* total) {
     sweep<float, false>(
@@ -177,7 +185,7 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS) head_forward(
 }
 
 #define EXPECTATION(name, T) \
-    extern "C" __global__ void __launch_bounds__(MAX_THREADS) name( \
+    extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) name( \
         float* tile, i64 stride, i64 first, int columns, const float* bias, float scale, \
         float softcap, const i64* targets, float* max, double* sum, float* label, double* total, \
         float* accumulated, i64 width) { \
@@ -225,7 +233,7 @@ __device__ __forceinline__ void gradient(
 }
 
 #define GRADIENT(name, T) \
-    extern "C" __global__ void __launch_bounds__(MAX_THREADS) name( \
+    extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) name( \
         float* tile, i64 stride, i64 first, int columns, const float* bias, float scale, \
         float softcap, const i64* targets, const float* max, const double* sum, \
         const float* coefficients) { \
@@ -263,7 +271,7 @@ __device__ __forceinline__ void finish(
 }
 
 #define FINISH(name, T) \
-    extern "C" __global__ void __launch_bounds__(MAX_THREADS) name( \
+    extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) name( \
         const float* accumulated, i64 stride, const T* weight, i64 width, float scale, \
         float softcap, const i64* targets, const i64* index, const double* sum, \
         const float* label, const float* coefficients, T* d_hidden) { \
@@ -287,7 +295,7 @@ __device__ __forceinline__ void scale_rows(
 }
 
 #define SCALE_ROWS(name, T) \
-    extern "C" __global__ void __launch_bounds__(MAX_THREADS) name( \
+    extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) name( \
         T* rows, i64 width, const i64* index, const float* coefficients) { \
         scale_rows<T>(rows, width, index, coefficients); \
     }

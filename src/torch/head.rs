@@ -14,6 +14,7 @@ use super::gemm::LibTorch;
 use super::team::Torch;
 use super::view::{Element, slice, slice_mut};
 use super::{head_cuda, head_ops};
+use crate::cuda;
 use crate::error::{Error, Result};
 use crate::head::engine::{Engine, Gradients};
 use crate::head::layout::Batch;
@@ -164,7 +165,7 @@ impl Args<'_> {
         expected: &str,
         ignore: bool,
     ) -> Result<()> {
-        if tensor.device() != Device::Cpu {
+        if !on_host(tensor) {
             return Ok(());
         }
         let values = tensor.f_contiguous()?;
@@ -189,6 +190,11 @@ impl Args<'_> {
     fn on_cpu(&self) -> bool {
         self.hidden.device() == Device::Cpu && !tensor_ops()
     }
+}
+
+/// True if values can be read without waiting for a device.
+fn on_host(tensor: &Tensor) -> bool {
+    tensor.device() == Device::Cpu && !cuda::is_emulated()
 }
 
 /// The dtype's name in Python.
@@ -414,7 +420,7 @@ impl Pairs<'_> {
         if !(0..=rows).contains(&scored) {
             return Err(args.value("num_scored", &format!("in 0..={rows}"), scored.to_string()));
         }
-        if self.sequence.device() != Device::Cpu {
+        if !on_host(self.sequence) {
             return Ok(());
         }
         let in_loss = self.sequence.f_lt(pairs)?.f_logical_and_(&Tensor::from(scope == NllScope::Full))?;
