@@ -72,6 +72,7 @@ def linear_orpo(
     sequence: Tensor,
     completion: Tensor,
     num_pairs: int | None,
+    num_scored: int | None,
     beta: float,
     nll_scope: str,
     odds_ratio_link: str,

@@ -16,11 +16,14 @@ pub const COMMON: &str = include_str!("../../kernels/common.cuh");
 pub static BLOCKWISE8: Source =
     Source { name: "blockwise8", text: include_str!("../../kernels/blockwise8.cu") };
 
+/// The ORPO head: softmax, loss and gradient on tiles of logits.
+pub static HEAD: Source = Source { name: "head", text: include_str!("../../kernels/head.cu") };
+
 /// NF4: quantise, dequantise, multiply.
 pub static NF4: Source = Source { name: "nf4", text: include_str!("../../kernels/nf4.cu") };
 
 /// All sources.
-pub static ALL: [&Source; 2] = [&BLOCKWISE8, &NF4];
+pub static ALL: [&Source; 3] = [&BLOCKWISE8, &HEAD, &NF4];
 
 #[cfg(test)]
 mod tests {
