@@ -54,11 +54,14 @@ fn main() {
     // next one.
     println!("cargo:rustc-link-search=native={}", found.torch_libraries);
     if env::var("CARGO_CFG_TARGET_OS").is_ok_and(|system| system == "linux") {
-        println!("cargo:rerun-if-changed=src/torch/pool.cpp");
         let mut shim = cc::Build::new();
-        shim.cpp(true).std("c++17").file("src/torch/pool.cpp");
+        shim.cpp(true).std("c++17");
+        for source in ["src/torch/pool.cpp", "src/torch/stream.cpp"] {
+            println!("cargo:rerun-if-changed={source}");
+            shim.file(source);
+        }
         // libtorch's headers have warnings of their own.
-        shim.flag("-isystem").flag(&found.torch_headers).compile("oddsmith_pool");
+        shim.flag("-isystem").flag(&found.torch_headers).compile("oddsmith_torch");
         println!("cargo:rustc-link-lib=c10");
     }
     if env::var_os("PYO3_BUILD_EXTENSION_MODULE").is_none() {

@@ -70,6 +70,15 @@ pub enum Error {
     Stopped,
     /// What libtorch reported.
     Torch(String),
+    /// What the CUDA driver or compiler reported.
+    Cuda {
+        /// The kernel that was wanted; empty if none.
+        kernel: String,
+        /// Grid, block and shared memory.
+        launch: String,
+        /// The report.
+        message: String,
+    },
     /// A mistake of this library.
     Internal(String),
 }
@@ -92,6 +101,10 @@ impl fmt::Display for Error {
             Error::Io { path, message, .. } => write!(f, "{path}: {message}"),
             Error::Stopped => write!(f, "stopped"),
             Error::Torch(message) => write!(f, "libtorch: {message}"),
+            Error::Cuda { kernel, message, .. } if kernel.is_empty() => write!(f, "CUDA: {message}"),
+            Error::Cuda { kernel, launch, message } => {
+                write!(f, "CUDA kernel {kernel}, {launch}: {message}")
+            }
             Error::Internal(message) => write!(f, "internal error, please report it: {message}"),
         }
     }
@@ -146,6 +159,13 @@ mod tests {
         let error = Error::Row { row: "train_dataset row 3".into(), fault: "prompt is missing".into() };
         assert_eq!(error.to_string(), "train_dataset row 3: prompt is missing");
         assert_eq!(Error::Tokenizer("no model".into()).to_string(), "tokenizer: no model");
+        let cuda = |kernel: &str| Error::Cuda {
+            kernel: kernel.into(),
+            launch: "grid (1, 2, 3)".into(),
+            message: "no".into(),
+        };
+        assert_eq!(cuda("nf4_x").to_string(), "CUDA kernel nf4_x, grid (1, 2, 3): no");
+        assert_eq!(cuda("").to_string(), "CUDA: no");
     }
     #[cfg(feature = "torch")]
     #[test]

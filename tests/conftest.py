@@ -15,3 +15,27 @@ def tensor_ops_switch():
 
     yield _core.use_tensor_ops
     _core.use_tensor_ops(False)
+
+
+@pytest.fixture
+def emulated_driver(monkeypatch):
+    """For one test, CPU tensors take the path of CUDA tensors, through an emulated driver.
+
+    Recorder and switches of the driver are those of `emulation.Driver`.
+    """
+    import torch
+
+    import emulation
+    from oddsmith import _core
+
+    if torch.cuda.is_available():
+        # The driver is opened once a process, and tests/gpu need the card's.
+        pytest.skip("there is a card: its driver is in use")
+    library = emulation.build()
+    monkeypatch.setenv("ODDSMITH_CUDA_DRIVER", str(library))
+    driver = emulation.Driver(library)
+    driver.reset()
+    _core.emulate_cuda(True)
+    yield driver
+    _core.emulate_cuda(False)
+    driver.reset()

@@ -72,6 +72,7 @@ def linear_orpo(
     sequence: Tensor,
     completion: Tensor,
     num_pairs: int | None,
+    num_scored: int | None,
     beta: float,
     nll_scope: str,
     odds_ratio_link: str,
@@ -83,6 +84,9 @@ def use_tensor_ops(on: bool) -> None:
 
 def install_pool() -> bool: ...
 def uninstall_pool() -> None: ...
+def kernel_sources() -> list[str]: ...
+def compile_kernels(source: str, architecture: str) -> tuple[bytes, str]: ...
+def emulate_cuda(on: bool) -> None: ...
 
 _Nested = tuple[Tensor, Tensor, Tensor, int]  # absmax, map, offset and block size of the scales
 

@@ -85,6 +85,7 @@ def _linear_orpo(
     nll_scope: str,
     odds_ratio_link: str,
     num_pairs: int | None,
+    num_scored: int | None,
     logits_budget: int | None,
     need_hidden: bool,
     need_weight: bool,
@@ -100,6 +101,7 @@ def _linear_orpo(
         sequence,
         completion,
         num_pairs,
+        num_scored,
         beta,
         nll_scope,
         odds_ratio_link,
@@ -122,6 +124,7 @@ def _(
     nll_scope,
     odds_ratio_link,
     num_pairs,
+    num_scored,
     logits_budget,
     need_hidden,
     need_weight,
@@ -232,7 +235,7 @@ class _LinearORPO(torch.autograd.Function):
     def backward(ctx, d_loss, *_):
         saved = zip(ctx.needs, ctx.saved_tensors)
         gradients = [_times(gradient, d_loss) if need else None for need, gradient in saved]
-        return (*gradients, *[None] * 11)
+        return (*gradients, *[None] * 12)
 
 
 class _LinearLogps(torch.autograd.Function):
@@ -336,6 +339,7 @@ def linear_orpo(
     nll_scope: str = "full",
     odds_ratio_link: str = "logsigmoid",
     num_pairs: int | None = None,
+    num_scored: int | None = None,
     logits_budget: int | None = None,
 ) -> LinearORPOOutput:
     """The ORPO loss of a batch of pairs from the hidden states that predict its tokens.
@@ -372,6 +376,11 @@ def linear_orpo(
         odds_ratio_link (`str`, *optional*, defaults to `"logsigmoid"`): `"logsigmoid"` is the paper
             and TRL; `"identity"` uses the raw log odds ratio, which is unbounded.
         num_pairs (`int`, *optional*): `B`. Read from `sequence` if not given.
+        num_scored (`int`, *optional*): Number of rows in the loss: those with a target, of a
+            completion or, if `nll_scope` is `"full"`, of a chosen sequence. Counted if not given. A
+            caller who gives it and `num_pairs` lets the host run ahead of a CUDA device, where
+            values are not checked: the loss is NaN then if the number, a target or a sequence is
+            wrong.
         logits_budget (`int`, *optional*): Bytes of logits that a trained head may keep for its
             backward pass.
 
@@ -398,6 +407,7 @@ def linear_orpo(
         nll_scope,
         odds_ratio_link,
         num_pairs,
+        num_scored,
         logits_budget,
     )
     return LinearORPOOutput(*outputs)

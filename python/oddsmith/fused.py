@@ -35,6 +35,7 @@ class FusedBatch:
         completion (`Tensor`): Whether the target is a completion token, `(N,)`.
         positions (`int`): Positions of that batch.
         num_pairs (`int`): `B`.
+        num_scored (`int`, *optional*): Rows in the loss, where the host knows.
         beta (`float`): Weight of the odds ratio term.
         nll_scope (`str`): See [`~oddsmith.functional.linear_orpo`], as the next two.
         odds_ratio_link (`str`): See there.
@@ -47,6 +48,7 @@ class FusedBatch:
     completion: Tensor
     positions: int
     num_pairs: int
+    num_scored: int | None
     beta: float
     nll_scope: str
     odds_ratio_link: str
@@ -70,7 +72,7 @@ class FusedBatch:
         rows = predicts.flatten().nonzero()[:, 0]
         columns = (input_ids.roll(-1, dims=1), sequence, completion)
         picked = (column.flatten()[rows] for column in columns)
-        return cls._of(rows, *picked, real.numel(), real.shape[0] // 2, objective)
+        return cls._of(rows, *picked, real.numel(), real.shape[0] // 2, None, objective)
 
     @classmethod
     def of_packed(cls, batch: PackedBatch, **objective: Any) -> "FusedBatch":
@@ -82,6 +84,7 @@ class FusedBatch:
             batch.completion,
             batch.input_ids.numel(),
             len(batch.segments),
+            batch.num_scored[objective["nll_scope"]],
             objective,
         )
 
@@ -94,6 +97,7 @@ class FusedBatch:
         completion: Tensor,
         positions: int,
         pairs: int,
+        num_scored: int | None,
         objective: dict[str, Any],
     ) -> "FusedBatch":
         # A rejected prompt is in no term of the loss, nor is a chosen one if only completions
@@ -102,7 +106,8 @@ class FusedBatch:
         if objective["nll_scope"] == "full":
             scored = scored | (sequence < pairs)
         targets = successors.masked_fill(~scored, -100)
-        return cls(rows, targets, sequence, completion, positions, pairs, **objective)
+        counts = (positions, pairs, num_scored)
+        return cls(rows, targets, sequence, completion, *counts, **objective)
 
     def whole_pairs(self) -> Tensor:
         """Which pairs have completion tokens on both sides, `(B,)`."""
@@ -200,6 +205,7 @@ class FusedHead:
                 nll_scope=batch.nll_scope,
                 odds_ratio_link=batch.odds_ratio_link,
                 num_pairs=batch.num_pairs,
+                num_scored=batch.num_scored,
                 logits_budget=batch.logits_budget,
             )
 

@@ -44,6 +44,8 @@ class PackedBatch:
         targets (`Tensor`): The successors, `(M,)`.
         sequence (`Tensor`): Sequence of each row, `(M,)`: chosen ones 0..B, rejected ones B..2B.
         completion (`Tensor`): Whether the target is a completion token, `(M,)`.
+        num_scored (`dict[str, int]`):
+            Rows in the loss, for each `nll_scope`: known here, so that nobody has to ask a device.
     """
 
     input_ids: Tensor
@@ -53,6 +55,7 @@ class PackedBatch:
     targets: Tensor
     sequence: Tensor
     completion: Tensor
+    num_scored: dict[str, int]
     _source: tuple[tuple[Tensor, int], ...] = ()
 
     @classmethod
@@ -92,10 +95,13 @@ class PackedBatch:
             "sequence": [np.full(len(side.ids) - 1, number) for side, _, number in parts],
             "completion": [side.completion[1:] for side, _, _ in parts],
         }
+        answers = sum(int(each.sum()) for each in rows["completion"])
+        prompts = sum(int((~each).sum()) for each in rows["completion"][::2])
         return cls(
             input_ids=torch.from_numpy(np.concatenate(ids))[None],
             position_ids=torch.from_numpy(np.concatenate(positions))[None],
             segments=tuple(segments),
+            num_scored={"full": prompts + answers, "completion": answers},
             **{name: torch.from_numpy(np.concatenate(each)) for name, each in rows.items()},
         )
 

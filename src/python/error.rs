@@ -18,9 +18,11 @@ impl From<Error> for PyErr {
             // Python makes FileNotFoundError and its like of the number.
             Error::Io { path, code: Some(code), message } => PyOSError::new_err((code, message, path)),
             Error::Io { .. } => PyOSError::new_err(message),
-            Error::Tokenizer(_) | Error::Stopped | Error::Torch(_) | Error::Internal(_) => {
-                PyRuntimeError::new_err(message)
-            }
+            Error::Tokenizer(_)
+            | Error::Stopped
+            | Error::Torch(_)
+            | Error::Cuda { .. }
+            | Error::Internal(_) => PyRuntimeError::new_err(message),
         }
     }
 }
@@ -88,6 +90,12 @@ mod tests {
             let torch = raised(py, || Err(Error::Torch("no memory".into())));
             assert!(torch.is_instance_of::<PyRuntimeError>());
             assert_eq!(torch.to_string(), "libtorch: no memory");
+            let cuda = raised(py, || {
+                let (kernel, launch) = ("k".into(), "grid (1, 1, 1)".into());
+                Err(Error::Cuda { kernel, launch, message: "no driver".into() })
+            });
+            assert!(cuda.is_instance_of::<PyRuntimeError>());
+            assert_eq!(cuda.to_string(), "CUDA kernel k, grid (1, 1, 1): no driver");
         });
     }
 

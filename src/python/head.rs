@@ -99,6 +99,7 @@ fn linear_orpo(
     sequence: PyTensor,
     completion: PyTensor,
     num_pairs: Option<i64>,
+    num_scored: Option<i64>,
     beta: f64,
     nll_scope: &str,
     odds_ratio_link: &str,
@@ -118,7 +119,8 @@ fn linear_orpo(
     };
     let inputs = Inputs { hidden, weight, bias, targets, softcap, logit_scale };
     let run = move || {
-        let pairs = Pairs { sequence: &sequence.0, completion: &completion.0, count: num_pairs };
+        let pairs =
+            Pairs { sequence: &sequence.0, completion: &completion.0, count: num_pairs, scored: num_scored };
         head::orpo(&inputs.args("linear_orpo"), &pairs, objective, wants(needs))
     };
     Ok(list(detached(py, run)?))

@@ -1,6 +1,7 @@
 //! The Python module `oddsmith._core`: conversions and thin functions.
 
 mod checkpoint;
+mod cuda;
 mod data;
 mod error;
 mod head;
@@ -21,5 +22,6 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     head::register(module)?;
     quant::register(module)?;
     optim::register(module)?;
-    checkpoint::register(module)
+    checkpoint::register(module)?;
+    cuda::register(module)
 }

@@ -1,8 +1,9 @@
 //! The ORPO head on tensors: checks the arguments, picks the path, returns tensors.
 //!
 //! On the CPU the slice algorithm of [`crate::head`] runs on views of the tensors, whatever their
-//! dtype, in `f32` (`f64` for `f64`). On any other device [`super::head_ops`] runs the same
-//! chunks through libtorch's ops.
+//! dtype, in `f32` (`f64` for `f64`). On NVIDIA's cards [`super::head_cuda`] runs the same chunks
+//! through kernels; on any other device, and there for `f64`, [`super::head_ops`] does through
+//! libtorch's ops.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -10,9 +11,10 @@ use half::{bf16, f16};
 use tch::{Device, Kind, Tensor};
 
 use super::gemm::LibTorch;
-use super::head_ops;
 use super::team::Torch;
 use super::view::{Element, slice, slice_mut};
+use super::{head_cuda, head_ops};
+use crate::cuda;
 use crate::error::{Error, Result};
 use crate::head::engine::{Engine, Gradients};
 use crate::head::layout::Batch;
@@ -22,6 +24,7 @@ use crate::head::scores::{Objective, Outcome};
 use crate::head::weight::{Head, Matrix};
 use crate::head::{backend, logps};
 use crate::huge_pages;
+use crate::odds_ratio::NllScope;
 
 /// Makes CPU tensors take the path of other devices, so that a machine without one can test it.
 static TENSOR_OPS: AtomicBool = AtomicBool::new(false);
@@ -162,7 +165,7 @@ impl Args<'_> {
         expected: &str,
         ignore: bool,
     ) -> Result<()> {
-        if tensor.device() != Device::Cpu {
+        if !on_host(tensor) {
             return Ok(());
         }
         let values = tensor.f_contiguous()?;
@@ -187,6 +190,11 @@ impl Args<'_> {
     fn on_cpu(&self) -> bool {
         self.hidden.device() == Device::Cpu && !tensor_ops()
     }
+}
+
+/// True if values can be read without waiting for a device.
+fn on_host(tensor: &Tensor) -> bool {
+    tensor.device() == Device::Cpu && !cuda::is_emulated()
 }
 
 /// The dtype's name in Python.
@@ -317,6 +325,9 @@ fn stats<T: Real + Element>(values: impl IntoIterator<Item = f64>) -> Result<Ten
 /// Arguments that do not fit, and what libtorch reports.
 pub fn logps(args: &Args<'_>, expectation: bool) -> Result<[Tensor; 3]> {
     args.check()?;
+    if let Some(device) = head_cuda::device(args)? {
+        return head_cuda::logps(args, device, expectation);
+    }
     if !args.on_cpu() {
         return head_ops::logps(args, expectation);
     }
@@ -343,6 +354,9 @@ fn logps_as<T: Real + Element>(args: &Args<'_>, expectation: bool) -> Result<[Te
 /// Arguments that do not fit, and what libtorch reports.
 pub fn logps_backward(args: &Args<'_>, lse: &Tensor, upstream: &Tensor, wants: Wants) -> Result<[Tensor; 3]> {
     args.check()?;
+    if let Some(device) = head_cuda::device(args)? {
+        return head_cuda::logps_backward(args, device, lse, upstream, wants);
+    }
     if !args.on_cpu() {
         return head_ops::logps_backward(args, lse, upstream, wants);
     }
@@ -377,6 +391,8 @@ pub struct Pairs<'a> {
     pub completion: &'a Tensor,
     /// Number of pairs; none: as many as `sequence` names.
     pub count: Option<i64>,
+    /// Number of rows in the loss; none: those that there are.
+    pub scored: Option<i64>,
 }
 
 impl Pairs<'_> {
@@ -393,7 +409,27 @@ impl Pairs<'_> {
             None => self.sequence.f_max()?.f_int64_value(&[])? / 2 + 1,
         };
         args.range("sequence", self.sequence, 2 * pairs, &format!("sequences in 0..{}", 2 * pairs), false)?;
+        self.check_scored(args, pairs, objective.scope)?;
         Ok(pairs)
+    }
+
+    /// As [`Args::range`]: elsewhere the loss is NaN if the number is not that of the rows.
+    fn check_scored(&self, args: &Args<'_>, pairs: i64, scope: NllScope) -> Result<()> {
+        let Some(scored) = self.scored else { return Ok(()) };
+        let rows = args.hidden.size()[0];
+        if !(0..=rows).contains(&scored) {
+            return Err(args.value("num_scored", &format!("in 0..={rows}"), scored.to_string()));
+        }
+        if !on_host(self.sequence) {
+            return Ok(());
+        }
+        let in_loss = self.sequence.f_lt(pairs)?.f_logical_and_(&Tensor::from(scope == NllScope::Full))?;
+        let found = in_loss.f_logical_or(self.completion)?.f_logical_and(&args.targets.f_ge(0)?)?;
+        let found = found.f_sum(Kind::Int64)?.f_int64_value(&[])?;
+        if found == scored {
+            return Ok(());
+        }
+        Err(args.value("num_scored", &format!("{found}, the rows in the loss"), scored.to_string()))
     }
 }
 
@@ -409,6 +445,9 @@ pub type Report = [Tensor; 12];
 pub fn orpo(args: &Args<'_>, pairs: &Pairs<'_>, objective: Objective, wants: Wants) -> Result<Report> {
     args.check()?;
     let count = pairs.check(args, objective)?;
+    if let Some(device) = head_cuda::device(args)? {
+        return head_cuda::orpo(args, device, pairs, count, objective, wants);
+    }
     if !args.on_cpu() {
         return head_ops::orpo(args, pairs, count, objective, wants);
     }

@@ -231,7 +231,8 @@ impl<'a> Sweep<'a> {
     }
 }
 
-fn scored(targets: &Tensor) -> Result<Tensor> {
+/// Places of the rows that have a target.
+pub(super) fn scored(targets: &Tensor) -> Result<Tensor> {
     Ok(targets.f_ge(0)?.f_nonzero()?.f_squeeze_dim(1)?)
 }
 

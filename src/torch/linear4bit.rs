@@ -6,6 +6,10 @@
 //! `bf16`. Either way a weight is rounded to the dtype of the tokens before it is multiplied, and every
 //! result is the sum of a whole row or column, rounded once. A few tokens are multiplied straight from
 //! the codes, always in `f32`.
+//!
+//! On other devices the weight is dequantised in full, into memory that torch's allocator hands out again
+//! for the next layer, and multiplied by libtorch in the dtype of the tokens; on NVIDIA's cards a few
+//! tokens are multiplied straight from the codes there too.
 
 use std::sync::OnceLock;
 
@@ -15,7 +19,7 @@ use tch::{Device, Kind, Tensor};
 use super::quant::{FLOATS, Weight, check_kind, count, dequantize_nf4, dtype};
 use super::team::Torch;
 use super::view::{Element, slice, slice_mut};
-use super::{head, pages};
+use super::{cuda, head, nf4_cuda, pages};
 use crate::error::{Error, Result};
 use crate::quant::nf4::{Packed, Tile, dequantize_tile};
 use crate::quant::product::{few_tokens, worth_it};
@@ -102,7 +106,18 @@ pub fn forward(weight: Weight, size: Size, x: &Tensor, bias: Option<&Tensor>) ->
     let _guard = tch::no_grad_guard();
     let kind = x.f_kind()?;
     let shape = with_width(x, size.rows);
-    if x.device() != Device::Cpu || head::tensor_ops() {
+    let card = cuda::device(x)?;
+    if card.is_some() || x.device() != Device::Cpu || head::tensor_ops() {
+        let weight = weight.checked(size.count(op)?)?;
+        let others = [("packed", Some(&weight.packed)), ("bias", bias)];
+        let others: Vec<_> = others.into_iter().filter_map(|(name, tensor)| Some((name, tensor?))).collect();
+        cuda::check_devices(op, x, &others)?;
+        if let Some(card) = card {
+            let x = x.f_reshape([tokens, size.columns])?;
+            if let Some(out) = nf4_cuda::few_tokens(card, &weight, size, &x, bias)? {
+                return Ok(out.f_view(&shape[..])?);
+            }
+        }
         let weight = dequantize_nf4(weight, &[size.rows, size.columns], kind)?;
         let bias = bias.map(|bias| bias.f_to_kind(kind)).transpose()?;
         return Ok(x.f_linear(&weight, bias.as_ref())?);
@@ -208,7 +223,7 @@ pub fn input_gradient(weight: Weight, size: Size, grad: &Tensor, weight_kind: Ki
     let _guard = tch::no_grad_guard();
     let kind = grad.f_kind()?;
     let shape = with_width(grad, size.columns);
-    if grad.device() != Device::Cpu || head::tensor_ops() {
+    if cuda::device(grad)?.is_some() || grad.device() != Device::Cpu || head::tensor_ops() {
         let weight = dequantize_nf4(weight, &[size.rows, size.columns], weight_kind)?;
         return Ok(grad.f_matmul(&weight.f_to_kind(kind)?)?);
     }

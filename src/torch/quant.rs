@@ -1,6 +1,7 @@
 //! Quantisation of tensors: checks the arguments and picks the path.
 //!
-//! On the CPU the slice algorithms of [`crate::quant`] run on views of the tensors; on any other device
+//! On the CPU the slice algorithms of [`crate::quant`] run on views of the tensors, on NVIDIA's cards the
+//! kernels of [`super::nf4_cuda`] and [`super::blockwise8_cuda`]; on any other device
 //! [`super::quant_ops`] does the same through libtorch's ops.
 
 use half::{bf16, f16};
@@ -9,7 +10,7 @@ use tch::{Device, Kind, Tensor};
 use super::head::{dtype_name, tensor_ops};
 use super::team::Torch;
 use super::view::{Element, slice, slice_mut};
-use super::{pages, quant_ops};
+use super::{blockwise8_cuda, cuda, nf4_cuda, pages, quant_ops};
 use crate::error::{Error, Result};
 use crate::quant::blockwise8::{self, Choice, MAP_LEN, Map};
 use crate::quant::nf4::{self, Packed};
@@ -84,6 +85,9 @@ pub fn quantize_nf4(x: &Tensor, blocksize: i64) -> Result<[Tensor; 2]> {
     let block = check_blocksize(OP, blocksize)?;
     let _guard = tch::no_grad_guard();
     let x = x.f_contiguous()?;
+    if let Some(device) = cuda::device(&x)? {
+        return nf4_cuda::quantize(device, &x, blocksize);
+    }
     if x.device() != Device::Cpu || tensor_ops() {
         return quant_ops::quantize_nf4(&x, blocksize);
     }
@@ -200,6 +204,9 @@ pub fn dequantize_nf4(weight: Weight, shape: &[i64], kind: Kind) -> Result<Tenso
     let count = count(weight.op, shape)?;
     let _guard = tch::no_grad_guard();
     let weight = weight.checked(count)?;
+    if let Some(device) = cuda::device(&weight.packed)? {
+        return nf4_cuda::dequantize(device, &weight, shape, kind);
+    }
     if weight.packed.device() != Device::Cpu || tensor_ops() {
         return quant_ops::dequantize_nf4(&weight, shape, kind);
     }
@@ -213,9 +220,13 @@ pub fn dequantize_nf4(weight: Weight, shape: &[i64], kind: Kind) -> Result<Tenso
     Ok(values)
 }
 
-pub(super) fn map(op: &'static str, code: &Tensor) -> Result<[f32; MAP_LEN]> {
+fn check_map(op: &'static str, code: &Tensor) -> Result<()> {
     check_kind(op, "code", code.f_kind()?, &[Kind::Float])?;
-    check_len(op, "code", code, MAP_LEN as i64, "a value a code")?;
+    check_len(op, "code", code, MAP_LEN as i64, "a value a code")
+}
+
+pub(super) fn map(op: &'static str, code: &Tensor) -> Result<[f32; MAP_LEN]> {
+    check_map(op, code)?;
     let code = code.f_to_device(Device::Cpu)?.f_contiguous()?;
     let values = slice::<f32>(&code)?;
     if values.windows(2).any(|pair| pair[0] > pair[1] || pair[0].is_nan() || pair[1].is_nan()) {
@@ -237,6 +248,10 @@ pub fn quantize_blockwise(x: &Tensor, code: &Tensor, blocksize: i64, choice: Cho
     let map = Map::new(&map(OP, code)?, choice);
     let _guard = tch::no_grad_guard();
     let device = x.device();
+    if let (Choice::Nearest, Some(card)) = (choice, cuda::device(x)?) {
+        let code = code.f_to_device(device)?.f_contiguous()?;
+        return blockwise8_cuda::quantize(card, &x.f_contiguous()?, &code, blocksize);
+    }
     // Scales are few: other devices send them here.
     let x = x.f_to_device(Device::Cpu)?.f_contiguous()?;
     let blocks = blocks_of(x.numel() as i64, blocksize);
@@ -271,9 +286,16 @@ pub fn dequantize_blockwise(
     }
     let count = codes.numel() as i64;
     check_len(OP, "absmax", absmax, blocks_of(count, blocksize), &format!("for {count} codes"))?;
-    let map = map(OP, code)?;
     let _guard = tch::no_grad_guard();
     let device = codes.device();
+    if let Some(card) = cuda::device(codes)? {
+        // Whether the values ascend is not asked: the answer would have to be waited for.
+        check_map(OP, code)?;
+        let (codes, absmax) = (codes.f_contiguous()?, absmax.f_contiguous()?);
+        let code = code.f_to_device(device)?.f_contiguous()?;
+        return blockwise8_cuda::dequantize(card, &codes, &absmax, &code, blocksize, kind);
+    }
+    let map = map(OP, code)?;
     let host = |tensor: &Tensor| -> Result<Tensor> { Ok(tensor.f_to_device(Device::Cpu)?.f_contiguous()?) };
     let (codes, absmax) = (host(codes)?, host(absmax)?);
     let mut values = pages::empty(&codes.size(), kind)?;

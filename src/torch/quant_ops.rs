@@ -54,7 +54,8 @@ pub(super) fn dequantize_nf4(weight: &Weight, shape: &[i64], kind: Kind) -> Resu
     Ok(out.f_to_kind(kind)?.f_reshape(shape)?)
 }
 
-fn scales(weight: &Weight) -> Result<Tensor> {
+/// The scales in `f32`, one a block.
+pub(super) fn scales(weight: &Weight) -> Result<Tensor> {
     let absmax = weight.absmax.f_reshape([-1])?;
     let Some(Nested { absmax: nested, map, offset, blocksize }) = &weight.nested else {
         return Ok(absmax);

@@ -1,0 +1,89 @@
+//! The CUDA driver, as far as launching goes.
+#![allow(unsafe_code)] // calls into the library, with the types of cuda.h
+
+use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
+use std::path::PathBuf;
+use std::ptr;
+use std::sync::OnceLock;
+
+use libloading::Library;
+
+use super::library::{library, reason};
+
+/// `CUcontext`, `CUmodule`, `CUfunction` or `CUstream`.
+pub type Handle = *mut c_void;
+
+library! {
+    /// The functions of the driver.
+    struct Driver {
+        fn init = cuInit(c_uint) -> c_int;
+        fn version = cuDriverGetVersion(*mut c_int) -> c_int;
+        fn error_name = cuGetErrorName(c_int, *mut *const c_char) -> c_int;
+        fn error_string = cuGetErrorString(c_int, *mut *const c_char) -> c_int;
+        fn device = cuDeviceGet(*mut c_int, c_int) -> c_int;
+        fn attribute = cuDeviceGetAttribute(*mut c_int, c_int, c_int) -> c_int;
+        fn retain_context = cuDevicePrimaryCtxRetain(*mut Handle, c_int) -> c_int;
+        fn get_context = cuCtxGetCurrent(*mut Handle) -> c_int;
+        fn set_context = cuCtxSetCurrent(Handle) -> c_int;
+        fn load_module = cuModuleLoadData(*mut Handle, *const c_void) -> c_int;
+        fn get_function = cuModuleGetFunction(*mut Handle, Handle, *const c_char) -> c_int;
+        fn set_function = cuFuncSetAttribute(Handle, c_int, c_int) -> c_int;
+        fn launch = cuLaunchKernel(
+            Handle, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, Handle, *mut *mut c_void,
+            *mut *mut c_void,
+        ) -> c_int;
+    }
+}
+
+/// The variable that names another driver library.
+pub const VARIABLE: &str = "ODDSMITH_CUDA_DRIVER";
+
+/// The library, opened and initialised on first use: what [`VARIABLE`] names, else the system's.
+///
+/// # Errors
+/// What the system or the driver reports.
+pub fn driver() -> Result<&'static Driver, String> {
+    static DRIVER: OnceLock<Result<Driver, String>> = OnceLock::new();
+    DRIVER.get_or_init(open).as_ref().map_err(Clone::clone)
+}
+
+fn open() -> Result<Driver, String> {
+    let system = if cfg!(windows) { "nvcuda.dll" } else { "libcuda.so.1" };
+    let path = std::env::var_os(VARIABLE).map_or_else(|| PathBuf::from(system), PathBuf::from);
+    // SAFETY: NVIDIA's driver, or a stand-in that the user names; neither needs anything to be opened.
+    let library = unsafe { Library::new(&path) };
+    let library = library.map_err(|error| format!("the CUDA driver cannot be opened: {}", reason(&error)))?;
+    let driver = Driver::load(library)?;
+    // SAFETY: may be called any number of times.
+    driver.check(unsafe { (driver.init)(0) }, "cuInit")?;
+    Ok(driver)
+}
+
+impl Driver {
+    /// An error in the driver's words.
+    ///
+    /// # Errors
+    /// Unless the code is zero.
+    pub fn check(&self, code: c_int, call: &str) -> Result<(), String> {
+        if code == 0 {
+            return Ok(());
+        }
+        let text = |get: unsafe extern "C" fn(c_int, *mut *const c_char) -> c_int| {
+            let mut text = ptr::null();
+            // SAFETY: yields a constant string, or leaves null for a number it does not know.
+            let known = unsafe { get(code, &raw mut text) } == 0 && !text.is_null();
+            // SAFETY: as above.
+            if known { unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned() } else { "?".into() }
+        };
+        Err(format!("{call}: {} ({code}): {}", text(self.error_name), text(self.error_string)))
+    }
+
+    /// Number of the newest CUDA that the driver knows: 13000 for 13.0.
+    #[must_use]
+    pub fn release(&self) -> i32 {
+        let mut version = 0;
+        // SAFETY: writes a number.
+        unsafe { (self.version)(&raw mut version) };
+        version
+    }
+}

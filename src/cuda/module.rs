@@ -1,0 +1,157 @@
+//! Kernels on a card: compiled for it, loaded into torch's context, kept.
+#![allow(unsafe_code)] // calls into the driver
+
+use std::collections::HashMap;
+use std::ffi::CString;
+use std::ptr;
+use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
+
+use super::cache::{Cache, digest};
+use super::driver::{Driver, Handle, driver};
+use super::kernels::{COMMON, Source};
+use super::nvrtc::{OPTIONS, nvrtc};
+
+/// A card, with the context that torch uses too.
+#[derive(Clone, Copy, Debug)]
+pub struct Card {
+    /// The primary context, an address.
+    context: usize,
+    /// Compute capability: 9 and 0 for `sm_90`.
+    pub capability: (i32, i32),
+    /// Number of multiprocessors.
+    pub multiprocessors: u32,
+}
+
+/// Cards by number, and modules by card and source: loaded once, never unloaded.
+#[derive(Debug, Default)]
+struct Loaded {
+    cards: HashMap<i32, Card>,
+    modules: HashMap<(i32, &'static str), usize>,
+}
+
+static LOADED: Mutex<Option<Loaded>> = Mutex::new(None);
+static FUNCTIONS: RwLock<Option<HashMap<Key, usize>>> = RwLock::new(None);
+
+/// Card, source and kernel.
+type Key = (i32, &'static str, &'static str);
+
+fn loaded() -> MutexGuard<'static, Option<Loaded>> {
+    // Nothing panics between two changes that belong together.
+    LOADED.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The card of this number.
+///
+/// # Errors
+/// What the driver reports.
+pub fn card(ordinal: i32) -> Result<Card, String> {
+    card_of(loaded().get_or_insert_default(), ordinal)
+}
+
+fn card_of(loaded: &mut Loaded, ordinal: i32) -> Result<Card, String> {
+    const MULTIPROCESSOR_COUNT: i32 = 16;
+    const CAPABILITY: [i32; 2] = [75, 76];
+    if let Some(card) = loaded.cards.get(&ordinal) {
+        return Ok(*card);
+    }
+    let driver = driver()?;
+    let (mut device, mut context) = (0, ptr::null_mut());
+    // SAFETY: writes a number.
+    driver.check(unsafe { (driver.device)(&raw mut device, ordinal) }, "cuDeviceGet")?;
+    let attribute = |attribute: i32| {
+        let mut value = 0;
+        // SAFETY: writes a number.
+        let code = unsafe { (driver.attribute)(&raw mut value, attribute, device) };
+        driver.check(code, "cuDeviceGetAttribute").map(|()| value)
+    };
+    let capability = (attribute(CAPABILITY[0])?, attribute(CAPABILITY[1])?);
+    let multiprocessors = attribute(MULTIPROCESSOR_COUNT)?.max(1) as u32;
+    // SAFETY: writes a handle. It is never released: the process holds it as long as torch may.
+    let code = unsafe { (driver.retain_context)(&raw mut context, device) };
+    driver.check(code, "cuDevicePrimaryCtxRetain")?;
+    let card = Card { context: context as usize, capability, multiprocessors };
+    loaded.cards.insert(ordinal, card);
+    Ok(card)
+}
+
+/// Makes a card's context current on this thread while it lives. torch reads the current card off the
+/// context, so that the one before comes back.
+#[derive(Debug)]
+pub struct Current {
+    driver: &'static Driver,
+    before: Option<Handle>,
+}
+
+impl Current {
+    /// # Errors
+    /// What the driver reports.
+    pub fn new(driver: &'static Driver, card: &Card) -> Result<Self, String> {
+        let mut before = ptr::null_mut();
+        // SAFETY: writes a handle.
+        driver.check(unsafe { (driver.get_context)(&raw mut before) }, "cuCtxGetCurrent")?;
+        let wanted = card.context as Handle;
+        if before == wanted {
+            return Ok(Self { driver, before: None });
+        }
+        // SAFETY: a context that is retained for good.
+        driver.check(unsafe { (driver.set_context)(wanted) }, "cuCtxSetCurrent")?;
+        Ok(Self { driver, before: Some(before) })
+    }
+}
+
+impl Drop for Current {
+    fn drop(&mut self) {
+        if let Some(before) = self.before {
+            // SAFETY: the context that was current, or null for none.
+            unsafe { (self.driver.set_context)(before) };
+        }
+    }
+}
+
+/// A kernel on a card, whose context is current; compiled and loaded on its first use.
+///
+/// # Errors
+/// What the compiler or the driver reports.
+pub fn function(ordinal: i32, source: &'static Source, kernel: &'static str) -> Result<Handle, String> {
+    let key = (ordinal, source.name, kernel);
+    let known = FUNCTIONS.read().unwrap_or_else(PoisonError::into_inner);
+    if let Some(&function) = known.as_ref().and_then(|known| known.get(&key)) {
+        return Ok(function as Handle);
+    }
+    drop(known);
+    let mut loaded = loaded();
+    let module = module_of(loaded.get_or_insert_default(), ordinal, source)?;
+    let name = CString::new(kernel).map_err(|error| error.to_string())?;
+    let (driver, mut function) = (driver()?, ptr::null_mut());
+    // SAFETY: a module that stays loaded, and a string.
+    let code = unsafe { (driver.get_function)(&raw mut function, module as Handle, name.as_ptr()) };
+    driver.check(code, "cuModuleGetFunction")?;
+    let mut known = FUNCTIONS.write().unwrap_or_else(PoisonError::into_inner);
+    known.get_or_insert_default().insert(key, function as usize);
+    Ok(function)
+}
+
+fn module_of(loaded: &mut Loaded, ordinal: i32, source: &'static Source) -> Result<usize, String> {
+    if let Some(&module) = loaded.modules.get(&(ordinal, source.name)) {
+        return Ok(module);
+    }
+    let card = card_of(loaded, ordinal)?;
+    let cubin = cubin(source, &format!("sm_{}{}", card.capability.0, card.capability.1))?;
+    let (driver, mut module) = (driver()?, ptr::null_mut());
+    // SAFETY: a whole cubin, which the driver copies.
+    let code = unsafe { (driver.load_module)(&raw mut module, cubin.as_ptr().cast()) };
+    driver.check(code, "cuModuleLoadData")?;
+    loaded.modules.insert((ordinal, source.name), module as usize);
+    Ok(module as usize)
+}
+
+/// The binary of a source for an architecture, from the cache on disk where it is there.
+fn cubin(source: &Source, architecture: &str) -> Result<Vec<u8>, String> {
+    let nvrtc = nvrtc()?;
+    let versions = format!("{:?} {}", nvrtc.release(), driver()?.release());
+    let parts = [source.text, COMMON, &OPTIONS.join(" "), architecture, &versions];
+    let key = digest(parts.map(str::as_bytes));
+    let name = format!("{}-{architecture}", source.name);
+    let make = || nvrtc.compile(source, architecture, &[]).map(|compiled| compiled.cubin);
+    Cache::of_environment().get_or_make(&name, key, make)
+}

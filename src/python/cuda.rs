@@ -1,0 +1,43 @@
+//! The kernels of cards, for their checks on a machine without one.
+
+use std::collections::HashMap;
+
+use pyo3::prelude::*;
+
+use super::error::detached;
+use crate::cuda::{self, kernels, nvrtc::nvrtc};
+use crate::error::Error;
+
+/// Names of the sources of kernels.
+#[pyfunction]
+fn kernel_sources() -> Vec<&'static str> {
+    kernels::ALL.iter().map(|source| source.name).collect()
+}
+
+/// Compiles a source for an architecture such as `sm_90`, and returns the binary and the compiler's
+/// report of every kernel. The cache on disk is left alone.
+#[pyfunction]
+fn compile_kernels(py: Python<'_>, source: &str, architecture: &str) -> PyResult<(Vec<u8>, String)> {
+    let known: HashMap<_, _> = kernels::ALL.iter().map(|source| (source.name, *source)).collect();
+    let compiled = detached(py, || {
+        let failed = |message| Error::Cuda { kernel: String::new(), launch: String::new(), message };
+        let Some(code) = known.get(source) else {
+            return Err(failed(format!("there is no source of kernels {source:?}")));
+        };
+        nvrtc().and_then(|nvrtc| nvrtc.compile(code, architecture, &["--ptxas-options=-v"])).map_err(failed)
+    })?;
+    Ok((compiled.cubin, compiled.log))
+}
+
+/// Lets CPU tensors take the path of cards, through the driver that `ODDSMITH_CUDA_DRIVER` names.
+#[pyfunction]
+fn emulate_cuda(on: bool) {
+    cuda::emulate(on);
+}
+
+/// Adds the functions to the module.
+pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add_function(wrap_pyfunction!(kernel_sources, module)?)?;
+    module.add_function(wrap_pyfunction!(compile_kernels, module)?)?;
+    module.add_function(wrap_pyfunction!(emulate_cuda, module)?)
+}

@@ -1,0 +1,88 @@
+//! Which card a tensor is on, and tensors as arguments of kernels.
+
+use tch::{Device, Kind, Tensor};
+
+use super::head::dtype_name;
+use crate::cuda::{self, Arg};
+use crate::error::{Error, Result};
+
+/// The card that kernels for this tensor run on, and the stream that is current there on this thread;
+/// `None` if it is on none. While a card is emulated, tensors on the CPU are on it.
+///
+/// # Errors
+/// A stream that libtorch does not give.
+pub fn device(tensor: &Tensor) -> Result<Option<cuda::Device>> {
+    match tensor.device() {
+        Device::Cuda(index) if cuda::is_available() => {
+            let ordinal = i32::try_from(index).map_err(|error| Error::Internal(error.to_string()))?;
+            Ok(Some(cuda::Device { ordinal, stream: current_stream(ordinal)? }))
+        }
+        Device::Cpu if cuda::is_emulated() => Ok(Some(cuda::Device { ordinal: 0, stream: 0 })),
+        _ => Ok(None),
+    }
+}
+
+#[cfg(target_os = "linux")]
+fn current_stream(ordinal: i32) -> Result<u64> {
+    #[allow(unsafe_code)] // the C++ side
+    unsafe extern "C" {
+        fn oddsmith_current_stream(device: i8, stream: *mut u64) -> bool;
+    }
+    let mut stream = 0;
+    // SAFETY: writes a number.
+    #[allow(unsafe_code)]
+    let there = unsafe { oddsmith_current_stream(ordinal as i8, &raw mut stream) };
+    there.then_some(stream).ok_or_else(|| Error::Torch(format!("no current stream of cuda:{ordinal}")))
+}
+
+#[cfg(not(target_os = "linux"))]
+fn current_stream(ordinal: i32) -> Result<u64> {
+    Err(Error::Torch(format!("no current stream of cuda:{ordinal} on this system")))
+}
+
+/// The first element of a contiguous tensor, for a kernel that takes it as this dtype.
+///
+/// # Errors
+/// If the tensor is strided or of another dtype: a mistake of the caller.
+pub fn pointer(tensor: &Tensor, kind: Kind) -> Result<Arg> {
+    if !tensor.is_contiguous() || tensor.f_kind()? != kind {
+        return Err(Error::Internal(format!("a pointer to {} on a tensor {tensor:?}", dtype_name(kind))));
+    }
+    Ok(Arg::ptr(tensor.data_ptr() as u64))
+}
+
+/// The kernel of a dtype, of those for `float32`, `bfloat16` and `float16`.
+#[must_use]
+pub fn named(kind: Kind, [f32, bf16, f16]: [&'static str; 3]) -> &'static str {
+    match kind {
+        Kind::BFloat16 => bf16,
+        Kind::Half => f16,
+        _ => f32,
+    }
+}
+
+/// As many blocks as `items` ask for, `each` of them a block.
+///
+/// # Errors
+/// If a card does not count that far: for tensors larger than the memory of any.
+pub fn grid(items: i64, each: i64) -> Result<[u32; 3]> {
+    let blocks = (items as u64).div_ceil(each as u64);
+    let blocks =
+        i32::try_from(blocks).map_err(|error| Error::Internal(format!("{blocks} blocks: {error}")))?;
+    Ok([blocks as u32, 1, 1])
+}
+
+/// Checks that arguments are where the first is, whose memory the kernel reaches.
+///
+/// # Errors
+/// The first argument that is elsewhere, by name.
+pub fn check_devices(op: &'static str, first: &Tensor, others: &[(&'static str, &Tensor)]) -> Result<()> {
+    let device = first.device();
+    for (argument, tensor) in others {
+        if tensor.device() != device {
+            let (expected, got) = (format!("on {device:?}"), format!("on {:?}", tensor.device()));
+            return Err(Error::Value { op, argument, expected, got });
+        }
+    }
+    Ok(())
+}

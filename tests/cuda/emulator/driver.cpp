@@ -1,0 +1,374 @@
+// The part of the CUDA driver API that src/cuda uses, on the host: one device, kernels that run while
+// they are launched. The names, numbers and order of arguments are those of cuda.h.
+//
+// The `emulator_*` functions at the end are for tests.
+#include <cstring>
+#include <deque>
+#include <exception>
+#include <mutex>
+
+#include "block.h"
+#include "registry.h"
+
+namespace {
+
+using emulator::Dim;
+using emulator::Kernel;
+
+enum Result {
+    SUCCESS = 0,
+    INVALID_VALUE = 1,
+    NOT_INITIALIZED = 3,
+    INVALID_IMAGE = 200,
+    INVALID_CONTEXT = 201,
+    NOT_FOUND = 500,
+    LAUNCH_FAILED = 719,
+};
+
+struct Module {
+    std::string image;  // the names in it, where it is a cubin
+    bool is_elf;
+};
+
+struct Function {
+    const Kernel* kernel;
+    int dynamic_shared = 48 << 10;
+};
+
+struct Launch {
+    std::string kernel;
+    unsigned grid[3], block[3], shared;
+    void* stream;
+    void* context;
+};
+
+std::recursive_mutex mutex;
+bool initialised = false;
+int context_of_device;  // its address is the primary context
+thread_local void* current = nullptr;
+std::deque<Function> functions;
+std::deque<Launch> launches;
+long launches_until_failure = 0;
+bool reverse_order = false;
+// Why the last call failed; LAUNCH_FAILED's description.
+std::string message;
+
+// CUdevice_attribute
+std::map<int, int> attributes = {
+    {1, 1024},               // threads of a block
+    {2, 1024}, {3, 1024}, {4, 64},
+    {5, 2147483647}, {6, 65535}, {7, 65535},
+    {8, 48 << 10},           // shared memory of a block without asking for more
+    {10, 32},                // lanes of a warp
+    {12, 65536},             // registers of a block
+    {16, 132},               // multiprocessors
+    {38, 50 << 20},          // bytes of L2
+    {39, 2048},              // threads of a multiprocessor
+    {75, 9}, {76, 0},        // compute capability
+    {81, 228 << 10},         // shared memory of a multiprocessor
+    {97, emulator::MAX_SHARED},
+};
+
+int fail(Result result, const std::string& why) {
+    message = why;
+    return result;
+}
+
+/// The section names of a cubin (a 64-bit ELF file): a kernel's code is in `.text.<kernel>`.
+std::string section_names(const char* image) {
+    std::uint64_t table, names_offset, names_size;
+    std::uint16_t entry_size, names_index;
+    std::memcpy(&table, image + 0x28, 8);
+    std::memcpy(&entry_size, image + 0x3a, 2);
+    std::memcpy(&names_index, image + 0x3e, 2);
+    const char* entry = image + table + std::size_t(entry_size) * names_index;
+    std::memcpy(&names_offset, entry + 0x18, 8);
+    std::memcpy(&names_size, entry + 0x20, 8);
+    return std::string(image + names_offset, names_size);
+}
+
+std::string check(const Function& function, Dim grid, Dim block, unsigned shared) {
+    const std::uint64_t threads = std::uint64_t(block.x) * block.y * block.z;
+    if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 2147483647u || grid.y > 65535 || grid.z > 65535) {
+        return "grid out of range";
+    }
+    if (threads == 0 || threads > function.kernel->max_threads || block.z > 64) {
+        return std::to_string(threads) + " threads a block, of at most "
+            + std::to_string(function.kernel->max_threads);
+    }
+    if (shared > unsigned(function.dynamic_shared)) {
+        return std::to_string(shared) + " bytes of dynamic shared memory, of "
+            + std::to_string(function.dynamic_shared) + " allowed";
+    }
+    return "";
+}
+
+}  // namespace
+
+extern "C" {
+
+#define EXPORT __attribute__((visibility("default")))
+#define READY \
+    std::lock_guard<std::recursive_mutex> lock(mutex); \
+    if (!initialised) return fail(NOT_INITIALIZED, std::string(__func__) + " before cuInit")
+#define REQUIRE(condition) \
+    if (!(condition)) return fail(INVALID_VALUE, std::string(__func__) + ": not " #condition)
+
+EXPORT int cuInit(unsigned flags) {
+    std::lock_guard<std::recursive_mutex> lock(mutex);
+    REQUIRE(flags == 0);
+    initialised = true;
+    return SUCCESS;
+}
+
+EXPORT int cuDriverGetVersion(int* version) {
+    REQUIRE(version);
+    *version = 13000;
+    return SUCCESS;
+}
+
+EXPORT int cuDeviceGetCount(int* count) {
+    READY;
+    REQUIRE(count);
+    *count = 1;
+    return SUCCESS;
+}
+
+EXPORT int cuDeviceGet(int* device, int ordinal) {
+    READY;
+    REQUIRE(device && ordinal == 0);
+    *device = 0;
+    return SUCCESS;
+}
+
+EXPORT int cuDeviceGetAttribute(int* value, int attribute, int device) {
+    READY;
+    REQUIRE(value && device == 0);
+    const auto found = attributes.find(attribute);
+    if (found == attributes.end()) {
+        return fail(INVALID_VALUE, "the emulator does not know attribute " + std::to_string(attribute));
+    }
+    *value = found->second;
+    return SUCCESS;
+}
+
+EXPORT int cuDevicePrimaryCtxRetain(void** context, int device) {
+    READY;
+    REQUIRE(context && device == 0);
+    *context = &context_of_device;
+    return SUCCESS;
+}
+
+EXPORT int cuDevicePrimaryCtxRelease_v2(int device) {
+    READY;
+    REQUIRE(device == 0);
+    return SUCCESS;
+}
+
+EXPORT int cuCtxGetCurrent(void** context) {
+    READY;
+    REQUIRE(context);
+    *context = current;
+    return SUCCESS;
+}
+
+EXPORT int cuCtxSetCurrent(void* context) {
+    READY;
+    REQUIRE(context == nullptr || context == &context_of_device);
+    current = context;
+    return SUCCESS;
+}
+
+EXPORT int cuCtxSynchronize() {
+    READY;
+    return current ? SUCCESS : fail(INVALID_CONTEXT, "no current context");
+}
+
+EXPORT int cuModuleLoadData(void** module, const void* image) {
+    READY;
+    REQUIRE(module && image);
+    if (!current) return fail(INVALID_CONTEXT, "cuModuleLoadData without a current context");
+    const bool is_elf = !std::memcmp(image, "\177ELF\2", 5);
+    *module = new Module{is_elf ? section_names(static_cast<const char*>(image)) : "", is_elf};
+    return SUCCESS;
+}
+
+EXPORT int cuModuleUnload(void* module) {
+    READY;
+    REQUIRE(module);
+    delete static_cast<Module*>(module);
+    return SUCCESS;
+}
+
+EXPORT int cuModuleGetFunction(void** function, void* module, const char* name) {
+    READY;
+    REQUIRE(function && module && name);
+    const auto& loaded = *static_cast<Module*>(module);
+    const std::string section = std::string(".text.") + name + '\0';
+    if (loaded.is_elf && loaded.image.find(section) == std::string::npos) {
+        return fail(NOT_FOUND, std::string(name) + " is not in the module");
+    }
+    const auto found = emulator::registry().find(name);
+    if (found == emulator::registry().end()) {
+        return fail(NOT_FOUND, std::string(name) + " is not among the emulated kernels");
+    }
+    functions.push_back(Function{&found->second});
+    *function = &functions.back();
+    return SUCCESS;
+}
+
+EXPORT int cuFuncSetAttribute(void* function, int attribute, int value) {
+    READY;
+    REQUIRE(function);
+    REQUIRE(attribute == 8 || attribute == 9);  // dynamic shared memory; carve-out
+    if (attribute == 8) {
+        REQUIRE(value >= 0 && value <= int(emulator::MAX_SHARED));
+        static_cast<Function*>(function)->dynamic_shared = value;
+    }
+    return SUCCESS;
+}
+
+EXPORT int cuFuncGetAttribute(int* value, int attribute, void* function) {
+    READY;
+    REQUIRE(value && function);
+    const auto& asked = *static_cast<Function*>(function);
+    switch (attribute) {
+        case 0: *value = int(asked.kernel->max_threads); return SUCCESS;
+        case 1: case 2: case 3: *value = 0; return SUCCESS;  // shared, constant, local bytes
+        case 4: *value = 32; return SUCCESS;                 // registers
+        case 8: *value = asked.dynamic_shared; return SUCCESS;
+        default: return fail(INVALID_VALUE, "function attribute " + std::to_string(attribute));
+    }
+}
+
+EXPORT int cuFuncGetParamInfo(void* function, std::size_t index, std::size_t* offset, std::size_t* size) {
+    READY;
+    REQUIRE(function && offset);
+    const auto& sizes = static_cast<Function*>(function)->kernel->sizes;
+    if (index >= sizes.size()) return fail(INVALID_VALUE, "no such parameter");
+    std::size_t end = 0;
+    for (std::size_t i = 0; i <= index; ++i) {
+        *offset = (end + sizes[i] - 1) / sizes[i] * sizes[i];  // scalars and pointers
+        end = *offset + sizes[i];
+    }
+    if (size) *size = sizes[index];
+    return SUCCESS;
+}
+
+EXPORT int cuOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void* function, int threads, std::size_t) {
+    READY;
+    REQUIRE(blocks && function && threads > 0);
+    *blocks = 2048 / threads;
+    return SUCCESS;
+}
+
+EXPORT int cuStreamIsCapturing(void*, int* status) {
+    READY;
+    REQUIRE(status);
+    *status = 0;
+    return SUCCESS;
+}
+
+EXPORT int cuStreamSynchronize(void*) {
+    READY;
+    return SUCCESS;
+}
+
+EXPORT int cuLaunchKernel(void* function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
+    unsigned block_y, unsigned block_z, unsigned shared, void* stream, void** parameters, void** extra) {
+    const Dim grid{grid_x, grid_y, grid_z}, block{block_x, block_y, block_z};
+    bool reverse;
+    {
+        READY;
+        REQUIRE(function && !extra);
+        if (!current) return fail(INVALID_CONTEXT, "cuLaunchKernel without a current context");
+        const auto& launched = *static_cast<Function*>(function);
+        REQUIRE(parameters || launched.kernel->sizes.empty());
+        const std::string wrong = check(launched, grid, block, shared);
+        if (!wrong.empty()) return fail(INVALID_VALUE, launched.kernel->name + ": " + wrong);
+        launches.push_back(Launch{launched.kernel->name, {grid_x, grid_y, grid_z}, {block_x, block_y, block_z},
+            shared, stream, current});
+        if (launches_until_failure > 0 && --launches_until_failure == 0) {
+            return fail(LAUNCH_FAILED, launched.kernel->name + ": failed on request");
+        }
+        reverse = reverse_order;
+    }
+    const Kernel& kernel = *static_cast<Function*>(function)->kernel;
+    try {
+        emulator::run(kernel.call, parameters, grid, block, shared, reverse);
+    } catch (const std::exception& fault) {
+        std::lock_guard<std::recursive_mutex> lock(mutex);
+        return fail(LAUNCH_FAILED, kernel.name + ": " + fault.what());
+    }
+    return SUCCESS;
+}
+
+EXPORT int cuGetErrorName(int error, const char** name) {
+    switch (error) {
+        case SUCCESS: *name = "CUDA_SUCCESS"; return SUCCESS;
+        case INVALID_VALUE: *name = "CUDA_ERROR_INVALID_VALUE"; return SUCCESS;
+        case NOT_INITIALIZED: *name = "CUDA_ERROR_NOT_INITIALIZED"; return SUCCESS;
+        case INVALID_IMAGE: *name = "CUDA_ERROR_INVALID_IMAGE"; return SUCCESS;
+        case INVALID_CONTEXT: *name = "CUDA_ERROR_INVALID_CONTEXT"; return SUCCESS;
+        case NOT_FOUND: *name = "CUDA_ERROR_NOT_FOUND"; return SUCCESS;
+        case LAUNCH_FAILED: *name = "CUDA_ERROR_LAUNCH_FAILED"; return SUCCESS;
+        default: *name = nullptr; return INVALID_VALUE;
+    }
+}
+
+/// The reason, where a driver has a sentence for the number only: what was wrong is then in the
+/// exception that a test sees.
+EXPORT int cuGetErrorString(int error, const char** text) {
+    thread_local std::string kept;
+    std::lock_guard<std::recursive_mutex> lock(mutex);
+    kept = error == SUCCESS ? "no error" : message;
+    *text = kept.c_str();
+    return SUCCESS;
+}
+
+// ---- for tests ----
+
+EXPORT long emulator_launches() {
+    std::lock_guard<std::recursive_mutex> lock(mutex);
+    return long(launches.size());
+}
+
+/// Kernel name, sizes[7] (grid, block, shared bytes) and stream of launch `index`.
+EXPORT const char* emulator_launch(long index, unsigned* sizes, void** stream) {
+    std::lock_guard<std::recursive_mutex> lock(mutex);
+    if (index < 0 || index >= long(launches.size())) return nullptr;
+    const Launch& launch = launches[index];
+    std::memcpy(sizes, launch.grid, sizeof launch.grid);
+    std::memcpy(sizes + 3, launch.block, sizeof launch.block);
+    sizes[6] = launch.shared;
+    *stream = launch.stream;
+    return launch.kernel.c_str();
+}
+
+/// Forgets the launches, the failure that was asked for, and the order.
+EXPORT void emulator_reset() {
+    std::lock_guard<std::recursive_mutex> lock(mutex);
+    launches.clear();
+    launches_until_failure = 0;
+    reverse_order = false;
+}
+
+/// The `count`-th launch from now fails, with CUDA_ERROR_LAUNCH_FAILED and nothing run. 0: none does.
+EXPORT void emulator_fail(long count) {
+    std::lock_guard<std::recursive_mutex> lock(mutex);
+    launches_until_failure = count;
+}
+
+/// Threads and blocks in descending order from now on, or ascending.
+EXPORT void emulator_reverse(int reverse) {
+    std::lock_guard<std::recursive_mutex> lock(mutex);
+    reverse_order = reverse != 0;
+}
+
+/// Sets a CUdevice_attribute, such as 75 and 76, the compute capability.
+EXPORT void emulator_set_attribute(int attribute, int value) {
+    std::lock_guard<std::recursive_mutex> lock(mutex);
+    attributes[attribute] = value;
+}
+
+}  // extern "C"
