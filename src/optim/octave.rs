@@ -59,8 +59,9 @@ fn code(y: f32) -> f32 {
     let octave = (y.to_bits() >> 23).wrapping_sub(127);
     let third = octave.wrapping_mul(171) >> 9;
     let power = f32::from_bits((third.wrapping_add(127)) << 23);
-    let inverse_square = f32::from_bits(127u32.wrapping_sub(2 * third) << 23);
-    let linear = y.mul_add(inverse_square, 6.0 * power) * (1.0 / 7.0);
+    // y / power^2, by its exponent. The first term has no rounding: 6 power more is rounded once.
+    let scaled = f32::from_bits(y.to_bits().wrapping_sub(third << 24));
+    let linear = power.mul_add(6.0, scaled) * (1.0 / 7.0);
     // From 1 on this is below y; between the values 0 and 1 the code is y itself.
     if linear < y { linear } else { y }
 }
