@@ -3,7 +3,7 @@
 //! Where it says fused multiply-add it is one on every processor, and elsewhere every operation rounds by
 //! itself, so that all vector code and the CUDA kernel have the same bits.
 
-use crate::quant::level::Level;
+use crate::quant::level::on_levels;
 use crate::quant::storage::{Dtype, Storage};
 
 /// Elements of a block: 8-bit moments share a scale, and the passes work on one at a time.
@@ -67,27 +67,24 @@ pub(super) struct Update {
 /// drawn depends on seed and place alone, so that a run can be repeated.
 #[inline(always)]
 pub(super) fn store<T: Storage>(wide: &[f32; BLOCK], seed: Option<u32>, first: u64, values: &mut [T]) {
-    match (seed, T::DTYPE) {
-        (Some(seed), Dtype::Bf16) => {
-            let start = (first as u32) ^ ((first >> 32) as u32).wrapping_mul(0x9e37_79b9);
-            for (i, (value, wide)) in values.iter_mut().zip(wide).enumerate() {
-                *value = T::narrow_one(nudged(*wide, noise(start.wrapping_add(i as u32), seed)));
-            }
+    if let (Some(seed), Dtype::Bf16) = (seed, T::DTYPE) {
+        let start = (first as u32) ^ ((first >> 32) as u32).wrapping_mul(0x9e37_79b9);
+        for (i, (value, wide)) in values.iter_mut().zip(wide).enumerate() {
+            *value = T::narrow_one(nudged(*wide, noise(start.wrapping_add(i as u32), seed)));
         }
-        _ => {
-            let whole = values.len() / 16 * 16;
-            for (values, wide) in values.chunks_exact_mut(16).zip(wide.chunks_exact(16)) {
-                let wide: &[f32; 16] = wide.try_into().unwrap_or(&[0.0; 16]);
-                values.copy_from_slice(&T::narrow(wide));
-            }
-            for (value, wide) in values[whole..].iter_mut().zip(&wide[whole..]) {
-                *value = T::narrow_one(*wide);
-            }
-        }
+        return;
+    }
+    let (groups, rest) = values.as_chunks_mut::<16>();
+    let (wide_groups, _) = wide.as_chunks::<16>();
+    for (values, wide) in groups.iter_mut().zip(wide_groups) {
+        *values = T::narrow(wide);
+    }
+    for (value, wide) in rest.iter_mut().zip(&wide[groups.len() * 16..]) {
+        *value = T::narrow_one(*wide);
     }
 }
 
-/// 16 even bits of a place (the finaliser of MurmurHash3).
+/// 16 even bits of a place (the finaliser of `MurmurHash3`).
 #[inline(always)]
 fn noise(place: u32, seed: u32) -> u32 {
     let mut bits = place ^ seed;
@@ -104,58 +101,20 @@ fn nudged(x: f32, noise: u32) -> f32 {
     f32::from_bits(x.to_bits().wrapping_add(noise & finite) & (0xffff_0000 | !finite))
 }
 
-/// One step of some elements with `f32` moments, `first` being the place of the first in its parameter.
-/// Returns how many had a gradient that is not finite.
-///
-/// # Panics
-/// If the slices are not equally long.
-pub fn update<P: Storage, G: Storage>(
-    level: Level,
-    rule: &Rule,
-    first: u64,
-    values: &mut [P],
-    grads: &[G],
-    m: &mut [f32],
-    v: &mut [f32],
-) -> u64 {
-    assert!(grads.len() == values.len() && m.len() == values.len() && v.len() == values.len());
-    match level {
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: a level is only ever one that this machine has.
-        #[allow(unsafe_code)]
-        Level::Avx512 => unsafe { update_avx512(rule, first, values, grads, m, v) },
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: as above.
-        #[allow(unsafe_code)]
-        Level::Avx2 => unsafe { update_avx2(rule, first, values, grads, m, v) },
-        _ => blocks(rule, first, values, grads, m, v),
-    }
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-fn update_avx512<P: Storage, G: Storage>(
-    rule: &Rule,
-    first: u64,
-    values: &mut [P],
-    grads: &[G],
-    m: &mut [f32],
-    v: &mut [f32],
-) -> u64 {
-    blocks(rule, first, values, grads, m, v)
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma,f16c")]
-fn update_avx2<P: Storage, G: Storage>(
-    rule: &Rule,
-    first: u64,
-    values: &mut [P],
-    grads: &[G],
-    m: &mut [f32],
-    v: &mut [f32],
-) -> u64 {
-    blocks(rule, first, values, grads, m, v)
+on_levels! {
+    /// One step of some elements with `f32` moments, `first` being the place of the first in its
+    /// parameter. Returns how many had a gradient that is not finite.
+    ///
+    /// # Panics
+    /// If the slices are not equally long.
+    pub fn update<P: Storage, G: Storage>(
+        rule: &Rule,
+        first: u64,
+        values: &mut [P],
+        grads: &[G],
+        m: &mut [f32],
+        v: &mut [f32],
+    ) -> u64 = blocks
 }
 
 #[inline(always)]
@@ -167,6 +126,7 @@ fn blocks<P: Storage, G: Storage>(
     m: &mut [f32],
     v: &mut [f32],
 ) -> u64 {
+    assert!(grads.len() == values.len() && m.len() == values.len() && v.len() == values.len());
     if let (Some(values), Some(grads)) = (P::as_f32_mut(values), G::as_f32(grads)) {
         return elements(rule, values, grads, m, v);
     }
@@ -200,6 +160,7 @@ pub(super) mod tests {
     use half::bf16;
 
     use super::*;
+    use crate::quant::level::Level;
 
     /// The rule of step `t` with values of its own everywhere.
     pub fn rule(t: i32) -> Rule {

@@ -7,7 +7,7 @@ use super::adamw::{BLOCK, Rule, element, store};
 use super::octave::{
     SIGNED_ZERO, root_code, root_inverse, root_value, signed_code, signed_inverse, signed_value,
 };
-use crate::quant::level::Level;
+use crate::quant::level::on_levels;
 use crate::quant::storage::Storage;
 
 /// Codes and scales of some blocks.
@@ -35,55 +35,19 @@ impl Codes<'_> {
     }
 }
 
-/// One step of some whole blocks, the last of which may be partial; `first` is the place of the first
-/// element in its parameter. Returns how many elements had a gradient that is not finite.
-///
-/// # Panics
-/// If the lengths do not fit.
-pub fn update<P: Storage, G: Storage>(
-    level: Level,
-    rule: &Rule,
-    first: u64,
-    values: &mut [P],
-    grads: &[G],
-    codes: Codes<'_>,
-) -> u64 {
-    assert!(grads.len() == values.len() && codes.fits(values.len()));
-    match level {
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: a level is only ever one that this machine has.
-        #[allow(unsafe_code)]
-        Level::Avx512 => unsafe { update_avx512(rule, first, values, grads, codes) },
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: as above.
-        #[allow(unsafe_code)]
-        Level::Avx2 => unsafe { update_avx2(rule, first, values, grads, codes) },
-        _ => blocks(rule, first, values, grads, codes),
-    }
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-fn update_avx512<P: Storage, G: Storage>(
-    rule: &Rule,
-    first: u64,
-    values: &mut [P],
-    grads: &[G],
-    codes: Codes<'_>,
-) -> u64 {
-    blocks(rule, first, values, grads, codes)
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma,f16c")]
-fn update_avx2<P: Storage, G: Storage>(
-    rule: &Rule,
-    first: u64,
-    values: &mut [P],
-    grads: &[G],
-    codes: Codes<'_>,
-) -> u64 {
-    blocks(rule, first, values, grads, codes)
+on_levels! {
+    /// One step of some whole blocks, the last of which may be partial; `first` is the place of the first
+    /// element in its parameter. Returns how many elements had a gradient that is not finite.
+    ///
+    /// # Panics
+    /// If the lengths do not fit.
+    pub fn update<P: Storage, G: Storage>(
+        rule: &Rule,
+        first: u64,
+        values: &mut [P],
+        grads: &[G],
+        codes: Codes<'_>,
+    ) -> u64 = blocks
 }
 
 #[inline(always)]
@@ -94,6 +58,7 @@ fn blocks<P: Storage, G: Storage>(
     grads: &[G],
     codes: Codes<'_>,
 ) -> u64 {
+    assert!(grads.len() == values.len() && codes.fits(values.len()));
     let (values, end_values) = values.as_chunks_mut::<BLOCK>();
     let (grads, end_grads) = grads.as_chunks::<BLOCK>();
     let (m, end_m) = codes.m.as_chunks_mut::<BLOCK>();
@@ -158,31 +123,29 @@ fn block(
     fresh: &mut Fresh,
 ) -> u64 {
     let (m_scale, root_scale) = (*m_absmax, v_absmax.sqrt());
-    for i in 0..BLOCK {
-        fresh.m[i] = signed_value(m[i]) * m_scale;
+    for (wide, &code) in fresh.m.iter_mut().zip(m.iter()) {
+        *wide = signed_value(code) * m_scale;
     }
-    for i in 0..BLOCK {
-        fresh.roots[i] = root_value(v[i]) * root_scale;
+    for (wide, &code) in fresh.roots.iter_mut().zip(v.iter()) {
+        *wide = root_value(code) * root_scale;
     }
     // Magnitudes compare as their bits do, and the maximum of integers has no order to keep.
     let (mut m_top, mut v_top, mut bad) = (0, 0, 0);
-    for i in 0..BLOCK {
-        let root = fresh.roots[i];
-        let after = element(rule, values[i], grads[i], fresh.m[i], root * root);
-        values[i] = after.value;
-        fresh.m[i] = after.m;
-        fresh.roots[i] = after.root;
+    let moments = fresh.m.iter_mut().zip(&mut fresh.roots);
+    for ((value, &grad), (m, root)) in values.iter_mut().zip(grads).zip(moments) {
+        let after = element(rule, *value, grad, *m, *root * *root);
+        (*value, *m, *root) = (after.value, after.m, after.root);
         m_top = m_top.max(after.m.to_bits() & 0x7fff_ffff);
         v_top = v_top.max(after.v.to_bits());
         bad += after.bad;
     }
     (*m_absmax, *v_absmax) = (f32::from_bits(m_top), f32::from_bits(v_top));
     let (m_inverse, root_inverse) = (signed_inverse(*m_absmax), root_inverse(v_absmax.sqrt()));
-    for i in 0..BLOCK {
-        m[i] = signed_code(fresh.m[i], m_inverse);
+    for (code, &wide) in m.iter_mut().zip(&fresh.m) {
+        *code = signed_code(wide, m_inverse);
     }
-    for i in 0..BLOCK {
-        v[i] = root_code(fresh.roots[i], root_inverse);
+    for (code, &wide) in v.iter_mut().zip(&fresh.roots) {
+        *code = root_code(wide, root_inverse);
     }
     u64::from(bad)
 }
@@ -194,6 +157,7 @@ mod tests {
     use super::super::adamw::tests::{rule, wave};
     use super::*;
     use crate::optim::adamw;
+    use crate::quant::level::Level;
 
     struct Moments {
         m: Vec<u8>,

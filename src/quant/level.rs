@@ -11,6 +11,39 @@ pub enum Level {
     Baseline,
 }
 
+/// Defines a function from its body, an `#[inline(always)]` one, compiled for every level; the level comes
+/// first among the arguments.
+macro_rules! on_levels {
+    (
+        $(#[$doc:meta])*
+        $vis:vis fn $name:ident<$($generic:ident: $bound:ident),*>($($arg:ident: $ty:ty),* $(,)?) -> $ret:ty
+            = $body:ident
+    ) => {
+        $(#[$doc])*
+        $vis fn $name<$($generic: $bound),*>(level: $crate::quant::level::Level, $($arg: $ty),*) -> $ret {
+            use $crate::quant::level::Level;
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+            fn avx512<$($generic: $bound),*>($($arg: $ty),*) -> $ret { $body($($arg),*) }
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx2,fma,f16c")]
+            fn avx2<$($generic: $bound),*>($($arg: $ty),*) -> $ret { $body($($arg),*) }
+            match level {
+                #[cfg(target_arch = "x86_64")]
+                // SAFETY: a level is only ever one that this machine has.
+                #[allow(unsafe_code)]
+                Level::Avx512 => unsafe { avx512($($arg),*) },
+                #[cfg(target_arch = "x86_64")]
+                // SAFETY: as above.
+                #[allow(unsafe_code)]
+                Level::Avx2 => unsafe { avx2($($arg),*) },
+                _ => $body($($arg),*),
+            }
+        }
+    };
+}
+pub(crate) use on_levels;
+
 impl Level {
     /// The best that this machine has; no better than `ATEN_CPU_CAPABILITY`, by which libtorch lets its
     /// own vector code be limited to `avx2` or `default`.
