@@ -334,7 +334,15 @@ class Recorder(TorchDispatchMode):
 
 
 # They read values or a size off the device.
-WAITS = {"_local_scalar_dense", "item", "nonzero", "masked_select", "equal", "is_nonzero", "_to_copy"}
+WAITS = {
+    "_local_scalar_dense",
+    "item",
+    "nonzero",
+    "masked_select",
+    "equal",
+    "is_nonzero",
+    "_to_copy",
+}
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
@@ -390,6 +398,4 @@ def test_a_wrong_number_is_named_on_the_cpu(number, must):
 def test_the_right_number_changes_nothing(emulated_driver, emulated, scope, number):
     _core.emulate_cuda(emulated)
     hidden, weight, *rows = make_batch()
-    assert_equals_the_reference(
-        hidden, weight, rows, True, num_scored=number, nll_scope=scope
-    )
+    assert_equals_the_reference(hidden, weight, rows, True, num_scored=number, nll_scope=scope)
