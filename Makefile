@@ -50,6 +50,19 @@ slow: test-build ## The long parity runs (ODDSMITH_SHARED names the folder with 
 develop: ## Compile again after a change in src/
 	$(ACTIVATE) && maturin develop --release --skip-install
 
+.PHONY: gpu
+gpu: test-build ## The tests that need a card
+	$(ACTIVATE) && pytest -m gpu
+
+# Without libtorch's cache every tensor is an allocation of its own, whose end memcheck knows. What
+# takes memory away, captures graphs or tries thousands of shapes is left out, and so are the peers.
+SANITIZE = python -m pytest tests/gpu -m gpu -k "not random and not graph and not runs_out and not bitsandbytes and not trl"
+.PHONY: sanitize
+sanitize: test-build ## The same under compute-sanitizer: accesses out of bounds, races in shared memory
+	@command -v compute-sanitizer > /dev/null || { echo "sanitize: compute-sanitizer, of NVIDIA's toolkit, is not on PATH" >&2; exit 1; }
+	$(ACTIVATE) && export PYTORCH_NO_CUDA_MEMORY_CACHING=1 && for tool in memcheck racecheck; do \
+		compute-sanitizer --tool $$tool --error-exitcode 1 $(SANITIZE) || exit 1; done
+
 .PHONY: lint
 lint: test-build ## Formatting and lints, Rust and Python
 	cargo fmt --check
@@ -74,6 +87,11 @@ bench: $(BIN)/.tools ## Benchmarks beside TRL, Liger, bitsandbytes and galore-to
 	$(BIN)/python benches/bench_step.py --qlora
 	$(BIN)/python benches/bench_checkpoint.py
 	$(BIN)/python benches/bench_galore.py
+
+.PHONY: bench-gpu
+bench-gpu: $(BIN)/.tools ## Steps and kernels on a card, beside the same peers; 8 minutes
+	$(ACTIVATE) && pip install --no-build-isolation -e ".[bench]"
+	$(BIN)/python benches/gpu.py
 
 .PHONY: clean
 clean: ## Remove the environment and what Python has cached

@@ -3,6 +3,7 @@
 //! A file is written beside its place and renamed into it, so that processes that start at once each
 //! find a whole one or none. What does not read back as it was written is made anew.
 
+use std::ffi::OsString;
 use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -41,11 +42,7 @@ impl Cache {
     /// `~/.cache`.
     #[must_use]
     pub fn of_environment() -> Self {
-        let variable = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-        let shared = || variable("XDG_CACHE_HOME").or_else(|| Some(variable("HOME")?.join(".cache")));
-        let folder =
-            variable("ODDSMITH_CACHE_DIR").or_else(|| Some(shared()?.join("oddsmith").join("kernels")));
-        Self { folder, most: MOST }
+        Self { folder: folder(|name| std::env::var_os(name)), most: MOST }
     }
 
     /// What was stored under the key, else what `make` returns, which is stored. A folder that cannot
@@ -95,6 +92,12 @@ impl Cache {
         }
         Ok(())
     }
+}
+
+fn folder(variable: impl Fn(&str) -> Option<OsString>) -> Option<PathBuf> {
+    let set = |name| variable(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let shared = || set("XDG_CACHE_HOME").or_else(|| Some(set("HOME")?.join(".cache")));
+    set("ODDSMITH_CACHE_DIR").or_else(|| Some(shared()?.join("oddsmith").join("kernels")))
 }
 
 fn read(path: &Path, key: u128) -> Option<Vec<u8>> {
@@ -162,6 +165,21 @@ mod tests {
             [1u8, 0, 0, 0, 0, 0, 0, 0].into_iter().fold(0xd228_cb69_6f1a_8caf_7891_2b70_4e4a_8964, step);
         assert_eq!(digest([&b"a"[..]]), expected);
         assert_ne!(digest([&b"ab"[..], b"c"]), digest([&b"a"[..], b"bc"]));
+    }
+
+    #[test]
+    fn the_folder_is_where_caches_are() {
+        let among = |set: &[(&str, &str)]| {
+            let value =
+                |name: &str| set.iter().find(|(known, _)| *known == name).map(|(_, value)| value.into());
+            folder(value).map(|folder| folder.display().to_string())
+        };
+        let all = [("ODDSMITH_CACHE_DIR", "/k"), ("XDG_CACHE_HOME", "/x"), ("HOME", "/h")];
+        assert_eq!(among(&all).as_deref(), Some("/k"));
+        assert_eq!(among(&all[1..]).as_deref(), Some("/x/oddsmith/kernels"));
+        assert_eq!(among(&all[2..]).as_deref(), Some("/h/.cache/oddsmith/kernels"));
+        assert_eq!(among(&[("ODDSMITH_CACHE_DIR", ""), ("HOME", "/h")]), among(&all[2..]));
+        assert_eq!(among(&[]), None);
     }
 
     #[test]

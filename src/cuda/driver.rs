@@ -8,7 +8,7 @@ use std::sync::OnceLock;
 
 use libloading::Library;
 
-use super::library::library;
+use super::library::{library, reason};
 
 /// `CUcontext`, `CUmodule`, `CUfunction` or `CUstream`.
 pub type Handle = *mut c_void;
@@ -52,7 +52,7 @@ fn open() -> Result<Driver, String> {
     let path = std::env::var_os(VARIABLE).map_or_else(|| PathBuf::from(system), PathBuf::from);
     // SAFETY: NVIDIA's driver, or a stand-in that the user names; neither needs anything to be opened.
     let library = unsafe { Library::new(&path) };
-    let library = library.map_err(|error| format!("the CUDA driver cannot be opened: {error}"))?;
+    let library = library.map_err(|error| format!("the CUDA driver cannot be opened: {}", reason(&error)))?;
     let driver = Driver::load(library)?;
     // SAFETY: may be called any number of times.
     driver.check(unsafe { (driver.init)(0) }, "cuInit")?;

@@ -29,3 +29,8 @@ macro_rules! library {
 }
 
 pub(super) use library;
+
+/// What the system says of a library that does not open.
+pub fn reason(error: &libloading::Error) -> String {
+    std::error::Error::source(error).map_or_else(|| error.to_string(), ToString::to_string)
+}

@@ -9,7 +9,7 @@ use std::sync::OnceLock;
 use libloading::Library;
 
 use super::kernels::{COMMON, Source};
-use super::library::library;
+use super::library::{library, reason};
 
 type Program = *mut c_void;
 
@@ -52,7 +52,8 @@ pub fn nvrtc() -> Result<&'static Nvrtc, String> {
 fn open() -> Result<Library, String> {
     if let Some(path) = std::env::var_os("ODDSMITH_NVRTC") {
         let path = PathBuf::from(path);
-        return open_path(&path).map_err(|error| format!("ODDSMITH_NVRTC is {}: {error}", path.display()));
+        return open_path(&path)
+            .map_err(|error| format!("ODDSMITH_NVRTC is {}: {}", path.display(), reason(&error)));
     }
     find().ok_or_else(|| {
         "no libnvrtc.so.13 or .12: torch has loaded none, there is none in the nvidia wheels beside torch, and \

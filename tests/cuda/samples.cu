@@ -199,6 +199,22 @@ extern "C" __global__ void rounds_twice(float a, float b, float c, float* out) {
     out[2] = fmaf(a, b, c);
 }
 
+extern "C" __global__ void stores(int* at) {
+    if (threadIdx.x == 3) {
+        *at = 1;
+    }
+}
+
+__device__ __noinline__ int recurse(int depth) {
+    volatile char local[1000];
+    local[depth % 1000] = 1;
+    return depth == 0 ? 0 : recurse(depth - 1) + local[depth % 1000];
+}
+
+extern "C" __global__ void overflows(int* out) {
+    *out = recurse(1000);
+}
+
 extern "C" __global__ void deep(int* out) {
     volatile int local[4096];
     for (int i = 0; i < 4096; ++i) {

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from slices import DTYPES, same_bits, slices
 
 from oddsmith import _core
 from oddsmith.quant import dynamic_map
+from slices import DTYPES, same_bits, slices
 
 pytestmark = pytest.mark.usefixtures("emulated_driver")
 

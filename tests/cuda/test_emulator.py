@@ -1,6 +1,7 @@
 """The emulated driver: threads that wait for each other, what it refuses, what it records."""
 
 import ctypes
+import platform
 import struct
 import threading
 from ctypes import c_double, c_float, c_int, c_int64, c_uint8
@@ -118,6 +119,38 @@ def test_what_hangs_or_is_undefined_fails(driver, kernel, block, message):
     with pytest.raises(emulation.DriverError, match=f"LAUNCH_FAILED: {kernel}: block.*{message}"):
         driver.launch(kernel, *arguments, block=block)
     driver.launch("places", torch.zeros(32, dtype=INT))  # the next launch is not affected
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the fault ends the process there")
+def test_memory_that_is_not_there(driver):
+    with pytest.raises(
+        emulation.DriverError, match=r"thread \(3, 0, 0\): access out of bounds, at 0x8$"
+    ):
+        driver.launch("stores", ctypes.c_void_p(8))
+    out = torch.zeros(1, dtype=INT)
+    with pytest.raises(
+        emulation.DriverError, match=r"needs more than 131072 bytes of local memory"
+    ):
+        driver.launch("overflows", out, block=1)
+    driver.launch("stores", out)
+    assert out.item() == 1
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the fault ends the process there")
+def test_guarded_memory(driver):
+    with emulation.guarded_memory():
+        short = torch.empty(63 * 4, dtype=INT)
+        assert short.unique().tolist() == [-1]  # poison
+        driver.launch("places", short, block=63 * 4)
+        assert torch.equal(short, torch.arange(63 * 4, dtype=INT))
+        with pytest.raises(
+            emulation.DriverError, match=r"thread \(25\d, 0, 0\): access out of bounds"
+        ):
+            driver.launch("places", short, block=256)
+    with pytest.raises(AssertionError, match="behind a tensor"), emulation.guarded_memory():
+        unaligned = torch.empty(3, dtype=INT)
+        driver.launch("places", unaligned, block=4)  # the fourth is in the last 16 bytes
+        del unaligned
 
 
 def test_trap(driver):

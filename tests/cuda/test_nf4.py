@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from slices import DTYPES, same_bits, slices
 
 from oddsmith import _core
 from oddsmith.functional import dequantize_nf4, linear_nf4, quantize_nf4
+from slices import DTYPES, same_bits, slices
 
 pytestmark = pytest.mark.usefixtures("emulated_driver")
 

@@ -1,11 +1,17 @@
 // Runs the threads of a block as fibers: each until it waits, then what waits is let go together.
 #include "block.h"
 
+#ifdef __x86_64__
+#include <signal.h>
+#include <ucontext.h>
+#endif
+
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
 #include <exception>
 #include <memory>
+#include <mutex>
 #include <utility>
 #include <vector>
 
@@ -84,6 +90,71 @@ void body() {
     }
 }
 
+#ifdef __x86_64__
+
+// An access to memory that is not there becomes a fault of the launch, with the thread's place: the
+// signal's handler lets the fiber go on in `escape`, on its own stack from the top.
+thread_local bool inside = false;  // a kernel
+thread_local const void* bad_address;
+struct sigaction before;
+
+[[noreturn]] void escape() {
+    inside = false;
+    char address[32];
+    std::snprintf(address, sizeof address, "%p", bad_address);
+    try {
+        fail(*running, running->fiber.guards(bad_address)
+                ? "needs more than " + std::to_string(Fiber::STACK) + " bytes of local memory"
+                : std::string("access out of bounds, at ") + address);
+    } catch (...) {
+        running->fault = std::current_exception();
+    }
+    wait(State::returned);
+    std::abort();
+}
+
+void on_fault(int signal, siginfo_t* info, void* context) {
+    if (!inside) {
+        sigaction(signal, &before, nullptr);  // the same again, for whoever had it before
+        return;
+    }
+    bad_address = info->si_addr;
+    auto& registers = static_cast<ucontext_t*>(context)->uc_mcontext.gregs;
+    registers[REG_RSP] = static_cast<greg_t>(running->fiber.top()) - 8;  // as after a call
+    registers[REG_RIP] = reinterpret_cast<greg_t>(escape);
+}
+
+/// The handler needs a stack of its own, for the fiber's may be what ran out.
+struct SignalStack {
+    char bytes[64 << 10];
+    stack_t others;
+    SignalStack() {
+        stack_t own{};
+        own.ss_sp = bytes;
+        own.ss_size = sizeof bytes;
+        sigaltstack(&own, &others);
+    }
+    ~SignalStack() { sigaltstack(&others, nullptr); }
+};
+
+void catch_faults() {
+    static std::once_flag once;
+    std::call_once(once, [] {
+        struct sigaction action {};
+        action.sa_sigaction = on_fault;
+        action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
+        sigaction(SIGSEGV, &action, &before);
+    });
+}
+
+#else
+
+thread_local bool inside = false;
+struct SignalStack {};
+void catch_faults() {}
+
+#endif
+
 class Block {
   public:
     Block(int threads, bool reverse) : threads_(threads), reverse_(reverse) {}
@@ -123,7 +194,9 @@ class Block {
                 if (thread && thread->state == State::ready) {
                     running = thread;
                     position = &thread->position;
+                    inside = true;
                     thread->fiber.enter();
+                    inside = false;
                     if (thread->fault) {
                         std::rethrow_exception(std::exchange(thread->fault, nullptr));
                     }
@@ -298,6 +371,8 @@ void run(void (*call)(void**), void** parameters, Dim blocks, Dim threads, unsig
     }
     kernel = call;
     arguments = parameters;
+    catch_faults();
+    const SignalStack signal_stack;
     const std::uint64_t all = std::uint64_t(blocks.x) * blocks.y * blocks.z;
     for (std::uint64_t i = 0; i < all; ++i) {
         const std::uint64_t b = reverse ? all - 1 - i : i;

@@ -39,6 +39,13 @@ class Fiber {
     /// Goes back to where `enter` was called.
     void leave();
 
+    /// Where the stack begins, aligned to 16.
+    std::uintptr_t top() const { return reinterpret_cast<std::uintptr_t>(stack_) + GUARD + STACK; }
+    /// Is the address where an overflowing stack faults?
+    bool guards(const void* address) const {
+        return reinterpret_cast<std::uintptr_t>(address) - reinterpret_cast<std::uintptr_t>(stack_) < GUARD;
+    }
+
   private:
     void* stack_;
 #ifdef __x86_64__
@@ -79,11 +86,11 @@ emulator_switch:
 )");
 
 inline void Fiber::begin(void (*entry)()) {
-    auto* top = reinterpret_cast<std::uintptr_t*>(static_cast<char*>(stack_) + GUARD + STACK);
+    auto* words = reinterpret_cast<std::uintptr_t*>(top());
     // From the top: the word that a call would have pushed (for the alignment), where `ret` goes,
     // and the six registers.
-    top[-2] = reinterpret_cast<std::uintptr_t>(entry);
-    inside_ = top - 8;
+    words[-2] = reinterpret_cast<std::uintptr_t>(entry);
+    inside_ = words - 8;
 }
 inline void Fiber::enter() { emulator_switch(&outside_, inside_); }
 inline void Fiber::leave() { emulator_switch(&inside_, outside_); }

@@ -1,0 +1,110 @@
+"""From Python to a launch: the driver's library, its context, the cache of compiled kernels."""
+
+import ctypes
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+import emulation
+from oddsmith import _core
+
+RUN = """
+import torch
+from oddsmith import _core
+arguments = torch.arange(8.0), torch.linspace(-1, 1, 256), 4, False
+codes, absmax = _core.quantize_blockwise(*arguments)
+_core.emulate_cuda(False)
+expected_codes, expected_absmax = _core.quantize_blockwise(*arguments)
+assert torch.equal(codes, expected_codes) and torch.equal(absmax, expected_absmax)
+"""
+
+
+REPORT_ERROR = """
+import sys
+import torch
+from oddsmith import _core
+try:
+    _core.quantize_nf4(torch.ones(8), 64)
+except RuntimeError as error:
+    sys.stderr.write(str(error))
+"""
+
+
+def run(code: str, **environment) -> str:
+    """What a new process writes to its error stream."""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+@pytest.fixture(scope="module")
+def library() -> str:
+    return str(emulation.build())
+
+
+def test_processes_share_what_they_compile(library, tmp_path):
+    environment = {"ODDSMITH_CUDA_DRIVER": library, "ODDSMITH_CACHE_DIR": str(tmp_path / "kernels")}
+    # Both find an empty folder, or one the other's work.
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda _: run(RUN, **environment), range(2)))
+    (path,) = (tmp_path / "kernels").iterdir()
+    assert path.name.startswith("blockwise8-sm_90-") and path.suffix == ".cubin"
+    content = path.read_bytes()
+    assert b"blockwise8_quantize_f32" in content
+    # A compiler that is opened by its path, built-in functions and all, makes the same.
+    compiler = sorted(Path(torch.__file__).parents[1].glob("nvidia/*/lib/libnvrtc.so.*"))[-1]
+    path.write_bytes(content[:-5])
+    run(RUN, **environment, ODDSMITH_NVRTC=str(compiler))
+    assert path.read_bytes() == content
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_no_driver_is_an_error_that_names_library_and_kernel(tmp_path):
+    missing = str(tmp_path / "libnone.so")
+    text = run(REPORT_ERROR, ODDSMITH_CUDA_DRIVER=missing)
+    assert text.startswith("CUDA kernel nf4_quantize_f32, grid (1, 1, 1), block (256, 1, 1)")
+    assert "the CUDA driver cannot be opened" in text and missing in text
+
+
+def test_a_compiler_that_is_not_one_is_named(library, tmp_path):
+    fake = tmp_path / "libnvrtc.so"
+    fake.write_bytes(b"none")
+    environment = {"ODDSMITH_CUDA_DRIVER": library, "ODDSMITH_NVRTC": str(fake)}
+    text = run(REPORT_ERROR, **environment)
+    assert text.startswith("CUDA kernel nf4_quantize_f32")
+    assert f"ODDSMITH_NVRTC is {fake}" in text
+
+
+def test_the_context_of_before_comes_back(emulated_driver):
+    get, put = emulated_driver.lib.cuCtxGetCurrent, emulated_driver.lib.cuCtxSetCurrent
+    current, primary = ctypes.c_void_p(), ctypes.c_void_p()
+
+    def after_an_op(context: ctypes.c_void_p) -> int | None:
+        assert put(context) == 0
+        _core.quantize_nf4(torch.ones(8), 64)
+        assert get(ctypes.byref(current)) == 0
+        return current.value
+
+    _core.quantize_nf4(torch.ones(8), 64)  # initialises the driver
+    assert emulated_driver.lib.cuDevicePrimaryCtxRetain(ctypes.byref(primary), 0) == 0
+    try:
+        assert after_an_op(None) is None
+        assert after_an_op(primary) == primary.value
+    finally:
+        put(None)
+    assert len(emulated_driver.launches()) == 3
+
+
+def test_emulation_ends():
+    """Tensors on the CPU are the slices' again, whatever came before."""
+    assert torch.equal(_core.quantize_nf4(torch.zeros(8), 64)[0], torch.full((4, 1), 0x77).byte())

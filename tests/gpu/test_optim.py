@@ -1,0 +1,61 @@
+"""Optimisers on a card take the steps that they take on a CPU."""
+
+import pytest
+import torch
+from torch import nn
+
+import oddsmith.optim
+
+LOW_RANK = {"rank": 8, "update_proj_gap": 4, "scale": 0.5, "svd": "exact"}
+FULL = ["AdamW8bit", "PagedAdamW8bit", "PagedAdamW", "AdamW32bit", "PagedAdamW32bit"]
+SHAPES = [(96, 64), (40, 130), (4096,), (5003,), (7,)]
+
+
+def optimiser(name: str):
+    kind = getattr(oddsmith.optim, name, None)
+    if kind is None:
+        pytest.skip(f"oddsmith.optim has no {name}")
+    return kind
+
+
+def train(kind, device, dtype, steps=9, low_rank=None):
+    """Parameters after some steps of gradients over four decades, some of them zero."""
+    generator = torch.Generator().manual_seed(4)
+    parameters, gradients = [], []
+    for shape in SHAPES:
+        start = torch.randn(shape, generator=generator).to(dtype)
+        parameters.append(nn.Parameter(start.to(device)))
+        size = 10.0 ** (torch.rand(shape, generator=generator) * 4 - 4)
+        draws = [torch.randn(shape, generator=generator) * size for _ in range(steps)]
+        gradients.append([draw * (size > 3e-4) for draw in draws])
+    groups = parameters
+    if low_rank:
+        matrices, vectors = parameters[:2], parameters[2:]
+        groups = [{"params": vectors}, {"params": matrices, **low_rank}]
+    optimizer = kind(groups, lr=1e-2, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.03)
+    for step in range(steps):
+        for parameter, draws in zip(parameters, gradients):
+            parameter.grad = draws[step].to(dtype).to(device)
+        optimizer.step()
+    return [parameter.detach().cpu() for parameter in parameters]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", FULL)
+def test_adamw(card, name, dtype):
+    kind = optimiser(name)
+    with card.slices():
+        expected = train(kind, "cpu", dtype)
+    for ours, theirs in zip(train(kind, card.device, dtype), expected, strict=True):
+        assert torch.equal(ours, theirs), (ours - theirs).abs().max()
+
+
+@pytest.mark.parametrize("name", ["GaLoreAdamW", "GaLoreAdamW8bit"])
+def test_galore(card, name):
+    kind = optimiser(name)
+    with card.slices():
+        expected = train(kind, "cpu", torch.float32, low_rank=LOW_RANK)
+    found = train(kind, card.device, torch.float32, low_rank=LOW_RANK)
+    for ours, theirs in zip(found, expected, strict=True):
+        # A step is up to lr; a code of 8 bits that goes the other way moves a value by a part of it.
+        assert (ours - theirs).abs().max() < (2e-3 if "8bit" in name else 1e-4)
