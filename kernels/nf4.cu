@@ -158,11 +158,12 @@ __device__ __forceinline__ void dequantize(
     constexpr int GROUP = LANES<T>;
     constexpr int BYTES = GROUP / 2;
     __shared__ float code[16];
-    fill(code);
     const i64 whole = count / GROUP;
     const i64 first = static_cast<i64>(blockIdx.x) * DEQUANTIZE_THREADS * DEQUANTIZE_STEPS + threadIdx.x;
+    i64 groups[DEQUANTIZE_STEPS];
+    u32 words[DEQUANTIZE_STEPS];
+    float scale[DEQUANTIZE_STEPS];
     if (whole > 0) {
-        i64 groups[DEQUANTIZE_STEPS];
         i64 blocks[DEQUANTIZE_STEPS];
 #pragma unroll
         for (int step = 0; step < DEQUANTIZE_STEPS; ++step) {
@@ -170,20 +171,19 @@ __device__ __forceinline__ void dequantize(
             groups[step] = min(first + step * DEQUANTIZE_THREADS, whole - 1);
             blocks[step] = groups[step] * GROUP >> block_shift;
         }
-        u32 words[DEQUANTIZE_STEPS];
-        float scale[DEQUANTIZE_STEPS];
         load_codes<BYTES>(packed, groups, words);
         scales.get(blocks, scale);
+    }
+    fill(code);  // while the loads are under way
 #pragma unroll
-        for (int step = 0; step < DEQUANTIZE_STEPS; ++step) {
+    for (int step = 0; step < DEQUANTIZE_STEPS; ++step) {
+        if (first + step * DEQUANTIZE_THREADS < whole) {
             float wide[GROUP];
 #pragma unroll
             for (int i = 0; i < GROUP; ++i) {
                 wide[i] = __fmul_rn(value_of(code, words[step], i), scale[step]);
             }
-            if (first + step * DEQUANTIZE_THREADS < whole) {
-                store_16_bytes(values + groups[step] * GROUP, wide);
-            }
+            store_16_bytes(values + groups[step] * GROUP, wide);
         }
     }
     // Fewer than a group are left: a thread each, of the first block.

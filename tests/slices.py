@@ -1,5 +1,7 @@
 """The slice algorithms, beside kernels on the emulated card."""
 
+import ctypes
+import mmap
 from contextlib import contextmanager
 
 import torch
@@ -9,6 +11,8 @@ from oddsmith import _core
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 _BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+
+NO_ACCESS = 0  # PROT_NONE
 
 
 @contextmanager
@@ -31,3 +35,17 @@ def same_bits(ours: Tensor, theirs: Tensor) -> bool:
     return torch.equal(nan, theirs.isnan()) and torch.equal(
         ours.masked_fill(nan, 0).view(bits), theirs.masked_fill(nan, 0).view(bits)
     )
+
+
+def at_a_page_s_end(tensor: Tensor) -> Tensor:
+    """A copy behind which nothing can be read: a kernel that goes too far ends the process."""
+    size = -(-tensor.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    pages = mmap.mmap(-1, size + mmap.PAGESIZE)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(pages))
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mprotect(ctypes.c_void_p(start + size), ctypes.c_size_t(mmap.PAGESIZE), NO_ACCESS):
+        raise OSError(ctypes.get_errno(), "mprotect")
+    copy = torch.frombuffer(
+        pages, dtype=torch.uint8, count=tensor.nbytes, offset=size - tensor.nbytes
+    )
+    return copy.view(tensor.dtype).view(tensor.shape).copy_(tensor)

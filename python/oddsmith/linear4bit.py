@@ -98,8 +98,9 @@ def linear_nf4(x: Tensor, packed: Tensor, state: QuantState, bias: Tensor | None
     ```
 
     On the CPU the weight is dequantised tile by tile, and for a few tokens multiplied straight from
-    its codes, in `float32` whatever the dtype of `x`. The gradient of `x` uses the weight as rounded to
-    `state.dtype`, then to `x.dtype`, as bitsandbytes does.
+    its codes, in `float32` whatever the dtype of `x`. On CUDA up to eight tokens are multiplied straight
+    from the codes, more by the library, with the weight in memory that the next layer takes over. The
+    gradient of `x` uses the weight as rounded to `state.dtype`, then to `x.dtype`, as bitsandbytes does.
 
     Args:
         x (`Tensor`): `(.., in_features)`, `float32`, `bfloat16` or `float16`.

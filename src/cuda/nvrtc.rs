@@ -76,17 +76,16 @@ fn find() -> Option<Library> {
         unsafe { unix::Library::open(Some(name), libc::RTLD_NOLOAD | libc::RTLD_NOW) }.ok()
     });
     let beside = || {
-        let packages = packages()?;
+        let packages = packages(&std::fs::read_to_string("/proc/self/maps").ok()?)?;
         NAMES.iter().find_map(|(name, folder)| open_path(&packages.join(folder).join(name)).ok())
     };
     let of_system = || NAMES.iter().find_map(|(name, _)| open_path(Path::new(name)).ok());
     loaded.map(Library::from).or_else(beside).or_else(of_system)
 }
 
-/// The folder that torch is installed in, if this process has loaded torch.
+/// The folder that torch is installed in, if it is among the mapped files of this process.
 #[cfg(target_os = "linux")]
-fn packages() -> Option<PathBuf> {
-    let maps = std::fs::read_to_string("/proc/self/maps").ok()?;
+fn packages(maps: &str) -> Option<PathBuf> {
     let folder = maps.lines().find_map(|line| line.strip_suffix("/torch/lib/libc10.so"))?;
     Some(PathBuf::from(&folder[folder.find('/')?..]))
 }
@@ -199,5 +198,20 @@ impl Nvrtc {
         // SAFETY: writes as many bytes as it has said.
         self.check(unsafe { get(program, bytes.as_mut_ptr().cast()) }, call)?;
         Ok(bytes)
+    }
+}
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use std::path::PathBuf;
+
+    use super::packages;
+
+    #[test]
+    fn packages_are_where_torch_is() {
+        let maps = "7f00-7f01 r-xp 00000000 08:01 5  /usr/lib/libc.so.6\n7f02-7f03 rw-p 00000000 00:00 0\n\
+                    7f04-7f05 r-xp 00000000 08:01 7  /my env/site-packages/torch/lib/libc10.so\n";
+        assert_eq!(packages(maps), Some(PathBuf::from("/my env/site-packages")));
+        assert_eq!(packages("7f00-7f01 r-xp 00000000 08:01 5  /usr/lib/libc10.so\n"), None);
     }
 }

@@ -5,7 +5,7 @@ import torch
 
 from oddsmith import _core
 from oddsmith.quant import dynamic_map
-from slices import DTYPES, same_bits, slices
+from slices import DTYPES, at_a_page_s_end, same_bits, slices
 
 pytestmark = pytest.mark.usefixtures("emulated_driver")
 
@@ -67,6 +67,15 @@ def test_blocks_of_every_kind(special):
         with slices():
             expected = _core.quantize_blockwise(x, MAPS["signed"], 32, False)
         assert same_bits(codes, expected[0]) and same_bits(absmax, expected[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nothing_is_read_beyond_its_end(dtype):
+    code = at_a_page_s_end(MAPS["signed"])
+    for count in (1, 255, 700):
+        x = at_a_page_s_end(values(count, dtype))
+        codes, absmax = map(at_a_page_s_end, _core.quantize_blockwise(x, code, 256, False))
+        _core.dequantize_blockwise(codes, absmax, code, 256, str(dtype)[6:])
 
 
 def test_steps_are_taken_by_the_slices(emulated_driver):

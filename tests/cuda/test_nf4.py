@@ -5,7 +5,7 @@ import torch
 
 from oddsmith import _core
 from oddsmith.functional import dequantize_nf4, linear_nf4, quantize_nf4
-from slices import DTYPES, same_bits, slices
+from slices import DTYPES, at_a_page_s_end, same_bits, slices
 
 pytestmark = pytest.mark.usefixtures("emulated_driver")
 
@@ -65,6 +65,24 @@ def test_ties_go_down():
     packed, _ = quantize_nf4(x, 64)
     codes = torch.stack([packed >> 4, packed & 15], -1).flatten()
     assert codes[1:46].tolist() == [*range(15), *range(1, 16), *range(15)]
+
+
+def test_a_partial_block_is_divided():
+    """By its scale; a whole one is multiplied by the inverse, which rounds otherwise."""
+    middles = (_core.nf4_code()[1:] + _core.nf4_code()[:-1]) / 2
+    generator = torch.Generator().manual_seed(3)
+    differ = 0
+    for scale in torch.rand(40, generator=generator) + 0.5:
+        around = middles * scale
+        partial = torch.cat([scale[None], around, around.nextafter(torch.zeros(()))])
+        whole = torch.cat([partial, torch.zeros(1)])
+        packed, _ = quantize_nf4(partial, 32)
+        packed_whole, _ = quantize_nf4(whole, 32)
+        differ += not torch.equal(packed[:15], packed_whole[:15])
+        with slices():
+            assert torch.equal(packed, quantize_nf4(partial, 32)[0])
+            assert torch.equal(packed_whole, quantize_nf4(whole, 32)[0])
+    assert differ > 5
 
 
 # ---- dequantise ----
@@ -222,6 +240,24 @@ def test_the_gradient_goes_through_the_dtype_of_the_weight(emulated_driver):
     assert kernels(emulated_driver) == ["nf4_multiply1_f32", "nf4_dequantize_f16"]
     with slices():
         assert torch.equal(x.grad[0], dequantize_nf4(packed, state)[0].float())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nothing_is_read_beyond_its_end(dtype):
+    """Codes, scales and tokens at the end of what can be read."""
+    for double_quant in (False, True):
+        packed, state, weight = layer(5, 328, double_quant, dtype)
+        state.absmax = at_a_page_s_end(state.absmax)
+        if double_quant:
+            state.state2.absmax = at_a_page_s_end(state.state2.absmax)
+        packed = at_a_page_s_end(packed)
+        dequantize_nf4(packed, state)
+        for tokens in (1, 3, 5):
+            x = at_a_page_s_end(values(tokens * 328, dtype, 1).view(tokens, 328))
+            bias = at_a_page_s_end(values(5, dtype, 2))
+            assert near(linear_nf4(x, packed, state, bias), x, weight, bias)
+    for count in (1, 63, 1003):
+        quantize_nf4(at_a_page_s_end(values(count, dtype)), 64)
 
 
 # ---- errors ----
