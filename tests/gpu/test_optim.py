@@ -56,6 +56,17 @@ def test_adamw(card, name, dtype):
         assert torch.equal(ours, theirs), (ours - theirs).abs().max()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_stochastic_rounding_draws_the_same(card, dtype):
+    kind = optimiser("AdamW8bit")
+    with card.slices():
+        expected = train(kind, "cpu", dtype, stochastic_rounding=True, seed=8)
+        nearest = train(kind, "cpu", dtype)
+    found = train(kind, card.device, dtype, stochastic_rounding=True, seed=8)
+    assert all(map(torch.equal, found, expected))
+    assert (dtype == torch.float32) == all(map(torch.equal, found, nearest))
+
+
 @pytest.mark.parametrize("name", ["GaLoreAdamW", "GaLoreAdamW8bit"])
 def test_galore(card, name):
     kind = optimiser(name)
