@@ -23,7 +23,9 @@ EMULATOR = ROOT / "tests" / "cuda" / "emulator"
 CXX = os.environ.get("CXX", "g++")
 FLAGS = (
     "-std=c++17 -O2 -fPIC -fvisibility=hidden -pthread -ffp-contract=off -fno-strict-aliasing "
-    "-Wall -Wno-unknown-pragmas -Wno-unused-function"
+    "-Wall -Wno-unknown-pragmas -Wno-unused-function "
+    # Vectors at addresses that a device refuses, and what C++ leaves undefined, end the launch.
+    "-fsanitize=alignment,bounds,shift,signed-integer-overflow -fsanitize-undefined-trap-on-error"
 ).split()
 # Files of the cache: some dozens of states of the sources.
 KEPT = 200

@@ -122,6 +122,16 @@ def test_what_hangs_or_is_undefined_fails(driver, kernel, block, message):
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the fault ends the process there")
+@pytest.mark.parametrize("what", range(4))
+def test_what_cplusplus_leaves_undefined(driver, what):
+    out = torch.ones(4, dtype=INT)
+    with pytest.raises(
+        emulation.DriverError, match=r"thread \(\d, 0, 0\): misaligned access, index"
+    ):
+        driver.launch("undefined", c_int(what), out, block=9)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the fault ends the process there")
 def test_memory_that_is_not_there(driver):
     with pytest.raises(
         emulation.DriverError, match=r"thread \(3, 0, 0\): access out of bounds, at 0x8$"
