@@ -78,7 +78,7 @@ fmt: test-build ## Format everything
 	$(BIN)/ruff format
 
 .PHONY: bench
-bench: $(BIN)/.tools ## Benchmarks beside TRL, Liger, bitsandbytes and galore-torch
+bench: $(BIN)/.tools ## Benchmarks beside TRL, Liger, bitsandbytes, torchao and galore-torch
 	$(ACTIVATE) && pip install --no-build-isolation -e ".[bench]"
 	$(BIN)/python benches/bench_head.py
 	$(BIN)/python benches/bench_step.py
@@ -86,6 +86,7 @@ bench: $(BIN)/.tools ## Benchmarks beside TRL, Liger, bitsandbytes and galore-to
 	$(BIN)/python benches/bench_nf4.py
 	$(BIN)/python benches/bench_step.py --qlora
 	$(BIN)/python benches/bench_checkpoint.py
+	$(BIN)/python benches/bench_adamw.py
 	$(BIN)/python benches/bench_galore.py
 
 .PHONY: bench-gpu

@@ -17,7 +17,7 @@ import statistics
 import torch
 from torch import nn
 
-from oddsmith.optim import GaLoreAdamW, GaLoreAdamW8bit, optimizer_bytes
+from oddsmith.optim import AdamW8bit, GaLoreAdamW, GaLoreAdamW8bit, optimizer_bytes
 from oddsmith.optim.projection import exact_bases, generator_for, random_bases
 from side_by_side import interleave, report, versions
 
@@ -86,12 +86,7 @@ def bench_step(rows, columns, rank, refresh, args, used) -> None:
         "GaLoreAdamW": lambda w: GaLoreAdamW([{"params": [w], **low_rank}], lr=1e-3),
     }
     makers = {**ours, "torch AdamW, fused": lambda w: torch.optim.AdamW([w], lr=1e-3, fused=True)}
-    try:
-        from oddsmith.optim import AdamW8bit
-
-        makers["AdamW8bit"] = lambda w: AdamW8bit([w], lr=1e-3)
-    except ImportError:
-        pass
+    makers["AdamW8bit"] = lambda w: AdamW8bit([w], lr=1e-3)
     if not args.skip_svd and (theirs := peer("GaLoreAdamW")) is not None:
         extra = {**low_rank, "scale": 0.25, "proj_type": "std"}
         makers["galore-torch AdamW"] = lambda w: theirs(

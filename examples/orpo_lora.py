@@ -128,7 +128,7 @@ def main():
         save_strategy="steps",
         save_steps=options.save_steps,
         # orpo_qlora.py has the base in 4 bits.
-        optim="adamw_torch",
+        optim="paged_adamw_8bit",
         warmup_ratio=0.1,
         report_to="tensorboard",
         remove_unused_columns=False,

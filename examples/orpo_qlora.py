@@ -35,9 +35,7 @@ def parse_options():
     parser.add_argument("--save-steps", type=int, default=100)
     parser.add_argument("--logging-steps", type=int, default=10)
     parser.add_argument("--learning-rate", type=float, default=8e-6)
-    parser.add_argument(
-        "--optim", default="adamw_torch", help="paged_adamw_8bit needs bitsandbytes"
-    )
+    parser.add_argument("--optim", default="paged_adamw_8bit", help="or any other of the trainer's")
     parser.add_argument("--max-length", type=int, default=1024)
     parser.add_argument("--max-prompt-length", type=int, default=512)
     return parser.parse_args()

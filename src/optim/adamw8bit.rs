@@ -133,7 +133,7 @@ fn blocks<P: Storage, G: Storage>(
     bad
 }
 
-/// A block's new moments, before they are encoded.
+/// A block's moments while they are not encoded.
 struct Fresh {
     m: [f32; BLOCK],
     roots: [f32; BLOCK],
@@ -146,8 +146,8 @@ impl Fresh {
     }
 }
 
-/// Updates a block, in two loops: one alone would be so long that a processor overlooks too few rounds
-/// of it to fill the time of square root and division.
+/// Updates a block in short loops. In a long one a processor runs out of registers to rename before it has
+/// begun rounds enough to fill the time that a square root and a division take.
 #[inline(always)]
 fn block(
     rule: &Rule,
@@ -158,11 +158,17 @@ fn block(
     fresh: &mut Fresh,
 ) -> u64 {
     let (m_scale, root_scale) = (*m_absmax, v_absmax.sqrt());
+    for i in 0..BLOCK {
+        fresh.m[i] = signed_value(m[i]) * m_scale;
+    }
+    for i in 0..BLOCK {
+        fresh.roots[i] = root_value(v[i]) * root_scale;
+    }
     // Magnitudes compare as their bits do, and the maximum of integers has no order to keep.
     let (mut m_top, mut v_top, mut bad) = (0, 0, 0);
     for i in 0..BLOCK {
-        let root = root_value(v[i]) * root_scale;
-        let after = element(rule, values[i], grads[i], signed_value(m[i]) * m_scale, root * root);
+        let root = fresh.roots[i];
+        let after = element(rule, values[i], grads[i], fresh.m[i], root * root);
         values[i] = after.value;
         fresh.m[i] = after.m;
         fresh.roots[i] = after.root;
@@ -174,6 +180,8 @@ fn block(
     let (m_inverse, root_inverse) = (signed_inverse(*m_absmax), root_inverse(v_absmax.sqrt()));
     for i in 0..BLOCK {
         m[i] = signed_code(fresh.m[i], m_inverse);
+    }
+    for i in 0..BLOCK {
         v[i] = root_code(fresh.roots[i], root_inverse);
     }
     u64::from(bad)
