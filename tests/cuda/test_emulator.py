@@ -136,6 +136,22 @@ def test_memory_that_is_not_there(driver):
     assert out.item() == 1
 
 
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the fault ends the process there")
+def test_guarded_memory(driver):
+    with emulation.guarded_memory():
+        short = torch.empty(63 * 4, dtype=INT)
+        assert short.unique().tolist() == [-1]  # poison
+        driver.launch("places", short, block=63 * 4)
+        assert torch.equal(short, torch.arange(63 * 4, dtype=INT))
+        with pytest.raises(
+            emulation.DriverError, match=r"thread \(25\d, 0, 0\): access out of bounds"
+        ):
+            driver.launch("places", short, block=256)
+    with pytest.raises(AssertionError, match="behind a tensor"), emulation.guarded_memory():
+        unaligned = torch.empty(3, dtype=INT)
+        driver.launch("places", unaligned, block=4)  # the fourth is in the last 16 bytes
+
+
 def test_trap(driver):
     driver.launch("traps", c_int(99))
     with pytest.raises(emulation.DriverError, match=r"traps: block .*thread \(5, 0, 0\): __trap"):
