@@ -31,6 +31,26 @@ macro_rules! names {
 }
 pub(super) use names;
 
+fn of_kind(kind: Kind, names: [&'static str; 3]) -> &'static str {
+    match kind {
+        Kind::Float => names[0],
+        Kind::BFloat16 => names[1],
+        _ => names[2],
+    }
+}
+
+/// `gradient *= factor` in place, without reading the factor.
+pub(super) fn scale(device: cuda::Device, gradient: &Tensor, factor: &Tensor) -> Result<()> {
+    const BLOCKS: u32 = 8; // of a multiprocessor: as many threads as it takes
+    let kind = gradient.f_kind()?;
+    let kernel = of_kind(kind, names!("head_scale"));
+    let count = gradient.numel() as i64;
+    let enough = round_up(count, COLUMNS * 256) / (COLUMNS * 256);
+    let grid = [(BLOCKS * device.multiprocessors()?).min(enough as u32), 1, 1];
+    let args = [pointer(gradient, kind)?, Arg::i64(count), pointer(factor, Kind::Float)?];
+    device.launch(&Launch { source: &kernels::HEAD, kernel, grid, block: [256, 1, 1], shared: 0 }, &args)
+}
+
 pub(super) fn round_up(x: i64, step: i64) -> i64 {
     (x + step - 1) / step * step
 }
@@ -198,11 +218,7 @@ impl<'a> Card<'a> {
     }
 
     pub fn name(&self, names: [&'static str; 3]) -> &'static str {
-        match self.kind {
-            Kind::Float => names[0],
-            Kind::BFloat16 => names[1],
-            _ => names[2],
-        }
+        of_kind(self.kind, names)
     }
 
     pub fn launch(&self, kernel: &'static str, blocks: i64, threads: i64, args: &[Arg]) -> Result<()> {
