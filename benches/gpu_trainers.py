@@ -74,11 +74,15 @@ def head_trainer(base: type) -> type:
 
 def trainer_kinds(shape: Shape) -> Iterator[tuple[str, Callable, Callable, dict]]:
     """Name, what makes the trainer and its arguments, what adapts the model, and more arguments."""
-    import oddsmith
+    import oddsmith.optim
 
     ours = oddsmith.ORPOTrainer, oddsmith.ORPOConfig
     yield "oddsmith, packed", ours, lambda model: model, {}
     yield "oddsmith, padded", ours, lambda model: model, {"padding_free": False}
+    if not shape.nf4 and hasattr(oddsmith.optim, "PagedAdamW32bit"):
+        # 4 GB of state through 256 MiB of the card, beside what comes after it.
+        paged = {"optim": "paged_adamw_32bit", "optim_args": f"device_budget={256 << 20}"}
+        yield "oddsmith, packed, paged", ours, lambda model: model, paged
     if not importable("trl"):
         return
     with warnings.catch_warnings():

@@ -6,7 +6,6 @@ tests/cuda/emulator/.
 """
 
 import ctypes
-import gc
 import hashlib
 import os
 import re
@@ -167,7 +166,6 @@ def guarded_memory() -> Iterator[None]:
         yield
     finally:
         lib.guard_remove()
-    gc.collect()
     assert lib.guard_overwritten() == before, "bytes right behind a tensor were written"
 
 

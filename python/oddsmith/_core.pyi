@@ -126,6 +126,16 @@ def dequantize_blockwise(
     codes: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: str
 ) -> Tensor: ...
 
+# Value, gradient, both moments, scales of 8-bit moments, place of the first element; then
+# beta1, beta2, eps, step size and what decay leaves, and the seed of stochastic rounding.
+_Item = tuple[
+    tuple[Tensor, Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None, int],
+    tuple[tuple[float, float, float, float, float], int | None],
+]
+
+def adamw_step(items: list[_Item], bad: Tensor) -> None: ...
+def moment_maps() -> tuple[Tensor, Tensor]: ...
+
 _Path = str | PathLike[str]
 
 def checkpoint_tensors(path: _Path) -> list[tuple[str, str, list[int]]]: ...

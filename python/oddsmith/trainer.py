@@ -28,6 +28,7 @@ from .model_loading import (
     prepare_model,
     vocabulary_size,
 )
+from .optim.adamw_names import ADAMW_NAMES, adamw_optimizer
 from .optim.galore_names import LOW_RANK_NAMES, low_rank_optimizer
 from .row_hooks import RowHooks
 
@@ -287,13 +288,20 @@ class ORPOTrainer(RowHooks, BatchHooks, LossHooks, EvaluationHooks, Trainer):
     def get_optimizer_cls_and_kwargs(
         args: TrainingArguments, model: nn.Module | None = None
     ) -> tuple[Any, dict[str, Any]]:
-        """See [`~transformers.Trainer.get_optimizer_cls_and_kwargs`]; GaLore and APOLLO are ours."""
+        """See [`~transformers.Trainer.get_optimizer_cls_and_kwargs`]; 8-bit and paged AdamW, GaLore
+        and APOLLO are ours.
+        """
         if args.optim in LOW_RANK_NAMES:
             return low_rank_optimizer(args, model)
+        if args.optim in ADAMW_NAMES:
+            return adamw_optimizer(args, model)
         return Trainer.get_optimizer_cls_and_kwargs(args, model)
 
+    def _own_optimizer(self) -> Any:
+        return getattr(self.optimizer, "optimizer", self.optimizer)  # in accelerate's wrapper
+
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # in accelerate's wrapper
+        optimizer = self._own_optimizer()
         if getattr(optimizer, "layerwise", False):
             return optimizer.pop_grad_norm()  # the gradients are gone
         return super()._get_grad_norm(model, grad_norm=grad_norm)
@@ -354,6 +362,8 @@ class ORPOTrainer(RowHooks, BatchHooks, LossHooks, EvaluationHooks, Trainer):
             self._take_metrics("train")  # of steps after the last log
         elif any(key.startswith("eval_") for key in logs):
             logs.update(self._take_metrics("eval"))  # of an evaluation_loop of one's own
+        if hasattr(optimizer := self._own_optimizer(), "report"):
+            optimizer.report()
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:

@@ -5,6 +5,7 @@ mod cuda;
 mod data;
 mod error;
 mod head;
+mod optim;
 mod pool;
 mod quant;
 mod tensor;
@@ -20,6 +21,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     pool::register(module)?;
     head::register(module)?;
     quant::register(module)?;
+    optim::register(module)?;
     checkpoint::register(module)?;
     cuda::register(module)
 }

@@ -9,7 +9,7 @@
 pub mod blockwise8;
 pub mod codebook;
 mod expand;
-mod level;
+pub mod level;
 pub mod nf4;
 mod pick;
 pub mod product;

@@ -16,6 +16,18 @@ pub trait Storage: Copy + Default + Send + Sync + 'static {
 
     /// Rounds a single value, as [`Storage::narrow`].
     fn narrow_one(wide: f32) -> Self;
+
+    /// The values themselves, where there is nothing to widen.
+    #[must_use]
+    fn as_f32(_values: &[Self]) -> Option<&[f32]> {
+        None
+    }
+
+    /// As [`Storage::as_f32`], to be changed.
+    #[must_use]
+    fn as_f32_mut(_values: &mut [Self]) -> Option<&mut [f32]> {
+        None
+    }
 }
 
 /// A dtype by name, where it is only rounded to.
@@ -70,6 +82,16 @@ impl Storage for f32 {
     #[inline(always)]
     fn narrow_one(wide: f32) -> Self {
         wide
+    }
+
+    #[inline(always)]
+    fn as_f32(values: &[Self]) -> Option<&[f32]> {
+        Some(values)
+    }
+
+    #[inline(always)]
+    fn as_f32_mut(values: &mut [Self]) -> Option<&mut [f32]> {
+        Some(values)
     }
 }
 

@@ -1,5 +1,6 @@
 //! The algorithms on libtorch's tensors: checks, views, and one file per op.
 
+pub mod adamw;
 mod blockwise8_cuda;
 pub mod checkpoint;
 pub mod cuda;

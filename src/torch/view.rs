@@ -55,6 +55,17 @@ pub fn slice_mut<T: Element>(tensor: &mut Tensor) -> Result<&mut [T]> {
     Ok(unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr().cast::<T>(), len) })
 }
 
+/// The elements of a contiguous CPU tensor that the caller's caller has asked to change: a parameter, or
+/// the state of an optimiser.
+///
+/// # Errors
+/// As [`slice`].
+pub fn slice_in_place<T: Element>(tensor: &mut Tensor) -> Result<&mut [T]> {
+    // The handle is exclusive; other handles to the storage are Python's, whose threads race with an
+    // update in place as they would with that of any other optimiser.
+    slice_mut(tensor)
+}
+
 /// Wraps a slice in a tensor without copying; the tensor must not outlive the slice.
 pub(super) fn borrow<T: Element>(data: &[T], rows: usize, columns: usize) -> Result<Tensor> {
     debug_assert_eq!(data.len(), rows * columns);

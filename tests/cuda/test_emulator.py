@@ -150,7 +150,6 @@ def test_guarded_memory(driver):
     with pytest.raises(AssertionError, match="behind a tensor"), emulation.guarded_memory():
         unaligned = torch.empty(3, dtype=INT)
         driver.launch("places", unaligned, block=4)  # the fourth is in the last 16 bytes
-        del unaligned
 
 
 def test_trap(driver):

@@ -29,7 +29,6 @@ LOW = {"rank": 5, "update_proj_gap": 3, "scale": 0.6}
 def eight_bits_for_all(monkeypatch):
     """The tensors of these tests are small; blocks and chunks are partial here."""
     monkeypatch.setattr(galore8bit, "MIN_8BIT_SIZE", 40)
-    monkeypatch.setattr(galore8bit, "_CHUNK", 512)
 
 
 def randn(*shape, seed=0):

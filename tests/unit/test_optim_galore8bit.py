@@ -6,39 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from oddsmith.optim import GaLoreAdamW, GaLoreAdamW8bit, galore8bit, optimizer_bytes
-from oddsmith.quant import dynamic_map
+from oddsmith.optim import GaLoreAdamW, GaLoreAdamW8bit, optimizer_bytes
 
 
 def randn(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-class Elsewhere(torch.Tensor):
-    """A CPU tensor that says it is on another device, and so takes that path."""
-
-    @property
-    def device(self):
-        return torch.device("meta")
-
-
-@pytest.mark.parametrize("count", [1, 255, 256, 257, 3000])
-@pytest.mark.parametrize("signed", [True, False])
-def test_both_paths_choose_the_same_codes(count, signed):
-    code = dynamic_map(signed)
-    values = randn(count) * torch.logspace(-6, 2, count)
-    values = values if signed else values.abs()
-    values[: count // 3] = 0.0
-    codes, absmax = galore8bit.quantize(values, code)
-    others, scales = galore8bit.quantize(values.as_subclass(Elsewhere), code)
-    others, scales = others.as_subclass(torch.Tensor), scales.as_subclass(torch.Tensor)
-    assert torch.equal(absmax, scales)
-    # The core multiplies by the inverse: a value within rounding of a midpoint may go either way.
-    assert (codes != others).sum() <= count // 500
-    back = galore8bit.dequantize(codes, absmax, code)
-    again = galore8bit.dequantize(codes.as_subclass(Elsewhere), absmax, code)
-    assert torch.equal(back, again.as_subclass(torch.Tensor))
-    assert (back[: count // 3] == 0).all()
 
 
 def train(optimizer, weight, steps, gradient):
@@ -75,10 +47,10 @@ def test_close_to_fp32():
         return fixed + 0.5 * randn(96, 160, seed=50 + step)
 
     eight = GaLoreAdamW8bit([{"params": [ours], **low_rank}], **kwargs)
-    assert "exp_avg_codes" not in eight.state[ours]
+    assert "state1" not in eight.state[ours]
     train(eight, ours, 150, gradient)
     train(GaLoreAdamW([{"params": [full], **low_rank}], **kwargs), full, 150, gradient)
-    assert "exp_avg_codes" in eight.state[ours]
+    assert "state1" in eight.state[ours]
     distance = (full.detach() - start).norm()
     assert distance > 1.0
     assert (ours.detach() - full.detach()).norm() < 0.03 * distance
@@ -89,7 +61,7 @@ def test_a_zero_gradient_moves_nothing():
     before = weight.detach().clone()
     optimizer = GaLoreAdamW8bit([weight], lr=0.1, weight_decay=0.0)
     train(optimizer, weight, 5, lambda step: torch.zeros(64, 128))
-    assert torch.equal(weight, before) and "exp_avg_codes" in optimizer.state[weight]
+    assert torch.equal(weight, before) and "state1" in optimizer.state[weight]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -120,7 +92,7 @@ def test_small_ones_and_those_of_32_bits_are_fp32():
     for each in (small, large, table):
         each.grad = torch.ones_like(each)
     optimizer.step()
-    names = ["exp_avg_codes" in optimizer.state[each] for each in (small, large, table)]
+    names = ["state1" in optimizer.state[each] for each in (small, large, table)]
     assert names == [False, True, False]
     with pytest.raises(ValueError, match="optim_bits is 4; must be 8 or 32"):
         GaLoreAdamW8bit([small], optim_bits=4)

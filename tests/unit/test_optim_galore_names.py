@@ -19,6 +19,7 @@ from oddsmith.optim.galore_names import (
     LOW_RANK_NAMES,
     low_rank_optimizer,
     parse_optim_args,
+    readers,
     target_parameters,
 )
 from trainer_runs import arguments, make_model, make_tokenizer, pairs
@@ -160,11 +161,11 @@ def test_bad_targets(targets, error, message, model):
 )
 def test_bad_optim_args(text, message):
     with pytest.raises(ValueError, match=message):
-        parse_optim_args(text, set(GaLoreAdamW.group_options), "galore_adamw")
+        parse_optim_args(text, readers(GaLoreAdamW), "galore_adamw")
 
 
 def test_optim_args():
-    known = set(GaLoreAdamW.group_options)
+    known = readers(GaLoreAdamW)
     text = "rank=64, svd=exact,adaptive_gap=True,overlap_threshold=0.5,"
     assert parse_optim_args(text, known, "x") == {
         "rank": 64, "svd": "exact", "adaptive_gap": True, "overlap_threshold": 0.5,

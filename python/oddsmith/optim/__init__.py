@@ -1,18 +1,24 @@
-"""Optimisers with small states: GaLore and APOLLO.
+"""Optimisers with small states: 8-bit and paged AdamW, GaLore and APOLLO.
 
 ```python
-from oddsmith.optim import GaLoreAdamW
+from oddsmith.optim import AdamW8bit, GaLoreAdamW
+
+optimizer = AdamW8bit([{"params": matrices}, {"params": embeddings, "optim_bits": 32}], lr=1e-4)
 
 low_rank = {"rank": 128, "update_proj_gap": 200, "scale": 0.25}
 optimizer = GaLoreAdamW([{"params": vectors}, {"params": matrices, **low_rank}], lr=1e-4)
 ```
 """
 
+from .adamw import AdamW8bit, PagedAdamW8bit, PagedAdamW32bit
 from .apollo import APOLLOAdamW
 from .galore import GaLoreAdafactor, GaLoreAdamW, optimizer_bytes
 from .galore8bit import GaLoreAdamW8bit
 
 __all__ = [
+    "AdamW8bit",
+    "PagedAdamW8bit",
+    "PagedAdamW32bit",
     "APOLLOAdamW",
     "GaLoreAdafactor",
     "GaLoreAdamW",

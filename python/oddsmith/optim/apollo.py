@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from .galore_cores import AdamWCore, decay_parameter
-from .low_rank import Item, LowRankOptimizer, _is_positive
+from .low_rank import Item, LowRankOptimizer
+from .options import is_positive
 from .projection import generator_for, random_matrix, sides
 
 SCALE_TYPES = ("channel", "tensor")
@@ -77,7 +78,7 @@ class APOLLOAdamW(LowRankOptimizer):
 
     group_options = {
         **LowRankOptimizer.group_options,
-        "scale": (1.0, lambda value: _is_positive(value), "a positive number"),
+        "scale": (1.0, lambda value: is_positive(value), "a positive number"),
         "proj_type": (
             "std",
             lambda value: value in APOLLO_PROJ_TYPES,
@@ -98,7 +99,7 @@ class APOLLOAdamW(LowRankOptimizer):
         norm_growth: float | None = 1.01,
         **options: Any,
     ):
-        if norm_growth is not None and not (_is_positive(norm_growth) and norm_growth >= 1.0):
+        if norm_growth is not None and not (is_positive(norm_growth) and norm_growth >= 1.0):
             raise ValueError(f"norm_growth is {norm_growth!r}; must be at least 1, or None")
         defaults = {
             "lr": lr,

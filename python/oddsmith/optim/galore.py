@@ -15,7 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .galore_cores import AdafactorCore, AdamWCore, decay_parameter
-from .low_rank import Item, LowRankOptimizer, _is_count, _is_positive
+from .low_rank import Item, LowRankOptimizer
+from .options import is_count, is_positive
 from .projection import add_back, exact_bases, generator_for, overlap, random_bases, sides
 
 SVD = ("random", "exact")
@@ -70,10 +71,10 @@ class GaLoreOptimizer(LowRankOptimizer):
         "adaptive_gap": (False, lambda value: isinstance(value, bool), "True or False"),
         "overlap_threshold": (
             0.4,
-            lambda value: _is_positive(value) and value <= 1.0,
+            lambda value: is_positive(value) and value <= 1.0,
             "a number in (0, 1]",
         ),
-        "overlap_patience": (5, lambda value: _is_count(value), "a positive integer"),
+        "overlap_patience": (5, lambda value: is_count(value), "a positive integer"),
     }
 
     def bases(self, item: Item) -> tuple[Tensor | None, Tensor | None]:
@@ -225,7 +226,7 @@ class GaLoreAdafactor(GaLoreOptimizer):
             )
         if warmup_init and not relative_step:
             raise ValueError("warmup_init is True with relative_step=False; needs relative_step")
-        if not _is_positive(clip_threshold):
+        if not is_positive(clip_threshold):
             raise ValueError(f"clip_threshold is {clip_threshold!r}; must be positive")
         if decay_rate >= 0:
             raise ValueError(f"decay_rate is {decay_rate!r}; must be negative")

@@ -2,89 +2,42 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import _core
-from ..quant import dynamic_map
+from .adamw_step import NonFinite, Update, adamw_step
 from .galore import OPTIONS_DOC, GaLoreOptimizer
 from .galore_cores import AdamWCore, Group, State
-
-BLOCKSIZE = 256
-# Tensors smaller than this keep fp32 moments: there is little to save.
-MIN_8BIT_SIZE = 4096
-# Moments that are fp32 at a time; whole blocks.
-_CHUNK = BLOCKSIZE << 12
-
-# State of a moment -> whether it has a sign.
-_MOMENTS = {"exp_avg": True, "exp_avg_root": False}
-
-
-@functools.cache
-def _map(signed: bool, device: torch.device) -> Tensor:
-    return dynamic_map(signed).to(device)
-
-
-def quantize(values: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
-    """Nearest codes, `uint8`, and the largest magnitude of each block of 256.
-
-    Args:
-        values (`Tensor`): `fp32`, flat.
-        code (`Tensor`): The 256 values of the codes, ascending, within [-1, 1].
-    """
-    if values.device.type == "cpu":
-        return _core.quantize_blockwise(values, code, BLOCKSIZE, False)
-    count = values.numel()
-    blocks = torch.nn.functional.pad(values, (0, -count % BLOCKSIZE)).view(-1, BLOCKSIZE)
-    absmax = blocks.abs().amax(1)
-    scaled = blocks / absmax.clamp(min=1e-38)[:, None]
-    codes = torch.bucketize(scaled, (code[1:] + code[:-1]) / 2).to(torch.uint8)
-    return codes.flatten()[:count], absmax
-
-
-def dequantize(codes: Tensor, absmax: Tensor, code: Tensor) -> Tensor:
-    """The values of codes, `fp32`, in their shape."""
-    if codes.device.type == "cpu":
-        return _core.dequantize_blockwise(codes, absmax, code, BLOCKSIZE, "float32")
-    scales = absmax.repeat_interleave(BLOCKSIZE)[: codes.numel()]
-    return code[codes.long()] * scales
+from .moments import MIN_8BIT_SIZE, decode, encode, has_our_maps, layout, maps
 
 
 class AdamW8bitCore(AdamWCore):
-    """AdamW whose moments are 8-bit dynamic codes (Dettmers et al. 2022, arXiv 2110.02861).
+    """AdamW whose moments are 8-bit codes, see [`oddsmith.optim.moments`]."""
 
-    Kept is the root of the second moment. Of the moment itself the codes reach seven decades down,
-    those of the first moment's square fourteen: an element whose gradient is small beside its
-    block's would be left with a first moment over a second of zero.
-    """
+    names = (*AdamWCore.names, "state1")
 
-    names = (*AdamWCore.names, *(f"{name}_codes" for name in _MOMENTS))
+    def __init__(self) -> None:
+        # Gradients that are not finite have been left out before.
+        self._bad = NonFinite()
 
     def init(self, state: State, like: Tensor, group: Group) -> None:
         """Adds moments for a gradient shaped as `like`: 8-bit ones, unless it is small."""
         if group["optim_bits"] == 32 or like.numel() < MIN_8BIT_SIZE:
             super().init(state, like, group)
             return
-        blocks = -(-like.numel() // BLOCKSIZE)
-        for name, signed in _MOMENTS.items():
-            # The bits of the map differ between processors: it is saved with what it has coded.
-            on_device = torch.device("cpu") if like.device.type == "meta" else like.device
-            state[f"{name}_map"] = code = _map(signed, on_device)
-            zero = int(code.abs().argmin())
-            shape = like.shape
-            state[f"{name}_codes"] = torch.full(shape, zero, dtype=torch.uint8, device=like.device)
-            state[f"{name}_absmax"] = torch.zeros(blocks, device=like.device)
+        for key, (shape, dtype) in layout(like.shape, 8).items():
+            state[key] = torch.zeros(shape, dtype=dtype, device=like.device)
+        on_device = torch.device("cpu") if like.device.type == "meta" else like.device
+        state |= dict(zip(("qmap1", "qmap2"), maps(on_device)))
 
     def loaded(self, state: State) -> None:
-        """Lets parameters share the map again, where it is this machine's."""
-        for name, signed in _MOMENTS.items():
-            code = state.get(f"{name}_map")
-            if code is not None and torch.equal(code, own := _map(signed, code.device)):
-                state[f"{name}_map"] = own
+        """Lets parameters share the maps again; codes of other maps become ours."""
+        if "state1" in state:
+            state |= {} if has_our_maps(state) else encode(*decode(state))
+            state |= dict(zip(("qmap1", "qmap2"), maps(state["state1"].device)))
 
     def update(
         self,
@@ -96,35 +49,21 @@ class AdamW8bitCore(AdamWCore):
         lr: float,
     ) -> None:
         """One step of each target, in place; see [`AdamWCore.update`]."""
+        updates, copies = [], []
         for target, grad, state in zip(targets, grads, states):
             if "exp_avg" in state:
                 super().update([target], [grad], [state], [target], group, lr)
                 continue
             state["step"] += 1
             if not target.is_contiguous():
-                change = torch.zeros_like(target, memory_format=torch.contiguous_format)
-                self._update(change, grad, state, group, lr)
-                target.add_(change)
-            else:
-                self._update(target, grad, state, group, lr)
-
-    def _update(self, target: Tensor, grad: Tensor, state: State, group: Group, lr: float) -> None:
-        target, grad = target.view(-1), grad.reshape(-1)
-        for start in range(0, target.numel(), _CHUNK):
-            part = slice(start, min(start + _CHUNK, target.numel()))
-            blocks = slice(start // BLOCKSIZE, -(-part.stop // BLOCKSIZE))
-            moments = {}
-            for name in _MOMENTS:
-                codes = state[f"{name}_codes"].view(-1)[part]
-                scales = state[f"{name}_absmax"][blocks]
-                moments[name] = dequantize(codes, scales, state[f"{name}_map"])
-            moments["exp_avg_sq"] = moments["exp_avg_root"].square_()
-            self.step_moments(target[part], grad[part], {**state, **moments}, group, lr)
-            moments["exp_avg_root"] = moments["exp_avg_sq"].sqrt_()
-            for name in _MOMENTS:
-                codes, scales = quantize(moments[name], state[f"{name}_map"])
-                state[f"{name}_codes"].view(-1)[part] = codes
-                state[f"{name}_absmax"][blocks] = scales
+                copies.append((target, target.contiguous()))
+                target = copies[-1][1]
+            # eps comes before the correction here, and decay is the optimiser's.
+            rule = (*group["betas"], group["eps"], -lr * self.correction(state, group), 1.0)
+            updates.append(Update(target, grad.contiguous(), state, rule))
+        adamw_step(updates, self._bad)
+        for target, moved in copies:
+            target.copy_(moved)
 
 
 class GaLoreAdamW8bit(GaLoreOptimizer):

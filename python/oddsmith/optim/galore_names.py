@@ -39,7 +39,8 @@ LOW_RANK_NAMES = frozenset(_CLASSES) | {
 _DEFAULT_RANK = 128
 
 
-def _yes_or_no(value: str) -> bool:
+def yes_or_no(value: str) -> bool:
+    """Reads a boolean of `optim_args`."""
     answers = {"true": True, "1": True, "false": False, "0": False}
     if value.lower() not in answers:
         raise ValueError("must be true or false")
@@ -51,19 +52,26 @@ _TYPES: dict[str, Callable[[str], Any]] = {
     "rank": int,
     "update_proj_gap": int,
     "scale": float,
-    "adaptive_gap": _yes_or_no,
+    "adaptive_gap": yes_or_no,
     "overlap_threshold": float,
     "overlap_patience": int,
 }
 
 
-def parse_optim_args(text: str | None, known: set[str], where: str) -> dict[str, Any]:
+def readers(kind: type[LowRankOptimizer]) -> dict[str, Callable[[str], Any]]:
+    """The options of an optimiser's projected groups, and what reads their values."""
+    return {option: _TYPES.get(option, str) for option in kind.group_options}
+
+
+def parse_optim_args(
+    text: str | None, known: dict[str, Callable[[str], Any]], where: str
+) -> dict[str, Any]:
     """
     Options from `"rank=128,update_proj_gap=200,scale=0.25"`.
 
     Args:
         text (`str`, *optional*): `optim_args` of the training arguments.
-        known (`set[str]`): Options that there are.
+        known (`dict[str, Callable]`): Options that there are, and what reads their values.
         where (`str`): Name of the optimiser, for messages.
 
     Raises:
@@ -82,9 +90,9 @@ def parse_optim_args(text: str | None, known: set[str], where: str) -> dict[str,
         if key in options:
             raise ValueError(f"{where}: optim_args has {key!r} twice")
         try:
-            options[key] = _TYPES.get(key, str)(value)
+            options[key] = known[key](value)
         except ValueError:
-            kind = {int: "an integer", float: "a number"}.get(_TYPES[key], "true or false")
+            kind = {int: "an integer", float: "a number"}.get(known[key], "true or false")
             raise ValueError(f"{where}: {key} is {value!r} in optim_args; must be {kind}") from None
     return options
 
@@ -159,7 +167,7 @@ def low_rank_optimizer(
     if model is None:
         raise ValueError(f"optim is {name!r}, which needs the model")
     _check_setting(args, model, name, layerwise)
-    known = set(kind.group_options)
+    known = readers(kind)
     options = {"rank": _DEFAULT_RANK, **parse_optim_args(args.optim_args, known, name)}
 
     targets = target_parameters(model, args.optim_target_modules, name)
@@ -186,7 +194,7 @@ def low_rank_optimizer(
         }
     groups = parameter_groups(model, trained, args.weight_decay, options)
     if kind is GaLoreAdamW8bit:
-        groups = [part for group in groups for part in _embeddings_apart(model, group)]
+        groups = [part for group in groups for part in embeddings_apart(model, group)]
     return kind, {**kwargs, "params": groups}
 
 
@@ -210,7 +218,7 @@ def parameter_groups(
     return [group for group in groups if group["params"]]
 
 
-def _embeddings_apart(model: nn.Module, group: dict[str, Any]) -> list[dict[str, Any]]:
+def embeddings_apart(model: nn.Module, group: dict[str, Any]) -> list[dict[str, Any]]:
     """A group, and its embeddings by themselves with 32 bits: few of their rows have gradients."""
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     if "rank" in group:

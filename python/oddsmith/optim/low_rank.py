@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from .galore_cores import update_parameter
 from .galore_layerwise import LayerwiseHooks
+from .options import check_adam, is_count, is_positive
 from .projection import PROJ_TYPES, project, sides
 
 logger = logging.getLogger(__name__)
@@ -74,9 +75,9 @@ class LowRankOptimizer(Optimizer):
 
     # Option of a projected group -> its default and a test of what is allowed.
     group_options: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
-        "rank": (None, lambda value: _is_count(value), "a positive integer"),
-        "update_proj_gap": (200, lambda value: _is_count(value), "a positive integer"),
-        "scale": (0.25, lambda value: _is_positive(value), "a positive number"),
+        "rank": (None, lambda value: is_count(value), "a positive integer"),
+        "update_proj_gap": (200, lambda value: is_count(value), "a positive integer"),
+        "scale": (0.25, lambda value: is_positive(value), "a positive number"),
         "proj_type": ("std", lambda value: value in PROJ_TYPES, f"one of {PROJ_TYPES}"),
     }
 
@@ -92,16 +93,16 @@ class LowRankOptimizer(Optimizer):
         max_grad_norm: float | None = None,
         seed: int = 0,
     ):
-        if not _is_count(accumulation_steps):
+        if not is_count(accumulation_steps):
             raise ValueError(f"accumulation_steps is {accumulation_steps!r}; must be positive")
-        if max_grad_norm is not None and not (layerwise and _is_positive(max_grad_norm)):
+        if max_grad_norm is not None and not (layerwise and is_positive(max_grad_norm)):
             raise ValueError(
                 f"max_grad_norm is {max_grad_norm!r}; must be positive, and goes with layerwise: "
                 "elsewhere clip with torch.nn.utils.clip_grad_norm_"
             )
         if not isinstance(seed, int):
             raise ValueError(f"seed is {seed!r}; must be an integer")
-        _check_adam(defaults)
+        check_adam(defaults)
         self.core = core
         self.seed = seed
         self.max_grad_norm = max_grad_norm
@@ -143,7 +144,7 @@ class LowRankOptimizer(Optimizer):
                 f"{name}: unknown options {', '.join(unknown)}; a group may have "
                 f"{', '.join(sorted(set(self.defaults) | set(own)))}"
             )
-        _check_adam(group)
+        check_adam(group)
         if "rank" not in group:
             if present := sorted(set(group) & (set(own) - set(self.defaults))):
                 raise ValueError(f"{name}: {', '.join(present)} without rank; give the rank too")
@@ -405,32 +406,3 @@ def check_matrix(where: str, parameter: Tensor, rank: int, name: str | None = No
             f"{where}: rank is {rank}, but {name} has shape {tuple(parameter.shape)}; the rank must "
             f"be at most {min(parameter.shape)}"
         )
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _is_positive(value: Any) -> bool:
-    return _is_number(value) and 0 < value < math.inf
-
-
-def _check_adam(options: dict[str, Any]) -> None:
-    """Checks the options that every group may have."""
-    lr = options.get("lr", 0.0)
-    if isinstance(lr, Tensor):
-        raise ValueError("lr is a tensor; must be a number")
-    if lr is not None and not (_is_number(lr) and 0.0 <= lr < math.inf):
-        raise ValueError(f"lr is {lr!r}; must be a number of at least 0")
-    betas = options.get("betas", (0.0, 0.0))
-    if len(betas) != 2 or not all(_is_number(beta) and 0.0 <= beta < 1.0 for beta in betas):
-        raise ValueError(f"betas is {betas!r}; must be two numbers in [0, 1)")
-    for name in ("eps", "weight_decay"):
-        values = options.get(name, 0.0)
-        for value in values if isinstance(values, (tuple, list)) else (values,):
-            if not (_is_number(value) and value >= 0.0):
-                raise ValueError(f"{name} is {values!r}; must be at least 0")

@@ -31,6 +31,15 @@ long overwritten = 0;
 
 std::size_t rounded_up(std::size_t size, std::size_t to) { return (size + to - 1) / to * to; }
 
+/// Counts and repairs what was written between a tensor and its page: the bytes that alignment takes.
+void inspect(void* data, const Mapping& mapping) {
+    auto* end = static_cast<unsigned char*>(mapping.base) + mapping.length;
+    for (auto* p = static_cast<unsigned char*>(data) + mapping.size; p < end; ++p) {
+        overwritten += *p != POISON;
+        *p = POISON;
+    }
+}
+
 void release(void* data) {
     std::lock_guard<std::mutex> lock(mutex);
     const auto found = mappings.find(data);
@@ -39,11 +48,7 @@ void release(void* data) {
         return;
     }
     const Mapping& mapping = found->second;
-    // Between the tensor and the page lie the bytes that alignment takes.
-    for (auto* p = static_cast<unsigned char*>(data) + mapping.size;
-         p < static_cast<unsigned char*>(mapping.base) + mapping.length; ++p) {
-        overwritten += *p != POISON;
-    }
+    inspect(data, mapping);
     munmap(mapping.base, mapping.length + PAGE);
     mappings.erase(found);
 }
@@ -91,9 +96,12 @@ void guard_remove() {
     }
 }
 
-/// How many bytes right behind tensors were found written when those were freed.
+/// How many bytes right behind tensors have been written so far.
 long guard_overwritten() {
     std::lock_guard<std::mutex> lock(mutex);
+    for (const auto& [data, mapping] : mappings) {
+        inspect(data, mapping);
+    }
     return overwritten;
 }
 

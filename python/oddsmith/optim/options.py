@@ -1,0 +1,45 @@
+"""What the options of a parameter group may be."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+
+def is_count(value: Any) -> bool:
+    """Whether a value is a positive integer."""
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is an integer or a float."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def is_positive(value: Any) -> bool:
+    """Whether a value is a positive, finite number."""
+    return is_number(value) and 0 < value < math.inf
+
+
+def check_adam(options: dict[str, Any]) -> None:
+    """
+    Checks the options that every group may have.
+
+    Raises:
+        ValueError: If `lr`, `betas`, `eps` or `weight_decay` is out of range.
+    """
+    lr = options.get("lr", 0.0)
+    if isinstance(lr, Tensor):
+        raise ValueError("lr is a tensor; must be a number")
+    if lr is not None and not (is_number(lr) and 0.0 <= lr < math.inf):
+        raise ValueError(f"lr is {lr!r}; must be a number of at least 0")
+    betas = options.get("betas", (0.0, 0.0))
+    if len(betas) != 2 or not all(is_number(beta) and 0.0 <= beta < 1.0 for beta in betas):
+        raise ValueError(f"betas is {betas!r}; must be two numbers in [0, 1)")
+    for name in ("eps", "weight_decay"):
+        values = options.get(name, 0.0)
+        for value in values if isinstance(values, (tuple, list)) else (values,):
+            if not (is_number(value) and value >= 0.0):
+                raise ValueError(f"{name} is {values!r}; must be at least 0")

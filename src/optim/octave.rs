@@ -1,0 +1,194 @@
+//! The 8-bit format of the moments: a number whose precision grows with its size.
+//!
+//! A magnitude is a code `q` below `2^k`, `k` being 7 beside a sign and 8 without. With `P` the largest
+//! power of two up to `q`, it stands for
+//!
+//! ```text
+//! value(q) = (7 q - 6 P) P^2,    value(0) = 0
+//! ```
+//!
+//! in units of `8^-k`: the codes from `P` to `2 P` divide the three octaves from `P^3` to `8 P^3` evenly.
+//! So do the dynamic maps of Dettmers et al. 2022 (arXiv 2110.02861) with decades for octaves, and for
+//! the same reason: most of a block lies within a decade of its largest magnitude, and the rest must
+//! not become zero. Powers of two instead of ten make both directions a few additions, multiplications
+//! and shifts, without a table: vector code, on processors and GPUs, with the same bits.
+//!
+//! The second moment is kept by its root, which spans half the decades: an element whose gradient is
+//! small beside its block's would otherwise be left with a first moment over a second of zero.
+
+/// Bits of a magnitude beside a sign.
+const SIGNED: u32 = 7;
+/// Bits of a magnitude without one.
+const UNSIGNED: u32 = 8;
+
+/// Code of zero, where there is a sign.
+pub const SIGNED_ZERO: u8 = 128;
+
+/// Value of the largest code of `bits`, which a block's largest magnitude has.
+const fn top(bits: u32) -> f32 {
+    (((1u64 << (bits + 2)) - 7) << (2 * bits - 2)) as f32
+}
+
+/// Largest magnitudes below this are taken for zero: their inverse is too large.
+const LEAST: f32 = 1e-30;
+
+/// What magnitudes are multiplied by before they are encoded.
+#[inline(always)]
+const fn inverse(bits: u32, absmax: f32) -> f32 {
+    if absmax > LEAST { top(bits) / absmax } else { 0.0 }
+}
+
+/// Factor for [`signed_code`].
+#[inline(always)]
+#[must_use]
+pub const fn signed_inverse(absmax: f32) -> f32 {
+    inverse(SIGNED, absmax)
+}
+
+/// Factor for [`root_code`], of the largest root.
+#[inline(always)]
+#[must_use]
+pub const fn root_inverse(absmax: f32) -> f32 {
+    inverse(UNSIGNED, absmax)
+}
+
+/// The code of the value nearest to `y`, which is not negative and at most [`top`], as a float.
+#[inline(always)]
+fn code(y: f32) -> f32 {
+    // The octave of y, by its exponent, and the third octaves below.
+    let octave = (y.to_bits() >> 23).wrapping_sub(127);
+    let third = octave.wrapping_mul(171) >> 9;
+    let power = f32::from_bits((third.wrapping_add(127)) << 23);
+    let inverse_square = f32::from_bits(127u32.wrapping_sub(2 * third) << 23);
+    let linear = y.mul_add(inverse_square, 6.0 * power) * (1.0 / 7.0);
+    // From 1 on this is below y; between the values 0 and 1 the code is y itself.
+    if linear < y { linear } else { y }
+}
+
+/// The nearest integer of a float, of two the even, plus `zero`; the last eight bits of it.
+#[inline(always)]
+fn nearest(q: f32, zero: u8) -> u8 {
+    // Adding 1.5 * 2^23 leaves it in the last bits of the sum.
+    (q + (12_582_912.0 + f32::from(zero))).to_bits() as u8
+}
+
+/// The value of a code that is an integer in a float, with its sign.
+#[inline(always)]
+fn value(q: f32) -> f32 {
+    // With sign and exponent alone; 0 of 0.
+    let power = f32::from_bits(q.to_bits() & 0xff80_0000);
+    q.mul_add(7.0, -6.0 * power) * (power * power)
+}
+
+const SIGN: u32 = 1 << 31;
+
+/// Code of `x` with its sign, where `inverse` is the block's [`signed_inverse`].
+#[inline(always)]
+#[must_use]
+pub fn signed_code(x: f32, inverse: f32) -> u8 {
+    let q = code(f32::from_bits(x.to_bits() & !SIGN) * inverse);
+    nearest(f32::from_bits(q.to_bits() | (x.to_bits() & SIGN)), SIGNED_ZERO)
+}
+
+/// Code of a root, where `inverse` is the block's [`root_inverse`].
+#[inline(always)]
+#[must_use]
+pub fn root_code(root: f32, inverse: f32) -> u8 {
+    nearest(code(root * inverse), 0)
+}
+
+/// Value of a code with a sign, in units of its block's largest magnitude.
+#[inline(always)]
+#[must_use]
+pub fn signed_value(code: u8) -> f32 {
+    value((i32::from(code) - i32::from(SIGNED_ZERO)) as f32) * (1.0 / top(SIGNED))
+}
+
+/// Root that a code stands for, in units of its block's largest root.
+#[inline(always)]
+#[must_use]
+pub fn root_value(code: u8) -> f32 {
+    value(f32::from(code)) * (1.0 / top(UNSIGNED))
+}
+
+/// Values of all codes with a sign, ascending: what bitsandbytes calls `qmap1`.
+#[must_use]
+pub fn signed_map() -> [f32; 256] {
+    std::array::from_fn(|code| signed_value(code as u8))
+}
+
+/// Squares of the roots of all codes, ascending: `qmap2`, for scales that are squares too.
+#[must_use]
+pub fn square_map() -> [f32; 256] {
+    std::array::from_fn(|code| {
+        let root = root_value(code as u8);
+        root * root
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The formula of the module's page in `f64`.
+    fn plain(bits: u32, q: u32) -> f64 {
+        let power = if q == 0 { 0.0 } else { f64::from(1u32 << q.ilog2()) };
+        let unit = |q: f64, power: f64| (7.0 * q - 6.0 * power) * power * power;
+        unit(f64::from(q), power) / unit(f64::from((1u32 << bits) - 1), f64::from(1u32 << (bits - 1)))
+    }
+
+    #[test]
+    fn values_are_those_of_the_formula() {
+        for code in 0..=255u8 {
+            let root = plain(UNSIGNED, u32::from(code));
+            assert!((f64::from(root_value(code)) - root).abs() <= 1e-7 * root, "{code}");
+            let signed = i32::from(code) - 128;
+            let expected = plain(SIGNED, signed.unsigned_abs()) * f64::from(signed.signum());
+            assert!((f64::from(signed_value(code)) - expected).abs() <= 1e-7 * expected.abs(), "{code}");
+        }
+        assert_eq!([signed_value(SIGNED_ZERO), root_value(0)], [0.0; 2]);
+        assert_eq!([signed_value(255), signed_value(1), root_value(255)], [1.0, -1.0, 1.0]);
+        // 8^-7 = 4.8e-7 and 8^-8 = 6e-8, over the largest.
+        assert!(signed_value(129) < 4.9e-7 && root_value(1) < 6.1e-8);
+        for map in [signed_map(), square_map()] {
+            assert!(map.windows(2).all(|pair| pair[0] < pair[1]));
+        }
+    }
+
+    #[test]
+    fn codes_are_the_nearest() {
+        let steps = (0..200_000).map(|i| 10f32.powf(-8.0 * i as f32 / 200_000.0));
+        for x in steps.chain([0.0, 1.0, 1e-9, f32::MIN_POSITIVE]) {
+            // A code is a step off in no more than 1e-4 of the distance between two.
+            let check = |found: f64, values: &dyn Fn(u8) -> f32| {
+                let distance = |code: u8| (f64::from(values(code)) - f64::from(x)).abs();
+                let nearest = (0..=255u8).min_by(|&a, &b| distance(a).total_cmp(&distance(b))).unwrap();
+                let gap = f64::from(values(nearest.saturating_add(1))) - f64::from(values(nearest));
+                let error = (found - f64::from(x)).abs();
+                assert!(error <= distance(nearest) + 1e-4 * gap.max(1e-3), "{x} {found}");
+            };
+            check(f64::from(root_value(root_code(x, root_inverse(1.0)))), &root_value);
+            check(f64::from(signed_value(signed_code(x, signed_inverse(1.0)))), &signed_value);
+            let mirrored = signed_value(signed_code(-x, signed_inverse(1.0)));
+            assert_eq!(mirrored, -signed_value(signed_code(x, signed_inverse(1.0))));
+        }
+    }
+
+    #[test]
+    fn every_code_comes_back() {
+        for absmax in [1.0, 3.7e-9, 0.1, 812.5, 3e20, 2e-30] {
+            for code in 1..=255u8 {
+                assert_eq!(signed_code(signed_value(code) * absmax, signed_inverse(absmax)), code);
+                assert_eq!(root_code(root_value(code) * absmax, root_inverse(absmax)), code);
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_too_small_for_an_inverse_is_zero() {
+        for absmax in [0.0, f32::MIN_POSITIVE, 1e-40] {
+            assert_eq!(signed_code(-absmax, signed_inverse(absmax)), SIGNED_ZERO);
+            assert_eq!(root_code(absmax, root_inverse(absmax)), 0);
+        }
+    }
+}
