@@ -95,9 +95,9 @@ impl Device {
         /// What any kernel may have without asking.
         const GRANTED: u32 = 48 << 10;
         let driver = driver()?;
-        let card = module::card(self.ordinal)?;
-        let _current = module::Current::new(driver, &card)?;
-        let function = module::function(self.ordinal, launch.source, launch.kernel)?;
+        let kernel = module::kernel(self.ordinal, launch.source, launch.kernel)?;
+        let _current = module::Current::new(driver, kernel.context)?;
+        let function = kernel.function as driver::Handle;
         if launch.shared > GRANTED {
             let shared = launch.shared as i32;
             // SAFETY: a function that stays loaded.
