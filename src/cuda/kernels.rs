@@ -12,6 +12,9 @@ pub struct Source {
 /// What every source may include, as `common.cuh`.
 pub const COMMON: &str = include_str!("../../kernels/common.cuh");
 
+/// `AdamW` with moments of 8 and of 32 bits.
+pub static ADAMW: Source = Source { name: "adamw", text: include_str!("../../kernels/adamw.cu") };
+
 /// 8-bit blockwise quantisation.
 pub static BLOCKWISE8: Source =
     Source { name: "blockwise8", text: include_str!("../../kernels/blockwise8.cu") };
@@ -23,7 +26,7 @@ pub static HEAD: Source = Source { name: "head", text: include_str!("../../kerne
 pub static NF4: Source = Source { name: "nf4", text: include_str!("../../kernels/nf4.cu") };
 
 /// All sources.
-pub static ALL: [&Source; 3] = [&BLOCKWISE8, &HEAD, &NF4];
+pub static ALL: [&Source; 4] = [&ADAMW, &BLOCKWISE8, &HEAD, &NF4];
 
 #[cfg(test)]
 mod tests {

@@ -5,6 +5,7 @@ use tch::{Device, Kind, Tensor};
 use super::quant::{FLOATS, check_kind};
 use super::team::Torch;
 use super::view::{slice, slice_in_place};
+use super::{adamw_cuda, cuda};
 use crate::error::{Error, Result};
 use crate::optim::adamw::{BLOCK, LEAST_EPS, Rule};
 use crate::optim::adamw8bit::Codes;
@@ -125,9 +126,14 @@ pub fn adamw_step(mut items: Vec<Item>, bad: &Tensor) -> Result<()> {
     }
     let _guard = tch::no_grad_guard();
     let Some(first) = items.first() else { return Ok(()) };
+    if let Some(card) = cuda::device(&first.value)? {
+        let others: Vec<_> = items.iter().map(|item| ("value", &item.value)).collect();
+        cuda::check_devices(OP, bad, &others)?;
+        return items.iter().try_for_each(|item| adamw_cuda::update(card, item, bad));
+    }
     if first.value.device() != Device::Cpu {
         let got = format!("{:?}", first.value.device());
-        return Err(Error::Value { op: OP, argument: "device", expected: "the CPU".into(), got });
+        return Err(Error::Value { op: OP, argument: "device", expected: "the CPU or CUDA".into(), got });
     }
     let parameters = items.iter_mut().map(Item::parameter).collect::<Result<Vec<_>>>()?;
     let found = step(&Torch, parameters);

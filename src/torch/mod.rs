@@ -1,6 +1,7 @@
 //! The algorithms on libtorch's tensors: checks, views, and one file per op.
 
 pub mod adamw;
+mod adamw_cuda;
 mod blockwise8_cuda;
 pub mod checkpoint;
 pub mod cuda;
