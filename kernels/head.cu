@@ -9,7 +9,7 @@
 
 constexpr int GROUP = 8;   // neighbouring columns of a thread: 16 bytes of halves
 constexpr int GROUPS = 2;  // of a thread
-constexpr int MAX_THREADS = 512;  // so a tile is up to 8192 wide: src/torch/head_cuda.rs
+constexpr int MAX_THREADS = 512;  // so a tile is up to 8192 wide: src/torch/head_kernels.rs
 constexpr int MIN_BLOCKS = 2;     // on a multiprocessor: 64 registers hold it all
 constexpr int BLOCK = 512;        // of the kernels that take a whole batch
 
