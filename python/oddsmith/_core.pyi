@@ -79,6 +79,7 @@ def linear_orpo(
     logits_budget: int | None,
     needs: tuple[bool, bool, bool],
 ) -> list[Tensor]: ...
+def scale_gradient(gradient: Tensor, factor: Tensor) -> bool: ...
 def use_tensor_ops(on: bool) -> None:
     """Make CPU tensors take the path of other devices, for tests."""
 

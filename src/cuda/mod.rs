@@ -133,8 +133,20 @@ impl Device {
     /// # Errors
     /// [`Error::Cuda`]: what the driver reports.
     pub fn multiprocessors(&self) -> Result<u32> {
+        Ok(self.card()?.multiprocessors)
+    }
+
+    /// Compute capability: 9 and 0 for `sm_90`.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`]: what the driver reports.
+    pub fn capability(&self) -> Result<(i32, i32)> {
+        Ok(self.card()?.capability)
+    }
+
+    fn card(&self) -> Result<module::Card> {
         let unknown = |message| Error::Cuda { kernel: String::new(), launch: String::new(), message };
-        Ok(module::card(self.ordinal).map_err(unknown)?.multiprocessors)
+        module::card(self.ordinal).map_err(unknown)
     }
 }
 
