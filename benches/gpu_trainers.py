@@ -74,12 +74,14 @@ def head_trainer(base: type) -> type:
 
 def trainer_kinds(shape: Shape) -> Iterator[tuple[str, Callable, Callable, dict]]:
     """Name, what makes the trainer and its arguments, what adapts the model, and more arguments."""
-    import oddsmith.optim
+    import oddsmith
 
     ours = oddsmith.ORPOTrainer, oddsmith.ORPOConfig
-    yield "oddsmith, packed", ours, lambda model: model, {}
-    yield "oddsmith, padded", ours, lambda model: model, {"padding_free": False}
-    if not shape.nf4 and hasattr(oddsmith.optim, "PagedAdamW32bit"):
+    # The article's optimiser; the peers have it from bitsandbytes.
+    optim = {"optim": "paged_adamw_8bit"} if shape.nf4 else {}
+    yield "oddsmith, packed", ours, lambda model: model, optim
+    yield "oddsmith, padded", ours, lambda model: model, {**optim, "padding_free": False}
+    if not shape.nf4:
         # 4 GB of state through 256 MiB of the card, beside what comes after it.
         paged = {"optim": "paged_adamw_32bit", "optim_args": f"device_budget={256 << 20}"}
         yield "oddsmith, packed, paged", ours, lambda model: model, paged
