@@ -77,6 +77,10 @@ fmt: test-build ## Format everything
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
+.PHONY: kernels
+kernels: test-build ## Registers, shared memory and spills of every CUDA kernel; needs no card
+	$(BIN)/python tests/kernel_usage.py
+
 .PHONY: bench
 bench: $(BIN)/.tools ## Benchmarks beside TRL, Liger, bitsandbytes, torchao and galore-torch
 	$(ACTIVATE) && pip install --no-build-isolation -e ".[bench]"

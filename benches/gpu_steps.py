@@ -75,7 +75,6 @@ def make_trainer(bench, shape, kind, config, model, dataset, tokenizer, options,
         max_length=MAX_LENGTH,
         beta=BETA,
         learning_rate=1e-9,  # the weights are shared: losses stay comparable
-        optim="paged_adamw_8bit" if paged else "adamw_torch",
         bf16=bench.cuda,
         use_cpu=not bench.cuda,
         logging_steps=1,
@@ -83,7 +82,7 @@ def make_trainer(bench, shape, kind, config, model, dataset, tokenizer, options,
         report_to=[],
         disable_tqdm=True,
         seed=3,
-        **options,
+        **{"optim": "paged_adamw_8bit" if paged else "adamw_torch", **options},
     )
     trainer = kind(
         model=model,

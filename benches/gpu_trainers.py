@@ -77,8 +77,14 @@ def trainer_kinds(shape: Shape) -> Iterator[tuple[str, Callable, Callable, dict]
     import oddsmith
 
     ours = oddsmith.ORPOTrainer, oddsmith.ORPOConfig
-    yield "oddsmith, packed", ours, lambda model: model, {}
-    yield "oddsmith, padded", ours, lambda model: model, {"padding_free": False}
+    # The article's optimiser; the peers have it from bitsandbytes.
+    optim = {"optim": "paged_adamw_8bit"} if shape.nf4 else {}
+    yield "oddsmith, packed", ours, lambda model: model, optim
+    yield "oddsmith, padded", ours, lambda model: model, {**optim, "padding_free": False}
+    if not shape.nf4:
+        # 4 GB of state through 256 MiB of the card, beside what comes after it.
+        paged = {"optim": "paged_adamw_32bit", "optim_args": f"device_budget={256 << 20}"}
+        yield "oddsmith, packed, paged", ours, lambda model: model, paged
     if not importable("trl"):
         return
     with warnings.catch_warnings():

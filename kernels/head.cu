@@ -9,7 +9,7 @@
 
 constexpr int GROUP = 8;   // neighbouring columns of a thread: 16 bytes of halves
 constexpr int GROUPS = 2;  // of a thread
-constexpr int MAX_THREADS = 512;  // so a tile is up to 8192 wide: src/torch/head_cuda.rs
+constexpr int MAX_THREADS = 512;  // so a tile is up to 8192 wide: src/torch/head_kernels.rs
 constexpr int MIN_BLOCKS = 2;     // on a multiprocessor: 64 registers hold it all
 constexpr int BLOCK = 512;        // of the kernels that take a whole batch
 
@@ -302,6 +302,39 @@ __device__ __forceinline__ void scale_rows(
 SCALE_ROWS(head_scale_rows_f32, float)
 SCALE_ROWS(head_scale_rows_bf16, bf16)
 SCALE_ROWS(head_scale_rows_f16, f16)
+
+/// `values *= *factor`, which nobody has read on the host: usually one, and then there is nothing to do.
+template <typename T>
+__device__ __forceinline__ void scale_all(T* values, i64 count, const float* factor) {
+    const float by = *factor;
+    if (by == 1.0f) {
+        return;
+    }
+    const i64 groups = count / LANES<T>;
+    const i64 thread = static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x;
+    for (i64 i = thread; i < groups; i += static_cast<i64>(gridDim.x) * blockDim.x) {
+        float lanes[LANES<T>];
+        load_16_bytes(values + i * LANES<T>, lanes);
+#pragma unroll
+        for (int lane = 0; lane < LANES<T>; ++lane) {
+            lanes[lane] *= by;
+        }
+        store_16_bytes(values + i * LANES<T>, lanes);
+    }
+    const i64 rest = groups * LANES<T> + thread;
+    if (rest < count) {
+        store(values, rest, by * load(values, rest));
+    }
+}
+
+#define SCALE(name, T) \
+    extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) name( \
+        T* values, i64 count, const float* factor) { \
+        scale_all<T>(values, count, factor); \
+    }
+SCALE(head_scale_f32, float)
+SCALE(head_scale_bf16, bf16)
+SCALE(head_scale_f16, f16)
 
 /// Places in the counts of a batch.
 enum Count { SCORED, NLL_TOKENS, CHOSEN_ROWS, REJECTED_ROWS, INVALID, COMPLETIONS };

@@ -218,7 +218,7 @@ __device__ __forceinline__ void load_tokens(const T* x, float (&values)[CODES]) 
 }
 
 /// `out[t, row] = sum over c of x[t, c] * weight[row, c] + bias[row]`, in `float`, rounded once. `columns`
-/// is a multiple of 8, `x` aligned to 16 bytes; `tokens` is at most TOKENS.
+/// is a multiple of 8, `x` aligned to 16 bytes, `packed` to 4; `tokens` is at most TOKENS.
 template <typename T, int TOKENS>
 __device__ __forceinline__ void multiply(
     const T* __restrict__ x, const u8* __restrict__ packed, const Scales scales, const T* __restrict__ bias,
@@ -236,7 +236,6 @@ __device__ __forceinline__ void multiply(
     constexpr int WIDTH = WARP * CODES;
     float sums[ROWS][TOKENS] = {};
     for (int first = lane * CODES; first < columns; first += STEPS * WIDTH) {
-        i64 places[STEPS * ROWS];
         i64 blocks[STEPS * ROWS];
         u32 words[STEPS * ROWS];
         float scale[STEPS * ROWS];
@@ -246,10 +245,10 @@ __device__ __forceinline__ void multiply(
             // neither is added up.
             const int column = first + i / ROWS * WIDTH;
             const i64 start = (row + i % ROWS < rows ? row + i % ROWS : row) * columns;
-            places[i] = (start + (column < columns ? column : first)) / CODES;
-            blocks[i] = places[i] * CODES >> block_shift;
+            const i64 place = start + (column < columns ? column : first);
+            words[i] = reinterpret_cast<const u32*>(packed)[place / CODES];
+            blocks[i] = place >> block_shift;
         }
-        load_codes<CODES / 2>(packed, places, words);
         scales.get(blocks, scale);
 #pragma unroll
         for (int step = 0; step < STEPS; ++step) {

@@ -19,7 +19,8 @@ def tensor_ops_switch():
 
 @pytest.fixture
 def emulated_driver(monkeypatch):
-    """For one test, CPU tensors take the path of CUDA tensors, through an emulated driver.
+    """For one test, CPU tensors take the path of CUDA tensors, through an emulated driver, and end where
+    memory does.
 
     Recorder and switches of the driver are those of `emulation.Driver`.
     """
@@ -36,6 +37,9 @@ def emulated_driver(monkeypatch):
     driver = emulation.Driver(library)
     driver.reset()
     _core.emulate_cuda(True)
-    yield driver
-    _core.emulate_cuda(False)
-    driver.reset()
+    try:
+        with emulation.guarded_memory():
+            yield driver
+    finally:
+        _core.emulate_cuda(False)
+        driver.reset()

@@ -11,7 +11,7 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +23,9 @@ EMULATOR = ROOT / "tests" / "cuda" / "emulator"
 CXX = os.environ.get("CXX", "g++")
 FLAGS = (
     "-std=c++17 -O2 -fPIC -fvisibility=hidden -pthread -ffp-contract=off -fno-strict-aliasing "
-    "-Wall -Wno-unknown-pragmas -Wno-unused-function"
+    "-Wall -Wno-unknown-pragmas -Wno-unused-function "
+    # Vectors at addresses that a device refuses, and what C++ leaves undefined, end the launch.
+    "-fsanitize=alignment,bounds,shift,signed-integer-overflow -fsanitize-undefined-trap-on-error"
 ).split()
 # Files of the cache: some dozens of states of the sources.
 KEPT = 200
@@ -130,7 +132,7 @@ def build(sources: Iterable[Path] | None = None, headers: Path = KERNELS) -> Pat
     """
     kernels = sorted(KERNELS.glob("*.cu")) if sources is None else list(sources)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        inputs = [*kernels, *sorted(EMULATOR.glob("*.cpp"))]
+        inputs = [*kernels, EMULATOR / "block.cpp", EMULATOR / "driver.cpp"]
         objects = list(pool.map(lambda source: str(compile_object(source, headers)), inputs))
     library = cache_folder() / f"libemulator-{digest(*[path.encode() for path in objects])}.so"
 
@@ -138,6 +140,35 @@ def build(sources: Iterable[Path] | None = None, headers: Path = KERNELS) -> Pat
         run_compiler(["-shared", "-pthread", *objects, "-o", str(target)])
 
     return cached(library, make)
+
+
+@contextmanager
+def guarded_memory() -> Iterator[None]:
+    """CPU tensors end at a page that cannot be accessed, and begin with poison: see guard.cpp.
+
+    Raises:
+        AssertionError: At the end, if something was written right behind a tensor.
+    """
+    import torch  # the library needs its libc10
+
+    torch_folder = Path(torch.__file__).parent
+    source = EMULATOR / "guard.cpp"
+    name = f"libguard-{digest(source.read_bytes(), torch.__version__.encode())}.so"
+
+    def make(target: Path) -> None:
+        flags = ["-std=c++17", "-O2", "-fPIC", "-shared", "-isystem", str(torch_folder / "include")]
+        link = [f"-L{torch_folder / 'lib'}", "-lc10"]
+        run_compiler([*flags, str(source), *link, "-o", str(target)])
+
+    lib = ctypes.CDLL(str(cached(cache_folder() / name, make)))
+    lib.guard_overwritten.restype = ctypes.c_long
+    before = lib.guard_overwritten()
+    lib.guard_install()
+    try:
+        yield
+    finally:
+        lib.guard_remove()
+    assert lib.guard_overwritten() == before, "bytes right behind a tensor were written"
 
 
 @dataclass(frozen=True)
@@ -183,7 +214,7 @@ class Driver:
         self.lib.emulator_fail(count)
 
     @contextmanager
-    def reversed(self):
+    def reversed(self) -> Iterator[None]:
         """Threads and blocks run in descending order: what lacks a barrier goes wrong in one of the two."""
         self.lib.emulator_reverse(1)
         try:

@@ -79,14 +79,20 @@ def linear_orpo(
     logits_budget: int | None,
     needs: tuple[bool, bool, bool],
 ) -> list[Tensor]: ...
+def scale_gradient(gradient: Tensor, factor: Tensor) -> bool: ...
 def use_tensor_ops(on: bool) -> None:
     """Make CPU tensors take the path of other devices, for tests."""
 
 def install_pool() -> bool: ...
 def uninstall_pool() -> None: ...
-def kernel_sources() -> list[str]: ...
-def compile_kernels(source: str, architecture: str) -> tuple[bytes, str]: ...
-def emulate_cuda(on: bool) -> None: ...
+def kernel_sources() -> list[str]:
+    """Names of the files in kernels/."""
+
+def compile_kernels(source: str, architecture: str) -> tuple[bytes, str]:
+    """The binary for an architecture such as sm_90, and the assembler's report."""
+
+def emulate_cuda(on: bool) -> None:
+    """Make CPU tensors take the path of CUDA tensors, through the driver ODDSMITH_CUDA_DRIVER names."""
 
 _Nested = tuple[Tensor, Tensor, Tensor, int]  # absmax, map, offset and block size of the scales
 

@@ -215,6 +215,9 @@ def _times(gradient: Tensor, factor: Tensor) -> Tensor:
     """
     if torch.compiler.is_compiling() or _keeps_graph():
         return gradient * factor.to(gradient.dtype)
+    if _core.scale_gradient(gradient, factor):
+        torch.autograd.graph.increment_version(gradient)
+        return gradient
     if factor.device.type == "cpu" and factor.item() == 1.0:
         return gradient
     return gradient.mul_(factor.to(gradient.dtype))

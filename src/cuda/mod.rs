@@ -95,9 +95,9 @@ impl Device {
         /// What any kernel may have without asking.
         const GRANTED: u32 = 48 << 10;
         let driver = driver()?;
-        let card = module::card(self.ordinal)?;
-        let _current = module::Current::new(driver, &card)?;
-        let function = module::function(self.ordinal, launch.source, launch.kernel)?;
+        let kernel = module::kernel(self.ordinal, launch.source, launch.kernel)?;
+        let _current = module::Current::new(driver, kernel.context)?;
+        let function = kernel.function as driver::Handle;
         if launch.shared > GRANTED {
             let shared = launch.shared as i32;
             // SAFETY: a function that stays loaded.
@@ -133,8 +133,20 @@ impl Device {
     /// # Errors
     /// [`Error::Cuda`]: what the driver reports.
     pub fn multiprocessors(&self) -> Result<u32> {
+        Ok(self.card()?.multiprocessors)
+    }
+
+    /// Compute capability: 9 and 0 for `sm_90`.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`]: what the driver reports.
+    pub fn capability(&self) -> Result<(i32, i32)> {
+        Ok(self.card()?.capability)
+    }
+
+    fn card(&self) -> Result<module::Card> {
         let unknown = |message| Error::Cuda { kernel: String::new(), launch: String::new(), message };
-        Ok(module::card(self.ordinal).map_err(unknown)?.multiprocessors)
+        module::card(self.ordinal).map_err(unknown)
     }
 }
 

@@ -30,10 +30,18 @@ struct Loaded {
 }
 
 static LOADED: Mutex<Option<Loaded>> = Mutex::new(None);
-static FUNCTIONS: RwLock<Option<HashMap<Key, usize>>> = RwLock::new(None);
+/// By card, source and name.
+type Kernels = HashMap<(i32, &'static str, &'static str), Kernel>;
 
-/// Card, source and kernel.
-type Key = (i32, &'static str, &'static str);
+/// Apart from [`LOADED`]: a launch does not wait for what another has compiled.
+static KERNELS: RwLock<Option<Kernels>> = RwLock::new(None);
+
+/// A kernel on a card, with the context it is loaded in; both are addresses.
+#[derive(Clone, Copy, Debug)]
+pub struct Kernel {
+    pub function: usize,
+    pub context: usize,
+}
 
 fn loaded() -> MutexGuard<'static, Option<Loaded>> {
     // Nothing panics between two changes that belong together.
@@ -85,11 +93,11 @@ pub struct Current {
 impl Current {
     /// # Errors
     /// What the driver reports.
-    pub fn new(driver: &'static Driver, card: &Card) -> Result<Self, String> {
+    pub fn new(driver: &'static Driver, context: usize) -> Result<Self, String> {
         let mut before = ptr::null_mut();
         // SAFETY: writes a handle.
         driver.check(unsafe { (driver.get_context)(&raw mut before) }, "cuCtxGetCurrent")?;
-        let wanted = card.context as Handle;
+        let wanted = context as Handle;
         if before == wanted {
             return Ok(Self { driver, before: None });
         }
@@ -108,29 +116,34 @@ impl Drop for Current {
     }
 }
 
-/// A kernel on a card, whose context is current; compiled and loaded on its first use.
+/// A kernel on a card, compiled and loaded on its first use.
 ///
 /// # Errors
 /// What the compiler or the driver reports.
-pub fn function(ordinal: i32, source: &'static Source, kernel: &'static str) -> Result<Handle, String> {
-    let key = (ordinal, source.name, kernel);
-    let known = FUNCTIONS.read().unwrap_or_else(PoisonError::into_inner);
-    if let Some(&function) = known.as_ref().and_then(|known| known.get(&key)) {
-        return Ok(function as Handle);
+pub fn kernel(ordinal: i32, source: &'static Source, name: &'static str) -> Result<Kernel, String> {
+    let key = (ordinal, source.name, name);
+    let known = KERNELS.read().unwrap_or_else(PoisonError::into_inner);
+    if let Some(kernel) = known.as_ref().and_then(|known| known.get(&key)) {
+        return Ok(*kernel);
     }
     drop(known);
     let mut loaded = loaded();
-    let module = module_of(loaded.get_or_insert_default(), ordinal, source)?;
-    let name = CString::new(kernel).map_err(|error| error.to_string())?;
-    let (driver, mut function) = (driver()?, ptr::null_mut());
+    let loaded = loaded.get_or_insert_default();
+    let (driver, card) = (driver()?, card_of(loaded, ordinal)?);
+    let _current = Current::new(driver, card.context)?;
+    let module = module_of(loaded, ordinal, source)?;
+    let symbol = CString::new(name).map_err(|error| error.to_string())?;
+    let mut function = ptr::null_mut();
     // SAFETY: a module that stays loaded, and a string.
-    let code = unsafe { (driver.get_function)(&raw mut function, module as Handle, name.as_ptr()) };
+    let code = unsafe { (driver.get_function)(&raw mut function, module as Handle, symbol.as_ptr()) };
     driver.check(code, "cuModuleGetFunction")?;
-    let mut known = FUNCTIONS.write().unwrap_or_else(PoisonError::into_inner);
-    known.get_or_insert_default().insert(key, function as usize);
-    Ok(function)
+    let kernel = Kernel { function: function as usize, context: card.context };
+    let mut known = KERNELS.write().unwrap_or_else(PoisonError::into_inner);
+    known.get_or_insert_default().insert(key, kernel);
+    Ok(kernel)
 }
 
+/// The module of a source, in the current context, which is the card's.
 fn module_of(loaded: &mut Loaded, ordinal: i32, source: &'static Source) -> Result<usize, String> {
     if let Some(&module) = loaded.modules.get(&(ordinal, source.name)) {
         return Ok(module);

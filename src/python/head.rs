@@ -9,6 +9,7 @@ use super::tensor::PyTensor;
 use crate::head::scores::Objective;
 use crate::odds_ratio::{Link, NllScope};
 use crate::torch::head::{self, Args, Pairs, Wants};
+use crate::torch::head_cuda;
 
 /// The tensors and numbers that every op of the head starts with.
 struct Inputs {
@@ -126,6 +127,12 @@ fn linear_orpo(
     Ok(list(detached(py, run)?))
 }
 
+/// `gradient *= factor` in place, on a card; false where nothing has been done.
+#[pyfunction]
+fn scale_gradient(py: Python<'_>, gradient: PyTensor, factor: PyTensor) -> PyResult<bool> {
+    detached(py, move || head_cuda::scale(&gradient.0, &factor.0))
+}
+
 /// Makes CPU tensors take the path of other devices, for tests.
 #[pyfunction]
 fn use_tensor_ops(on: bool) {
@@ -137,5 +144,6 @@ pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(linear_logps, module)?)?;
     module.add_function(wrap_pyfunction!(linear_logps_backward, module)?)?;
     module.add_function(wrap_pyfunction!(linear_orpo, module)?)?;
+    module.add_function(wrap_pyfunction!(scale_gradient, module)?)?;
     module.add_function(wrap_pyfunction!(use_tensor_ops, module)?)
 }

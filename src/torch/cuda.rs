@@ -86,3 +86,15 @@ pub fn check_devices(op: &'static str, first: &Tensor, others: &[(&'static str, 
     }
     Ok(())
 }
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use super::current_stream;
+
+    #[test]
+    fn a_card_that_is_not_there_is_an_error() {
+        // libtorch throws: not through Rust.
+        let error = current_stream(120).expect_err("no machine has so many");
+        assert_eq!(error.to_string(), "libtorch: no current stream of cuda:120");
+    }
+}

@@ -19,7 +19,7 @@ use tch::{Kind, Tensor};
 
 use super::head::{Args, Pairs, Report, Wants};
 use super::head_batch::{Batch, blocks, gather};
-use super::head_kernels::{Card, Room, Rows, Stats};
+use super::head_kernels::{self, Card, Room, Rows, Stats};
 use super::head_ops::scored;
 use crate::cuda;
 use crate::error::Result;
@@ -253,6 +253,26 @@ fn sweep_others(card: &Card<'_>, batch: &Batch<'_>) -> Result<()> {
 fn report(parts: [Tensor; 9], gradients: [Tensor; 3]) -> Report {
     let mut all = parts.into_iter().chain(gradients);
     std::array::from_fn(|_| all.next().unwrap_or_default())
+}
+
+/// Multiplies a gradient of the head by a number on the card, in place and without waiting for it; false
+/// where there is no kernel for that.
+///
+/// # Errors
+/// What the driver reports.
+pub fn scale(gradient: &Tensor, factor: &Tensor) -> Result<bool> {
+    let device = match gradient.f_kind()? {
+        Kind::Float | Kind::BFloat16 | Kind::Half if factor.f_kind()? == Kind::Float => {
+            super::cuda::device(gradient)?
+        }
+        _ => None,
+    };
+    let Some(device) = device.filter(|_| gradient.is_contiguous() && factor.device() == gradient.device())
+    else {
+        return Ok(false);
+    };
+    head_kernels::scale(device, gradient, factor)?;
+    Ok(true)
 }
 
 /// [`super::head::orpo`] on a card.

@@ -31,6 +31,26 @@ macro_rules! names {
 }
 pub(super) use names;
 
+fn of_kind(kind: Kind, names: [&'static str; 3]) -> &'static str {
+    match kind {
+        Kind::Float => names[0],
+        Kind::BFloat16 => names[1],
+        _ => names[2],
+    }
+}
+
+/// `gradient *= factor` in place, without reading the factor.
+pub(super) fn scale(device: cuda::Device, gradient: &Tensor, factor: &Tensor) -> Result<()> {
+    const BLOCKS: u32 = 8; // of a multiprocessor: as many threads as it takes
+    let kind = gradient.f_kind()?;
+    let kernel = of_kind(kind, names!("head_scale"));
+    let count = gradient.numel() as i64;
+    let enough = round_up(count, COLUMNS * 256) / (COLUMNS * 256);
+    let grid = [(BLOCKS * device.multiprocessors()?).min(enough as u32), 1, 1];
+    let args = [pointer(gradient, kind)?, Arg::i64(count), pointer(factor, Kind::Float)?];
+    device.launch(&Launch { source: &kernels::HEAD, kernel, grid, block: [256, 1, 1], shared: 0 }, &args)
+}
+
 pub(super) fn round_up(x: i64, step: i64) -> i64 {
     (x + step - 1) / step * step
 }
@@ -48,6 +68,8 @@ pub(super) struct Card<'a> {
     bias: Option<Tensor>,
     /// Dtype of hidden and weight.
     pub kind: Kind,
+    /// Whether libtorch multiplies halves into `f32` here: on cards, `bf16` from Ampere on.
+    mixed: bool,
 }
 
 /// Rows that go through the vocabulary together.
@@ -137,33 +159,19 @@ impl Room {
     }
 }
 
-/// `out (+)= a b`, with `out` in `f32`.
-fn product(out: &Tensor, a: &Tensor, b: &Tensor, accumulate: bool) -> Result<()> {
-    let wide = a.f_kind()? == Kind::Float;
-    let on_card = matches!(out.device(), Device::Cuda(_));
-    let _ = match (wide, accumulate) {
-        (true, false) => a.f_mm_out(out, b)?,
-        (true, true) => out.shallow_clone().f_addmm_(a, b)?,
-        (false, false) if on_card => a.f_mm_dtype_out(out, b, Kind::Float)?,
-        (false, true) if on_card => out.f_addmm_dtype_out(out, a, b, Kind::Float)?,
-        // On the CPU, libtorch has products of halves with results in halves only.
-        (false, _) => {
-            return product(out, &a.f_to_kind(Kind::Float)?, &b.f_to_kind(Kind::Float)?, accumulate);
-        }
-    };
-    Ok(())
-}
-
 impl<'a> Card<'a> {
     pub fn new(args: &'a Args<'a>, device: cuda::Device) -> Result<Self> {
         let bias = args.bias.map(|bias| bias.f_detach()?.f_to_kind(Kind::Float)?.f_contiguous());
+        let kind = args.hidden.f_kind()?;
+        let on_card = matches!(args.hidden.device(), Device::Cuda(_));
         Ok(Self {
             args,
             device,
             hidden: args.hidden.f_detach()?.f_contiguous()?,
             weight: args.weight.f_detach()?.f_contiguous()?,
             bias: bias.transpose()?,
-            kind: args.hidden.f_kind()?,
+            kind,
+            mixed: on_card && (kind == Kind::Half || device.capability()?.0 >= 8),
         })
     }
 
@@ -198,11 +206,7 @@ impl<'a> Card<'a> {
     }
 
     pub fn name(&self, names: [&'static str; 3]) -> &'static str {
-        match self.kind {
-            Kind::Float => names[0],
-            Kind::BFloat16 => names[1],
-            _ => names[2],
-        }
+        of_kind(self.kind, names)
     }
 
     pub fn launch(&self, kernel: &'static str, blocks: i64, threads: i64, args: &[Arg]) -> Result<()> {
@@ -227,10 +231,25 @@ impl<'a> Card<'a> {
         Ok(self.weight.f_narrow(0, tile.start, tile.end - tile.start)?)
     }
 
+    /// `out (+)= a b`, with `out` in `f32`.
+    fn product(&self, out: &Tensor, a: &Tensor, b: &Tensor, accumulate: bool) -> Result<()> {
+        let _ = match (self.kind, accumulate) {
+            (Kind::Float, false) => a.f_mm_out(out, b)?,
+            (Kind::Float, true) => out.f_addmm_out(out, a, b)?,
+            (_, false) if self.mixed => a.f_mm_dtype_out(out, b, Kind::Float)?,
+            (_, true) if self.mixed => out.f_addmm_dtype_out(out, a, b, Kind::Float)?,
+            (_, accumulate) => {
+                let (a, b) = (a.f_to_kind(Kind::Float)?, b.f_to_kind(Kind::Float)?);
+                if accumulate { out.f_addmm_out(out, &a, &b)? } else { a.f_mm_out(out, &b)? }
+            }
+        };
+        Ok(())
+    }
+
     /// Computes the products of a tile.
     pub fn products(&self, rows: &Rows, tile: &Range<i64>, room: &Room) -> Result<()> {
         let out = room.0.f_narrow(1, 0, tile.end - tile.start)?;
-        product(&out, &rows.hidden, &self.words(tile)?.f_tr()?, false)
+        self.product(&out, &rows.hidden, &self.words(tile)?.f_tr()?, false)
     }
 
     fn transform(&self) -> [Arg; 2] {
@@ -282,7 +301,7 @@ impl<'a> Card<'a> {
             args.extend([pointer(&accumulated, Kind::Float)?, Arg::i64(size[1])]);
             self.on_tile(self.name(names!("head_expectation")), rows, &tile, &args)?;
             let powers = room.results(self.kind, tile.end - tile.start)?;
-            product(&out, &powers, &self.words(&tile)?, tile.start > 0)?;
+            self.product(&out, &powers, &self.words(&tile)?, tile.start > 0)?;
         }
         Ok(accumulated)
     }
@@ -305,7 +324,7 @@ impl<'a> Card<'a> {
 
     /// `d_hidden (+)= gradients words`, in `f32`.
     pub fn d_hidden(&self, out: &Tensor, gradients: &Tensor, tile: &Range<i64>) -> Result<()> {
-        product(out, gradients, &self.words(tile)?, tile.start > 0)
+        self.product(out, gradients, &self.words(tile)?, tile.start > 0)
     }
 
     /// Writes `coefficient * (E_softmax[w] - w_target)` into the rows `index` of `d_hidden`, from what

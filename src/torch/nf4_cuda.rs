@@ -128,7 +128,8 @@ pub(super) fn few_tokens(
         return Ok(None);
     }
     let x = x.f_contiguous()?;
-    if !(x.data_ptr() as usize).is_multiple_of(16) {
+    let aligned = |tensor: &Tensor, bytes: usize| (tensor.data_ptr() as usize).is_multiple_of(bytes);
+    if !aligned(&x, 16) || !aligned(&weight.packed, 4) {
         return Ok(None);
     }
     let kernels = match tokens {

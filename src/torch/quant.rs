@@ -235,7 +235,8 @@ pub(super) fn map(op: &'static str, code: &Tensor) -> Result<[f32; MAP_LEN]> {
     <[f32; MAP_LEN]>::try_from(values).map_err(|error| Error::Internal(error.to_string()))
 }
 
-/// A byte a value, in the shape of `x`, and the largest magnitude a block.
+/// A byte a value, in the shape of `x`, and the largest magnitude a block. On a card the values of `code`
+/// are waited for, to see that they ascend.
 ///
 /// # Errors
 /// Arguments that do not fit, and what libtorch reports.

@@ -205,6 +205,22 @@ extern "C" __global__ void stores(int* at) {
     }
 }
 
+// 0: a vector at an address that no device reads it from; 1: behind a shared array; 2: too far a shift;
+// 3: a sum that does not fit.
+extern "C" __global__ void undefined(int what, int* out) {
+    __shared__ int values[8];
+    if (what == 0) {
+        *out = reinterpret_cast<const uint2*>(out + 1)->y;
+    } else if (what == 1) {
+        values[threadIdx.x] = 1;
+        *out = values[threadIdx.x];
+    } else if (what == 2) {
+        *out = 1 << (what + 30);
+    } else {
+        *out = out[1] + 0x7fffffff;
+    }
+}
+
 __device__ __noinline__ int recurse(int depth) {
     volatile char local[1000];
     local[depth % 1000] = 1;

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from emulation import KERNELS
 from kernel_usage import ARCHITECTURES, Usage, read_report, text_of, usage_of_all, write
 from oddsmith import _core
 
@@ -27,6 +28,10 @@ def test_every_kernel_compiles_for_every_architecture(table):
     kernels = by_architecture["sm_75"]
     assert {source for source, _ in kernels} == set(_core.kernel_sources())
     assert all(found == kernels for found in by_architecture.values())
+
+
+def test_every_source_is_embedded():
+    assert _core.kernel_sources() == sorted(path.stem for path in KERNELS.glob("*.cu"))
 
 
 def test_no_kernel_spills(table):

@@ -122,6 +122,16 @@ def test_what_hangs_or_is_undefined_fails(driver, kernel, block, message):
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the fault ends the process there")
+@pytest.mark.parametrize("what", range(4))
+def test_what_cplusplus_leaves_undefined(driver, what):
+    out = torch.ones(4, dtype=INT)
+    with pytest.raises(
+        emulation.DriverError, match=r"thread \(\d, 0, 0\): misaligned access, index"
+    ):
+        driver.launch("undefined", c_int(what), out, block=9)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the fault ends the process there")
 def test_memory_that_is_not_there(driver):
     with pytest.raises(
         emulation.DriverError, match=r"thread \(3, 0, 0\): access out of bounds, at 0x8$"
@@ -134,6 +144,22 @@ def test_memory_that_is_not_there(driver):
         driver.launch("overflows", out, block=1)
     driver.launch("stores", out)
     assert out.item() == 1
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the fault ends the process there")
+def test_guarded_memory(driver):
+    with emulation.guarded_memory():
+        short = torch.empty(63 * 4, dtype=INT)
+        assert short.unique().tolist() == [-1]  # poison
+        driver.launch("places", short, block=63 * 4)
+        assert torch.equal(short, torch.arange(63 * 4, dtype=INT))
+        with pytest.raises(
+            emulation.DriverError, match=r"thread \(25\d, 0, 0\): access out of bounds"
+        ):
+            driver.launch("places", short, block=256)
+    with pytest.raises(AssertionError, match="behind a tensor"), emulation.guarded_memory():
+        unaligned = torch.empty(3, dtype=INT)
+        driver.launch("places", unaligned, block=4)  # the fourth is in the last 16 bytes
 
 
 def test_trap(driver):

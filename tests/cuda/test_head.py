@@ -318,6 +318,22 @@ def test_order_of_threads_does_not_matter(emulated_driver):
         assert all(torch.equal(forward[name], backward[name]) for name in forward)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("factor", [1.0, 1 / 3])
+def test_backward_scales_in_place(emulated_driver, dtype, factor):
+    hidden, weight, *rows = make_batch(vocab=301, width=5, dtype=dtype)
+    _, (_, whole) = losses(functional.linear_orpo, hidden, weight, rows, True)
+    weight.requires_grad_()
+    loss = functional.linear_orpo(hidden, weight, *rows, 0.29).loss
+    emulated_driver.reset()
+    (scaled,) = torch.autograd.grad(loss * factor, weight)
+    name = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}[dtype]
+    assert [launch.kernel for launch in emulated_driver.launches()] == [f"head_scale_{name}"]
+    # 1505 elements are no multiple of 8.
+    expected = (whole.float() * torch.tensor(factor)).to(dtype)
+    assert torch.equal(scaled, expected)
+
+
 # ---- what the host waits for ----
 
 

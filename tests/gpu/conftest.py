@@ -39,7 +39,7 @@ class Card:
         from torch.profiler import ProfilerActivity, profile
 
         run()
-        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
             run()
             self.sync()
         return {event.key for event in profiler.key_averages()}

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import oddsmith.optim
 from gpu_cases import DTYPES, loss_and_gradients, pairs, to, weights
 from oddsmith import functional
 
@@ -41,3 +42,15 @@ def test_head(card, dtype):
     assert card.kernels(orpo(True)) >= shared | {"head_forward", f"head_gradient_{name}"}
     logps = card.kernels(lambda: functional.linear_logps(hidden, weight, rows[0]))
     assert "head_forward" in logps
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("kind", "kernel"),
+    [("AdamW8bit", "adamw8bit"), ("PagedAdamW8bit", "adamw8bit"), ("PagedAdamW32bit", "adamw")],
+)
+def test_adamw(card, kind, kernel, dtype):
+    parameter = torch.nn.Parameter(torch.ones(5000, dtype=dtype, device=card.device))
+    parameter.grad = torch.ones_like(parameter)
+    optimizer = getattr(oddsmith.optim, kind)([parameter])
+    assert f"{kernel}_{NAMES[dtype]}" in card.kernels(optimizer.step)

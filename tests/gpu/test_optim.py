@@ -7,7 +7,12 @@ from torch import nn
 import oddsmith.optim
 
 LOW_RANK = {"rank": 8, "update_proj_gap": 4, "scale": 0.5, "svd": "exact"}
-FULL = ["AdamW8bit", "PagedAdamW8bit", "PagedAdamW", "AdamW32bit", "PagedAdamW32bit"]
+# A budget in which the state of the larger parameters does not fit at once.
+FULL = {
+    "AdamW8bit": {},
+    "PagedAdamW8bit": {"device_budget": 16 << 10},
+    "PagedAdamW32bit": {"device_budget": 64 << 10},
+}
 SHAPES = [(96, 64), (40, 130), (4096,), (5003,), (7,)]
 
 
@@ -18,7 +23,7 @@ def optimiser(name: str):
     return kind
 
 
-def train(kind, device, dtype, steps=9, low_rank=None):
+def train(kind, device, dtype, steps=9, low_rank=None, **options):
     """Parameters after some steps of gradients over four decades, some of them zero."""
     generator = torch.Generator().manual_seed(4)
     parameters, gradients = [], []
@@ -32,7 +37,7 @@ def train(kind, device, dtype, steps=9, low_rank=None):
     if low_rank:
         matrices, vectors = parameters[:2], parameters[2:]
         groups = [{"params": vectors}, {"params": matrices, **low_rank}]
-    optimizer = kind(groups, lr=1e-2, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.03)
+    optimizer = kind(groups, lr=1e-2, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.03, **options)
     for step in range(steps):
         for parameter, draws in zip(parameters, gradients):
             parameter.grad = draws[step].to(dtype).to(device)
@@ -45,9 +50,21 @@ def train(kind, device, dtype, steps=9, low_rank=None):
 def test_adamw(card, name, dtype):
     kind = optimiser(name)
     with card.slices():
-        expected = train(kind, "cpu", dtype)
-    for ours, theirs in zip(train(kind, card.device, dtype), expected, strict=True):
+        expected = train(kind, "cpu", dtype, **FULL[name])
+    found = train(kind, card.device, dtype, **FULL[name])
+    for ours, theirs in zip(found, expected, strict=True):
         assert torch.equal(ours, theirs), (ours - theirs).abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_stochastic_rounding_draws_the_same(card, dtype):
+    kind = optimiser("AdamW8bit")
+    with card.slices():
+        expected = train(kind, "cpu", dtype, stochastic_rounding=True, seed=8)
+        nearest = train(kind, "cpu", dtype)
+    found = train(kind, card.device, dtype, stochastic_rounding=True, seed=8)
+    assert all(map(torch.equal, found, expected))
+    assert (dtype == torch.float32) == all(map(torch.equal, found, nearest))
 
 
 @pytest.mark.parametrize("name", ["GaLoreAdamW", "GaLoreAdamW8bit"])
@@ -57,5 +74,6 @@ def test_galore(card, name):
         expected = train(kind, "cpu", torch.float32, low_rank=LOW_RANK)
     found = train(kind, card.device, torch.float32, low_rank=LOW_RANK)
     for ours, theirs in zip(found, expected, strict=True):
-        # A step is up to lr; a code of 8 bits that goes the other way moves a value by a part of it.
-        assert (ours - theirs).abs().max() < (2e-3 if "8bit" in name else 1e-4)
+        # A step is about lr; where a projected gradient is next to zero, the rounding of the
+        # decomposition decides a part of it.
+        assert (ours - theirs).abs().max() < 2e-3

@@ -32,6 +32,8 @@ def test_layout_by_hand():
     assert batch.targets.tolist() == [6, 7, 8, 9, 6, 7, 8, 4]
     assert batch.sequence.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
     assert batch.completion.tolist() == [False, False, True, True, False, False, True, True]
+    # 2 chosen prompt tokens have a successor in the prompt, and there are 4 answer tokens.
+    assert batch.num_scored == {"full": 2 + 4, "completion": 4}
 
 
 def test_whole_sequences_by_hand():

@@ -92,20 +92,28 @@ void body() {
 
 #ifdef __x86_64__
 
-// An access to memory that is not there becomes a fault of the launch, with the thread's place: the
-// signal's handler lets the fiber go on in `escape`, on its own stack from the top.
+// An access to memory that is not there becomes a fault of the launch, with the thread's place, and so
+// does the instruction by which the compiler's checks end (SIGILL): the signal's handler lets the fiber
+// go on in `escape`, on its own stack from the top.
 thread_local bool inside = false;  // a kernel
+thread_local int caught;
 thread_local const void* bad_address;
-struct sigaction before;
+struct sigaction before_segv, before_ill;
 
 [[noreturn]] void escape() {
     inside = false;
     char address[32];
     std::snprintf(address, sizeof address, "%p", bad_address);
+    std::string what = std::string("access out of bounds, at ") + address;
+    if (caught == SIGILL) {
+        what = "misaligned access, index beyond an array, shift or overflow that is undefined";
+    } else if (running->fiber.guards(bad_address)) {
+        what = "needs more than " + std::to_string(Fiber::STACK) + " bytes of local memory";
+    } else if (!bad_address) {
+        what = "access out of bounds, or misaligned";  // the processor does not say where
+    }
     try {
-        fail(*running, running->fiber.guards(bad_address)
-                ? "needs more than " + std::to_string(Fiber::STACK) + " bytes of local memory"
-                : std::string("access out of bounds, at ") + address);
+        fail(*running, what);
     } catch (...) {
         running->fault = std::current_exception();
     }
@@ -115,9 +123,11 @@ struct sigaction before;
 
 void on_fault(int signal, siginfo_t* info, void* context) {
     if (!inside) {
-        sigaction(signal, &before, nullptr);  // the same again, for whoever had it before
+        // The same again, for whoever had it before.
+        sigaction(signal, signal == SIGILL ? &before_ill : &before_segv, nullptr);
         return;
     }
+    caught = signal;
     bad_address = info->si_addr;
     auto& registers = static_cast<ucontext_t*>(context)->uc_mcontext.gregs;
     registers[REG_RSP] = static_cast<greg_t>(running->fiber.top()) - 8;  // as after a call
@@ -143,7 +153,8 @@ void catch_faults() {
         struct sigaction action {};
         action.sa_sigaction = on_fault;
         action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
-        sigaction(SIGSEGV, &action, &before);
+        sigaction(SIGSEGV, &action, &before_segv);
+        sigaction(SIGILL, &action, &before_ill);
     });
 }
 
