@@ -18,7 +18,7 @@ const BLOCK_ROWS: i64 = 2048;
 /// Columns that a block of threads of `head_side_means` has.
 const WARP: i64 = 32;
 
-/// Numbers of a batch before those of its sequences: `Count` in kernels/head_batch.cu.
+/// Numbers of a batch before those of its sequences: `Count` in `kernels/head_batch.cu`.
 const COUNTS: i64 = 5;
 
 /// `0..count` in blocks of about the same size, as first and length.

@@ -20,7 +20,7 @@ const COLUMNS: i64 = 16;
 const MAX_THREADS: i64 = 512;
 const MAX_COLUMNS: i64 = COLUMNS * MAX_THREADS;
 
-/// Threads of the kernels that take a whole batch: as kernels/head_batch.cu.
+/// Threads of the kernels that take a whole batch: as `kernels/head_batch.cu`.
 const BLOCK: u32 = 512;
 
 /// Names of a kernel, by the dtype of the head.
@@ -214,7 +214,7 @@ impl<'a> Card<'a> {
         self.device.launch(&Launch { source: &kernels::HEAD, kernel, grid, block, shared: 0 }, args)
     }
 
-    /// Launches a kernel of kernels/head_batch.cu.
+    /// Launches a kernel of `kernels/head_batch.cu`.
     pub fn launch_batch(&self, kernel: &'static str, blocks: i64, args: &[Arg]) -> Result<()> {
         let (grid, block) = ([blocks as u32, 1, 1], [BLOCK, 1, 1]);
         self.device.launch(&Launch { source: &kernels::HEAD_BATCH, kernel, grid, block, shared: 0 }, args)
