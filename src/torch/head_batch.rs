@@ -6,7 +6,7 @@ use tch::{Kind, Tensor};
 
 use super::cuda::pointer;
 use super::head::{Args, IGNORE, Pairs};
-use super::head_kernels::{BLOCK, Card, Rows, Stats, names, round_up};
+use super::head_kernels::{Card, Rows, Stats, names, round_up};
 use crate::cuda::Arg;
 use crate::error::Result;
 use crate::head::scores::Objective;
@@ -18,7 +18,7 @@ const BLOCK_ROWS: i64 = 2048;
 /// Columns that a block of threads of `head_side_means` has.
 const WARP: i64 = 32;
 
-/// Numbers of a batch before those of its sequences: `Count` in kernels/head.cu.
+/// Numbers of a batch before those of its sequences: `Count` in `kernels/head_batch.cu`.
 const COUNTS: i64 = 5;
 
 /// `0..count` in blocks of about the same size, as first and length.
@@ -85,7 +85,7 @@ impl<'a> Batch<'a> {
             pointer(&owners, Kind::Int)?,
             pointer(&counts, Kind::Int)?,
         ];
-        card.launch("head_layout", 1, BLOCK, &arguments)?;
+        card.launch_batch("head_layout", 1, &arguments)?;
         let scored = pairs.scored.map_or_else(|| counts.f_int64_value(&[0]), Ok)?;
         let capped = args.softcap.is_some();
         let others = if capped { rows - scored } else { card.side_rows() };
@@ -146,10 +146,9 @@ impl<'a> Batch<'a> {
             pointer(&self.counts, Kind::Int)?,
             pointer(out, card.kind)?,
         ];
-        card.launch(
+        card.launch_batch(
             card.name(names!("head_side_means")),
             round_up(card.width(), WARP) / WARP,
-            BLOCK,
             &arguments,
         )
     }
@@ -185,7 +184,7 @@ impl<'a> Batch<'a> {
         for part in &outcome {
             arguments.push(pointer(part, part.f_kind()?)?);
         }
-        card.launch("head_scores", 1, BLOCK, &arguments)?;
+        card.launch_batch("head_scores", 1, &arguments)?;
         Ok((coefficients, outcome))
     }
 }

@@ -20,8 +20,8 @@ const COLUMNS: i64 = 16;
 const MAX_THREADS: i64 = 512;
 const MAX_COLUMNS: i64 = COLUMNS * MAX_THREADS;
 
-/// Threads of the kernels that take a whole batch.
-pub(super) const BLOCK: i64 = 512;
+/// Threads of the kernels that take a whole batch: as `kernels/head_batch.cu`.
+const BLOCK: u32 = 512;
 
 /// Names of a kernel, by the dtype of the head.
 macro_rules! names {
@@ -209,9 +209,15 @@ impl<'a> Card<'a> {
         of_kind(self.kind, names)
     }
 
-    pub fn launch(&self, kernel: &'static str, blocks: i64, threads: i64, args: &[Arg]) -> Result<()> {
+    fn launch(&self, kernel: &'static str, blocks: i64, threads: i64, args: &[Arg]) -> Result<()> {
         let (grid, block) = ([blocks as u32, 1, 1], [threads as u32, 1, 1]);
         self.device.launch(&Launch { source: &kernels::HEAD, kernel, grid, block, shared: 0 }, args)
+    }
+
+    /// Launches a kernel of `kernels/head_batch.cu`.
+    pub fn launch_batch(&self, kernel: &'static str, blocks: i64, args: &[Arg]) -> Result<()> {
+        let (grid, block) = ([blocks as u32, 1, 1], [BLOCK, 1, 1]);
+        self.device.launch(&Launch { source: &kernels::HEAD_BATCH, kernel, grid, block, shared: 0 }, args)
     }
 
     /// Columns of a tile of `rows` rows and about `elements` elements.
