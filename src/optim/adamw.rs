@@ -67,27 +67,24 @@ pub(super) struct Update {
 /// drawn depends on seed and place alone, so that a run can be repeated.
 #[inline(always)]
 pub(super) fn store<T: Storage>(wide: &[f32; BLOCK], seed: Option<u32>, first: u64, values: &mut [T]) {
-    match (seed, T::DTYPE) {
-        (Some(seed), Dtype::Bf16) => {
-            let start = (first as u32) ^ ((first >> 32) as u32).wrapping_mul(0x9e37_79b9);
-            for (i, (value, wide)) in values.iter_mut().zip(wide).enumerate() {
-                *value = T::narrow_one(nudged(*wide, noise(start.wrapping_add(i as u32), seed)));
-            }
+    if let (Some(seed), Dtype::Bf16) = (seed, T::DTYPE) {
+        let start = (first as u32) ^ ((first >> 32) as u32).wrapping_mul(0x9e37_79b9);
+        for (i, (value, wide)) in values.iter_mut().zip(wide).enumerate() {
+            *value = T::narrow_one(nudged(*wide, noise(start.wrapping_add(i as u32), seed)));
         }
-        _ => {
-            let whole = values.len() / 16 * 16;
-            for (values, wide) in values.chunks_exact_mut(16).zip(wide.chunks_exact(16)) {
-                let wide: &[f32; 16] = wide.try_into().unwrap_or(&[0.0; 16]);
-                values.copy_from_slice(&T::narrow(wide));
-            }
-            for (value, wide) in values[whole..].iter_mut().zip(&wide[whole..]) {
-                *value = T::narrow_one(*wide);
-            }
-        }
+        return;
+    }
+    let whole = values.len() / 16 * 16;
+    for (values, wide) in values.chunks_exact_mut(16).zip(wide.chunks_exact(16)) {
+        let wide: &[f32; 16] = wide.try_into().unwrap_or(&[0.0; 16]);
+        values.copy_from_slice(&T::narrow(wide));
+    }
+    for (value, wide) in values[whole..].iter_mut().zip(&wide[whole..]) {
+        *value = T::narrow_one(*wide);
     }
 }
 
-/// 16 even bits of a place (the finaliser of MurmurHash3).
+/// 16 even bits of a place (the finaliser of `MurmurHash3`).
 #[inline(always)]
 fn noise(place: u32, seed: u32) -> u32 {
     let mut bits = place ^ seed;
