@@ -1,0 +1,29 @@
+"""Tensors from seeds, and steps with gradients that are given: what the optimisers' tests share."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    """Normal numbers that depend on the seed alone."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def train(
+    optimizer: Optimizer, weight: Tensor, steps: int | Iterable[int], gradient: Callable
+) -> None:
+    """Steps of one parameter, with `gradient(step)` in each."""
+    for step in range(steps) if isinstance(steps, int) else steps:
+        weight.grad = gradient(step)
+        optimizer.step()
+
+
+def given(optimizer: Optimizer, grads: Iterable[Tensor | None]) -> None:
+    """A step of all parameters in order, with a gradient each."""
+    weights = [each for group in optimizer.param_groups for each in group["params"]]
+    for weight, grad in zip(weights, grads, strict=True):
+        weight.grad = None if grad is None else grad.to(weight.dtype)
+    optimizer.step()
