@@ -114,12 +114,16 @@ class BlockAdamW(Optimizer):
         params = [params] if isinstance(params, Tensor) else list(params)
         for each in params:
             parameter = each[1] if isinstance(each, tuple) else each
-            if isinstance(parameter, Tensor) and parameter.dtype not in _DTYPES:
-                raise ValueError(
-                    f"{name}: a parameter of shape {tuple(parameter.shape)} is {parameter.dtype}; "
-                    "must be float32, bfloat16 or float16"
-                )
+            if isinstance(parameter, Tensor):
+                self._check_dtype(parameter)
         super().add_param_group({**param_group, "params": params})
+
+    def _check_dtype(self, parameter: Tensor) -> None:
+        if parameter.dtype not in _DTYPES:
+            raise ValueError(
+                f"{type(self).__name__}: a parameter of shape {tuple(parameter.shape)} is "
+                f"{parameter.dtype}; must be float32, bfloat16 or float16"
+            )
 
     def _bits(self, parameter: Tensor, group: dict[str, Any]) -> int:
         large = parameter.numel() >= group["min_8bit_size"]
@@ -144,6 +148,8 @@ class BlockAdamW(Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
+                    # It may have been cast since it was added.
+                    self._check_dtype(parameter)
                     if parameter.grad.is_sparse:
                         shape = tuple(parameter.shape)
                         raise ValueError(
