@@ -89,6 +89,16 @@ class BlockAdamW(Optimizer):
         self._reported = False
         super().__init__(params, defaults)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # What torch leaves out, for copies; the room that state passes through they make themselves.
+        self._synchronize()
+        own = ("seed", "_pages", "_device_budget", "_compatible", "_bad", "_reported")
+        return {
+            **super().__getstate__(),
+            **{name: getattr(self, name) for name in own},
+            "_staged": {},
+        }
+
     # ---- Groups ----
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
