@@ -23,6 +23,10 @@ logger = logging.getLogger(__name__)
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+# Options of a group that come from a saved state. How many bits moments have does not: a run may go on
+# under the name of another of these optimisers.
+_LOADED = ("lr", "betas", "eps", "weight_decay", "stochastic_rounding", "initial_lr")
+
 _ARGS_DOC = """params (`Iterable`):
             Parameters, or groups of them; `fp32`, `bf16` or `fp16`. A group may have `optim_bits`,
             `min_8bit_size` and `stochastic_rounding` of its own.
@@ -338,7 +342,7 @@ class BlockAdamW(Optimizer):
                     states.append((local.device, state))
         placed = self._placed(states)
         merged = [
-            {**group, **{k: other[k] for k in group if k in other}, "params": other["params"]}
+            {**group, **{k: other[k] for k in _LOADED if k in other}, "params": other["params"]}
             for group, other in zip(groups, saved_groups)
         ]
         super().load_state_dict({**state_dict, "state": {}, "param_groups": merged})
