@@ -3,13 +3,25 @@
 from collections.abc import Callable, Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
     """Normal numbers that depend on the seed alone."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def weights_of(
+    shapes: Iterable[tuple[int, ...]], dtype: torch.dtype = torch.float32
+) -> list[nn.Parameter]:
+    """Parameters of normal numbers, the same at every call."""
+    return [nn.Parameter(randn(*shape, seed=i).to(dtype)) for i, shape in enumerate(shapes)]
+
+
+def values(weights: Iterable[nn.Parameter]) -> list[Tensor]:
+    """Copies, to compare with."""
+    return [each.detach().clone() for each in weights]
 
 
 def train(

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from gradients import given, randn, train
+from gradients import given, randn, train, weights_of
 from oddsmith.optim import AdamW8bit, PagedAdamW8bit, PagedAdamW32bit
 from oddsmith.optim.adamw_step import NonFinite, Update, adamw_step, numbers
 from oddsmith.optim.moments import blocks_of, layout, maps
@@ -26,10 +26,6 @@ KINDS = {
     "8bit": (PagedAdamW8bit, AdamW8bit, {}),
     "32bit": (PagedAdamW32bit, AdamW8bit, {"optim_bits": 32}),
 }
-
-
-def weights_of(dtype=torch.float32):
-    return [nn.Parameter(randn(*shape, seed=i).to(dtype)) for i, shape in enumerate(SHAPES)]
 
 
 def grads_of(step):
@@ -56,7 +52,7 @@ def same_states(one, other):
 def test_pages_change_no_bit(name, dtype, tmp_path):
     paged, plain, extra = KINDS[name]
     options = {**RULE, "seed": 3, "stochastic_rounding": dtype == torch.bfloat16}
-    ours, theirs = weights_of(dtype), weights_of(dtype)
+    ours, theirs = weights_of(SHAPES, dtype), weights_of(SHAPES, dtype)
     optimizer = paged(ours, **options, page_dir=tmp_path)
     peer = plain(theirs, **options, **extra)
     for step in range(5):
@@ -91,7 +87,10 @@ def test_the_state_is_in_a_file_without_a_name(tmp_path):
 
 
 def test_a_saved_state_outlives_its_pages(tmp_path):
-    optimizer, peer = PagedAdamW8bit(weights_of(), page_dir=tmp_path), AdamW8bit(weights_of())
+    optimizer, peer = (
+        PagedAdamW8bit(weights_of(SHAPES), page_dir=tmp_path),
+        AdamW8bit(weights_of(SHAPES)),
+    )
     given(optimizer, grads_of(0))
     given(peer, grads_of(0))
     file = io.BytesIO()
@@ -102,7 +101,7 @@ def test_a_saved_state_outlives_its_pages(tmp_path):
     gc.collect()
     file.seek(0)
     for saved in (copied, torch.load(file, weights_only=True)):
-        again = AdamW8bit(weights_of())
+        again = AdamW8bit(weights_of(SHAPES))
         again.load_state_dict(saved)
         same_states(again, peer)
 
@@ -133,7 +132,7 @@ def test_a_page_dir_that_is_none_is_refused(name, tmp_path):
         with pytest.raises(
             ValueError, match=f"page_dir is '{folder}'; must be a folder that can be"
         ):
-            kind(weights_of(), page_dir=folder)
+            kind(weights_of(SHAPES), page_dir=folder)
 
 
 @pytest.fixture
@@ -156,7 +155,7 @@ def full_disk(monkeypatch):
 
 @pytest.mark.parametrize("left", [0, 18_432])  # not even codes, or codes but no scales
 def test_a_full_disk_is_an_error_before_the_first_change(left, full_disk, tmp_path, monkeypatch):
-    weights = weights_of()
+    weights = weights_of(SHAPES)
     optimizer = PagedAdamW8bit(weights, **RULE, page_dir=tmp_path)
     given(optimizer, [None, torch.ones(9, 13), None, None, None])
     before = [each.detach().clone() for each in weights]
@@ -176,7 +175,10 @@ def test_a_full_disk_is_an_error_before_the_first_change(left, full_disk, tmp_pa
 
 
 def test_a_full_disk_leaves_what_was_before_loading(full_disk, tmp_path):
-    donor, optimizer = AdamW8bit(weights_of()), PagedAdamW8bit(weights_of(), page_dir=tmp_path)
+    donor, optimizer = (
+        AdamW8bit(weights_of(SHAPES)),
+        PagedAdamW8bit(weights_of(SHAPES), page_dir=tmp_path),
+    )
     for step in range(3):
         given(donor, grads_of(step))
     given(optimizer, grads_of(5))
@@ -190,7 +192,7 @@ def test_a_full_disk_leaves_what_was_before_loading(full_disk, tmp_path):
 
 
 def test_other_errors_of_the_disk_keep_their_names(full_disk, tmp_path):
-    optimizer = PagedAdamW8bit(weights_of(), page_dir=tmp_path)
+    optimizer = PagedAdamW8bit(weights_of(SHAPES), page_dir=tmp_path)
     full_disk(code=errno.EIO)
     with pytest.raises(OSError, match=os.strerror(errno.EIO)):
         given(optimizer, grads_of(0))
@@ -265,7 +267,7 @@ def test_a_budget_without_room_for_a_block_is_refused():
 
 def test_a_step_goes_through_the_budget(monkeypatch):
     """As on a GPU, but for the copies: they stay in the same memory."""
-    ours, theirs = weights_of(), weights_of()
+    ours, theirs = weights_of(SHAPES), weights_of(SHAPES)
     optimizer = PagedAdamW8bit(ours, **RULE, device_budget=LEAST_BUDGET)
     peer = AdamW8bit(theirs, **RULE)
     monkeypatch.setattr(optimizer, "_run", lambda updates: through(optimizer, updates))

@@ -5,10 +5,9 @@ import io
 
 import pytest
 import torch
-from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from gradients import given, randn
+from gradients import given, randn, weights_of
 from oddsmith.optim import AdamW8bit, PagedAdamW8bit, PagedAdamW32bit
 from oddsmith.optim.compatible import compatible_maps
 from oddsmith.optim.moments import decode, has_our_maps
@@ -21,7 +20,7 @@ SHAPES = [(67, 71), (9, 13), (), (64, 65)]
 
 
 def make(kind=AdamW8bit, steps=0, shapes=SHAPES, **options):
-    weights = [nn.Parameter(randn(*shape, seed=i)) for i, shape in enumerate(shapes)]
+    weights = weights_of(shapes)
     groups = [{"params": weights[:3]}, {"params": weights[3:], "lr": 0.05}]
     optimizer = kind(groups, **{**RULE, **options})
     for step in range(steps):
