@@ -113,6 +113,9 @@ def test_small_ones_and_those_of_32_bits_are_fp32():
     dtypes = [optimizer.state[each]["state1"].dtype for each in (small, large, table)]
     assert dtypes == [torch.float32, torch.uint8, torch.float32]
     assert "absmax1" not in optimizer.state[table]
+    placed = AdamW8bit([{"params": [small, large, table], "full_precision": [2]}])
+    given(placed, [torch.ones_like(each) for each in (small, large, table)])
+    assert [placed.state[each]["state1"].dtype for each in (small, large, table)] == dtypes
     lower = AdamW8bit([small], min_8bit_size=4095)
     given(lower, [torch.ones_like(small)])
     assert lower.state[small]["state2"].dtype == torch.uint8

@@ -69,22 +69,43 @@ def test_arguments_reach_the_optimizer(name, config, model):
     assert len(found) == len(list(model.parameters()))
 
 
-def test_groups_are_those_of_transformers(config, model, tokenizer):
-    """And the embeddings apart, with 32 bits, where others have 8."""
-    args = config(optim="paged_adamw_8bit", weight_decay=0.03)
-    trainer = ORPOTrainer(model, args, train_dataset=pairs(4), processing_class=tokenizer)
-    decayed = set(trainer.get_decay_parameter_names(model))
-    assert 0 < len(decayed) < len(list(model.parameters()))
-    groups = trainer.create_optimizer().param_groups
-    assert isinstance(trainer.optimizer, PagedAdamW8bit)
-    names = {id(each): name for name, each in model.named_parameters()}
-    for group in groups:
-        of_group = {names[id(each)] for each in group["params"]}
-        assert of_group <= decayed if group["weight_decay"] else not of_group & decayed
-    (tables,) = [group["params"] for group in groups if group["optim_bits"] == 32]
-    assert [names[id(each)] for each in tables] == ["model.embed_tokens.weight"]
-    _, kwargs = adamw_optimizer(config(optim="paged_adamw_32bit"), model)
-    assert len(kwargs["params"]) == len(groups) - 1  # all have 32 bits there
+@pytest.mark.parametrize("adapter", [False, True])
+def test_groups_are_those_of_transformers(adapter, config, tokenizer):
+    """Parameters have the numbers that a run with bitsandbytes has saved them by, empty groups too."""
+    lora = LoraConfig(r=3, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    groups = {}
+    for name in ("paged_adamw_8bit", "paged_adamw_32bit", "adamw_torch"):
+        args = config(optim=name, weight_decay=0.03)
+        trainer = ORPOTrainer(
+            make_model("mistral", tokenizer), args, train_dataset=pairs(4),
+            processing_class=tokenizer, peft_config=lora if adapter else None,
+        )  # fmt: skip
+        names = {id(each): name for name, each in trainer.model.named_parameters()}
+        groups[name] = [
+            ([names[id(each)] for each in group["params"]], group["weight_decay"])
+            for group in trainer.create_optimizer().param_groups
+        ]
+    assert groups["paged_adamw_8bit"] == groups["paged_adamw_32bit"] == groups["adamw_torch"]
+    assert [len(names) for names, _ in groups["adamw_torch"]] == ([4, 0] if adapter else [16, 5])
+
+
+@pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw_8bit"])
+def test_embeddings_have_32_bits(name, config, model):
+    kind, kwargs = adamw_optimizer(config(optim=name, optim_args="min_8bit_size=1000"), model)
+    optimizer = kind(**kwargs)
+    for each in model.parameters():
+        each.grad = torch.ones_like(each)
+    optimizer.step()
+    model.zero_grad()
+    for key, each in model.named_parameters():
+        full = "embed_tokens" in key or each.numel() < 1000
+        assert optimizer.state[each]["state1"].dtype == (torch.float32 if full else torch.uint8), (
+            key
+        )
+    saved = optimizer.state_dict()
+    optimizer.load_state_dict(saved)
+    table = optimizer.state[model.get_input_embeddings().weight]
+    assert table["state1"].dtype == torch.float32
 
 
 def test_optim_args(config, model, tmp_path):

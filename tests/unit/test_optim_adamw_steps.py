@@ -132,6 +132,9 @@ def test_other_bad_arguments():
         ValueError, match="unknown options amsgrad, rank; a group may have betas, eps"
     ):
         AdamW8bit([{"params": [weight], "rank": 4, "amsgrad": True}])
+    for places in ([1], [-1], ["0"]):
+        with pytest.raises(ValueError, match="must be places in the group's 1 parameters"):
+            AdamW8bit([{"params": [weight], "full_precision": places}])
     with pytest.raises(ValueError, match="seed is 1.5; must be an integer"):
         AdamW8bit([weight], seed=1.5)
     with pytest.raises(ValueError, match=r"\(2, 3\) is torch.float64; must be float32"):

@@ -29,7 +29,8 @@ _LOADED = ("lr", "betas", "eps", "weight_decay", "stochastic_rounding", "initial
 
 _ARGS_DOC = """params (`Iterable`):
             Parameters, or groups of them; `fp32`, `bf16` or `fp16`. A group may have `optim_bits`,
-            `min_8bit_size` and `stochastic_rounding` of its own.
+            `min_8bit_size` and `stochastic_rounding` of its own, and `full_precision`: the places of
+            parameters in it whose moments have 32 bits.
         lr (`float`, *optional*, defaults to 1e-3):
             Learning rate.
         betas (`tuple[float, float]`, *optional*, defaults to `(0.9, 0.999)`):
@@ -130,6 +131,12 @@ class BlockAdamW(Optimizer):
             parameter = each[1] if isinstance(each, tuple) else each
             if isinstance(parameter, Tensor):
                 self._check_dtype(parameter)
+        places = options["full_precision"]
+        if not all(isinstance(each, int) and 0 <= each < len(params) for each in places):
+            raise ValueError(
+                f"{name}: full_precision is {places!r}; must be places in the group's {len(params)} "
+                "parameters"
+            )
         super().add_param_group({**param_group, "params": params})
 
     def _check_dtype(self, parameter: Tensor) -> None:
@@ -140,8 +147,9 @@ class BlockAdamW(Optimizer):
             )
 
     def _bits(self, parameter: Tensor, group: dict[str, Any]) -> int:
-        large = parameter.numel() >= group["min_8bit_size"]
-        return 8 if group["optim_bits"] == 8 and large else 32
+        large = _local(parameter).numel() >= group["min_8bit_size"]
+        full = any(parameter is group["params"][place] for place in group["full_precision"])
+        return 8 if group["optim_bits"] == 8 and large and not full else 32
 
     # ---- Steps ----
 
@@ -242,7 +250,7 @@ class BlockAdamW(Optimizer):
                 self._move(parameter, state)
         for device, some in fresh.items():
             layouts = [
-                layout(_local(parameter).shape, self._bits(_local(parameter), group))
+                layout(_local(parameter).shape, self._bits(parameter, group))
                 for parameter, group in some
             ]
             entries = [entry for each in layouts for entry in each.values()]
@@ -334,7 +342,7 @@ class BlockAdamW(Optimizer):
                     local = _local(parameter)
                     state = {k: _split(parameter, v) for k, v in saved.unwrap(state).items()}
                     saved.check(state, local.numel(), f"{name}: state of parameter {key}")
-                    state = saved.converted(state, self._bits(local, group), self._compatible)
+                    state = saved.converted(state, self._bits(parameter, group), self._compatible)
                     for entry, (shape, _) in layout(local.shape, 32).items():
                         state[entry] = state[entry].view(shape)
                     state["step"] = int(state["step"])
@@ -407,6 +415,7 @@ def _defaults(
         "optim_bits": bits,
         "min_8bit_size": smallest,
         "stochastic_rounding": stochastic,
+        "full_precision": (),
     }
 
 
