@@ -122,7 +122,7 @@ def test_300_steps_end_closer_to_fp32_than_those_of_bitsandbytes(lesson):
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]  # it has learnt something
     ours, theirs = (distance(weights, full) for weights in runs.values())
-    assert ours < 0.8 * theirs, (ours, theirs)
+    assert ours < 0.9 * theirs, (ours, theirs)
     assert ours < 0.1 * distance(start, full)
 
 
