@@ -180,3 +180,17 @@ class Apollo:
         correction = (1 - betas[1] ** self.t) ** 0.5 / (1 - betas[0] ** self.t)
         self.weight -= lr * correction * self.scale**0.5 * change
         self.weight *= 1 - lr * decay
+
+
+class AdamW:
+    """A tensor in fp64 (Loshchilov and Hutter 2019, algorithm 2), the decay after the update."""
+
+    def __init__(self, value):
+        self.value, self.t, self.m, self.v = value.double(), 0, 0.0, 0.0
+
+    def step(self, grad, lr, betas, eps, weight_decay):
+        self.t += 1
+        self.m = betas[0] * self.m + (1 - betas[0]) * grad.double()
+        self.v = betas[1] * self.v + (1 - betas[1]) * grad.double() ** 2
+        m, v = self.m / (1 - betas[0] ** self.t), self.v / (1 - betas[1] ** self.t)
+        self.value = (self.value - lr * m / (v**0.5 + eps)) * (1 - lr * weight_decay)

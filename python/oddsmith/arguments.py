@@ -57,7 +57,12 @@ IGNORED: dict[str, tuple[Any, str]] = {
 }
 
 # Optimisers that were renamed; every other name goes to transformers as it is.
-RENAMED_OPTIM = {"adamw_hf": "adamw_torch", "galore_adamw_8bit_bnb": "galore_adamw_8bit"}
+RENAMED_OPTIM = {
+    "adamw_hf": "adamw_torch",
+    "galore_adamw_8bit_bnb": "galore_adamw_8bit",
+    # Transformers has the name in its list, but not as a value.
+    "paged_adamw": "paged_adamw_32bit",
+}
 
 
 def flag(default: bool | None, help: str) -> Any:

@@ -3,99 +3,59 @@
 Run as a script this file is what the processes of a test run.
 """
 
-import json
-import os
-import signal
-import subprocess
+import functools
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import TrainerCallback
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import optim_runs
 from oddsmith import ORPOConfig, ORPOTrainer
 from oddsmith.demo.model import build_model, train_tokenizer
 from oddsmith.demo.tasks import make_pairs
 from oddsmith.optim.galore import optimizer_bytes
 from oddsmith.optim.galore_names import LOW_RANK_NAMES
-from trainer_runs import arguments, long_pairs, make_model, make_tokenizer, pairs, train, train_logs
+from optim_runs import (
+    SAVED,
+    Kill,
+    check_same_end,
+    checkpoint,
+    killed_run,
+    report,
+    sums,
+    two_processes,
+    weights,
+)
+from trainer_runs import long_pairs, pairs, train, train_logs
 
 ARTICLE = [r".*attn.*", r".*mlp.*"]
 NAMES = sorted(LOW_RANK_NAMES)
-STEPS, SAVED = 6, 4
-
-
-def config(folder, **changed):
-    """Refreshes at 0 and 3, a checkpoint before the next at 6; other rates at every step."""
-    options = {
-        "optim": "galore_adamw",
-        "optim_target_modules": ARTICLE,
-        "optim_args": "rank=6,update_proj_gap=3",
-        "lr_scheduler_type": "linear",
-        "adam_epsilon": 1e-6,
-        "max_steps": STEPS,
-        "save_strategy": "steps",
-        "save_steps": SAVED,
-        **changed,
-    }
-    return arguments(folder, **options)
-
-
-def run(folder, resume=None, callbacks=None, rows=None, **changed):
-    tokenizer = make_tokenizer()
-    trainer = ORPOTrainer(
-        make_model("mistral", tokenizer),
-        ORPOConfig(**config(folder, **changed)),
-        train_dataset=pairs(16) if rows is None else rows,
-        processing_class=tokenizer,
-        callbacks=callbacks,
-    )
-    trainer.train(resume_from_checkpoint=resume)
-    return trainer
-
-
-def weights(trainer):
-    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-
-
-def losses(trainer):
-    return {log["step"]: (log["loss"], log["grad_norm"]) for log in train_logs(trainer)}
+# Refreshes at 0 and 3, and the next at 6, behind the checkpoint.
+GALORE = {
+    "optim": "galore_adamw",
+    "optim_target_modules": ARTICLE,
+    "optim_args": "rank=6,update_proj_gap=3",
+}
+run = functools.partial(optim_runs.run, **GALORE)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_goes_on_bit_for_bit(name, tmp_path):
     through = run(tmp_path / "through", optim=name)
-    saved = str(tmp_path / "through" / f"checkpoint-{SAVED}")
+    saved = checkpoint(tmp_path / "through")
     state = torch.load(f"{saved}/optimizer.pt", weights_only=True)["state"]
     assert {state[key]["step"] for key in state} == {SAVED}
-    resumed = run(tmp_path / "resumed", resume=saved, optim=name)
-    after = {step: values for step, values in losses(through).items() if step > SAVED}
-    assert len(after) == STEPS - SAVED
-    assert {step: losses(resumed)[step] for step in after} == after
-    for key, weight in weights(through).items():
-        assert torch.equal(weight, weights(resumed)[key]), key
-
-
-class Kill(TrainerCallback):
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == SAVED + 1:
-            os.kill(os.getpid(), signal.SIGKILL)
+    check_same_end(run(tmp_path / "resumed", resume=saved, optim=name), through)
 
 
 def test_goes_on_after_a_kill(tmp_path):
     name = "galore_adamw_8bit_layerwise"
-    command = [sys.executable, __file__, "kill", str(tmp_path / "killed"), name]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert done.returncode == -signal.SIGKILL, done.stderr[-4000:]
+    saved = killed_run(__file__, tmp_path / "killed", name)
     through = run(tmp_path / "through", optim=name)
-    saved = str(tmp_path / "killed" / f"checkpoint-{SAVED}")
-    resumed = run(tmp_path / "resumed", resume=saved, optim=name)
-    assert losses(resumed)[STEPS] == losses(through)[STEPS]
-    for key, weight in weights(through).items():
-        assert torch.equal(weight, weights(resumed)[key]), key
+    check_same_end(run(tmp_path / "resumed", resume=saved, optim=name), through)
 
 
 @pytest.mark.parametrize(
@@ -148,10 +108,10 @@ def final_loss(folder, svd):
     model = build_model(tokenizer, hidden_size=48, num_hidden_layers=2)
     from datasets import Dataset
 
-    args = config(
-        folder, max_steps=300, save_strategy="no", per_device_train_batch_size=8,
+    args = optim_runs.config(
+        folder, **GALORE | {"optim_args": f"rank=8,update_proj_gap=50,svd={svd}"}, max_steps=300, save_strategy="no", per_device_train_batch_size=8,
         gradient_accumulation_steps=1, logging_steps=50, learning_rate=1e-2, beta=0.1,
-        optim_args=f"rank=8,update_proj_gap=50,svd={svd}", warmup_steps=20,
+        warmup_steps=20,
     )  # fmt: skip
     trainer = train(
         ORPOTrainer, ORPOConfig, model, tokenizer, Dataset.from_list(rows[:1_100]), args,
@@ -169,17 +129,7 @@ def test_a_random_basis_is_as_good(tmp_path):
 
 def test_two_processes_are_one(tmp_path):
     """Rows of one length: the mean over a large batch is the mean of the means of its halves."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [*command, __file__, "two", str(tmp_path)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    results = two_processes(__file__, tmp_path)
     for name in ("galore_adamw", "galore_adamw_8bit", "apollo_adamw"):
         assert results[0][name] == results[1][name]  # to the bit
         alone = distributed_run(tmp_path, name, per_device_train_batch_size=4)
@@ -196,10 +146,6 @@ def distributed_run(folder, name, **changed):
     return run(folder, optim=name, rows=long_pairs(24), **{**options, **changed})
 
 
-def sums(trainer):
-    return {name: p.double().sum().item() for name, p in trainer.model.named_parameters()}
-
-
 def two(folder):
     results = {}
     for name in ("galore_adamw", "galore_adamw_8bit", "apollo_adamw"):
@@ -210,8 +156,7 @@ def two(folder):
         distributed_run(folder, "galore_adamw_layerwise")
     except NotImplementedError as error:
         results["layerwise"] = str(error)
-    rank = os.environ["RANK"]
-    (Path(folder) / f"{rank}.json").write_text(json.dumps(results))
+    report(folder, results)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import reference
+from gradients import randn
 from oddsmith.optim import galore8bit, projection
 from oddsmith.optim.apollo import APOLLOAdamW
 from oddsmith.optim.galore import GaLoreAdafactor, GaLoreAdamW, optimizer_bytes
@@ -29,10 +30,6 @@ LOW = {"rank": 5, "update_proj_gap": 3, "scale": 0.6}
 def eight_bits_for_all(monkeypatch):
     """The tensors of these tests are small; blocks and chunks are partial here."""
     monkeypatch.setattr(galore8bit, "MIN_8BIT_SIZE", 40)
-
-
-def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def decaying(rows, columns, seed=0, power=1.0):

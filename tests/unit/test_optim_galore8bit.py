@@ -6,17 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from gradients import randn, train
 from oddsmith.optim import GaLoreAdamW, GaLoreAdamW8bit, optimizer_bytes
-
-
-def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def train(optimizer, weight, steps, gradient):
-    for step in range(steps):
-        weight.grad = gradient(step)
-        optimizer.step()
 
 
 def test_small_gradients_move_as_far():

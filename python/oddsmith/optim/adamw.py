@@ -23,9 +23,14 @@ logger = logging.getLogger(__name__)
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+# Options of a group that come from a saved state. How many bits moments have does not: a run may go on
+# under the name of another of these optimisers.
+_LOADED = ("lr", "betas", "eps", "weight_decay", "stochastic_rounding", "initial_lr")
+
 _ARGS_DOC = """params (`Iterable`):
             Parameters, or groups of them; `fp32`, `bf16` or `fp16`. A group may have `optim_bits`,
-            `min_8bit_size` and `stochastic_rounding` of its own.
+            `min_8bit_size` and `stochastic_rounding` of its own, and `full_precision`: the places of
+            parameters in it whose moments have 32 bits.
         lr (`float`, *optional*, defaults to 1e-3):
             Learning rate.
         betas (`tuple[float, float]`, *optional*, defaults to `(0.9, 0.999)`):
@@ -89,6 +94,16 @@ class BlockAdamW(Optimizer):
         self._reported = False
         super().__init__(params, defaults)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # What torch leaves out, for copies; the room that state passes through they make themselves.
+        self._synchronize()
+        own = ("seed", "_pages", "_device_budget", "_compatible", "_bad", "_reported")
+        return {
+            **super().__getstate__(),
+            **{name: getattr(self, name) for name in own},
+            "_staged": {},
+        }
+
     # ---- Groups ----
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -114,16 +129,27 @@ class BlockAdamW(Optimizer):
         params = [params] if isinstance(params, Tensor) else list(params)
         for each in params:
             parameter = each[1] if isinstance(each, tuple) else each
-            if isinstance(parameter, Tensor) and parameter.dtype not in _DTYPES:
-                raise ValueError(
-                    f"{name}: a parameter of shape {tuple(parameter.shape)} is {parameter.dtype}; "
-                    "must be float32, bfloat16 or float16"
-                )
+            if isinstance(parameter, Tensor):
+                self._check_dtype(parameter)
+        places = options["full_precision"]
+        if not all(isinstance(each, int) and 0 <= each < len(params) for each in places):
+            raise ValueError(
+                f"{name}: full_precision is {places!r}; must be places in the group's {len(params)} "
+                "parameters"
+            )
         super().add_param_group({**param_group, "params": params})
 
+    def _check_dtype(self, parameter: Tensor) -> None:
+        if parameter.dtype not in _DTYPES:
+            raise ValueError(
+                f"{type(self).__name__}: a parameter of shape {tuple(parameter.shape)} is "
+                f"{parameter.dtype}; must be float32, bfloat16 or float16"
+            )
+
     def _bits(self, parameter: Tensor, group: dict[str, Any]) -> int:
-        large = parameter.numel() >= group["min_8bit_size"]
-        return 8 if group["optim_bits"] == 8 and large else 32
+        large = _local(parameter).numel() >= group["min_8bit_size"]
+        full = any(parameter is group["params"][place] for place in group["full_precision"])
+        return 8 if group["optim_bits"] == 8 and large and not full else 32
 
     # ---- Steps ----
 
@@ -144,6 +170,8 @@ class BlockAdamW(Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
+                    # It may have been cast since it was added.
+                    self._check_dtype(parameter)
                     if parameter.grad.is_sparse:
                         shape = tuple(parameter.shape)
                         raise ValueError(
@@ -222,7 +250,7 @@ class BlockAdamW(Optimizer):
                 self._move(parameter, state)
         for device, some in fresh.items():
             layouts = [
-                layout(_local(parameter).shape, self._bits(_local(parameter), group))
+                layout(_local(parameter).shape, self._bits(parameter, group))
                 for parameter, group in some
             ]
             entries = [entry for each in layouts for entry in each.values()]
@@ -314,7 +342,7 @@ class BlockAdamW(Optimizer):
                     local = _local(parameter)
                     state = {k: _split(parameter, v) for k, v in saved.unwrap(state).items()}
                     saved.check(state, local.numel(), f"{name}: state of parameter {key}")
-                    state = saved.converted(state, self._bits(local, group), self._compatible)
+                    state = saved.converted(state, self._bits(parameter, group), self._compatible)
                     for entry, (shape, _) in layout(local.shape, 32).items():
                         state[entry] = state[entry].view(shape)
                     state["step"] = int(state["step"])
@@ -322,7 +350,7 @@ class BlockAdamW(Optimizer):
                     states.append((local.device, state))
         placed = self._placed(states)
         merged = [
-            {**group, **{k: other[k] for k in group if k in other}, "params": other["params"]}
+            {**group, **{k: other[k] for k in _LOADED if k in other}, "params": other["params"]}
             for group, other in zip(groups, saved_groups)
         ]
         super().load_state_dict({**state_dict, "state": {}, "param_groups": merged})
@@ -387,6 +415,7 @@ def _defaults(
         "optim_bits": bits,
         "min_8bit_size": smallest,
         "stochastic_rounding": stochastic,
+        "full_precision": (),
     }
 
 

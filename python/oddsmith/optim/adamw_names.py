@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from transformers import Trainer
 
 from .adamw import AdamW8bit, BlockAdamW, PagedAdamW8bit, PagedAdamW32bit
-from .galore_names import embeddings_apart, parameter_groups, parse_optim_args, yes_or_no
+from .galore_names import parse_optim_args, yes_or_no
 
 _CLASSES: dict[str, type[BlockAdamW]] = {
     "adamw_8bit": AdamW8bit,
@@ -47,17 +48,37 @@ def adamw_optimizer(args: Any, model: nn.Module | None) -> tuple[type[BlockAdamW
     _check_setting(args, name)
     known = {**_OPTIONS, **(_PAGED_OPTIONS if issubclass(kind, PagedAdamW8bit) else {})}
     options = parse_optim_args(args.optim_args, known, name)
-    groups = parameter_groups(model, {}, args.weight_decay, {})
-    if kind is not PagedAdamW32bit:
-        groups = [part for group in groups for part in embeddings_apart(model, group)]
     return kind, {
         "lr": args.learning_rate,
         "betas": (args.adam_beta1, args.adam_beta2),
         "eps": args.adam_epsilon,
         "seed": args.seed,
         **options,
-        "params": groups,
+        "params": _groups(model, args.weight_decay),
     }
+
+
+def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """
+    Parameters with and without weight decay, as transformers has them, even if there are none of a
+    kind: the state of a run with bitsandbytes has their numbers.
+    """
+    # Static in all but its signature.
+    decayed = set(Trainer.get_decay_parameter_names(None, model))
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    trained = [(name, each) for name, each in model.named_parameters() if each.requires_grad]
+    groups = []
+    for decay in (True, False):
+        params = [each for name, each in trained if (name in decayed) == decay]
+        full = [place for place, each in enumerate(params) if id(each) in tables]
+        groups.append(
+            {
+                "params": params,
+                "weight_decay": weight_decay if decay else 0.0,
+                "full_precision": full,
+            }
+        )
+    return groups
 
 
 def _check_setting(args: Any, name: str) -> None:
