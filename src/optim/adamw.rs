@@ -118,7 +118,7 @@ on_levels! {
 }
 
 #[inline(always)]
-fn blocks<P: Storage, G: Storage>(
+fn blocks<P: Storage, G: Storage, const LEVEL: u8>(
     rule: &Rule,
     first: u64,
     values: &mut [P],

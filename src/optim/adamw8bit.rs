@@ -5,7 +5,7 @@
 
 use super::adamw::{BLOCK, Rule, element, store};
 use super::octave::{
-    SIGNED_ZERO, root_code, root_inverse, root_value, signed_code, signed_inverse, signed_value,
+    SIGNED_ZERO, pack, root_code, root_inverse, root_value, signed_code, signed_inverse, signed_value,
 };
 use crate::quant::level::on_levels;
 use crate::quant::storage::Storage;
@@ -51,7 +51,7 @@ on_levels! {
 }
 
 #[inline(always)]
-fn blocks<P: Storage, G: Storage>(
+fn blocks<P: Storage, G: Storage, const LEVEL: u8>(
     rule: &Rule,
     first: u64,
     values: &mut [P],
@@ -72,11 +72,11 @@ fn blocks<P: Storage, G: Storage>(
         if let (Some(values), Some(grads)) = (P::as_f32_mut(values), G::as_f32(grads))
             && let (Ok(values), Ok(grads)) = (values.try_into(), grads.try_into())
         {
-            bad += block(rule, values, grads, [m, v], scales, &mut fresh);
+            bad += block::<LEVEL>(rule, values, grads, [m, v], scales, &mut fresh);
         } else {
             P::widen(values, &mut wide);
             G::widen(grads, &mut grad);
-            bad += block(rule, &mut wide, &grad, [m, v], scales, &mut fresh);
+            bad += block::<LEVEL>(rule, &mut wide, &grad, [m, v], scales, &mut fresh);
             store(&wide, rule.seed, place, values);
         }
         place += BLOCK as u64;
@@ -90,7 +90,7 @@ fn blocks<P: Storage, G: Storage>(
         G::widen(end_grads, &mut grad[..n]);
         all_m[..n].copy_from_slice(end_m);
         all_v[..n].copy_from_slice(end_v);
-        bad += block(rule, &mut wide, &grad, [&mut all_m, &mut all_v], scales, &mut fresh);
+        bad += block::<LEVEL>(rule, &mut wide, &grad, [&mut all_m, &mut all_v], scales, &mut fresh);
         end_m.copy_from_slice(&all_m[..n]);
         end_v.copy_from_slice(&all_v[..n]);
         store(&wide, rule.seed, place, end_values);
@@ -114,7 +114,7 @@ impl Fresh {
 /// Updates a block in short loops. In a long one a processor runs out of registers to rename before it has
 /// begun rounds enough to fill the time that a square root and a division take.
 #[inline(always)]
-fn block(
+fn block<const LEVEL: u8>(
     rule: &Rule,
     values: &mut [f32; BLOCK],
     grads: &[f32; BLOCK],
@@ -141,12 +141,14 @@ fn block(
     }
     (*m_absmax, *v_absmax) = (f32::from_bits(m_top), f32::from_bits(v_top));
     let (m_inverse, root_inverse) = (signed_inverse(*m_absmax), root_inverse(v_absmax.sqrt()));
-    for (code, &wide) in m.iter_mut().zip(&fresh.m) {
-        *code = signed_code(wide, m_inverse);
+    for wide in &mut fresh.m {
+        *wide = signed_code(*wide, m_inverse);
     }
-    for (code, &wide) in v.iter_mut().zip(&fresh.roots) {
-        *code = root_code(wide, root_inverse);
+    pack::<LEVEL>(&fresh.m, m);
+    for wide in &mut fresh.roots {
+        *wide = root_code(*wide, root_inverse);
     }
+    pack::<LEVEL>(&fresh.roots, v);
     u64::from(bad)
 }
 

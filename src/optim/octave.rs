@@ -16,6 +16,9 @@
 //! The second moment is kept by its root, which spans half the decades: an element whose gradient is
 //! small beside its block's would otherwise be left with a first moment over a second of zero.
 
+use super::adamw::BLOCK;
+use crate::quant::level::Level;
+
 /// Bits of a magnitude beside a sign.
 const SIGNED: u32 = 7;
 /// Bits of a magnitude without one.
@@ -66,11 +69,53 @@ fn code(y: f32) -> f32 {
     if linear < y { linear } else { y }
 }
 
-/// The nearest integer of a float, of two the even, plus `zero`; the last eight bits of it.
+/// A float whose last eight bits are the nearest integer of `q`, of two the even, plus `zero`.
 #[inline(always)]
-fn nearest(q: f32, zero: u8) -> u8 {
-    // Adding 1.5 * 2^23 leaves it in the last bits of the sum.
-    (q + (12_582_912.0 + f32::from(zero))).to_bits() as u8
+fn nearest(q: f32, zero: u8) -> f32 {
+    // 1.5 * 2^23 leaves no bit for what comes after the point.
+    q + (12_582_912.0 + f32::from(zero))
+}
+
+/// The codes of a block, from what [`signed_code`] or [`root_code`] returned.
+#[inline(always)]
+pub fn pack<const LEVEL: u8>(sums: &[f32; BLOCK], codes: &mut [u8; BLOCK]) {
+    #[cfg(target_arch = "x86_64")]
+    if LEVEL == Level::Avx2 as u8 {
+        // SAFETY: a level is only ever one that this machine has.
+        #[allow(unsafe_code)]
+        return unsafe { pack_avx2(sums, codes) };
+    }
+    for (code, sum) in codes.iter_mut().zip(sums) {
+        *code = sum.to_bits() as u8;
+    }
+}
+
+/// 32 codes at a time, where compilers make four times as many shuffles of the loop.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+#[inline]
+fn pack_avx2(sums: &[f32; BLOCK], codes: &mut [u8; BLOCK]) {
+    use std::arch::x86_64::{
+        __m256i, _mm256_and_si256, _mm256_loadu_si256, _mm256_packus_epi16, _mm256_packus_epi32,
+        _mm256_permutevar8x32_epi32, _mm256_set1_epi32, _mm256_setr_epi32, _mm256_storeu_si256,
+    };
+    // Packing goes by halves of a register.
+    let order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    for (codes, sums) in codes.as_chunks_mut::<32>().0.iter_mut().zip(sums.as_chunks::<32>().0) {
+        let part = |i: usize| {
+            // SAFETY: 8 of the 32 floats; the load needs no alignment.
+            #[allow(unsafe_code)]
+            let bits = unsafe { _mm256_loadu_si256(sums.as_ptr().add(8 * i).cast::<__m256i>()) };
+            _mm256_and_si256(bits, _mm256_set1_epi32(0xff))
+        };
+        let pairs = [_mm256_packus_epi32(part(0), part(1)), _mm256_packus_epi32(part(2), part(3))];
+        let bytes = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(pairs[0], pairs[1]), order);
+        // SAFETY: 32 bytes; the store needs no alignment.
+        #[allow(unsafe_code)]
+        unsafe {
+            _mm256_storeu_si256(codes.as_mut_ptr().cast::<__m256i>(), bytes);
+        }
+    }
 }
 
 /// The value of a code that is an integer in a float, with its sign.
@@ -83,18 +128,18 @@ fn value(q: f32) -> f32 {
 
 const SIGN: u32 = 1 << 31;
 
-/// Code of `x` with its sign, where `inverse` is the block's [`signed_inverse`].
+/// Code of `x` with its sign, where `inverse` is the block's [`signed_inverse`], for [`pack`].
 #[inline(always)]
 #[must_use]
-pub fn signed_code(x: f32, inverse: f32) -> u8 {
+pub fn signed_code(x: f32, inverse: f32) -> f32 {
     let q = code(f32::from_bits(x.to_bits() & !SIGN) * inverse);
     nearest(f32::from_bits(q.to_bits() | (x.to_bits() & SIGN)), SIGNED_ZERO)
 }
 
-/// Code of a root, where `inverse` is the block's [`root_inverse`].
+/// Code of a root, where `inverse` is the block's [`root_inverse`], for [`pack`].
 #[inline(always)]
 #[must_use]
-pub fn root_code(root: f32, inverse: f32) -> u8 {
+pub fn root_code(root: f32, inverse: f32) -> f32 {
     nearest(code(root * inverse), 0)
 }
 
@@ -130,6 +175,27 @@ pub fn square_map() -> [f32; 256] {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// The code of one number.
+    fn signed(x: f32, absmax: f32) -> u8 {
+        signed_code(x, signed_inverse(absmax)).to_bits() as u8
+    }
+
+    fn root(x: f32, absmax: f32) -> u8 {
+        root_code(x, root_inverse(absmax)).to_bits() as u8
+    }
+
+    #[test]
+    fn all_ways_to_pack_are_the_same() {
+        let sums: [f32; BLOCK] = std::array::from_fn(|i| signed_code((i as f32 * 0.37).sin(), 2e6));
+        let (mut plain, mut packed) = ([0; BLOCK], [1; BLOCK]);
+        pack::<{ Level::Baseline as u8 }>(&sums, &mut plain);
+        if Level::available().contains(&Level::Avx2) {
+            pack::<{ Level::Avx2 as u8 }>(&sums, &mut packed);
+            assert_eq!(plain, packed);
+        }
+        assert!(plain.iter().zip(sums).all(|(code, sum)| *code == sum.to_bits().to_le_bytes()[0]));
+    }
 
     /// The formula of the module's page in `f64`.
     fn plain(bits: u32, q: u32) -> f64 {
@@ -168,10 +234,10 @@ mod tests {
                 let error = (found - f64::from(x)).abs();
                 assert!(error <= distance(nearest) + 1e-4 * gap.max(1e-3), "{x} {found}");
             };
-            check(f64::from(root_value(root_code(x, root_inverse(1.0)))), &root_value);
-            check(f64::from(signed_value(signed_code(x, signed_inverse(1.0)))), &signed_value);
-            let mirrored = signed_value(signed_code(-x, signed_inverse(1.0)));
-            assert_eq!(mirrored, -signed_value(signed_code(x, signed_inverse(1.0))));
+            check(f64::from(root_value(root(x, 1.0))), &root_value);
+            check(f64::from(signed_value(signed(x, 1.0))), &signed_value);
+            let mirrored = signed_value(signed(-x, 1.0));
+            assert_eq!(mirrored, -signed_value(signed(x, 1.0)));
         }
     }
 
@@ -179,8 +245,8 @@ mod tests {
     fn every_code_comes_back() {
         for absmax in [1.0, 3.7e-9, 0.1, 812.5, 3e20, 2e-30] {
             for code in 1..=255u8 {
-                assert_eq!(signed_code(signed_value(code) * absmax, signed_inverse(absmax)), code);
-                assert_eq!(root_code(root_value(code) * absmax, root_inverse(absmax)), code);
+                assert_eq!(signed(signed_value(code) * absmax, absmax), code);
+                assert_eq!(root(root_value(code) * absmax, absmax), code);
             }
         }
     }
@@ -188,8 +254,8 @@ mod tests {
     #[test]
     fn what_is_too_small_for_an_inverse_is_zero() {
         for absmax in [0.0, f32::MIN_POSITIVE, 1e-40] {
-            assert_eq!(signed_code(-absmax, signed_inverse(absmax)), SIGNED_ZERO);
-            assert_eq!(root_code(absmax, root_inverse(absmax)), 0);
+            assert_eq!(signed(-absmax, absmax), SIGNED_ZERO);
+            assert_eq!(root(absmax, absmax), 0);
         }
     }
 }

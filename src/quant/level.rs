@@ -11,8 +11,8 @@ pub enum Level {
     Baseline,
 }
 
-/// Defines a function from its body, an `#[inline(always)]` one, compiled for every level; the level comes
-/// first among the arguments.
+/// Defines a function from its body, an `#[inline(always)]` one, compiled for every level: it comes first
+/// among the function's arguments, and last among the body's parameters, as a number.
 macro_rules! on_levels {
     (
         $(#[$doc:meta])*
@@ -24,10 +24,14 @@ macro_rules! on_levels {
             use $crate::quant::level::Level;
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-            fn avx512<$($generic: $bound),*>($($arg: $ty),*) -> $ret { $body($($arg),*) }
+            fn avx512<$($generic: $bound),*>($($arg: $ty),*) -> $ret {
+                $body::<$($generic,)* { Level::Avx512 as u8 }>($($arg),*)
+            }
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx2,fma,f16c")]
-            fn avx2<$($generic: $bound),*>($($arg: $ty),*) -> $ret { $body($($arg),*) }
+            fn avx2<$($generic: $bound),*>($($arg: $ty),*) -> $ret {
+                $body::<$($generic,)* { Level::Avx2 as u8 }>($($arg),*)
+            }
             match level {
                 #[cfg(target_arch = "x86_64")]
                 // SAFETY: a level is only ever one that this machine has.
@@ -37,7 +41,7 @@ macro_rules! on_levels {
                 // SAFETY: as above.
                 #[allow(unsafe_code)]
                 Level::Avx2 => unsafe { avx2($($arg),*) },
-                _ => $body($($arg),*),
+                _ => $body::<$($generic,)* { Level::Baseline as u8 }>($($arg),*),
             }
         }
     };
