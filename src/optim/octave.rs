@@ -94,6 +94,7 @@ pub fn pack<const LEVEL: u8>(sums: &[f32; BLOCK], codes: &mut [u8; BLOCK]) {
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2")]
 #[inline]
+#[allow(clippy::cast_ptr_alignment)] // the load and the store need none
 fn pack_avx2(sums: &[f32; BLOCK], codes: &mut [u8; BLOCK]) {
     use std::arch::x86_64::{
         __m256i, _mm256_and_si256, _mm256_loadu_si256, _mm256_packus_epi16, _mm256_packus_epi32,
@@ -103,14 +104,14 @@ fn pack_avx2(sums: &[f32; BLOCK], codes: &mut [u8; BLOCK]) {
     let order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
     for (codes, sums) in codes.as_chunks_mut::<32>().0.iter_mut().zip(sums.as_chunks::<32>().0) {
         let part = |i: usize| {
-            // SAFETY: 8 of the 32 floats; the load needs no alignment.
+            // SAFETY: 8 of the 32 floats.
             #[allow(unsafe_code)]
             let bits = unsafe { _mm256_loadu_si256(sums.as_ptr().add(8 * i).cast::<__m256i>()) };
             _mm256_and_si256(bits, _mm256_set1_epi32(0xff))
         };
         let pairs = [_mm256_packus_epi32(part(0), part(1)), _mm256_packus_epi32(part(2), part(3))];
         let bytes = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(pairs[0], pairs[1]), order);
-        // SAFETY: 32 bytes; the store needs no alignment.
+        // SAFETY: 32 bytes.
         #[allow(unsafe_code)]
         unsafe {
             _mm256_storeu_si256(codes.as_mut_ptr().cast::<__m256i>(), bytes);
