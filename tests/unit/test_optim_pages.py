@@ -282,3 +282,8 @@ def through(optimizer, updates):
     staged = Staged(torch.device("cpu"), optimizer._device_budget)
     optimizer._staged[torch.device("cpu")] = staged
     staged.step(updates, optimizer._bad)
+
+
+def test_a_budget_without_room_for_a_block_is_refused_before_any_step():
+    with pytest.raises(ValueError, match="device_budget is 5000; must be at least 9216 bytes"):
+        PagedAdamW8bit([torch.nn.Parameter(torch.ones(3))], device_budget=5000)

@@ -226,3 +226,17 @@ def test_the_state_of_another_optimizer_is_refused():
     with pytest.raises(ValueError, match="parameter 0 has no state1: it is not that of an AdamW"):
         optimizer.load_state_dict(peer.state_dict())
     assert not optimizer.state and optimizer.param_groups[0]["lr"] == 0.02
+
+
+@pytest.mark.parametrize("wrong", [{"lr": torch.tensor(1e-3)}, {"betas": (0.9, 1.5)}])
+def test_saved_options_out_of_range_change_nothing(wrong):
+    weight = torch.nn.Parameter(torch.ones(5))
+    optimizer = AdamW8bit([weight], lr=0.5)
+    found = optimizer.state_dict()
+    found["param_groups"][0] |= wrong
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        optimizer.load_state_dict(found)
+    assert optimizer.param_groups[0]["lr"] == 0.5 and optimizer.param_groups[0]["betas"] == (
+        0.9,
+        0.999,
+    )

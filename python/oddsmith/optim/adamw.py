@@ -14,10 +14,11 @@ from torch.optim import Optimizer
 from . import saved
 from .adamw_step import NonFinite, Update, adamw_step, numbers
 from .compatible import compatible_maps, compatible_step
-from .moments import MIN_8BIT_SIZE, decode, is_8bit, layout, maps
+from .moments import MIN_8BIT_SIZE, is_8bit, layout, maps
 from .options import check_adam, is_count
 from .pages import FilePages, PinnedPages
-from .staged import Staged
+from .sharded import gathered, local, split
+from .staged import Staged, slot_capacity
 
 logger = logging.getLogger(__name__)
 
@@ -80,10 +81,12 @@ class BlockAdamW(Optimizer):
     ):
         if not isinstance(seed, int) or isinstance(seed, bool):
             raise ValueError(f"seed is {seed!r}; must be an integer")
-        if device_budget is not None and not is_count(device_budget):
-            raise ValueError(
-                f"device_budget is {device_budget!r}; must be a positive number of bytes"
-            )
+        if device_budget is not None:
+            if not is_count(device_budget):
+                raise ValueError(
+                    f"device_budget is {device_budget!r}; must be a positive number of bytes"
+                )
+            slot_capacity(device_budget)  # not in the middle of a step
         check_adam(defaults)
         self.seed = seed
         self._pages = pages
@@ -147,7 +150,7 @@ class BlockAdamW(Optimizer):
             )
 
     def _bits(self, parameter: Tensor, group: dict[str, Any]) -> int:
-        large = _local(parameter).numel() >= group["min_8bit_size"]
+        large = local(parameter).numel() >= group["min_8bit_size"]
         full = any(parameter is group["params"][place] for place in group["full_precision"])
         return 8 if group["optim_bits"] == 8 and large and not full else 32
 
@@ -185,7 +188,7 @@ class BlockAdamW(Optimizer):
         for parameter, group, index in found:
             state = self.state[parameter]
             state["step"] += 1
-            value, grad = _local(parameter), _local(parameter.grad)
+            value, grad = local(parameter), local(parameter.grad)
             if self._compatible and is_8bit(state):
                 compatible_step(value, grad, state, group)
                 continue
@@ -212,8 +215,6 @@ class BlockAdamW(Optimizer):
             (here if same else away.setdefault(update.value.device, [])).append(update)
         adamw_step(here, self._bad)
         for device, some in away.items():
-            if device not in self._staged:
-                self._staged[device] = Staged(device, self._device_budget)
             self._staged[device].step(some, self._bad)
 
     def _draw(self, index: int, step: int) -> int:
@@ -243,14 +244,16 @@ class BlockAdamW(Optimizer):
         """Gives each parameter that has none a state of zeros, on its device or in pages."""
         fresh: dict[torch.device, list[tuple[Tensor, dict[str, Any]]]] = {}
         for parameter, group in found:
-            state = self.state.get(parameter)
+            state, device = self.state.get(parameter), local(parameter).device
+            if self._home(device) != device and device not in self._staged:
+                self._staged[device] = Staged(device, self._device_budget)
             if not state:
-                fresh.setdefault(_local(parameter).device, []).append((parameter, group))
-            elif state["state1"].device != self._home(_local(parameter).device):
+                fresh.setdefault(device, []).append((parameter, group))
+            elif state["state1"].device != self._home(device):
                 self._move(parameter, state)
         for device, some in fresh.items():
             layouts = [
-                layout(_local(parameter).shape, self._bits(parameter, group))
+                layout(local(parameter).shape, self._bits(parameter, group))
                 for parameter, group in some
             ]
             entries = [entry for each in layouts for entry in each.values()]
@@ -279,7 +282,7 @@ class BlockAdamW(Optimizer):
     def _move(self, parameter: Tensor, state: dict[str, Any]) -> None:
         """Lets a state follow a parameter that has gone to another device."""
         self._synchronize()
-        self.state[parameter] = self._placed([(_local(parameter).device, state)])[0]
+        self.state[parameter] = self._placed([(local(parameter).device, state)])[0]
 
     def _placed(self, states: list[tuple[torch.device, dict[str, Any]]]) -> list[dict[str, Any]]:
         """Copies of states, on their parameters' devices or in pages."""
@@ -314,7 +317,7 @@ class BlockAdamW(Optimizer):
         states = {}
         for key, state in found["state"].items():
             parameter = parameters[key] if isinstance(key, int) else key
-            states[key] = _gathered(parameter, state) or saved.wrap(state)
+            states[key] = gathered(parameter, state) or saved.wrap(state)
         return {**found, "state": states}
 
     @torch.no_grad()
@@ -339,84 +342,26 @@ class BlockAdamW(Optimizer):
                 raise ValueError(f"{name}: group {number} has {there} parameters; must be {here}")
             for parameter, key in zip(group["params"], other["params"]):
                 if state := state_dict["state"].get(key):
-                    local = _local(parameter)
-                    state = {k: _split(parameter, v) for k, v in saved.unwrap(state).items()}
-                    saved.check(state, local.numel(), f"{name}: state of parameter {key}")
+                    own = local(parameter)
+                    state = {k: split(parameter, v) for k, v in saved.unwrap(state).items()}
+                    saved.check(state, own.numel(), f"{name}: state of parameter {key}")
                     state = saved.converted(state, self._bits(parameter, group), self._compatible)
-                    for entry, (shape, _) in layout(local.shape, 32).items():
+                    for entry, (shape, _) in layout(own.shape, 32).items():
                         state[entry] = state[entry].view(shape)
                     state["step"] = int(state["step"])
                     parameters.append(parameter)
-                    states.append((local.device, state))
+                    states.append((own.device, state))
         placed = self._placed(states)
         merged = [
             {**group, **{k: other[k] for k in _LOADED if k in other}, "params": other["params"]}
             for group, other in zip(groups, saved_groups)
         ]
+        for group in merged:
+            check_adam(group)
         super().load_state_dict({**state_dict, "state": {}, "param_groups": merged})
         self._synchronize()
         for parameter, state in zip(parameters, placed):
             self.state[parameter] = state
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor that FSDP2 has split, or the tensor."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-def _gathered(parameter: Any, state: dict[str, Any]) -> dict[str, Any] | None:
-    """The state of a split parameter with moments that are split alike, `fp32`; `None` for others."""
-    if not hasattr(parameter, "device_mesh"):
-        return None
-    from torch.distributed.tensor import DTensor
-
-    moments = {
-        key: DTensor.from_local(
-            moment,
-            parameter.device_mesh,
-            parameter.placements,
-            run_check=False,
-            shape=parameter.shape,
-            stride=parameter.stride(),
-        )
-        for key, moment in zip(("state1", "state2"), decode(state))
-    }
-    return {"step": state["step"], **moments}
-
-
-def _split(parameter: Any, value: Any) -> Any:
-    """What this process has of a saved moment."""
-    if not isinstance(value, Tensor):
-        return value
-    if hasattr(value, "to_local"):
-        return value.to_local()
-    if hasattr(parameter, "device_mesh") and value.shape == parameter.shape:
-        from torch.distributed.tensor import distribute_tensor
-
-        mesh = parameter.device_mesh
-        return distribute_tensor(value.to(mesh.device_type), mesh, parameter.placements).to_local()
-    return value
-
-
-def _defaults(
-    lr: float,
-    betas: Any,
-    eps: float,
-    weight_decay: float,
-    bits: int,
-    smallest: int,
-    stochastic: bool,
-) -> dict[str, Any]:
-    return {
-        "lr": lr,
-        "betas": tuple(betas),
-        "eps": eps,
-        "weight_decay": weight_decay,
-        "optim_bits": bits,
-        "min_8bit_size": smallest,
-        "stochastic_rounding": stochastic,
-        "full_precision": (),
-    }
 
 
 class AdamW8bit(BlockAdamW):
@@ -450,9 +395,16 @@ class AdamW8bit(BlockAdamW):
         seed: int = 0,
         **private: Any,
     ):
-        defaults = _defaults(
-            lr, betas, eps, weight_decay, optim_bits, min_8bit_size, stochastic_rounding
-        )
+        defaults = {
+            "lr": lr,
+            "betas": tuple(betas),
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "optim_bits": optim_bits,
+            "min_8bit_size": min_8bit_size,
+            "stochastic_rounding": stochastic_rounding,
+            "full_precision": (),
+        }
         super().__init__(params, defaults, seed=seed, **private)
 
 

@@ -14,18 +14,18 @@ import torch
 from torch import Tensor
 
 # Tensors begin at multiples of this many bytes.
-_ALIGNMENT = 256
+ALIGNMENT = 256
 
 Entry = tuple[tuple[int, ...], torch.dtype]
 
 
-def _carve(storage: torch.UntypedStorage, entries: list[Entry]) -> list[Tensor]:
+def carve(storage: torch.UntypedStorage, entries: list[Entry]) -> list[Tensor]:
     """Tensors one behind the other in a storage."""
     tensors, start = [], 0
     for shape, dtype in entries:
         whole = torch.empty(0, dtype=dtype, device=storage.device)
         tensors.append(whole.set_(storage, start // dtype.itemsize, shape))
-        start += _bytes((shape, dtype))
+        start += padded_bytes((shape, dtype))
     return tensors
 
 
@@ -35,13 +35,14 @@ def _by_dtype(entries: list[Entry], storage: Callable[[int], torch.UntypedStorag
     for dtype in {dtype for _, dtype in entries}:
         places = [place for place, entry in enumerate(entries) if entry[1] == dtype]
         same = [entries[place] for place in places]
-        tensors |= zip(places, _carve(storage(sum(map(_bytes, same))), same))
+        tensors |= zip(places, carve(storage(sum(map(padded_bytes, same))), same))
     return [tensors[place] for place in range(len(entries))]
 
 
-def _bytes(entry: Entry) -> int:
+def padded_bytes(entry: Entry) -> int:
+    """Bytes of a tensor up to where the next begins."""
     size = math.prod(entry[0]) * entry[1].itemsize
-    return -(-size // _ALIGNMENT) * _ALIGNMENT
+    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 class FilePages:

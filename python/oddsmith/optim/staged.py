@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .adamw_step import NonFinite, Update, adamw_step
 from .moments import BLOCKSIZE, blocks_of, is_8bit
-from .pages import _ALIGNMENT, _bytes, _carve
+from .pages import ALIGNMENT, carve, padded_bytes
 
 # One on its way in, one that is computed with, one on its way out.
 _SLOTS = 3
@@ -54,7 +54,7 @@ def bytes_of(state: dict[str, Any], elements: int) -> int:
         entries = [((elements,), torch.uint8), ((blocks_of(elements),), torch.float32)]
     else:
         entries = [((elements,), torch.float32)]
-    return 2 * sum(map(_bytes, entries))
+    return 2 * sum(map(padded_bytes, entries))
 
 
 def batches(updates: list[Update], capacity: int) -> Iterator[list[Piece]]:
@@ -67,7 +67,7 @@ def batches(updates: list[Update], capacity: int) -> Iterator[list[Piece]]:
             stop = end
             if bytes_of(update.state, stop - start) > capacity:
                 each = 2 + 8 / BLOCKSIZE if is_8bit(update.state) else 8
-                whole = int((capacity - 4 * _ALIGNMENT) / each) // BLOCKSIZE
+                whole = int((capacity - 4 * ALIGNMENT) / each) // BLOCKSIZE
                 stop = min(end, start + max(whole, 1) * BLOCKSIZE)
             needed = bytes_of(update.state, stop - start)
             if batch and needed > free:
@@ -78,6 +78,20 @@ def batches(updates: list[Update], capacity: int) -> Iterator[list[Piece]]:
             start = stop
     if batch:
         yield batch
+
+
+def slot_capacity(budget: int) -> int:
+    """
+    Bytes of a slot.
+
+    Raises:
+        ValueError: If the budget is too small for a block of each slot.
+    """
+    capacity = budget // _SLOTS // ALIGNMENT * ALIGNMENT
+    least = 4 * ALIGNMENT + 8 * BLOCKSIZE
+    if capacity < least:
+        raise ValueError(f"device_budget is {budget}; must be at least {_SLOTS * least} bytes")
+    return capacity
 
 
 class Staged:
@@ -94,10 +108,7 @@ class Staged:
     """
 
     def __init__(self, device: torch.device, budget: int):
-        self.capacity = budget // _SLOTS // _ALIGNMENT * _ALIGNMENT
-        least = 4 * _ALIGNMENT + 8 * BLOCKSIZE
-        if self.capacity < least:
-            raise ValueError(f"device_budget is {budget}; must be at least {_SLOTS * least} bytes")
+        self.capacity = slot_capacity(budget)
         self._device = device
         self._slots = [
             torch.empty(self.capacity, dtype=torch.uint8, device=device) for _ in range(_SLOTS)
@@ -105,6 +116,9 @@ class Staged:
         on_gpu = device.type == "cuda"
         self._in, self._out = (torch.cuda.Stream(device) if on_gpu else None for _ in range(2))
         self._free: list[Any] = [None] * _SLOTS
+        if self._in is not None:
+            # The slots' memory may have been another tensor's, whose last use is still to come.
+            self._in.wait_stream(torch.cuda.current_stream(device))
 
     def step(self, updates: list[Update], bad: NonFinite) -> None:
         """Applies updates whose values are on the device, and whose state is in the host's memory."""
@@ -115,7 +129,7 @@ class Staged:
             slot = number % _SLOTS
             hosts = [piece.host() for piece in batch]
             entries = [(tuple(part.shape), part.dtype) for host in hosts for part in host.values()]
-            tensors = iter(_carve(self._slots[slot].untyped_storage(), entries))
+            tensors = iter(carve(self._slots[slot].untyped_storage(), entries))
             states = [{key: next(tensors) for key in host} for host in hosts]
             with self._on(self._in, after=self._free[slot]):
                 for host, state in zip(hosts, states):
