@@ -2,12 +2,12 @@
 
 use tch::{Kind, Tensor};
 
-use super::adamw::Item;
-use super::cuda::{grid, pointer};
+use super::args::Item;
+use crate::base::error::Result;
 use crate::cuda::kernels::ADAMW;
 use crate::cuda::{Arg, Device, Launch};
-use crate::error::Result;
 use crate::optim::adamw::BLOCK;
+use crate::torch::device::{grid, pointer};
 
 // Sizes that the source has too.
 const THREADS: u32 = 256;

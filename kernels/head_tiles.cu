@@ -9,7 +9,7 @@
 
 constexpr int GROUP = 8;   // neighbouring columns of a thread: 16 bytes of halves
 constexpr int GROUPS = 2;  // of a thread
-constexpr int MAX_THREADS = 512;  // so a tile is up to 8192 wide: src/torch/head_kernels.rs
+constexpr int MAX_THREADS = 512;  // so a tile is up to 8192 wide: src/torch/head/cuda_tiles.rs
 constexpr int MIN_BLOCKS = 2;     // on a multiprocessor: 64 registers hold it all
 
 /// What a product goes through on its way to a logit: `z = scale * (product + bias)`, then

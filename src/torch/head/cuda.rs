@@ -17,14 +17,15 @@
 
 use tch::{Kind, Tensor};
 
-use super::head::{Args, Pairs, Report, Wants};
-use super::head_batch::{Batch, blocks, gather};
-use super::head_kernels::{self, Card, Room, Rows, Stats};
-use super::head_ops::scored;
+use super::args::{Args, Pairs, Report, Wants};
+use super::cuda_batch::{Batch, blocks, gather};
+use super::cuda_tiles::{self, GpuHead, Room, Rows, Stats};
+use super::ops::scored;
+use crate::base::error::Result;
 use crate::cuda;
-use crate::error::Result;
 use crate::head::plan::default_budget;
 use crate::head::scores::Objective;
+use crate::torch::device;
 
 /// Elements of a tile: as many as an A100's or H100's second-level cache holds, so that a pass finds
 /// there what the product has written.
@@ -42,11 +43,11 @@ pub fn device(args: &Args<'_>) -> Result<Option<cuda::Device>> {
     if args.hidden.f_kind()? == Kind::Double {
         return Ok(None);
     }
-    super::cuda::device(args.hidden)
+    device::of(args.hidden)
 }
 
 /// Statistics of all rows, without gradients.
-fn forward(card: &Card<'_>, rows: &Rows, stats: &Stats) -> Result<()> {
+fn forward(card: &GpuHead<'_>, rows: &Rows, stats: &Stats) -> Result<()> {
     let columns = card.columns(rows.len(), TILE);
     let room = Room::new(rows.len(), columns, card.place())?;
     for tile in card.tiles(columns) {
@@ -59,7 +60,7 @@ fn forward(card: &Card<'_>, rows: &Rows, stats: &Stats) -> Result<()> {
 /// Both sweeps of a trained head. What they share is the room for tiles: the first `kept` of a sweep
 /// have one of their own.
 struct Trained<'a> {
-    card: &'a Card<'a>,
+    card: &'a GpuHead<'a>,
     columns: i64,
     kept: Vec<Room>,
     keep: usize,
@@ -68,7 +69,7 @@ struct Trained<'a> {
 
 impl<'a> Trained<'a> {
     /// With room for rows of `rows`, and for `elements` that are kept.
-    fn new(card: &'a Card<'a>, rows: i64, elements: usize) -> Result<Self> {
+    fn new(card: &'a GpuHead<'a>, rows: i64, elements: usize) -> Result<Self> {
         let columns = card.columns(rows, TRAINED_TILE);
         let keep = elements / (rows.max(1) * columns) as usize;
         let all = keep as i64 * columns >= card.vocab();
@@ -136,12 +137,12 @@ fn spread(rows: &Tensor, index: &Tensor, count: i64, kind: Kind) -> Result<Tenso
     Ok(Tensor::f_zeros(size, (kind, rows.device()))?.f_index_copy(0, index, &rows.f_to_kind(kind)?)?)
 }
 
-/// [`super::head::logps`] on a card.
+/// [`super::logps`] on a card.
 ///
 /// # Errors
 /// What libtorch and the driver report.
 pub fn logps(args: &Args<'_>, device: cuda::Device, expectation: bool) -> Result<[Tensor; 3]> {
-    let (card, index) = (Card::new(args, device)?, scored(args.targets)?);
+    let (card, index) = (GpuHead::new(args, device)?, scored(args.targets)?);
     let (count, all) = (index.size()[0], args.targets.size()[0]);
     let stats = Stats::new(count, card.place())?;
     let out = if expectation { card.hidden.f_zeros_like()? } else { card.nothing()? };
@@ -162,7 +163,7 @@ pub fn logps(args: &Args<'_>, device: cuda::Device, expectation: bool) -> Result
     Ok([spread(&logps, &index, all, Kind::Float)?, spread(&lse, &index, all, Kind::Float)?, out])
 }
 
-/// [`super::head::logps_backward`] on a card.
+/// [`super::logps_backward`] on a card.
 ///
 /// # Errors
 /// What libtorch and the driver report.
@@ -173,7 +174,7 @@ pub fn logps_backward(
     upstream: &Tensor,
     wants: Wants,
 ) -> Result<[Tensor; 3]> {
-    let (card, index) = (Card::new(args, device)?, scored(args.targets)?);
+    let (card, index) = (GpuHead::new(args, device)?, scored(args.targets)?);
     let rows = gather(&card, args.targets, &index)?;
     let pick = |x: &Tensor| -> Result<Tensor> { Ok(x.f_to_kind(Kind::Float)?.f_index_select(0, &index)?) };
     // As statistics of rows whose exponentials sum to one.
@@ -188,7 +189,7 @@ pub fn logps_backward(
 }
 
 /// Scored rows of a batch that is swept without its weight's gradient, block by block.
-fn frozen(card: &Card<'_>, batch: &Batch<'_>, objective: Objective) -> Result<Report> {
+fn frozen(card: &GpuHead<'_>, batch: &Batch<'_>, objective: Objective) -> Result<Report> {
     let d_hidden = card.hidden.f_zeros_like()?;
     let mut waiting = None;
     for (first, len) in batch.blocks() {
@@ -212,7 +213,7 @@ fn frozen(card: &Card<'_>, batch: &Batch<'_>, objective: Objective) -> Result<Re
     Ok(report(parts, [d_hidden, d_weight, d_bias]))
 }
 
-fn trained(card: &Card<'_>, batch: &Batch<'_>, objective: Objective, wants: Wants) -> Result<Report> {
+fn trained(card: &GpuHead<'_>, batch: &Batch<'_>, objective: Objective, wants: Wants) -> Result<Report> {
     let (rows, stats) = batch.block(0, batch.scored)?;
     let budget = || default_budget(batch.rows() as usize, card.vocab() as usize, size_of::<f32>());
     let elements = objective.budget.unwrap_or_else(budget) / size_of::<f32>();
@@ -231,7 +232,7 @@ fn trained(card: &Card<'_>, batch: &Batch<'_>, objective: Objective, wants: Want
 }
 
 /// Without gradients.
-fn scores(card: &Card<'_>, batch: &Batch<'_>, objective: Objective) -> Result<Report> {
+fn scores(card: &GpuHead<'_>, batch: &Batch<'_>, objective: Objective) -> Result<Report> {
     for (first, len) in batch.blocks() {
         let (rows, stats) = batch.block(first, len)?;
         forward(card, &rows, &stats)?;
@@ -242,7 +243,7 @@ fn scores(card: &Card<'_>, batch: &Batch<'_>, objective: Objective) -> Result<Re
 }
 
 /// The logits of rows that need no score are summed too; under a softcap by a sweep of their own.
-fn sweep_others(card: &Card<'_>, batch: &Batch<'_>) -> Result<()> {
+fn sweep_others(card: &GpuHead<'_>, batch: &Batch<'_>) -> Result<()> {
     for (first, len) in batch.others() {
         let (rows, stats) = batch.block(first, len)?;
         forward(card, &rows, &stats)?;
@@ -262,20 +263,18 @@ fn report(parts: [Tensor; 9], gradients: [Tensor; 3]) -> Report {
 /// What the driver reports.
 pub fn scale(gradient: &Tensor, factor: &Tensor) -> Result<bool> {
     let device = match gradient.f_kind()? {
-        Kind::Float | Kind::BFloat16 | Kind::Half if factor.f_kind()? == Kind::Float => {
-            super::cuda::device(gradient)?
-        }
+        Kind::Float | Kind::BFloat16 | Kind::Half if factor.f_kind()? == Kind::Float => device::of(gradient)?,
         _ => None,
     };
     let Some(device) = device.filter(|_| gradient.is_contiguous() && factor.device() == gradient.device())
     else {
         return Ok(false);
     };
-    head_kernels::scale(device, gradient, factor)?;
+    cuda_tiles::scale(device, gradient, factor)?;
     Ok(true)
 }
 
-/// [`super::head::orpo`] on a card.
+/// [`super::orpo`] on a card.
 ///
 /// # Errors
 /// What libtorch and the driver report.
@@ -287,7 +286,7 @@ pub fn orpo(
     objective: Objective,
     wants: Wants,
 ) -> Result<Report> {
-    let card = Card::new(args, device)?;
+    let card = GpuHead::new(args, device)?;
     let batch = Batch::new(&card, args, pairs, count, objective.scope)?;
     if wants.weight || wants.bias {
         trained(&card, &batch, objective, wants)

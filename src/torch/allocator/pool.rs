@@ -11,7 +11,7 @@
 use std::ffi::c_void;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
-use crate::arena::Arena;
+use super::arena::Arena;
 
 /// Smaller tensors stay with the C library.
 const SMALLEST: usize = 256 << 10;

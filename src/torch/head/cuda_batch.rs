@@ -4,13 +4,14 @@ use std::iter;
 
 use tch::{Kind, Tensor};
 
-use super::cuda::pointer;
-use super::head::{Args, IGNORE, Pairs};
-use super::head_kernels::{Card, Rows, Stats, names, round_up};
+use super::args::{Args, IGNORE, Pairs};
+use super::cuda_tiles::{GpuHead, Rows, Stats, round_up};
+use crate::base::error::Result;
 use crate::cuda::Arg;
-use crate::error::Result;
+use crate::head::odds_ratio::{Link, NllScope};
 use crate::head::scores::Objective;
-use crate::odds_ratio::{Link, NllScope};
+use crate::torch::device::pointer;
+use crate::torch::dtype::names;
 
 /// Rows of a block: the expectations of a frozen head take as much then as its tile does.
 const BLOCK_ROWS: i64 = 2048;
@@ -32,7 +33,7 @@ pub(super) fn blocks(count: i64) -> impl Iterator<Item = (i64, i64)> {
 }
 
 /// The rows `index` of a batch.
-pub(super) fn gather(card: &Card<'_>, targets: &Tensor, index: &Tensor) -> Result<Rows> {
+pub(super) fn gather(card: &GpuHead<'_>, targets: &Tensor, index: &Tensor) -> Result<Rows> {
     Ok(Rows { hidden: card.hidden.f_index_select(0, index)?, targets: targets.f_index_select(0, index)? })
 }
 
@@ -43,7 +44,7 @@ pub(super) fn gather(card: &Card<'_>, targets: &Tensor, index: &Tensor) -> Resul
 /// along with the last block.
 #[derive(Debug)]
 pub(super) struct Batch<'a> {
-    card: &'a Card<'a>,
+    card: &'a GpuHead<'a>,
     targets: Tensor,
     sequence: Tensor,
     pairs: i64,
@@ -61,7 +62,7 @@ impl<'a> Batch<'a> {
     /// # Errors
     /// A number of scored rows that cannot be, and what libtorch and the driver report.
     pub fn new(
-        card: &'a Card<'a>,
+        card: &'a GpuHead<'a>,
         args: &Args<'_>,
         pairs: &Pairs<'_>,
         count: i64,
@@ -154,7 +155,7 @@ impl<'a> Batch<'a> {
     }
 
     /// The coefficients of the scored rows, `(R,)` in `f32`, and the outcome: the first nine of
-    /// [`super::head::Report`]. All rows have been swept.
+    /// [`super::args::Report`]. All rows have been swept.
     pub fn scores(&self, objective: Objective) -> Result<(Tensor, [Tensor; 9])> {
         let (card, pairs) = (self.card, self.pairs);
         let new = |size: &[i64], kind| Tensor::f_empty(size, (kind, card.place()));

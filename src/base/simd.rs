@@ -20,8 +20,8 @@ macro_rules! on_levels {
             = $body:ident
     ) => {
         $(#[$doc])*
-        $vis fn $name<$($generic: $bound),*>(level: $crate::quant::level::Level, $($arg: $ty),*) -> $ret {
-            use $crate::quant::level::Level;
+        $vis fn $name<$($generic: $bound),*>(level: $crate::base::simd::Level, $($arg: $ty),*) -> $ret {
+            use $crate::base::simd::Level;
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
             fn avx512<$($generic: $bound),*>($($arg: $ty),*) -> $ret {

@@ -1,17 +1,19 @@
-//! Which card a tensor is on, and tensors as arguments of kernels.
+//! Which GPU a tensor is on, which path it takes, and tensors as arguments of kernels.
+
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use tch::{Device, Kind, Tensor};
 
-use super::head::dtype_name;
+use super::dtype::dtype_name;
+use crate::base::error::{Error, Result};
 use crate::cuda::{self, Arg};
-use crate::error::{Error, Result};
 
 /// The card that kernels for this tensor run on, and the stream that is current there on this thread;
 /// `None` if it is on none. While a card is emulated, tensors on the CPU are on it.
 ///
 /// # Errors
 /// A stream that libtorch does not give.
-pub fn device(tensor: &Tensor) -> Result<Option<cuda::Device>> {
+pub fn of(tensor: &Tensor) -> Result<Option<cuda::Device>> {
     match tensor.device() {
         Device::Cuda(index) if cuda::is_available() => {
             let ordinal = i32::try_from(index).map_err(|error| Error::Internal(error.to_string()))?;
@@ -51,16 +53,6 @@ pub fn pointer(tensor: &Tensor, kind: Kind) -> Result<Arg> {
     Ok(Arg::ptr(tensor.data_ptr() as u64))
 }
 
-/// The kernel of a dtype, of those for `float32`, `bfloat16` and `float16`.
-#[must_use]
-pub fn named(kind: Kind, [f32, bf16, f16]: [&'static str; 3]) -> &'static str {
-    match kind {
-        Kind::BFloat16 => bf16,
-        Kind::Half => f16,
-        _ => f32,
-    }
-}
-
 /// As many blocks as `items` ask for, `each` of them a block.
 ///
 /// # Errors
@@ -85,6 +77,26 @@ pub fn check_devices(op: &'static str, first: &Tensor, others: &[(&'static str, 
         }
     }
     Ok(())
+}
+
+/// Makes CPU tensors take the path of other devices, so that a machine without one can test it.
+static TENSOR_OPS: AtomicBool = AtomicBool::new(false);
+
+/// Switches the path of other devices on or off for CPU tensors, for tests.
+pub fn use_tensor_ops(on: bool) {
+    TENSOR_OPS.store(on, Ordering::Relaxed);
+}
+
+/// True while CPU tensors take the path of other devices.
+#[must_use]
+pub fn tensor_ops() -> bool {
+    TENSOR_OPS.load(Ordering::Relaxed)
+}
+
+/// True if values can be read without waiting for a device.
+#[must_use]
+pub fn on_host(tensor: &Tensor) -> bool {
+    tensor.device() == Device::Cpu && !cuda::is_emulated()
 }
 
 #[cfg(all(test, target_os = "linux"))]

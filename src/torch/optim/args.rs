@@ -1,18 +1,13 @@
-//! A step of `AdamW` on tensors: checks all parameters, then updates them in place.
+//! Arguments of a step: below all backends, which take them as they are here.
 
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
-use super::quant::{FLOATS, check_kind};
-use super::team::Torch;
-use super::view::{slice, slice_in_place};
-use super::{adamw_cuda, cuda};
-use crate::error::{Error, Result};
+use crate::base::error::{Error, Result};
 use crate::optim::adamw::{BLOCK, LEAST_EPS, Rule};
-use crate::optim::adamw8bit::Codes;
-use crate::optim::octave;
-use crate::optim::step::{Moments, Parameter, Values, step};
+use crate::torch::dtype::{FLOATS, check_kind};
 
-const OP: &str = "adamw_step";
+/// The op, for messages.
+pub(super) const OP: &str = "adamw_step";
 
 /// A parameter and its state as they came from Python.
 #[derive(Debug)]
@@ -51,7 +46,11 @@ pub fn rule([beta1, beta2, eps, step_size, keep]: [f64; 5], seed: Option<u32>) -
 }
 
 impl Item {
-    fn check(&self) -> Result<()> {
+    /// Checks dtypes, sizes, devices and strides.
+    ///
+    /// # Errors
+    /// The first argument that does not fit, by name.
+    pub fn check(&self) -> Result<()> {
         let kind = self.value.f_kind()?;
         check_kind(OP, "value", kind, &FLOATS)?;
         check_kind(OP, "grad", self.grad.f_kind()?, &[kind, Kind::Float])?;
@@ -91,62 +90,4 @@ impl Item {
         }
         Ok(())
     }
-
-    fn parameter(&mut self) -> Result<Parameter<'_>> {
-        let Item { value, grad, moments: [m, v], absmax, first, rule } = self;
-        let moments = match absmax {
-            None => Moments::Full(slice_in_place(m)?, slice_in_place(v)?),
-            Some([m_absmax, v_absmax]) => Moments::Eight(Codes {
-                m: slice_in_place(m)?,
-                m_absmax: slice_in_place(m_absmax)?,
-                v: slice_in_place(v)?,
-                v_absmax: slice_in_place(v_absmax)?,
-            }),
-        };
-        let values = match (value.f_kind()?, grad.f_kind()?) {
-            (Kind::BFloat16, Kind::BFloat16) => Values::Bf16(slice_in_place(value)?, slice(grad)?),
-            (Kind::BFloat16, _) => Values::Bf16WithF32(slice_in_place(value)?, slice(grad)?),
-            (Kind::Half, Kind::Half) => Values::F16(slice_in_place(value)?, slice(grad)?),
-            (Kind::Half, _) => Values::F16WithF32(slice_in_place(value)?, slice(grad)?),
-            _ => Values::F32(slice_in_place(value)?, slice(grad)?),
-        };
-        Ok(Parameter { values, moments, rule: *rule, first: *first as u64 })
-    }
-}
-
-/// Updates values and moments in place, and adds to `bad`, `(1,)` int64 on their device, how many
-/// elements had a gradient that is not finite.
-///
-/// # Errors
-/// The first argument that does not fit, before anything has changed.
-pub fn adamw_step(mut items: Vec<Item>, bad: &Tensor) -> Result<()> {
-    check_kind(OP, "bad", bad.f_kind()?, &[Kind::Int64])?;
-    for item in &items {
-        item.check()?;
-    }
-    let _guard = tch::no_grad_guard();
-    let Some(first) = items.first() else { return Ok(()) };
-    if let Some(card) = cuda::device(&first.value)? {
-        let others: Vec<_> = items.iter().map(|item| ("value", &item.value)).collect();
-        cuda::check_devices(OP, bad, &others)?;
-        return items.iter().try_for_each(|item| adamw_cuda::update(card, item, bad));
-    }
-    if first.value.device() != Device::Cpu {
-        let got = format!("{:?}", first.value.device());
-        return Err(Error::Value { op: OP, argument: "device", expected: "the CPU or CUDA".into(), got });
-    }
-    let parameters = items.iter_mut().map(Item::parameter).collect::<Result<Vec<_>>>()?;
-    let found = step(&Torch, parameters);
-    if found > 0 {
-        let _ = bad.f_detach()?.f_add_scalar_(found as i64)?;
-    }
-    Ok(())
-}
-
-/// The values that 8-bit moments stand for: the first, and the second.
-///
-/// # Errors
-/// What libtorch reports.
-pub fn maps() -> Result<[Tensor; 2]> {
-    Ok([Tensor::f_from_slice(&octave::signed_map())?, Tensor::f_from_slice(&octave::square_map())?])
 }

@@ -5,7 +5,7 @@ use pyo3::prelude::*;
 #[pyfunction]
 fn install_pool() -> bool {
     #[cfg(target_os = "linux")]
-    return crate::torch::pool::install();
+    return crate::torch::allocator::pool::install();
     #[cfg(not(target_os = "linux"))]
     false
 }
@@ -13,7 +13,7 @@ fn install_pool() -> bool {
 #[pyfunction]
 fn uninstall_pool() {
     #[cfg(target_os = "linux")]
-    crate::torch::pool::uninstall();
+    crate::torch::allocator::pool::uninstall();
 }
 
 pub(super) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {

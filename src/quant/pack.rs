@@ -6,9 +6,11 @@
 #![allow(unsafe_code)] // vector instructions, behind their run-time check, on pointers of checked length
 
 use super::codebook::MIDPOINTS;
-use super::level::Level;
-use super::nf4::LEAST;
-use super::storage::Storage;
+use crate::base::float::Float;
+use crate::base::simd::Level;
+
+/// Below this a scale has no inverse that is worth anything.
+pub(super) const LEAST: f32 = 1e-38;
 
 /// Packs a block, a multiple of 32 values, and returns its largest magnitude; `None` without vector
 /// code, or if a value is NaN or infinite.
@@ -16,7 +18,7 @@ use super::storage::Storage;
 /// # Panics
 /// If `packed` does not have half as many bytes.
 #[inline(always)]
-pub fn whole_block<T: Storage>(level: Level, values: &[T], packed: &mut [u8]) -> Option<f32> {
+pub fn whole_block<T: Float>(level: Level, values: &[T], packed: &mut [u8]) -> Option<f32> {
     assert!(values.len().is_multiple_of(32) && packed.len() * 2 == values.len());
     let largest = match level {
         #[cfg(target_arch = "x86_64")]
@@ -67,12 +69,12 @@ mod x86 {
     use std::arch::x86_64::*;
 
     use super::{BUCKETS, MIDDLE, SLOPE, inverse};
+    use crate::base::float::{Dtype, Float};
     use crate::quant::codebook::MIDPOINTS;
-    use crate::quant::storage::{Dtype, Storage};
 
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-    unsafe fn load_512<T: Storage>(values: *const T) -> __m512 {
+    unsafe fn load_512<T: Float>(values: *const T) -> __m512 {
         // SAFETY: 16 values are there, by the callers' contract.
         unsafe {
             match T::DTYPE {
@@ -89,7 +91,7 @@ mod x86 {
     /// # Safety
     /// The machine has the features, `values` are a multiple of 32, `packed` half as many.
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-    pub unsafe fn block_avx512<T: Storage>(values: &[T], packed: &mut [u8]) -> f32 {
+    pub unsafe fn block_avx512<T: Float>(values: &[T], packed: &mut [u8]) -> f32 {
         let from = values.as_ptr();
         // SAFETY: by the contract above.
         unsafe {
@@ -127,7 +129,7 @@ mod x86 {
 
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn load_256<T: Storage>(values: *const T) -> __m256 {
+    unsafe fn load_256<T: Float>(values: *const T) -> __m256 {
         // SAFETY: 8 values are there, by the callers' contract.
         unsafe {
             match T::DTYPE {
@@ -144,7 +146,7 @@ mod x86 {
     /// # Safety
     /// As [`block_avx512`].
     #[target_feature(enable = "avx2,fma,f16c")]
-    pub unsafe fn block_avx2<T: Storage>(values: &[T], packed: &mut [u8]) -> f32 {
+    pub unsafe fn block_avx2<T: Float>(values: &[T], packed: &mut [u8]) -> f32 {
         let from = values.as_ptr();
         // SAFETY: by the contract above.
         unsafe {

@@ -2,9 +2,9 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::head::dtype_name;
-use crate::error::{Error, Result};
-use crate::huge_pages;
+use super::dtype::dtype_name;
+use crate::base::error::{Error, Result};
+use crate::base::huge_pages;
 
 /// An uninitialised tensor on the CPU, in large pages if it is large and the system gives them.
 ///

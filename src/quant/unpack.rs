@@ -6,9 +6,9 @@
 //! lanes and shifted, each by its own distance, so that its four bits come last.
 #![allow(unsafe_code)] // vector instructions, behind their run-time check, on pointers of checked length
 
-use super::level::Level;
-use super::nf4::Packed;
-use super::storage::Storage;
+use super::packed::Packed;
+use crate::base::float::Float;
+use crate::base::simd::Level;
 
 /// Values that the vector code takes at a time.
 #[cfg(target_arch = "x86_64")]
@@ -18,7 +18,7 @@ const STEP: usize = 32;
 ///
 /// # Panics
 /// If there are not that many.
-pub fn read<T: Storage>(level: Level, packed: &Packed<'_>, start: usize, values: &mut [T]) {
+pub fn read<T: Float>(level: Level, packed: &Packed<'_>, start: usize, values: &mut [T]) {
     let end = start + values.len();
     assert!(end <= 2 * packed.bytes.len() && end <= packed.scales.len() * packed.blocksize);
     assert!(packed.scales.is_whole() && packed.blocksize.is_power_of_two());
@@ -33,7 +33,7 @@ pub fn read<T: Storage>(level: Level, packed: &Packed<'_>, start: usize, values:
     }
 }
 
-fn read_plain<T: Storage>(packed: &Packed<'_>, start: usize, values: &mut [T]) {
+fn read_plain<T: Float>(packed: &Packed<'_>, start: usize, values: &mut [T]) {
     let (mut at, mut rest) = (start, values);
     while !rest.is_empty() {
         let block = at / packed.blocksize;
@@ -61,9 +61,9 @@ mod x86 {
     use std::arch::x86_64::*;
 
     use super::{STEP, look_up};
+    use crate::base::float::{Dtype, Float};
     use crate::quant::codebook::NF4;
-    use crate::quant::nf4::Packed;
-    use crate::quant::storage::{Dtype, Storage};
+    use crate::quant::packed::Packed;
 
     const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
 
@@ -122,7 +122,7 @@ mod x86 {
     /// # Safety
     /// The machine has the features, `packed` all values from `start` on and a scale for each.
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-    pub unsafe fn read_avx512<T: Storage>(packed: &Packed<'_>, start: usize, values: &mut [T]) {
+    pub unsafe fn read_avx512<T: Float>(packed: &Packed<'_>, start: usize, values: &mut [T]) {
         let (shift, end) = (packed.blocksize.trailing_zeros(), start + values.len());
         let mut scales = packed.scales.cursor();
         let mut at = start;
@@ -198,7 +198,7 @@ mod x86 {
     /// # Safety
     /// As [`read_avx512`].
     #[target_feature(enable = "avx2,fma,f16c")]
-    pub unsafe fn read_avx2<T: Storage>(packed: &Packed<'_>, start: usize, values: &mut [T]) {
+    pub unsafe fn read_avx2<T: Float>(packed: &Packed<'_>, start: usize, values: &mut [T]) {
         let (shift, end) = (packed.blocksize.trailing_zeros(), start + values.len());
         let mut scales = packed.scales.cursor();
         let mut at = start;

@@ -1,16 +1,16 @@
-//! The team of threads that libtorch's own kernels run on.
+//! The threads that libtorch's own kernels run on.
 //!
 //! After a matrix product the members of libgomp's team keep spinning for the next parallel
 //! section. A second pool (rayon) would have to compete with them: on two cores it gains nothing at
-//! all. So the passes between products run on the same team.
+//! all. So the passes between products run on the same threads.
 
-use crate::head::backend::Team;
+use crate::base::threads::Threads;
 
 /// libtorch's intra-op threads.
 #[derive(Clone, Copy, Debug)]
-pub struct Torch;
+pub struct TorchThreads;
 
-impl Team for Torch {
+impl Threads for TorchThreads {
     fn size(&self) -> usize {
         usize::try_from(tch::get_num_threads()).unwrap_or(1).max(1)
     }
@@ -55,7 +55,7 @@ mod openmp {
     }
 
     extern "C" fn body(section: *mut c_void) {
-        // SAFETY: `data` is the `Section` on the stack of `parallel`, which waits for the team.
+        // SAFETY: `data` is the `Section` on the stack of `parallel`, which waits for the threads.
         let section = unsafe { &*section.cast::<Section<'_>>() };
         // SAFETY: plain queries, valid anywhere.
         let (member, size) = unsafe { (omp_get_thread_num(), omp_get_num_threads()) };
@@ -68,7 +68,7 @@ mod openmp {
         }
     }
 
-    /// Runs the tasks on libgomp's team, which libtorch has already loaded.
+    /// Runs the tasks on libgomp's threads, which libtorch has already loaded.
     pub fn parallel(threads: usize, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
         let mut section = Section { tasks, task, panic: Mutex::new(None) };
         let data = (&raw mut section).cast::<c_void>();
@@ -86,5 +86,5 @@ use openmp::parallel;
 /// Elsewhere libtorch brings another OpenMP, without this interface.
 #[cfg(not(target_os = "linux"))]
 fn parallel(_threads: usize, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
-    crate::head::backend::Portable.run(tasks, task);
+    crate::base::portable::Portable.run(tasks, task);
 }

@@ -16,14 +16,18 @@ use std::sync::OnceLock;
 use half::bf16;
 use tch::{Device, Kind, Tensor};
 
-use super::quant::{FLOATS, Weight, check_kind, count, dequantize_nf4, dtype};
-use super::team::Torch;
-use super::view::{Element, slice, slice_mut};
-use super::{cuda, head, nf4_cuda, pages};
-use crate::error::{Error, Result};
-use crate::quant::nf4::{Packed, Tile, dequantize_tile};
+use super::args::{Size, Weight};
+use super::{dequantize_nf4, nf4_cuda};
+use crate::base::error::{Error, Result};
+use crate::base::float::{Dtype, Float};
+use crate::quant::nf4::{Tile, dequantize_tile};
+use crate::quant::packed::Packed;
 use crate::quant::product::{few_tokens, worth_it};
-use crate::quant::storage::{Dtype, Storage};
+use crate::torch::device::{self, check_devices, tensor_ops};
+use crate::torch::dtype::{FLOATS, check_kind, dtype};
+use crate::torch::large;
+use crate::torch::threads::TorchThreads;
+use crate::torch::view::{Element, slice, slice_mut};
 
 /// Bytes of a tile, at least and at most. The library packs all tokens anew for every tile.
 const TILE: [i64; 2] = [16 << 20, 32 << 20];
@@ -34,21 +38,6 @@ const FEW_WITH_UNITS: usize = 12;
 
 /// Tokens that are converted at a time where a product runs in another dtype than theirs.
 const ROWS: i64 = 2048;
-
-/// Sizes of the weight.
-#[derive(Clone, Copy, Debug)]
-pub struct Size {
-    /// Rows of the weight: width of the output.
-    pub rows: i64,
-    /// Columns of the weight: width of the input.
-    pub columns: i64,
-}
-
-impl Size {
-    fn count(self, op: &'static str) -> Result<i64> {
-        count(op, &[self.rows, self.columns])
-    }
-}
 
 /// True if the processor multiplies `bf16` by itself, and oneDNN, which libtorch multiplies with, was
 /// not told by its environment to do without.
@@ -106,12 +95,12 @@ pub fn forward(weight: Weight, size: Size, x: &Tensor, bias: Option<&Tensor>) ->
     let _guard = tch::no_grad_guard();
     let kind = x.f_kind()?;
     let shape = with_width(x, size.rows);
-    let card = cuda::device(x)?;
-    if card.is_some() || x.device() != Device::Cpu || head::tensor_ops() {
+    let card = device::of(x)?;
+    if card.is_some() || x.device() != Device::Cpu || tensor_ops() {
         let weight = weight.checked(size.count(op)?)?;
         let others = [("packed", Some(&weight.packed)), ("bias", bias)];
         let others: Vec<_> = others.into_iter().filter_map(|(name, tensor)| Some((name, tensor?))).collect();
-        cuda::check_devices(op, x, &others)?;
+        check_devices(op, x, &others)?;
         if let Some(card) = card {
             let x = x.f_reshape([tokens, size.columns])?;
             if let Some(out) = nf4_cuda::few_tokens(card, &weight, size, &x, bias)? {
@@ -125,7 +114,7 @@ pub fn forward(weight: Weight, size: Size, x: &Tensor, bias: Option<&Tensor>) ->
     let weight = weight.checked(size.count(op)?)?;
     let view = weight.view([dtype(kind), Dtype::F32])?;
     let x = x.f_contiguous()?.f_view([tokens, size.columns])?;
-    let out = pages::empty(&[tokens, size.rows], kind)?;
+    let out = large::empty(&[tokens, size.rows], kind)?;
     if tokens == 0 || size.rows == 0 {
         return Ok(out.f_view(&shape[..])?);
     }
@@ -143,7 +132,7 @@ pub fn forward(weight: Weight, size: Size, x: &Tensor, bias: Option<&Tensor>) ->
 fn few(weight: &Packed<'_>, size: Size, x: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     let x = x.f_to_kind(Kind::Float)?;
     let mut out = Tensor::f_empty([x.size()[0], size.rows], (Kind::Float, Device::Cpu))?;
-    few_tokens(&Torch, weight, size.columns as usize, slice(&x)?, slice_mut(&mut out)?);
+    few_tokens(&TorchThreads, weight, size.columns as usize, slice(&x)?, slice_mut(&mut out)?);
     Ok(match bias {
         Some(bias) => out.f_add_(bias)?,
         None => out,
@@ -179,7 +168,7 @@ fn tile_elements<T>(size: Size) -> i64 {
     (size.rows * size.columns / 2 * bytes).clamp(TILE[0], TILE[1]) / bytes
 }
 
-fn tiles<T: Storage + Element>(
+fn tiles<T: Float + Element>(
     weight: &Packed<'_>,
     size: Size,
     x: &Tensor,
@@ -187,7 +176,7 @@ fn tiles<T: Storage + Element>(
     out: &Tensor,
 ) -> Result<()> {
     let step = tile_step(tile_elements::<T>(size) / size.columns, size.rows);
-    let mut buffer = pages::empty(&[step, size.columns], T::KIND)?;
+    let mut buffer = large::empty(&[step, size.columns], T::KIND)?;
     let bias = bias.map(|bias| bias.f_to_kind(T::KIND)).transpose()?;
     for (first, tokens) in row_ranges(x.size()[0], x.f_kind()? != T::KIND) {
         let x = x.f_narrow(0, first, tokens)?.f_to_kind(T::KIND)?;
@@ -197,7 +186,7 @@ fn tiles<T: Storage + Element>(
             let width = size.columns as usize;
             let tile = Tile { width, row: row as usize, column: 0, columns: width };
             let values = &mut slice_mut::<T>(&mut buffer)?[..rows as usize * width];
-            dequantize_tile(&Torch, weight, tile, values);
+            dequantize_tile(&TorchThreads, weight, tile, values);
             let transposed = buffer.f_narrow(0, 0, rows)?.f_tr()?;
             into_part(&out.f_narrow(1, row, rows)?, T::KIND, |part| {
                 let _ = match &bias {
@@ -223,14 +212,14 @@ pub fn input_gradient(weight: Weight, size: Size, grad: &Tensor, weight_kind: Ki
     let _guard = tch::no_grad_guard();
     let kind = grad.f_kind()?;
     let shape = with_width(grad, size.columns);
-    if cuda::device(grad)?.is_some() || grad.device() != Device::Cpu || head::tensor_ops() {
+    if device::of(grad)?.is_some() || grad.device() != Device::Cpu || tensor_ops() {
         let weight = dequantize_nf4(weight, &[size.rows, size.columns], weight_kind)?;
         return Ok(grad.f_matmul(&weight.f_to_kind(kind)?)?);
     }
     let weight = weight.checked(size.count(op)?)?;
     let view = weight.view([dtype(weight_kind), dtype(kind)])?;
     let grad = grad.f_contiguous()?.f_view([tokens, size.rows])?;
-    let out = pages::empty(&[tokens, size.columns], kind)?;
+    let out = large::empty(&[tokens, size.columns], kind)?;
     if tokens > 0 && size.columns > 0 {
         match product_kind(kind) {
             Kind::BFloat16 => strips::<bf16>(&view, size, &grad, &out)?,
@@ -242,9 +231,9 @@ pub fn input_gradient(weight: Weight, size: Size, grad: &Tensor, weight_kind: Ki
 
 /// Strips of columns: each product sums over all rows of the weight, so that nothing is added up in
 /// the output.
-fn strips<T: Storage + Element>(weight: &Packed<'_>, size: Size, grad: &Tensor, out: &Tensor) -> Result<()> {
+fn strips<T: Float + Element>(weight: &Packed<'_>, size: Size, grad: &Tensor, out: &Tensor) -> Result<()> {
     let step = tile_step(tile_elements::<T>(size) / size.rows, size.columns);
-    let mut buffer = pages::empty(&[size.rows * step], T::KIND)?;
+    let mut buffer = large::empty(&[size.rows * step], T::KIND)?;
     for (first, tokens) in row_ranges(grad.size()[0], grad.f_kind()? != T::KIND) {
         let grad = grad.f_narrow(0, first, tokens)?.f_to_kind(T::KIND)?;
         let out = out.f_narrow(0, first, tokens)?;
@@ -253,7 +242,7 @@ fn strips<T: Storage + Element>(weight: &Packed<'_>, size: Size, grad: &Tensor, 
             let count = size.rows * columns;
             let (width, narrow) = (size.columns as usize, columns as usize);
             let tile = Tile { width, row: 0, column: column as usize, columns: narrow };
-            dequantize_tile(&Torch, weight, tile, &mut slice_mut::<T>(&mut buffer)?[..count as usize]);
+            dequantize_tile(&TorchThreads, weight, tile, &mut slice_mut::<T>(&mut buffer)?[..count as usize]);
             let matrix = buffer.f_narrow(0, 0, count)?.f_view([size.rows, columns])?;
             into_part(&out.f_narrow(1, column, columns)?, T::KIND, |part| {
                 let _ = grad.f_mm_out(part, &matrix)?;

@@ -1,4 +1,4 @@
-//! A head on a card: tiles of products by libtorch, and the kernels of kernels/head.cu on them.
+//! A head on a card: tiles of products by libtorch, and the kernels of `kernels/head_tiles.cu` on them.
 //!
 //! Products come out in `f32` whatever is multiplied. Logits that are rounded to `bf16` would save a
 //! third of the passes' traffic, and cost what the loss is made of: over 16,000 words, with logits of a
@@ -9,13 +9,14 @@ use std::ops::Range;
 
 use tch::{Device, Kind, Tensor};
 
-use super::cuda::pointer;
-use super::head::Args;
+use super::args::Args;
+use crate::base::error::Result;
 use crate::cuda::{self, Arg, Launch, kernels};
-use crate::error::Result;
+use crate::torch::device::pointer;
+use crate::torch::dtype::{named, names};
 
 /// Columns that a thread has of a row, threads of a block at most, and so the widest tile: as
-/// kernels/head.cu.
+/// `kernels/head_tiles.cu`.
 const COLUMNS: i64 = 16;
 const MAX_THREADS: i64 = 512;
 const MAX_COLUMNS: i64 = COLUMNS * MAX_THREADS;
@@ -23,32 +24,17 @@ const MAX_COLUMNS: i64 = COLUMNS * MAX_THREADS;
 /// Threads of the kernels that take a whole batch: as `kernels/head_batch.cu`.
 const BLOCK: u32 = 512;
 
-/// Names of a kernel, by the dtype of the head.
-macro_rules! names {
-    ($op:literal) => {
-        [concat!($op, "_f32"), concat!($op, "_bf16"), concat!($op, "_f16")]
-    };
-}
-pub(super) use names;
-
-fn of_kind(kind: Kind, names: [&'static str; 3]) -> &'static str {
-    match kind {
-        Kind::Float => names[0],
-        Kind::BFloat16 => names[1],
-        _ => names[2],
-    }
-}
-
 /// `gradient *= factor` in place, without reading the factor.
 pub(super) fn scale(device: cuda::Device, gradient: &Tensor, factor: &Tensor) -> Result<()> {
     const BLOCKS: u32 = 8; // of a multiprocessor: as many threads as it takes
     let kind = gradient.f_kind()?;
-    let kernel = of_kind(kind, names!("head_scale"));
+    let kernel = named(kind, names!("head_scale"));
     let count = gradient.numel() as i64;
     let enough = round_up(count, COLUMNS * 256) / (COLUMNS * 256);
     let grid = [(BLOCKS * device.multiprocessors()?).min(enough as u32), 1, 1];
     let args = [pointer(gradient, kind)?, Arg::i64(count), pointer(factor, Kind::Float)?];
-    device.launch(&Launch { source: &kernels::HEAD, kernel, grid, block: [256, 1, 1], shared: 0 }, &args)
+    device
+        .launch(&Launch { source: &kernels::HEAD_TILES, kernel, grid, block: [256, 1, 1], shared: 0 }, &args)
 }
 
 pub(super) fn round_up(x: i64, step: i64) -> i64 {
@@ -57,7 +43,7 @@ pub(super) fn round_up(x: i64, step: i64) -> i64 {
 
 /// The head's parameters, ready for kernels.
 #[derive(Debug)]
-pub(super) struct Card<'a> {
+pub(super) struct GpuHead<'a> {
     args: &'a Args<'a>,
     device: cuda::Device,
     /// `(N, D)`.
@@ -159,7 +145,7 @@ impl Room {
     }
 }
 
-impl<'a> Card<'a> {
+impl<'a> GpuHead<'a> {
     pub fn new(args: &'a Args<'a>, device: cuda::Device) -> Result<Self> {
         let bias = args.bias.map(|bias| bias.f_detach()?.f_to_kind(Kind::Float)?.f_contiguous());
         let kind = args.hidden.f_kind()?;
@@ -206,12 +192,12 @@ impl<'a> Card<'a> {
     }
 
     pub fn name(&self, names: [&'static str; 3]) -> &'static str {
-        of_kind(self.kind, names)
+        named(self.kind, names)
     }
 
     fn launch(&self, kernel: &'static str, blocks: i64, threads: i64, args: &[Arg]) -> Result<()> {
         let (grid, block) = ([blocks as u32, 1, 1], [threads as u32, 1, 1]);
-        self.device.launch(&Launch { source: &kernels::HEAD, kernel, grid, block, shared: 0 }, args)
+        self.device.launch(&Launch { source: &kernels::HEAD_TILES, kernel, grid, block, shared: 0 }, args)
     }
 
     /// Launches a kernel of `kernels/head_batch.cu`.

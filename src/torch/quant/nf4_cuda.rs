@@ -2,13 +2,13 @@
 
 use tch::{Kind, Tensor};
 
-use super::cuda::{check_devices, grid, named, pointer};
-use super::linear4bit::Size;
-use super::quant::Weight;
-use super::quant_ops;
+use super::args::{Size, Weight};
+use super::ops;
+use crate::base::error::Result;
 use crate::cuda::kernels::NF4;
 use crate::cuda::{Arg, Device, Launch};
-use crate::error::Result;
+use crate::torch::device::{check_devices, grid, pointer};
+use crate::torch::dtype::named;
 
 // Sizes that the source has too.
 const WARP: i64 = 32;
@@ -22,7 +22,7 @@ const MULTIPLY_ROWS: i64 = 2;
 /// the weight in full besides, eight times the bytes of the codes, whatever the number of tokens.
 const FEW: i64 = 8;
 
-/// As [`super::quant::quantize_nf4`], of a contiguous tensor.
+/// As [`super::quantize_nf4`], of a contiguous tensor.
 pub(super) fn quantize(device: Device, x: &Tensor, blocksize: i64) -> Result<[Tensor; 2]> {
     let (count, kind) = (x.numel() as i64, x.f_kind()?);
     let blocks = (count as u64).div_ceil(blocksize as u64) as i64;
@@ -78,7 +78,7 @@ fn arguments(weight: &Weight) -> Result<Arguments> {
     check_devices(weight.op, &weight.packed, &parts)?;
     if !(nested.blocksize as u64).is_power_of_two() {
         // No writer makes these; kernels that divide would be slower for all.
-        let scales = quant_ops::scales(weight)?;
+        let scales = ops::scales(weight)?;
         let absmax = pointer(&scales, Kind::Float)?;
         return Ok(plain(Some(scales), absmax));
     }
@@ -93,7 +93,7 @@ fn arguments(weight: &Weight) -> Result<Arguments> {
     Ok(Arguments { parts, block_shift, _scales: None })
 }
 
-/// As [`super::quant::dequantize_nf4`], in memory of torch's allocator.
+/// As [`super::dequantize_nf4`], in memory of torch's allocator.
 pub(super) fn dequantize(device: Device, weight: &Weight, shape: &[i64], kind: Kind) -> Result<Tensor> {
     let arguments = arguments(weight)?;
     let values = Tensor::f_empty(shape, (kind, weight.packed.device()))?;

@@ -3,16 +3,17 @@
 
 use tch::{Kind, Tensor};
 
-use super::cuda::{check_devices, grid, named, pointer};
+use crate::base::error::Result;
 use crate::cuda::kernels::BLOCKWISE8;
 use crate::cuda::{Arg, Device, Launch};
-use crate::error::Result;
+use crate::torch::device::{check_devices, grid, pointer};
+use crate::torch::dtype::named;
 
 // Sizes that the source has too.
 const WARP: i64 = 32;
 const THREADS: u32 = 256;
 
-/// As [`super::quant::quantize_blockwise`] with the nearest code, of a contiguous tensor.
+/// As [`super::quantize_blockwise`] with the nearest code, of a contiguous tensor.
 pub(super) fn quantize(device: Device, x: &Tensor, map: &Tensor, blocksize: i64) -> Result<[Tensor; 2]> {
     let (count, kind) = (x.numel() as i64, x.f_kind()?);
     let blocks = (count as u64).div_ceil(blocksize as u64) as i64;
@@ -38,7 +39,7 @@ pub(super) fn quantize(device: Device, x: &Tensor, map: &Tensor, blocksize: i64)
     Ok([codes, absmax])
 }
 
-/// As [`super::quant::dequantize_blockwise`], of contiguous tensors.
+/// As [`super::dequantize_blockwise`], of contiguous tensors.
 pub(super) fn dequantize(
     device: Device,
     codes: &Tensor,

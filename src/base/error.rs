@@ -123,6 +123,12 @@ impl Error {
         Error::Io { path, code: error.raw_os_error(), message }
     }
 
+    /// A value out of range.
+    #[must_use]
+    pub fn value(op: &'static str, argument: &'static str, expected: &str, got: &impl ToString) -> Self {
+        Error::Value { op, argument, expected: expected.into(), got: got.to_string() }
+    }
+
     /// A value that does not fit, of the tensor of this name.
     #[must_use]
     pub fn about(self, name: &str) -> Self {

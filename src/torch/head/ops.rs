@@ -8,12 +8,12 @@ use std::ops::Range;
 
 use tch::{Device, Kind, Tensor};
 
-use super::head::{Args, Pairs, Report, Wants, report};
-use super::view::slice;
-use crate::error::Result;
+use super::args::{Args, Pairs, Report, Wants, report};
+use crate::base::error::Result;
 use crate::head::layout::{Batch, Role};
 use crate::head::plan::default_budget;
 use crate::head::scores::{Objective, Scores};
+use crate::torch::view::slice;
 
 /// Elements of a tile of logits. A device wants larger tiles than a cache.
 const TILE: i64 = 1 << 25;
@@ -240,7 +240,7 @@ fn empty(args: &Args<'_>) -> Result<Tensor> {
     Ok(Tensor::f_empty([0], (args.hidden.f_kind()?, args.hidden.device()))?)
 }
 
-/// [`super::head::logps`] on any device.
+/// [`super::logps`] on any device.
 ///
 /// # Errors
 /// What libtorch reports.
@@ -257,7 +257,7 @@ pub fn logps(args: &Args<'_>, expectation: bool) -> Result<[Tensor; 3]> {
     Ok([spread(&stats.logps()?)?, spread(&stats.lse()?)?, expectation])
 }
 
-/// [`super::head::logps_backward`] on any device.
+/// [`super::logps_backward`] on any device.
 ///
 /// # Errors
 /// What libtorch reports.
@@ -271,7 +271,7 @@ pub fn logps_backward(args: &Args<'_>, lse: &Tensor, upstream: &Tensor, wants: W
     Ok([d_hidden, d_weight, d_bias])
 }
 
-/// [`super::head::orpo`] on any device.
+/// [`super::orpo`] on any device.
 ///
 /// # Errors
 /// What libtorch reports.

@@ -4,7 +4,7 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
 /// `f32`, `f16` or `bf16`.
-pub trait Storage: Copy + Default + Send + Sync + 'static {
+pub trait Float: Copy + Default + Send + Sync + 'static {
     /// The type's name.
     const DTYPE: Dtype;
 
@@ -14,7 +14,7 @@ pub trait Storage: Copy + Default + Send + Sync + 'static {
     /// Rounds to the nearest, ties to even; NaN stays NaN.
     fn narrow(wide: &[f32; 16]) -> [Self; 16];
 
-    /// Rounds a single value, as [`Storage::narrow`].
+    /// Rounds a single value, as [`Float::narrow`].
     fn narrow_one(wide: f32) -> Self;
 
     /// The values themselves, where there is nothing to widen.
@@ -23,7 +23,7 @@ pub trait Storage: Copy + Default + Send + Sync + 'static {
         None
     }
 
-    /// As [`Storage::as_f32`], to be changed.
+    /// As [`Float::as_f32`], to be changed.
     #[must_use]
     fn as_f32_mut(_values: &mut [Self]) -> Option<&mut [f32]> {
         None
@@ -66,7 +66,7 @@ fn bf16_bits(x: f32) -> u16 {
     if x.is_nan() { 0x7fc0 } else { rounded as u16 }
 }
 
-impl Storage for f32 {
+impl Float for f32 {
     const DTYPE: Dtype = Dtype::F32;
 
     #[inline(always)]
@@ -95,7 +95,7 @@ impl Storage for f32 {
     }
 }
 
-impl Storage for bf16 {
+impl Float for bf16 {
     const DTYPE: Dtype = Dtype::Bf16;
 
     #[inline(always)]
@@ -116,7 +116,7 @@ impl Storage for bf16 {
     }
 }
 
-impl Storage for f16 {
+impl Float for f16 {
     const DTYPE: Dtype = Dtype::F16;
 
     // The slice forms use the processor's conversions where it has them.

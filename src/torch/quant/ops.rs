@@ -2,8 +2,8 @@
 
 use tch::{Kind, Tensor};
 
-use super::quant::{Nested, Weight};
-use crate::error::Result;
+use super::args::{Nested, Weight};
+use crate::base::error::Result;
 use crate::quant::codebook::{MIDPOINTS, NF4};
 
 /// As [`crate::quant::nf4::quantize`].
