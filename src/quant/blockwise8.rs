@@ -13,17 +13,17 @@ pub const MAP_LEN: usize = 256;
 /// How a scaled value becomes a code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Choice {
-    /// The nearest value of the map; of two, the lower.
+    /// The nearest value of the map; the lower one on a tie.
     Nearest,
-    /// What bitsandbytes 0.50 does on a CPU: the nearest to the closest of 65,536 even steps from -1
-    /// to 1, among which there is no zero; a block of zeros gets code 0. For comparisons with it only.
+    /// What bitsandbytes 0.50 does on a CPU: the nearest to the closest of 65,536 even steps from -1 to 1,
+    /// none of which is zero; a block of zeros gets code 0. Only for comparisons with bitsandbytes.
     Stepped,
 }
 
-/// A map with what a search in it needs.
+/// A map, prepared for searching.
 #[derive(Debug)]
 pub struct Map {
-    /// Midpoints of neighbours, exact.
+    /// Exact midpoints between consecutive values.
     midpoints: [f64; MAP_LEN - 1],
     choice: Choice,
 }
@@ -34,7 +34,7 @@ impl Map {
     pub fn new(values: &[f32; MAP_LEN], choice: Choice) -> Self {
         let wide = |i: usize| f64::from(values[i]);
         let exact = |i: usize| f64::midpoint(wide(i), wide(i + 1));
-        // The steps are compared with midpoints that were rounded.
+        // bitsandbytes compares its steps with rounded midpoints.
         let rounded = |i: usize| f64::from((values[i] + values[i + 1]) * 0.5);
         let midpoints = match choice {
             Choice::Nearest => std::array::from_fn(exact),
@@ -75,11 +75,11 @@ impl Map {
     }
 }
 
-/// Quantises blocks of `blocksize` values: a code a value and the largest magnitude a block. A NaN
-/// makes its whole block NaN.
+/// Quantises blocks of `blocksize` values: one code per value and the largest magnitude per block. A NaN
+/// makes all of its block NaN.
 ///
 /// # Panics
-/// If `codes` or `absmax` are not as long as `values` asks for.
+/// If the lengths of `codes` or `absmax` do not match `values`.
 pub fn quantize<T: Float>(
     threads: &dyn Threads,
     values: &[T],
@@ -106,7 +106,7 @@ pub fn quantize<T: Float>(
 /// `map[code] * absmax` in `f32`, rounded to the element type.
 ///
 /// # Panics
-/// If `values` or `absmax` are not as long as `codes` asks for.
+/// If the lengths of `values` or `absmax` do not match `codes`.
 pub fn dequantize<T: Float>(
     threads: &dyn Threads,
     codes: &[u8],
@@ -134,7 +134,7 @@ mod tests {
     use super::*;
     use crate::base::portable::Portable;
 
-    /// Uneven, ascending, with zero and one, as the dynamic maps are.
+    /// Uneven, ascending, with zero and one, like the dynamic maps.
     fn map() -> [f32; MAP_LEN] {
         std::array::from_fn(|i| {
             let t = (i as f32 - 127.0) / 128.0;
