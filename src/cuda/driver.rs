@@ -1,4 +1,4 @@
-//! The CUDA driver, as far as launching goes.
+//! The functions of the CUDA driver that launching needs.
 #![allow(unsafe_code)] // calls into the library, with the types of cuda.h
 
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
@@ -35,13 +35,13 @@ library! {
     }
 }
 
-/// The variable that names another driver library.
+/// The environment variable that names another driver library.
 pub const VARIABLE: &str = "ODDSMITH_CUDA_DRIVER";
 
-/// The library, opened and initialised on first use: what [`VARIABLE`] names, else the system's.
+/// The library, opened and initialised on first use: the one in [`VARIABLE`], or the system's.
 ///
 /// # Errors
-/// What the system or the driver reports.
+/// Errors of the system or the driver.
 pub fn driver() -> Result<&'static Driver, String> {
     static DRIVER: OnceLock<Result<Driver, String>> = OnceLock::new();
     DRIVER.get_or_init(open).as_ref().map_err(Clone::clone)
@@ -50,7 +50,7 @@ pub fn driver() -> Result<&'static Driver, String> {
 fn open() -> Result<Driver, String> {
     let system = if cfg!(windows) { "nvcuda.dll" } else { "libcuda.so.1" };
     let path = std::env::var_os(VARIABLE).map_or_else(|| PathBuf::from(system), PathBuf::from);
-    // SAFETY: NVIDIA's driver, or a stand-in that the user names; neither needs anything to be opened.
+    // SAFETY: NVIDIA's driver, or a replacement that the user names; opening it has no precondition.
     let library = unsafe { Library::new(&path) };
     let library = library.map_err(|error| format!("the CUDA driver cannot be opened: {}", reason(&error)))?;
     let driver = Driver::load(library)?;
@@ -60,7 +60,7 @@ fn open() -> Result<Driver, String> {
 }
 
 impl Driver {
-    /// An error in the driver's words.
+    /// An error with the driver's message.
     ///
     /// # Errors
     /// Unless the code is zero.
@@ -70,7 +70,7 @@ impl Driver {
         }
         let text = |get: unsafe extern "C" fn(c_int, *mut *const c_char) -> c_int| {
             let mut text = ptr::null();
-            // SAFETY: yields a constant string, or leaves null for a number it does not know.
+            // SAFETY: returns a constant string, or null for an unknown number.
             let known = unsafe { get(code, &raw mut text) } == 0 && !text.is_null();
             // SAFETY: as above.
             if known { unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned() } else { "?".into() }
@@ -78,7 +78,7 @@ impl Driver {
         Err(format!("{call}: {} ({code}): {}", text(self.error_name), text(self.error_string)))
     }
 
-    /// Number of the newest CUDA that the driver knows: 13000 for 13.0.
+    /// The newest CUDA version that the driver supports: 13000 for 13.0.
     #[must_use]
     pub fn release(&self) -> i32 {
         let mut version = 0;
