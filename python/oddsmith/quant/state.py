@@ -12,11 +12,9 @@ import torch
 from torch import Tensor
 
 from .. import _core
+from .block_sizes import BLOCK_SIZES
 
-__all__ = ["BLOCK_SIZES", "PACKED_KEY", "QuantState", "dtype_name", "nf4_code"]
-
-# Values that may share a scale.
-BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+__all__ = ["PACKED_KEY", "QuantState", "dtype_name", "nf4_code"]
 
 # The one key of a state dict that holds what is no tensor, as JSON.
 PACKED_KEY = "quant_state.bitsandbytes__nf4"
