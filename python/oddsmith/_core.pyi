@@ -5,7 +5,7 @@ from os import PathLike
 
 from torch import Tensor
 
-from .checkpoint_plan import Rule
+from .checkpoint.rules import Rule
 
 __version__: str
 TORCH_BUILD_VERSION: str

@@ -13,7 +13,7 @@ from transformers import BitsAndBytesConfig
 
 from ..errors import UserError
 from ..integrations.model_weights import Names, empty_model
-from ..quant.state import BLOCK_SIZES
+from ..quant.block_sizes import BLOCK_SIZES
 from .folder import Checkpoint, local_folder
 from .rules import FLOATS, Rule
 from .write import Summary, casts, check_dtype, with_dtype, write_checkpoint

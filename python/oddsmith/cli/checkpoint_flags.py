@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from ..checkpoint.rules import DTYPES
-from ..quant.state import BLOCK_SIZES
+from ..quant.block_sizes import BLOCK_SIZES
 from .flags import add
 
 

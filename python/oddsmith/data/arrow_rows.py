@@ -1,8 +1,8 @@
 """Arrow tables of a preference dataset: their text, and with their tokens."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +16,12 @@ _SOURCES = (*TEXT_FIELDS, "tools", "chat_template_kwargs")
 
 # Rows whose text is made in Python before Rust has their turn, while the next are made.
 _RENDERED_AT_ONCE = 100
+
+
+def arrow_batches(dataset: Dataset, columns: list[str], size: int) -> Iterable[pa.Table]:
+    """Some columns of a dataset as tables of `size` rows."""
+    batches = dataset.select_columns(columns).with_format("arrow").iter(size)
+    return cast(Iterable[pa.Table], batches)
 
 
 def text_source(dataset: Dataset) -> Dataset:

@@ -2,16 +2,20 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard, TypeVar, cast
 
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-TEXT_FIELDS = ("prompt", "chosen", "rejected")
+TEXT_FIELDS: tuple[str, str, str] = ("prompt", "chosen", "rejected")
+
+Messages = list[Mapping[str, Any]]
+# Both sides of a pair are text, or both are messages.
+_Text = TypeVar("_Text", str, Messages)
 
 
-def is_messages(value: Any) -> bool:
+def is_messages(value: Any) -> TypeGuard[Messages]:
     """Whether `value` is a list of messages, such as `[{"role": "user", "content": "Hi"}]`."""
     return (
         isinstance(value, list)
@@ -20,7 +24,7 @@ def is_messages(value: Any) -> bool:
     )
 
 
-def common_prefix_length(a: Sequence, b: Sequence) -> int:
+def common_prefix_length(a: Sequence[Any], b: Sequence[Any]) -> int:
     """Number of leading items that two sequences share."""
     # Bisection over slice comparisons: they run in C, a loop over characters would not.
     low, high = 0, min(len(a), len(b))
@@ -33,7 +37,7 @@ def common_prefix_length(a: Sequence, b: Sequence) -> int:
     return low
 
 
-def extract_prompt(chosen: Sequence, rejected: Sequence) -> tuple[Sequence, Sequence, Sequence]:
+def extract_prompt(chosen: _Text, rejected: _Text) -> tuple[_Text, _Text, _Text]:
     """
     Split off the prompt that both sides of a pair begin with.
 
@@ -104,8 +108,9 @@ def row_text(row: Mapping[str, Any], processing_class: Any, where: str) -> tuple
                 "prompt; "
                 "add a prompt column"
             )
+        prompt = cast(Messages, prompt)
         return _render_pair(row, prompt, chosen, rejected, processing_class, where)
-    return prompt, chosen, rejected
+    return cast(tuple[str, str, str], (prompt, chosen, rejected))
 
 
 def _not_text(value: Any) -> str:
@@ -119,9 +124,9 @@ def _not_text(value: Any) -> str:
 
 def _render_pair(
     row: Mapping[str, Any],
-    prompt: list,
-    chosen: list,
-    rejected: list,
+    prompt: Messages,
+    chosen: Messages,
+    rejected: Messages,
     processing_class: Any,
     where: str,
 ) -> tuple[str, str, str]:
@@ -136,7 +141,7 @@ def _render_pair(
     if isinstance(tools, str):  # JSON, as datasets store tools whose schemas differ
         tools = json.loads(tools)
 
-    def render(messages: list, **kwargs: bool) -> str:
+    def render(messages: Messages, **kwargs: bool) -> str:
         return processing_class.apply_chat_template(
             messages,
             tools=tools,

@@ -85,7 +85,10 @@ def prepare_dataset(
         )
 
     own = getattr(tokenize_row, "__self__", None)
-    batched = isinstance(own, RowBuilder) and tokenize_row.__func__ is RowBuilder.tokenize_row
+    batched = (
+        isinstance(own, RowBuilder)
+        and getattr(tokenize_row, "__func__", None) is RowBuilder.tokenize_row
+    )
     builder = own if batched else builder
     if builder is None and overlength == "drop":
         raise ValueError("overlength is 'drop'; needs `builder` where tokenize_row is not its own")
@@ -166,7 +169,7 @@ def validate(dataset: Any, processing_class: Any, *, name: str = "train_dataset"
 
 
 def _prepare_batch(
-    batch: dict[str, list],
+    batch: dict[str, list[Any]],
     indices: list[int],
     *,
     processing_class: Any,
@@ -174,18 +177,23 @@ def _prepare_batch(
     tokenize_row: Callable[..., dict[str, Any]] | None,
     name: str,
     fast: FastRows | None = None,
-) -> dict[str, list]:
+) -> dict[str, list[Any]]:
     """Text and token columns of a batch of rows; `tokenize_row` None means the builder's own."""
     where = [f"{name} row {index}" for index in indices]
     rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
     texts = [row_text(row, processing_class, at) for row, at in zip(rows, where, strict=True)]
-    columns = dict(zip(TEXT_FIELDS, map(list, zip(*texts, strict=True)), strict=True))
+    columns: dict[str, list[Any]] = dict(
+        zip(TEXT_FIELDS, map(list, zip(*texts, strict=True)), strict=True)
+    )
     if fast is not None:
         arrays = (pa.array(columns[field], pa.large_string()) for field in TEXT_FIELDS)
         made = fast.columns(*arrays, name=name, first_row=indices[0])
         return {**columns, **{key: column.to_pylist() for key, column in made.items()}}
     if tokenize_row is None:
-        tokens, overlength = builder.tokenize_batch(*zip(*texts, strict=True), where)
+        if builder is None:
+            raise ValueError("tokenize_row is None; needs builder")
+        prompts, chosen, rejected = zip(*texts, strict=True)
+        tokens, overlength = builder.tokenize_batch(prompts, chosen, rejected, where)
     else:
         tokens, overlength = [], []
         for row, text, at in zip(rows, texts, where, strict=True):
@@ -205,14 +213,14 @@ def _prepare_batch(
 def _has_no_completion(row: Mapping[str, list[int]]) -> bool:
     # Labels of completions are token ids, those of prompts negative; checked from the end, so at
     # once. A tokenize_row of one's own may name its columns otherwise, and is left in peace.
-    sides = [row.get(f"{side}_labels") for side in ("chosen", "rejected")]
-    return None not in sides and not any(label >= 0 for side in sides for label in reversed(side))
+    sides = [row[key] for key in ("chosen_labels", "rejected_labels") if key in row]
+    return len(sides) == 2 and not any(label >= 0 for side in sides for label in reversed(side))
 
 
 def _prepare_stream(
     dataset: IterableDataset,
     first: list[dict[str, Any]],
-    transform: Callable[..., dict[str, list]],
+    transform: Callable[..., dict[str, list[Any]]],
     builder: RowBuilder | None,
     overlength: str,
     name: str,
@@ -276,7 +284,9 @@ def _check_completions(empty: np.ndarray, builder: RowBuilder | None, name: str)
         logger.warning(f"{line}, for their prompt alone fills it; {fix}, or overlength='drop'.")
 
 
-def _limit(builder: RowBuilder) -> str:
+def _limit(builder: RowBuilder | None) -> str:
+    if builder is None:  # no row is known to be too long then
+        return "allowed"
     if builder.is_encoder_decoder:
         return f"max_completion_length {builder.max_completion_length}"
     return f"max_length {builder.max_length}"

@@ -25,6 +25,9 @@ _EMPTY = np.uint64(0xFFFFFFFFFFFFFFFF)
 # Texts that are sketched at once: their shingles take 8 bytes a character.
 _TEXTS = 512
 
+# Place of temporary files; the system's if there is none.
+Folder = str | os.PathLike[str] | None
+
 _SPACE = re.compile(r"\s+")
 
 
@@ -107,7 +110,9 @@ def _sketch(codes: np.ndarray, lengths: np.ndarray, width: int) -> np.ndarray:
     padded[place] = codes
     hashes = np.zeros(len(codes), np.uint64)
     for offset in range(width):
-        factor = mix(np.uint64([offset + 1]) * np.uint64(0x9E3779B97F4A7C15)) | np.uint64(1)
+        factor = mix(np.array([offset + 1], np.uint64) * np.uint64(0x9E3779B97F4A7C15)) | np.uint64(
+            1
+        )
         hashes += padded[place + offset] * factor
     hashes = mix(hashes)
     bins = (hashes >> np.uint64(58)).astype(np.int64)
@@ -147,7 +152,7 @@ class KeyIndex:
         run (`int`, *optional*): Least keys (16 bytes each) of an array that goes to a file.
     """
 
-    def __init__(self, folder=None, recent: int = 1 << 18, run: int = 1 << 21):
+    def __init__(self, folder: Folder = None, recent: int = 1 << 18, run: int = 1 << 21):
         self._folder, self._limit, self._run = folder, recent, run
         self._recent: dict[int, int] = {}
         self._runs: list[tuple[np.ndarray, np.ndarray]] = []
@@ -186,13 +191,13 @@ class KeyIndex:
             keys = np.concatenate([known, keys])
             numbers = np.concatenate([known_numbers, numbers])
         order = np.argsort(keys, kind="stable")
-        run = keys[order], numbers[order]
+        keys, numbers = keys[order], numbers[order]
         if len(keys) >= self._run // 2:
-            run = tuple(_to_file(values, self._folder) for values in run)
-        self._runs.append(run)
+            keys, numbers = (_to_file(values, self._folder) for values in (keys, numbers))
+        self._runs.append((keys, numbers))
 
 
-def _to_file(values: np.ndarray, folder) -> np.ndarray:
+def _to_file(values: np.ndarray, folder: Folder) -> np.ndarray:
     # Without a name: gone with the process, however it ends.
     with tempfile.TemporaryFile(dir=folder) as file:
         values.tofile(file)
@@ -213,7 +218,7 @@ class NearDuplicates:
         ValueError: If the threshold is out of range.
     """
 
-    def __init__(self, threshold: float, folder=None):
+    def __init__(self, threshold: float, folder: Folder = None):
         if not 0.0 < threshold <= 1.0:
             raise ValueError(f"threshold is {threshold}; must be above 0 and at most 1")
         self._least = int(np.ceil(threshold * BINS - 1e-9))

@@ -4,7 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers.utils import is_torch_xla_available, logging
+from transformers.utils import logging
+from transformers.utils.import_utils import is_torch_xla_available
 
 logger = logging.get_logger(__name__)
 
@@ -189,9 +190,9 @@ class RowBuilder:
 
         rows, overlength = [], []
         for index in range(count):
-            triple = [encoded[part * count + index] for part in range(3)]
+            first, second, third = (encoded[part * count + index] for part in range(3))
             try:
-                row, too_long = build(*triple, texts[index::count])
+                row, too_long = build(first, second, third, texts[index::count])
             except ValueError as error:
                 raise ValueError(f"{where[index]}: {error}" if where else str(error)) from error
             rows.append(row)
@@ -221,7 +222,9 @@ class RowBuilder:
             prompt, _split(prompt, chosen, "chosen"), _split(prompt, rejected, "rejected")
         )
 
-    def _assemble(self, prompt: list[int], chosen: Side, rejected: Side) -> tuple[dict, bool]:
+    def _assemble(
+        self, prompt: list[int], chosen: Side, rejected: Side
+    ) -> tuple[dict[str, list[int]], bool]:
         """The row (BOS and EOS added, cut to length), and whether it was too long."""
         chosen, rejected = (
             {key: list(values) for key, values in side.items()} for side in (chosen, rejected)
@@ -271,7 +274,8 @@ class RowBuilder:
         """Cut to length in place; whether there was anything to cut."""
         sides = (chosen, rejected)
         overlength = False
-        if self.max_prompt_length is None:
+        most = self.max_prompt_length
+        if most is None:
             for tokens in sides:
                 room = max(0, self.max_length - len(tokens["prompt_input_ids"]))
                 overlength = overlength or len(tokens["input_ids"]) > room
@@ -283,15 +287,14 @@ class RowBuilder:
         for tokens in (alone, *sides):
             if len(tokens["prompt_input_ids"]) > room:
                 overlength = True
-                self._cut_prompt(tokens)
+                self._cut_prompt(tokens, most)
         for tokens in sides:
             if len(tokens["prompt_input_ids"]) > room:
-                _cut_answer(tokens, self.max_length - self.max_prompt_length)
+                _cut_answer(tokens, self.max_length - most)
         return overlength
 
-    def _cut_prompt(self, tokens: Side) -> None:
-        keep_end = self.truncation_mode == "keep_end"
-        kept = slice(-self.max_prompt_length, None) if keep_end else slice(self.max_prompt_length)
+    def _cut_prompt(self, tokens: Side, most: int) -> None:
+        kept = slice(-most, None) if self.truncation_mode == "keep_end" else slice(most)
         for key in ("prompt_input_ids", "prompt_attention_mask"):
             tokens[key] = tokens[key][kept]
 

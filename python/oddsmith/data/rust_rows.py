@@ -10,7 +10,8 @@ import transformers
 from datasets import Dataset
 from datasets.fingerprint import Hasher
 from torch.utils.data import get_worker_info
-from transformers.utils import is_torch_xla_available, logging
+from transformers.utils import logging
+from transformers.utils.import_utils import is_torch_xla_available
 
 from .. import _core
 from .rows import RowBuilder
@@ -66,7 +67,7 @@ class FastRows:
         except (ValueError, RuntimeError, OverflowError, TypeError) as error:
             raise Unsuited(str(error)) from error
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return FastRows, (self.builder,)
 
     def columns(
@@ -186,8 +187,8 @@ def fast_rows_for(
 
 def _backend_json(tokenizer: Any) -> str:
     name = type(tokenizer).__name__
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if not hasattr(backend, "to_str"):
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or not hasattr(backend, "to_str"):
         raise Unsuited(f"{name} is not a fast tokenizer")
     for method in _ENCODING_METHODS:
         module = getattr(getattr(type(tokenizer), method, None), "__module__", "")

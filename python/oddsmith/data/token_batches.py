@@ -8,6 +8,8 @@ import torch
 from datasets import Dataset
 from torch.utils.data import Sampler
 
+from .arrow_rows import arrow_batches
+
 
 def pair_lengths(dataset: Dataset) -> np.ndarray:
     """
@@ -20,8 +22,10 @@ def pair_lengths(dataset: Dataset) -> np.ndarray:
     if not set(columns) <= set(dataset.column_names):  # encoder-decoder: the prompt is apart
         columns = ["chosen_labels", "rejected_labels"]
     parts = []
-    for table in dataset.select_columns(columns).with_format("arrow").iter(1000):
-        sides = (pc.list_value_length(table[column]).to_numpy() for column in columns)
+    for table in arrow_batches(dataset, columns, 1000):
+        sides = (
+            pc.call_function("list_value_length", [table[column]]).to_numpy() for column in columns
+        )
         parts.append(np.stack(list(sides), axis=1))
     return np.concatenate(parts).astype(np.int64)
 

@@ -23,8 +23,10 @@ def ensure_pad_token(processing_class: Any) -> int:
     Raises:
         ValueError: If there is no EOS token either.
     """
-    if processing_class.pad_token_id is None:
-        if processing_class.eos_token_id is None:
+    pad_token_id: Any = processing_class.pad_token_id
+    if pad_token_id is None:
+        pad_token_id = processing_class.eos_token_id
+        if pad_token_id is None:
             raise ValueError(
                 "the tokenizer has neither a pad nor an EOS token; set tokenizer.pad_token"
             )
@@ -33,7 +35,7 @@ def ensure_pad_token(processing_class: Any) -> int:
             "The tokenizer has no pad token: padding with its EOS token "
             f"{processing_class.eos_token!r}."
         )
-    return processing_class.pad_token_id
+    return pad_token_id
 
 
 # Mistral's layout, for base models that come without a template. The special tokens are the

@@ -28,7 +28,8 @@ class _LogOdds(torch.autograd.Function):
         return (chosen - rejected) - (log1mexp(chosen) - log1mexp(rejected))
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        (gradient,) = gradients
         # d log_odds / d x = 1 / (1 - exp(x))
         chosen, rejected = (
             (gradient / -torch.expm1(x)).clamp(-_STEEPEST, _STEEPEST) for x in ctx.saved_tensors
@@ -84,9 +85,9 @@ def concatenate(
 
 def shift_right(labels: Tensor, start: int | None, pad: int | None) -> Tensor:
     """Decoder inputs of an encoder-decoder model: labels one to the right after a start token."""
-    for name, value in (("decoder_start_token_id", start), ("pad_token_id", pad)):
-        if value is None:
-            raise ValueError(f"model.config.{name} is None; must be a token id")
+    if start is None or pad is None:
+        name = "decoder_start_token_id" if start is None else "pad_token_id"
+        raise ValueError(f"model.config.{name} is None; must be a token id")
     shifted = labels.roll(1, dims=1)
     shifted[:, 0] = start
     return shifted.masked_fill(shifted < 0, pad)

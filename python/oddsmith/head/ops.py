@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C import _autograd as torch_autograd
 
 from .. import _core
 
@@ -50,13 +51,13 @@ def _statistics_dtype(hidden: Tensor) -> torch.dtype:
     return torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
 
-def _gradients(wanted: tuple[bool, ...], like: tuple[Tensor | None, ...]) -> list[Tensor]:
+def _gradients(wanted: tuple[bool, ...], hidden: Tensor, *others: Tensor | None) -> list[Tensor]:
     """Shapes of the gradients that the core returns: those not wanted are empty."""
     return [
         torch.empty_like(x, memory_format=torch.contiguous_format)
         if want and x is not None
-        else like[0].new_empty(0)
-        for want, x in zip(wanted, like)
+        else hidden.new_empty(0)
+        for want, x in zip(wanted, (hidden, *others))
     ]
 
 
@@ -124,7 +125,7 @@ def _(
     one = [hidden.new_empty((), dtype=dtype) for _ in range(4)]
     each = [hidden.new_empty(pairs, dtype=dtype) for _ in range(4)]
     empty = hidden.new_empty((), dtype=torch.int64)
-    gradients = _gradients((need_hidden, need_weight, need_bias), (hidden, weight, bias))
+    gradients = _gradients((need_hidden, need_weight, need_bias), hidden, weight, bias)
     return [*one[:2], *each, *one[2:], empty, *gradients]
 
 
@@ -144,7 +145,7 @@ def _linear_logps(
 @_linear_logps.register_fake
 def _(hidden, weight, bias, targets, softcap, logit_scale, need_expectation):
     rows = [hidden.new_empty(hidden.shape[0], dtype=_statistics_dtype(hidden)) for _ in range(2)]
-    return [*rows, *_gradients((need_expectation,), (hidden,))]
+    return [*rows, *_gradients((need_expectation,), hidden)]
 
 
 @torch.library.custom_op("oddsmith::linear_logps_backward", mutates_args=())
@@ -188,12 +189,12 @@ def _(
     need_weight,
     need_bias,
 ):
-    return _gradients((need_hidden, need_weight, need_bias), (hidden, weight, bias))
+    return _gradients((need_hidden, need_weight, need_bias), hidden, weight, bias)
 
 
 # True while a backward pass keeps the graph for another one. Where this torch cannot tell, assume
 # that it does.
-_keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+_keeps_graph = getattr(torch_autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
 def _times(gradient: Tensor, factor: Tensor) -> Tensor:
@@ -224,7 +225,8 @@ class _LinearORPO(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    def backward(ctx, d_loss, *_):
+    def backward(ctx, *grads):
+        d_loss = grads[0]
         saved = zip(ctx.needs, ctx.saved_tensors)
         gradients = [_times(gradient, d_loss) if need else None for need, gradient in saved]
         return (*gradients, *[None] * 12)
@@ -243,7 +245,8 @@ class _LinearLogps(torch.autograd.Function):
         return logps
 
     @staticmethod
-    def backward(ctx, d_logps):
+    def backward(ctx, *grads):
+        (d_logps,) = grads
         if ctx.frozen:
             (expectation,) = ctx.saved_tensors
             gradients = [-expectation * d_logps.to(expectation.dtype)[:, None], None, None]

@@ -89,7 +89,11 @@ def save_histogram(
     for name, lengths in sides.items():
         # The longest hundredth in the last bin, so that a few of them do not flatten the rest.
         axes.hist(
-            np.minimum(lengths, edges[-1]), bins=edges, histtype="step", linewidth=1.4, label=name
+            np.minimum(lengths, edges[-1]),
+            bins=edges.tolist(),
+            histtype="step",
+            linewidth=1.4,
+            label=name,
         )
     if limit is not None and limit <= edges[-1]:
         axes.axvline(limit, color="gray", linestyle=":", label=f"max_length {limit}")

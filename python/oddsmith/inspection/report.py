@@ -4,12 +4,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from datasets import Dataset
 
-from ..data.chat import common_prefix_length
+from ..data.arrow_rows import arrow_batches
+from ..data.chat import TEXT_FIELDS, common_prefix_length
 from .token_stats import Finding, Ragged, TokenRows, TokenStats, needed, padded_tokens, quantiles
 
 Row = Mapping[str, Any]
@@ -232,7 +233,7 @@ def report_rows(
 
 def _chunks(dataset: Dataset) -> Iterator[TokenRows]:
     columns = needed(dataset.column_names)
-    for table in dataset.select_columns(columns).with_format("arrow").iter(CHUNK):
+    for table in arrow_batches(dataset, columns, CHUNK):
         yield TokenRows.of_columns({name: Ragged.of_arrow(table[name]) for name in columns})
 
 
@@ -246,7 +247,7 @@ def _spread(dataset: Dataset, sample: int) -> list[tuple[int, Row]]:
         # In equal steps: files are often sorted by source, and a mistake sits in one of them.
         indices = [index * len(dataset) // sample for index in range(sample)]
         texts = texts.select(indices)
-    return list(zip(indices, texts, strict=True))
+    return list(zip(indices, cast(Iterable[Row], texts), strict=True))
 
 
 def count_texts(rows: Iterable[tuple[int, Row]], is_wrong: Callable[[Row], bool]) -> Finding:
@@ -257,8 +258,8 @@ def count_texts(rows: Iterable[tuple[int, Row]], is_wrong: Callable[[Row], bool]
 
 def repeats_prompt(row: Row) -> bool:
     """Whether both answers of a row hold its prompt once more."""
-    texts = [row.get(key) for key in ("prompt", "chosen", "rejected")]
-    if not all(isinstance(text, str) for text in texts):
+    texts = [text for key in TEXT_FIELDS if isinstance(text := row.get(key), str)]
+    if len(texts) < 3:
         return False
     prompt, chosen, rejected = texts
     text = prompt.strip()

@@ -1,7 +1,7 @@
 """`oddsmith inspect`: a dataset looked over without training on it, or loading it."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
@@ -12,7 +12,7 @@ import pyarrow as pa
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
-from ..data.chat import is_messages, row_text
+from ..data.chat import TEXT_FIELDS, is_messages, row_text
 from ..data.rows import RowBuilder
 from ..data.rust_rows import OVERLENGTH, FastRows, fast_rows_for
 from ..data.tokenizer import FALLBACK_CHAT_TEMPLATE, ensure_pad_token
@@ -166,7 +166,7 @@ def inspect_stream(
             # Texts of every row up to the sample, then of some of each chunk: at any place a few.
             step = 1 if sampled < SAMPLE else 20
             for index in range(0, len(texts), step):
-                row = dict(zip(("prompt", "chosen", "rejected"), texts[index], strict=True))
+                row = dict(zip(TEXT_FIELDS, texts[index], strict=True))
                 sampled += 1
                 if repeats_prompt(row):
                     twice.count += 1
@@ -194,20 +194,23 @@ def _tokens(
     batch: list[Record],
 ) -> tuple[dict[str, pa.Array], np.ndarray]:
     """Columns of tokens that the figures are made of, and which rows are too long."""
-    parts = list(zip(*texts, strict=True))
+    prompts, chosen, rejected = zip(*texts, strict=True)
     if fast is not None:
         try:
+            parts = (prompts, chosen, rejected)
             made = fast.columns(*(pa.array(part, pa.large_string()) for part in parts))
             return {name: made[name] for name in needed(made)}, np.asarray(made[OVERLENGTH])
         except ValueError:
             pass  # the builder names the file and line of the row
     with user_errors(""):
-        rows, flags = builder.tokenize_batch(*parts, [record.where for record in batch])
+        rows, flags = builder.tokenize_batch(
+            prompts, chosen, rejected, [record.where for record in batch]
+        )
     columns = {name: pa.array([row[name] for row in rows]) for name in needed(rows[0])}
     return columns, np.array(flags, bool)
 
 
-def _batches(stream: RecordStream, rows: int | None) -> Iterator[list[Record]]:
+def _batches(stream: RecordStream, rows: int | None) -> Generator[list[Record], None, None]:
     records = islice(iter(stream), rows)
     known = stream.size is not None and rows is None
     with tqdm(
@@ -232,7 +235,7 @@ def _ensure_template(tokenizer: Any, record: Record) -> None:
 
 
 def _text(record: Record, tokenizer: Any) -> tuple[str, str, str]:
-    if record.problem is not None:
+    if record.fields is None:
         raise UserError(f"{record.where}: {record.problem}")
     for side in ("chosen", "rejected"):
         if side not in record.fields:

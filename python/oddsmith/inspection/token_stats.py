@@ -36,8 +36,9 @@ class Ragged:
         """Of a `pyarrow.ChunkedArray` of lists of integers, without making Python objects."""
         import pyarrow.compute as pc
 
-        lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy().astype(np.int64)
-        return cls(pc.list_flatten(column).to_numpy(), lengths)
+        lengths = pc.fill_null(pc.call_function("list_value_length", [column]), 0)
+        lengths = lengths.to_numpy().astype(np.int64)
+        return cls(pc.call_function("list_flatten", [column]).to_numpy(), lengths)
 
     @property
     def starts(self) -> np.ndarray:
@@ -87,15 +88,20 @@ class TokenRows:
     def of_columns(cls, columns: Mapping[str, Ragged]) -> "TokenRows":
         """Of the columns of [`~oddsmith.data.dataset.prepare_dataset`]: see `COLUMNS`."""
         labels = [columns[f"{side}_labels"] for side in ("chosen", "rejected")]
-        answers = [each.where(each.values >= 0) for each in labels]
-        before = [
-            each.lengths - answer.lengths for each, answer in zip(labels, answers, strict=True)
-        ]
+        chosen, rejected = (each.where(each.values >= 0) for each in labels)
         ids = columns.get("chosen_input_ids")
         if ids is None:
             prompt = columns["prompt_input_ids"]
-            return cls(prompt, *answers, prompt.lengths, prompt.lengths, encoder_decoder=True)
-        return cls(ids.where(labels[0].values < 0), *answers, *before)
+            return cls(
+                prompt, chosen, rejected, prompt.lengths, prompt.lengths, encoder_decoder=True
+            )
+        return cls(
+            ids.where(labels[0].values < 0),
+            chosen,
+            rejected,
+            labels[0].lengths - chosen.lengths,
+            labels[1].lengths - rejected.lengths,
+        )
 
     @classmethod
     def of_rows(cls, rows: Sequence[Mapping[str, Any]]) -> "TokenRows":
@@ -195,7 +201,7 @@ class TokenStats:
             if self.max_length is not None:
                 self.too_long.add(np.maximum(*totals) > self.max_length, numbers)
         if self._near is not None:
-            self._look_for_repeats(rows.prompt, numbers)
+            self._look_for_repeats(rows.prompt, numbers, self._near)
 
     def _second_bos(self, rows: TokenRows) -> np.ndarray:
         if self.bos is None:
@@ -218,7 +224,7 @@ class TokenStats:
             missing |= (last != self.eos) & whole
         return missing
 
-    def _look_for_repeats(self, prompt: Ragged, numbers: np.ndarray) -> None:
+    def _look_for_repeats(self, prompt: Ragged, numbers: np.ndarray, near: NearDuplicates) -> None:
         keys = sequence_keys(prompt.values, prompt.lengths)
         repeated = self._prompts.find(keys) >= 0
         for row, key in enumerate(keys.tolist()):
@@ -235,13 +241,14 @@ class TokenStats:
             kept = Ragged(
                 prompt.values[np.repeat(~repeated, prompt.lengths)], prompt.lengths[fresh]
             )
-            similar[fresh] = self._near.find_and_add(sketch_tokens(kept.values, kept.lengths)) >= 0
+            similar[fresh] = near.find_and_add(sketch_tokens(kept.values, kept.lengths)) >= 0
         self.similar.add(similar, numbers)
 
     def lengths(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Tokens that both sequences of each row share, and of both sequences; int32 (rows,)."""
         if not self._lengths:
-            return (np.zeros(0, np.int32),) * 3
+            none = np.zeros(0, np.int32)
+            return none, none, none
         joined = np.concatenate(self._lengths)
         self._lengths = [joined]
         return joined[:, 0], joined[:, 1], joined[:, 2]

@@ -82,8 +82,9 @@ class PackedFlash(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of query, key and value."""
+        (d_out,) = gradients
         query, key, value, out, lse = ctx.saved_tensors
         keys, values = (_repeated(x, query.shape[1]) for x in (key, value))
         d_query = torch.empty_like(query)

@@ -47,11 +47,14 @@ def packed_varlen(
     Returns:
         `Tensor`: `(1, heads, N, d)`.
     """
+    kernel = _kernel()
+    if kernel is None:
+        raise RuntimeError("packed_varlen: no kernel for it is installed; ask can_run first")
     plan = _plan(segments, query.device)
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
     if plan.keys is not None:
         key, value = (x.index_select(0, plan.keys) for x in (key, value))
-    out = _kernel()(query, key, value, plan, scale, sliding_window)
+    out = kernel(query, key, value, plan, scale, sliding_window)
     return out.transpose(0, 1)[None]
 
 
@@ -84,7 +87,8 @@ def _plan(segments: Segments, device: torch.device) -> _Plan:
 @lru_cache(maxsize=1)
 def _kernel() -> Callable[..., Tensor] | None:
     try:
-        from flash_attn import flash_attn_varlen_func
+        # The user may have it.
+        from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
     except ImportError:
         return _of_torch()
 
@@ -119,7 +123,7 @@ def _of_torch() -> Callable[..., Tensor] | None:
         groups = query.shape[1] // key.shape[1]
         if groups > 1:
             key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-        return varlen_attn(
+        out = varlen_attn(
             query,
             key,
             value,
@@ -130,5 +134,7 @@ def _of_torch() -> Callable[..., Tensor] | None:
             scale=scale,
             window_size=(-1 if window is None else window - 1, 0),
         )
+        # With the log-sum-exp only where it is asked for.
+        return out if isinstance(out, Tensor) else out[0]
 
     return run

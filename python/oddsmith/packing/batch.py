@@ -97,12 +97,16 @@ class PackedBatch:
         }
         answers = sum(int(each.sum()) for each in rows["completion"])
         prompts = sum(int((~each).sum()) for each in rows["completion"][::2])
+        joined = {name: torch.from_numpy(np.concatenate(each)) for name, each in rows.items()}
         return cls(
             input_ids=torch.from_numpy(np.concatenate(ids))[None],
             position_ids=torch.from_numpy(np.concatenate(positions))[None],
             segments=tuple(segments),
             num_scored={"full": prompts + answers, "completion": answers},
-            **{name: torch.from_numpy(np.concatenate(each)) for name, each in rows.items()},
+            rows=joined["rows"],
+            targets=joined["targets"],
+            sequence=joined["sequence"],
+            completion=joined["completion"],
         )
 
     @classmethod

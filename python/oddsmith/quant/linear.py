@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import _core
 from .nf4 import nested_parts, packed_bytes, scale_arguments
-from .state import QuantState, dtype_name
+from .state import QuantState, dtype_name, layout
 
 __all__ = ["linear_nf4", "linear_nf4_lora"]
 
@@ -77,8 +77,9 @@ class _LinearNF4(torch.autograd.Function):
         return _linear_nf4(x, bias, *weight, *sizes)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
+    @torch.autograd.function.once_differentiable  # whose type has no names of parameters
+    def backward(ctx, *grads):  # pyright: ignore[reportIncompatibleMethodOverride]
+        (grad,) = grads
         d_x = d_bias = None
         if ctx.needs_input_grad[0]:
             d_x = _linear_nf4_input_gradient(grad, *ctx.saved_tensors, *ctx.sizes, ctx.weight_dtype)
@@ -115,25 +116,29 @@ def linear_nf4(x: Tensor, packed: Tensor, state: QuantState, bias: Tensor | None
         ValueError: For a shape or device that does not fit; the message names the argument.
         TypeError: For a dtype that does not fit.
     """
-    _check_weight(x, packed, state, bias)
+    shape, blocksize, dtype = _check_weight(x, packed, state, bias)
     codes = packed_bytes(packed.detach())
-    weight = *scale_arguments(state), state.blocksize, *state.shape
+    weight = *scale_arguments(state), blocksize, *shape
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        return _LinearNF4.apply(x, bias, codes, *weight, state.dtype)
+        return _LinearNF4.apply(x, bias, codes, *weight, dtype)
     return _linear_nf4(x, bias, codes, *weight)
 
 
-def _check_weight(x: Tensor, packed: Tensor, state: QuantState, bias: Tensor | None) -> None:
+def _check_weight(
+    x: Tensor, packed: Tensor, state: QuantState, bias: Tensor | None
+) -> tuple[tuple[int, int], int, torch.dtype]:
+    """Shape, block size and dtype of the weight."""
     if state.quant_type != "nf4":
         raise ValueError(f'linear_nf4: quant_type is {state.quant_type!r}; must be "nf4"')
-    if len(state.shape) != 2:
-        shape = tuple(state.shape)
-        raise ValueError(f"linear_nf4: the weight has shape {shape}; must be a matrix")
+    shape, blocksize, dtype = layout(state)
+    if len(shape) != 2:
+        raise ValueError(f"linear_nf4: the weight has shape {tuple(shape)}; must be a matrix")
     for name, tensor in (("packed", packed), ("absmax", state.absmax), ("bias", bias)):
         if tensor is not None and tensor.device != x.device:
             raise ValueError(
                 f"linear_nf4: {name} is on {tensor.device}; must be on the device of x, {x.device}"
             )
+    return (shape[0], shape[1]), blocksize, dtype
 
 
 class _LinearNF4Lora(torch.autograd.Function):
@@ -153,8 +158,9 @@ class _LinearNF4Lora(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
+    @torch.autograd.function.once_differentiable  # whose type has no names of parameters
+    def backward(ctx, *grads):  # pyright: ignore[reportIncompatibleMethodOverride]
+        (grad,) = grads
         x, low, lora_a, lora_b, packed, *tensors = ctx.saved_tensors
         rows = grad.reshape(-1, grad.shape[-1])
         given = rows.to(lora_b.dtype)
@@ -214,21 +220,21 @@ def linear_nf4_lora(
         ValueError: For shapes or devices that do not fit.
         TypeError: For dtypes that do not fit.
     """
-    shapes = (lora_b.shape[0], lora_a.shape[1])
+    adapter = (lora_b.shape[0], lora_a.shape[1])
+    shape, blocksize, dtype = _check_weight(x, packed, state, bias)
     if lora_a.dim() != 2 or lora_b.dim() != 2 or lora_a.shape[0] != lora_b.shape[1]:
         raise ValueError(
             f"linear_nf4_lora: lora_a has shape {tuple(lora_a.shape)} and lora_b {tuple(lora_b.shape)}; "
             "must be (rank, in_features) and (out_features, rank)"
         )
-    if shapes != tuple(state.shape):
+    if adapter != shape:
         raise ValueError(
-            f"linear_nf4_lora: the adapter makes a weight of {shapes}; must be {tuple(state.shape)}"
+            f"linear_nf4_lora: the adapter makes a weight of {adapter}; must be {shape}"
         )
     if lora_a.dtype != lora_b.dtype:
         raise TypeError(
             f"linear_nf4_lora: lora_b has dtype {lora_b.dtype}; must be that of lora_a, {lora_a.dtype}"
         )
-    _check_weight(x, packed, state, bias)
     codes = packed_bytes(packed.detach())
-    weight = *scale_arguments(state), state.blocksize, *state.shape, state.dtype
+    weight = *scale_arguments(state), blocksize, *shape, dtype
     return _LinearNF4Lora.apply(x, lora_a, lora_b, scaling, bias, codes, *weight)

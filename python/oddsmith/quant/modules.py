@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch._C._nn as torch_nn
 from torch import Tensor, nn
 
 from .linear import linear_nf4
 from .nf4 import quantize_nf4
-from .state import PACKED_KEY, QuantState, dtype_name
+from .state import PACKED_KEY, QuantState, dtype_name, layout, nested_layout
 
 __all__ = ["Linear4bit", "Params4bit"]
 
@@ -46,6 +47,16 @@ class Params4bit(nn.Parameter):
         bnb_quantized (`bool`, *optional*): What bitsandbytes calls a weight with a state; ignored.
         module (`nn.Module`, *optional*): Likewise.
     """
+
+    quant_state: QuantState | None
+    blocksize: int
+    compress_statistics: bool
+    quant_type: str
+    quant_storage: torch.dtype
+
+    if TYPE_CHECKING:
+        # torch's stubs describe the constructor of a parameter as an `__init__` of two arguments.
+        def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
     def __new__(
         cls,
@@ -131,7 +142,7 @@ class Params4bit(nn.Parameter):
         """As `Tensor.to`: a weight that is moved to a device is quantised there, and the dtype of
         codes does not change.
         """
-        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
+        device, dtype, non_blocking, _ = torch_nn._parse_to(*args, **kwargs)
         if self.quant_state is None:
             if device is not None and device.type != "meta":
                 return self.quantize_(device)
@@ -141,11 +152,14 @@ class Params4bit(nn.Parameter):
         moved = self.data.to(device, non_blocking=non_blocking)
         return self._with(moved, self.quant_state.to(device))
 
-    def cpu(self) -> Tensor:
+    def cpu(self, memory_format: torch.memory_format = torch.preserve_format) -> Tensor:
         return self.to(device="cpu")
 
     def cuda(
-        self, device: torch.device | int | str | None = None, non_blocking: bool = False
+        self,
+        device: torch.device | int | str | None = None,
+        non_blocking: bool = False,
+        memory_format: torch.memory_format = torch.preserve_format,
     ) -> Tensor:
         return self.to(device="cuda" if device is None else device, non_blocking=non_blocking)
 
@@ -161,7 +175,11 @@ class Params4bit(nn.Parameter):
 
 
 def _rebuild(
-    cls: type, data: Tensor, requires_grad: bool, state: QuantState | None, settings: dict[str, Any]
+    cls: type[Params4bit],
+    data: Tensor,
+    requires_grad: bool,
+    state: QuantState | None,
+    settings: dict[str, Any],
 ) -> Params4bit:
     return cls(data, requires_grad, state, **settings)
 
@@ -179,16 +197,18 @@ def _stored(packed: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _check_size(data: Tensor, state: QuantState) -> None:
+    shape, blocksize, _ = layout(state)
     codes = data.numel() * data.element_size()
-    wanted = (state.shape.numel() + 1) // 2
+    wanted = (shape.numel() + 1) // 2
     if codes != wanted:
         raise ValueError(
-            f"quant_state: shape is {tuple(state.shape)}, {wanted} bytes of codes; the weight has {codes}"
+            f"quant_state: shape is {tuple(shape)}, {wanted} bytes of codes; the weight has {codes}"
         )
-    scales = [("absmax", state.absmax, -(-state.shape.numel() // state.blocksize))]
+    scales = [("absmax", state.absmax, -(-shape.numel() // blocksize))]
     if state.state2 is not None:
-        groups = -(-state.absmax.numel() // state.state2.blocksize)
-        scales.append(("nested_absmax", state.state2.absmax, groups))
+        nested = nested_layout(state)
+        groups = -(-state.absmax.numel() // nested.blocksize)
+        scales.append(("nested_absmax", nested.absmax, groups))
     for name, tensor, blocks in scales:
         if tensor.numel() != blocks:
             raise ValueError(
@@ -271,24 +291,28 @@ class Linear4bit(nn.Linear):
         """State of the weight, `None` before it is quantised."""
         return self.weight.quant_state
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         state = self.weight.quant_state
         if state is None:
             raise RuntimeError(
                 "Linear4bit: the weight is not quantised yet; move the layer to a device first"
             )
-        dtype = self.compute_dtype or x.dtype
-        return linear_nf4(x.to(dtype), self.weight, state, self.bias).to(x.dtype)
+        dtype = self.compute_dtype or input.dtype
+        return linear_nf4(input.to(dtype), self.weight, state, self.bias).to(input.dtype)
 
     def _replace_weight(self, data: Tensor, state: QuantState | None, **settings: Any) -> None:
         """In place where a parameter can change its data: optimizers and hooks know it."""
         weight = self.weight
-        if torch._has_compatible_shallow_copy_type(weight, data):
+        # What `nn.Module._apply` asks too; torch does not export it.
+        if torch._has_compatible_shallow_copy_type(weight, data):  # pyright: ignore[reportPrivateImportUsage]
             weight.data, weight.quant_state = data, state
-            weight.__dict__.update(settings)
+            vars(weight).update(settings)
         else:  # from meta to a device, or back
             settings = {**weight._settings(), **settings}
-            self.weight = Params4bit(data, weight.requires_grad, state, **settings)
+            # Narrower than in the base class, whose weight is any tensor.
+            self.weight = Params4bit(  # pyright: ignore[reportIncompatibleVariableOverride]
+                data, weight.requires_grad, state, **settings
+            )
 
     def _apply(self, fn: Any, recurse: bool = True) -> Linear4bit:
         weight = self.weight
@@ -364,7 +388,8 @@ class Linear4bit(nn.Linear):
             kinds = [key for key in parts if "bitsandbytes__" in key] or ["none"]
             raise ValueError(f"quant_state: found {', '.join(kinds)}; must be {PACKED_KEY}")
         loaded = Params4bit.from_prequantized(data.detach().clone(), parts, device=device)
-        if loaded.quant_state.shape != shape:
-            found = tuple(loaded.quant_state.shape)
+        state = loaded.quant_state
+        if state is not None and state.shape != shape:
+            found = tuple(layout(state)[0])
             raise ValueError(f"quant_state: shape is {found}; must be {tuple(shape)}")
-        self._replace_weight(loaded.data, loaded.quant_state, **loaded._settings())
+        self._replace_weight(loaded.data, state, **loaded._settings())

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _core
-from .state import QuantState, dtype_name, nf4_code
+from .state import QuantState, dtype_name, layout, nested_layout, nf4_code
 
 __all__ = ["dequantize_nf4", "dynamic_map", "quantize_nf4"]
 
@@ -78,17 +78,19 @@ def nested_parts(
     absmax: Tensor | None, code: Tensor | None, offset: Tensor | None, blocksize: int
 ) -> tuple[Tensor, Tensor, Tensor, int] | None:
     """What the core wants to know of quantised scales; `None` if they are not quantised."""
-    return None if absmax is None else (absmax, code, offset, blocksize)
+    if absmax is None or code is None or offset is None:
+        return None
+    return absmax, code, offset, blocksize
 
 
 def scale_arguments(
     state: QuantState,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, int]:
     """`absmax`, and what its double quantisation needs, as arguments of the custom operators."""
-    nested = state.state2
-    if nested is None:
+    if state.state2 is None:
         return state.absmax, None, None, None, 0
-    return state.absmax, nested.absmax, nested.code, state.offset, nested.blocksize
+    nested = nested_layout(state)
+    return state.absmax, nested.absmax, nested.code, nested.offset, nested.blocksize
 
 
 def packed_bytes(packed: Tensor) -> Tensor:
@@ -199,6 +201,6 @@ def dequantize_nf4(packed: Tensor, state: QuantState, dtype: torch.dtype | None 
             f"dequantize_nf4: packed is on {packed.device}; must be on the device of absmax, "
             f"{state.absmax.device}"
         )
-    dtype = dtype or state.dtype
+    shape, blocksize, stored = layout(state)
     scales = scale_arguments(state)
-    return _dequantize_nf4(packed_bytes(packed), *scales, state.blocksize, list(state.shape), dtype)
+    return _dequantize_nf4(packed_bytes(packed), *scales, blocksize, list(shape), dtype or stored)

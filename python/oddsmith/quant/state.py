@@ -6,17 +6,15 @@ import functools
 import json
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import _core
+from .block_sizes import BLOCK_SIZES
 
-__all__ = ["BLOCK_SIZES", "PACKED_KEY", "QuantState", "dtype_name", "nf4_code"]
-
-# Values that may share a scale.
-BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+__all__ = ["PACKED_KEY", "QuantState", "dtype_name", "layout", "nested_layout", "nf4_code"]
 
 # The one key of a state dict that holds what is no tensor, as JSON.
 PACKED_KEY = "quant_state.bitsandbytes__nf4"
@@ -103,8 +101,6 @@ class QuantState:
             for a, b in pairs
         )
 
-    __hash__ = None
-
     def to(self, device: torch.device | str) -> QuantState:
         """The state with its tensors on `device`; `self` if they are there already."""
 
@@ -135,20 +131,22 @@ class QuantState:
                 one JSON object, under `quant_state.bitsandbytes__nf4`. Prefixed with the name of
                 the weight these are the entries of a state dict.
         """
+        shape, blocksize, dtype = layout(self)
         tensors = {"absmax": self.absmax, "quant_map": self.code}
-        rest = {
+        rest: dict[str, Any] = {
             "quant_type": self.quant_type,
-            "blocksize": self.blocksize,
-            "dtype": dtype_name(self.dtype),
-            "shape": tuple(self.shape),
+            "blocksize": blocksize,
+            "dtype": dtype_name(dtype),
+            "shape": tuple(shape),
         }
         if self.state2 is not None:
-            tensors["nested_absmax"] = self.state2.absmax
+            nested = nested_layout(self)
+            tensors["nested_absmax"] = nested.absmax
             # Weights share the map; files of safetensors must not.
-            tensors["nested_quant_map"] = self.state2.code.clone()
-            rest["nested_blocksize"] = self.state2.blocksize
-            rest["nested_dtype"] = dtype_name(self.state2.dtype)
-            rest["nested_offset"] = self.offset.item()
+            tensors["nested_quant_map"] = nested.code.clone()
+            rest["nested_blocksize"] = nested.blocksize
+            rest["nested_dtype"] = dtype_name(self.state2.dtype or torch.float32)
+            rest["nested_offset"] = nested.offset.item()
         if not packed:
             return {**rest, **tensors}
         text = json.dumps(rest).encode()
@@ -201,6 +199,39 @@ class QuantState:
             offset=offset,
             state2=state2,
         )
+
+
+def layout(state: QuantState) -> tuple[torch.Size, int, torch.dtype]:
+    """Shape, block size and dtype of the tensor that codes stand for.
+
+    Raises:
+        ValueError: If the state lacks one, as that of quantised scales does.
+    """
+    if state.shape is None or state.blocksize is None or state.dtype is None:
+        missing = [name for name in ("shape", "blocksize", "dtype") if getattr(state, name) is None]
+        raise ValueError(f"quant_state: {', '.join(missing)} missing")
+    return state.shape, state.blocksize, state.dtype
+
+
+class NestedLayout(NamedTuple):
+    """What scales are read with that are quantised themselves."""
+
+    absmax: Tensor
+    code: Tensor
+    offset: Tensor
+    blocksize: int
+
+
+def nested_layout(state: QuantState) -> NestedLayout:
+    """The parts of double quantisation.
+
+    Raises:
+        ValueError: If the state lacks one.
+    """
+    nested = state.state2
+    if nested is None or nested.code is None or nested.blocksize is None or state.offset is None:
+        raise ValueError("quant_state: state2, its code and blocksize, or offset missing")
+    return NestedLayout(nested.absmax, nested.code, state.offset, nested.blocksize)
 
 
 def _unpack_json(name: str, value: object) -> dict[str, Any]:
@@ -286,7 +317,7 @@ def _check_parts(parts: dict[str, Any]) -> None:
         _check_offset(parts["nested_offset"])
 
 
-def _check_offset(offset: object) -> None:
+def _check_offset(offset: Any) -> None:
     number = isinstance(offset, (int, float)) and not isinstance(offset, bool)
     # NaN compares false.
     if not (number and abs(offset) <= torch.finfo(torch.float32).max):

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
@@ -70,13 +70,13 @@ def load_source(name: str, config: str | None = None) -> DatasetDict:
         raise UserError(f"dataset {name}: no such file or folder")
     else:
         try:
-            loaded = load_dataset(name, config)
+            loaded = cast(DatasetDict, load_dataset(name, config))
         except Exception as error:
             raise UserError(
                 f"dataset {name} is no local path and cannot be loaded from the hub: "
                 f"{reason(error)}"
             ) from error
-    return loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)
+    return loaded if isinstance(loaded, DatasetDict) else DatasetDict({"train": loaded})
 
 
 def reason(error: BaseException) -> str:
@@ -91,9 +91,9 @@ def load_local(path: Path) -> Dataset | DatasetDict:
     if path.is_dir() and is_saved(path):
         return load_from_disk(str(path))
     files = data_files(path)
-    kind = file_kind(files[0])
+    kind = file_kind(files[0]) or "json"
     if path.is_file():
-        return load_dataset(kind, data_files=str(path))
+        return cast(DatasetDict, load_dataset(kind, data_files=str(path)))
     # One by one: datasets wants the same columns in all splits of a call, and UltraFeedback's
     # supervised splits have others than its preference splits.
     return DatasetDict(
@@ -206,7 +206,7 @@ def pick_split(
     """
     if wanted is not None:
         if wanted not in splits:
-            raise UserError(f"{flag} is {wanted!r}; the dataset has {', '.join(splits)}")
+            raise UserError(f"{flag} is {wanted!r}; the dataset has {', '.join(map(str, splits))}")
         return splits[wanted]
     for name in candidates:
         if name in splits:
@@ -250,13 +250,13 @@ def load_pairs(run: Any, evaluates: bool) -> tuple[Dataset, Dataset | None]:
         UserError: If anything is missing.
     """
     splits = load_source(run.dataset_name, run.dataset_config)
-    single = tuple(splits) if len(splits) == 1 else ()
+    single = tuple(map(str, splits)) if len(splits) == 1 else ()
     train = pick_split(
         splits, run.dataset_train_split, TRAIN_SPLITS + single, "--dataset_train_split"
     )
     if train is None:
         raise UserError(
-            f"dataset {run.dataset_name} has the splits {', '.join(splits)}; name the one to "
+            f"dataset {run.dataset_name} has the splits {', '.join(map(str, splits))}; name the one to "
             "train on with --dataset_train_split"
         )
     train = check_pairs(train, f"dataset {run.dataset_name}")
@@ -266,12 +266,12 @@ def load_pairs(run: Any, evaluates: bool) -> tuple[Dataset, Dataset | None]:
     if run.eval_dataset_name:
         splits = load_source(run.eval_dataset_name)
         # A place of its own: whatever it holds is for evaluation, a lone file's `train` too.
-        test_splits += TRAIN_SPLITS + tuple(splits)
+        test_splits += TRAIN_SPLITS + tuple(map(str, splits))
     test = pick_split(splits, run.dataset_test_split, test_splits, "--dataset_test_split")
     if test is None:
         raise UserError(
             f"--eval_strategy needs rows to evaluate on, and dataset {run.dataset_name} only has "
-            f"{', '.join(splits)}; give --eval_dataset or --dataset_test_split"
+            f"{', '.join(map(str, splits))}; give --eval_dataset or --dataset_test_split"
         )
     name = run.eval_dataset_name or run.dataset_name
     return train, check_pairs(test, f"dataset {name} (evaluation)")

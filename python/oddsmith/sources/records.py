@@ -50,7 +50,7 @@ def _open_zstd(raw: BinaryIO) -> BinaryIO:
 
 
 # By the last suffix of the name.
-DECOMPRESSORS: dict[str, Callable[[BinaryIO], BinaryIO]] = {
+DECOMPRESSORS: dict[str, Callable[[BinaryIO], Any]] = {
     ".gz": lambda raw: gzip.GzipFile(fileobj=raw),
     ".bz2": bz2.BZ2File,
     ".xz": lzma.LZMAFile,
@@ -205,11 +205,11 @@ class FileRecords:
                     self.done = self.size * number // max(file.metadata.num_rows, 1)
 
     def _arrow(self) -> Iterator[Record]:
-        number = 0
+        number, batches = 0, None
         with self.path.open("rb") as raw:
             while True:
                 try:
-                    if number == 0:
+                    if batches is None:
                         # Read, not mapped: mapped pages would count as memory of the process.
                         batches = pa.ipc.open_stream(raw)
                     rows = batches.read_next_batch().to_pylist()

@@ -1,7 +1,8 @@
 """Rows of a dataset one by one, without loading it: files of any size, or from the hub."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any, cast
 
 from datasets import load_dataset
 
@@ -30,7 +31,7 @@ class RecordStream:
     def __init__(self, name: str, config: str | None = None, split: str | None = None):
         self.name = name
         self._files: list[FileRecords] = []
-        self._rows: Iterable[dict] | None = None
+        self._rows: Iterable[dict[str, Any]] | None = None
         path = Path(name).expanduser()
         if path.exists():
             groups = local_splits(path)
@@ -84,11 +85,13 @@ def choose_split(name: str, splits: Iterable[str], wanted: str | None) -> str:
     )
 
 
-def _open_hub(name: str, config: str | None, split: str | None) -> Iterable[dict]:
+def _open_hub(name: str, config: str | None, split: str | None) -> Iterable[dict[str, Any]]:
     try:
         splits = load_dataset(name, config, streaming=True)
     except Exception as error:
         raise UserError(
             f"dataset {name} is no local path and cannot be loaded from the hub: {reason(error)}"
         ) from error
-    return splits[choose_split(name, splits, split)]
+    return cast(Mapping[str, Iterable[dict[str, Any]]], splits)[
+        choose_split(name, map(str, splits), split)
+    ]

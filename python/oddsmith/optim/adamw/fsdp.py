@@ -9,7 +9,7 @@ from torch import Tensor
 from .moments import decode
 
 
-def local(tensor: Tensor) -> Tensor:
+def local(tensor: Any) -> Tensor:
     """This process's part of a tensor that FSDP2 has split, or the tensor."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
@@ -38,8 +38,9 @@ def split(parameter: Any, value: Any) -> Any:
     """What this process has of a saved moment."""
     if not isinstance(value, Tensor):
         return value
-    if hasattr(value, "to_local"):
-        return value.to_local()
+    own = local(value)
+    if own is not value:
+        return own
     if hasattr(parameter, "device_mesh") and value.shape == parameter.shape:
         from torch.distributed.tensor import distribute_tensor
 

@@ -63,12 +63,13 @@ def decode(state: State) -> tuple[Tensor, Tensor]:
     """Both moments of a state, `fp32`."""
     if not is_8bit(state):
         return state["state1"], state["state2"]
-    return tuple(
+    first, second = (
         _spread(state[f"absmax{i}"], state[f"state{i}"].numel())
         .mul_(state[f"qmap{i}"][state[f"state{i}"].flatten().long()])
         .view(state[f"state{i}"].shape)
         for i in (1, 2)
     )
+    return first, second
 
 
 def encode(first: Tensor, second: Tensor) -> State:

@@ -22,6 +22,9 @@ from .step import NonFinite, Update, adamw_step, numbers
 
 logger = logging.getLogger(__name__)
 
+# Bytes of a GPU's memory through which paged state passes.
+DEVICE_BUDGET = 256 << 20
+
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Options of a group that come from a saved state. How many bits moments have does not: a run may go on
@@ -76,17 +79,16 @@ class BlockAdamW(Optimizer):
         *,
         seed: int = 0,
         pages: FilePages | None = None,
-        device_budget: int | None = None,
+        device_budget: int = DEVICE_BUDGET,
         compatible: bool = False,
     ):
         if not isinstance(seed, int) or isinstance(seed, bool):
             raise ValueError(f"seed is {seed!r}; must be an integer")
-        if device_budget is not None:
-            if not is_count(device_budget):
-                raise ValueError(
-                    f"device_budget is {device_budget!r}; must be a positive number of bytes"
-                )
-            slot_capacity(device_budget)  # not in the middle of a step
+        if not is_count(device_budget):
+            raise ValueError(
+                f"device_budget is {device_budget!r}; must be a positive number of bytes"
+            )
+        slot_capacity(device_budget)  # not in the middle of a step
         check_adam(defaults)
         self.seed = seed
         self._pages = pages
@@ -438,7 +440,7 @@ class PagedAdamW8bit(AdamW8bit):
         weight_decay: float = 1e-2,
         *,
         page_dir: str | os.PathLike[str] | None = None,
-        device_budget: int = 256 << 20,
+        device_budget: int = DEVICE_BUDGET,
         **options: Any,
     ):
         super().__init__(

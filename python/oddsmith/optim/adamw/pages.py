@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -24,7 +25,9 @@ def carve(storage: torch.UntypedStorage, entries: list[Entry]) -> list[Tensor]:
     tensors, start = [], 0
     for shape, dtype in entries:
         whole = torch.empty(0, dtype=dtype, device=storage.device)
-        tensors.append(whole.set_(storage, start // dtype.itemsize, shape))
+        place = start // dtype.itemsize
+        # torch's stub asks for strides, which have a default.
+        tensors.append(whole.set_(storage, place, shape))  # pyright: ignore[reportCallIssue]
         start += padded_bytes((shape, dtype))
     return tensors
 
@@ -86,7 +89,8 @@ class FilePages:
         handle, name = tempfile.mkstemp(prefix="oddsmith-", suffix=".pages", dir=self.folder)
         try:
             self._reserve(handle, total)
-            return torch.UntypedStorage.from_file(name, True, total)
+            storage = torch.UntypedStorage.from_file(name, True, total)
+            return cast(torch.UntypedStorage, storage)  # the class that it is called on
         finally:
             os.close(handle)
             os.unlink(name)

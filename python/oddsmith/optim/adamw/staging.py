@@ -122,7 +122,7 @@ class Staged:
 
     def step(self, updates: list[Update], bad: NonFinite) -> None:
         """Applies updates whose values are on the device, and whose state is in the host's memory."""
-        if self._in is not None:
+        if self._in is not None and self._out is not None:
             # What the last step has taken back.
             self._in.wait_stream(self._out)
         for number, batch in enumerate(batches(updates, self.capacity)):

@@ -134,7 +134,7 @@ class APOLLOAdamW(LowRankOptimizer):
             # The side that the projection has left alone has the channels.
             side = 1 if sides(group["proj_type"], *item.parameter.shape)[1] else 0
             factor = _norm(direction, group, side) / correction
-            factor = factor / (_norm(item.low, group, side) + 1e-8)
+            factor = factor / (_norm(item.reduced, group, side) + 1e-8)
             length = torch.linalg.vector_norm(_norm(item.grad, group, side) * factor)
             factor = self._limited(factor, length, item.state, group) * group["scale"] ** 0.5
             item.parameter.addcmul_(

@@ -107,9 +107,7 @@ class GaLoreOptimizer(LowRankOptimizer):
         gap = state.get("gap", group["update_proj_gap"])
         if not group["adaptive_gap"]:
             gap = group["update_proj_gap"]
-        elif old_left is not None or old_right is not None:
-            by_right = "basis_right" in new
-            old = old_right if by_right else old_left
+        elif (old := old_right if (by_right := "basis_right" in new) else old_left) is not None:
             stays = overlap(old, new["basis_right" if by_right else "basis_left"], by_right)
             stable = state.get("stable", 0) + 1 if stays >= group["overlap_threshold"] else 0
             state["stable"] = stable

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class LayerwiseHooks:
         return self._passes[id(parameter)] >= self._accumulation_steps
 
     @torch.no_grad()
-    def take(self, parameter: nn.Parameter) -> None:
+    def take(self, parameter: Tensor) -> None:
         """Adds up a parameter's gradient or, with the last one, updates the parameter."""
         optimizer = self._optimizer()
         if optimizer is None or parameter.grad is None:
@@ -97,7 +97,7 @@ class LayerwiseHooks:
         if self._is_last(parameter):
             self._passes.pop(id(parameter), None)
             item.low = self._low.pop(id(parameter), None)
-            optimizer._step_bucket([item])
+            optimizer.step_items([item])
             parameter.grad = None
         elif optimizer.adds_up_projected and item.projected:
             self._add_up(optimizer, item)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from ..checks import check_adam, is_count, is_positive
@@ -155,8 +155,10 @@ class LowRankOptimizer(Optimizer):
                     yield self.item(parameter, group, index)
                 index += 1
 
-    def item(self, parameter: nn.Parameter, group: dict[str, Any], index: int) -> Item:
-        """What a step has to know of a parameter."""
+    def item(self, parameter: Tensor, group: dict[str, Any], index: int) -> Item:
+        """What a step has to know of a parameter that has a gradient."""
+        if parameter.grad is None:
+            raise ValueError(f"the parameter {tuple(parameter.shape)} has no gradient")
         return Item(parameter, group, index, self.state[parameter], parameter.grad)
 
     # ---- Steps ----
@@ -186,9 +188,9 @@ class LowRankOptimizer(Optimizer):
             bucket.append(item)
             waiting += self.low_numel(item) if item.projected else 0
             if waiting >= _BUCKET:
-                self._step_bucket(bucket)
+                self.step_items(bucket)
                 bucket, waiting = [], 0
-        self._step_bucket(bucket)
+        self.step_items(bucket)
         return loss
 
     def low_shape(self, item: Item) -> tuple[int, int]:
@@ -203,7 +205,7 @@ class LowRankOptimizer(Optimizer):
         return math.prod(self.low_shape(item))
 
     @torch.no_grad()
-    def _step_bucket(self, items: list[Item]) -> None:
+    def step_items(self, items: list[Item]) -> None:
         """Updates some parameters; layer-wise mode gives them one by one."""
         for item in items:
             item.state.setdefault("step", 0)
@@ -218,16 +220,15 @@ class LowRankOptimizer(Optimizer):
                 low = self.project(item)
                 # Layer-wise mode may have projected earlier micro-batches.
                 item.low = low if item.low is None else item.low.add_(low)
-        grads = [item.low if item.projected else item.grad for item in items]
-        bad = self._not_finite(items, grads)
+        bad = self._not_finite(items, [item.reduced for item in items])
         items = [item for item in items if id(item) not in bad]
         if self._hooks is not None:
-            self._clip(items)
+            self._clip(items, self._hooks)
         by_group: dict[int, list[Item]] = defaultdict(list)
         for item in items:
             by_group[id(item.group)].append(item)
             if not self._has_moments(item):
-                self.core.init(item.state, item.low if item.projected else item.grad, item.group)
+                self.core.init(item.state, item.reduced, item.group)
         for same in by_group.values():
             group = same[0].group
             if "rank" in group:
@@ -258,12 +259,14 @@ class LowRankOptimizer(Optimizer):
         self.skipped += len(bad)
         return bad
 
-    def _clip(self, items: list[Item]) -> None:
+    def _clip(self, items: list[Item], hooks: LayerwiseHooks) -> None:
         """Layer-wise mode: shortens gradients, each by itself, and notes how long they were."""
         for item in items:
             of_low = item.projected and self.adds_up_projected
-            norm = torch.linalg.vector_norm(item.low if of_low else item.grad, dtype=torch.float32)
-            self._hooks.norms.append(norm)
+            norm = torch.linalg.vector_norm(
+                item.reduced if of_low else item.grad, dtype=torch.float32
+            )
+            hooks.norms.append(norm)
             if self.max_grad_norm is not None:
                 factor = (self.max_grad_norm / (norm + 1e-6)).clamp_(max=1.0)
                 for grad in (item.low, None if of_low else item.grad):
@@ -292,10 +295,10 @@ class LowRankOptimizer(Optimizer):
 
     def _directions(self, items: list[Item], group: dict[str, Any], lr: float) -> list[Tensor]:
         """What the core makes of projected gradients: `-lr` times the normalised ones."""
-        targets = [torch.zeros_like(item.low) for item in items]
+        targets = [torch.zeros_like(item.reduced) for item in items]
         self.core.update(
             targets,
-            [item.low for item in items],
+            [item.reduced for item in items],
             [item.state for item in items],
             [item.parameter for item in items],
             group,
@@ -323,7 +326,7 @@ class LowRankOptimizer(Optimizer):
             }
             self.core.loaded(state)
 
-    def _checked_state(self, state_dict: dict[str, Any]) -> list[tuple[nn.Parameter, dict]]:
+    def _checked_state(self, state_dict: dict[str, Any]) -> list[tuple[Tensor, dict[str, Any]]]:
         name = type(self).__name__
         saved_groups = state_dict["param_groups"]
         here, there = len(self.param_groups), len(saved_groups)
@@ -343,7 +346,9 @@ class LowRankOptimizer(Optimizer):
             for parameter, key in zip(group["params"], saved["params"]):
                 if key in state_dict["state"]:
                     state = dict(state_dict["state"][key])
-                    item = Item(parameter, group, 0, state, None)
+                    item = Item(
+                        parameter, group, 0, state, torch.empty_like(parameter, device="meta")
+                    )
                     if state.get("step", 0):
                         self._check_shapes(item, f"{name}: state of parameter {key}")
                     states.append((parameter, state))

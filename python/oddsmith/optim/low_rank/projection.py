@@ -97,9 +97,11 @@ def random_bases(
     # Left over from a small matrix, the products of an old basis may be tiny: orthonormal columns
     # give the noise and them the same weight.
     tall = torch.linalg.qr(torch.cat([start, noise], dim=1)).Q
-    for _ in range(POWER_STEPS):
+    for _ in range(POWER_STEPS - 1):
         wide = torch.linalg.qr(grad @ tall).Q
-        tall, small = torch.linalg.qr(grad.T @ wide)
+        tall = torch.linalg.qr(grad.T @ wide).Q
+    wide = torch.linalg.qr(grad @ tall).Q
+    tall, small = torch.linalg.qr(grad.T @ wide)
     # grad is close to wide @ small.T @ tall.T: the SVD of what is in the middle orders the columns.
     middle_left, _, middle_right = torch.linalg.svd(small.T)
     return wide @ middle_left[:, :rank], (tall @ middle_right[:rank].T).T.contiguous()
@@ -178,10 +180,12 @@ def add_back(
         low = low.to(weight.dtype)
         left = None if left is None else left.to(weight.dtype)
         right = None if right is None else right.to(weight.dtype)
-        if right is None:
+        if right is not None:
+            weight.addmm_(low if left is None else left @ low, right, alpha=alpha)
+        elif left is not None:
             weight.addmm_(left, low, alpha=alpha)
         else:
-            weight.addmm_(low if left is None else left @ low, right, alpha=alpha)
+            weight.add_(low, alpha=alpha)
         return
     right = None if right is None else right.float()
     for start in range(0, len(weight), step := max(1, _CHUNK // weight.shape[1])):

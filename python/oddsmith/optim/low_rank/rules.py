@@ -146,10 +146,14 @@ class AdafactorCore:
         """Learning rate of a parameter at a step (section 8 of the paper)."""
         if group["relative_step"]:
             least = 1e-6 * step if group["warmup_init"] else 1e-2
-            lr = min(least, 1.0 / math.sqrt(step))
+            rate = min(least, 1.0 / math.sqrt(step))
+        elif lr is not None:
+            rate = lr
+        else:
+            raise ValueError("lr is None; must be a number without relative_step")
         if group["scale_parameter"]:
-            lr *= max(group["eps"][1], float(rms(weight)))
-        return lr
+            rate *= max(group["eps"][1], float(rms(weight)))
+        return rate
 
     def update(
         self,
