@@ -5,13 +5,15 @@ from os import PathLike
 
 from torch import Tensor
 
-from .checkpoint.rules import Rule
+from .checkpoint.rules import TensorRule
 
 __version__: str
 TORCH_BUILD_VERSION: str
 
 class RowEncoder:
-    """A tokenizer's JSON together with the rules for rows; see [`oddsmith.fast_rows.FastRows`]."""
+    """A tokenizer's JSON together with the rules for rows; see
+    [`oddsmith.data.rust_rows.FastRows`].
+    """
 
     def __new__(
         cls,
@@ -36,10 +38,10 @@ class RowEncoder:
         parallel: bool,
     ) -> dict[str, bytes]:
         """
-        Buffers of the token columns of a batch; texts come as data and 64-bit offsets.
+        Buffers of the token columns of a batch; texts are given as data and 64-bit offsets.
 
         `{prompt,chosen,rejected}_{input_ids,offsets}` and `{chosen,rejected}_labels` are int32,
-        `overlength` and `empty` a byte for each row.
+        `overlength` and `empty` are one byte per row.
         """
 
 def linear_logps(
@@ -92,7 +94,7 @@ def compile_kernels(source: str, architecture: str) -> tuple[bytes, str]:
     """The binary for an architecture such as sm_90, and the assembler's report."""
 
 def emulate_cuda(on: bool) -> None:
-    """Make CPU tensors take the path of CUDA tensors, through the driver ODDSMITH_CUDA_DRIVER names."""
+    """Make CPU tensors take the path of CUDA tensors, with the driver in ODDSMITH_CUDA_DRIVER."""
 
 _Nested = tuple[Tensor, Tensor, Tensor, int]  # absmax, map, offset and block size of the scales
 
@@ -131,8 +133,8 @@ def dequantize_blockwise(
     codes: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: str
 ) -> Tensor: ...
 
-# Value, gradient, both moments, scales of 8-bit moments, place of the first element; then
-# beta1, beta2, eps, step size and what decay leaves, and the seed of stochastic rounding.
+# Value, gradient, both moments, scales of 8-bit moments, index of the first element; then beta1,
+# beta2, eps, step size, 1 - decay, and the seed of stochastic rounding.
 _Item = tuple[
     tuple[Tensor, Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None, int],
     tuple[tuple[float, float, float, float, float], int | None],
@@ -147,11 +149,11 @@ def checkpoint_tensors(path: _Path) -> list[tuple[str, str, list[int]]]: ...
 def checkpoint_states(
     base: list[_Path], names: list[str]
 ) -> list[tuple[list[int], str, int, bool] | None]: ...
-def converted_size(base: list[_Path], adapter: _Path | None, rules: list[Rule]) -> int: ...
+def converted_size(base: list[_Path], adapter: _Path | None, rules: list[TensorRule]) -> int: ...
 def convert_checkpoint(
     base: list[_Path],
     adapter: _Path | None,
-    rules: list[Rule],
+    rules: list[TensorRule],
     outputs: list[_Path],
     code: Tensor,
     stepped: bool,

@@ -180,7 +180,7 @@ impl Reader<'_> {
         };
         let code = self.floats(".quant_map", NF4.len(), "one per code")?;
         if code != NF4 {
-            return Err(self.wrong("quant_map has other values than NF4"));
+            return Err(self.wrong("quant_map does not have the values of NF4"));
         }
         let scales = self.scales(&json, count.div_ceil(blocksize))?;
         Ok(State { shape, dtype, blocksize, scales })

@@ -1,4 +1,4 @@
-"""pooled_memory: tensors of a CPU run reuse each other's memory."""
+"""pooled_memory: reuses the memory of CPU tensors."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,14 +15,14 @@ _users = 0
 @contextmanager
 def pooled_memory(device: torch.device) -> Iterator[None]:
     """
-    For the duration, take the memory of large CPU tensors from a pool that reuses it.
+    Within the context, allocate large CPU tensors from a pool that reuses memory.
 
     The C library's allocator fragments under training: a run keeps several times what its tensors
-    need. Tensors made inside may be used outside; what the pool does not use at the end goes back
-    to the system. Linux only, elsewhere nothing changes.
+    need. Tensors created inside can be used outside; at the end, unused memory is returned to the
+    system. Linux only; no effect elsewhere.
 
     Args:
-        device (`torch.device`): Where the model is; nothing changes unless that is the CPU.
+        device (`torch.device`): Device of the model; no effect unless it is the CPU.
     """
     global _users
     if device.type != "cpu":

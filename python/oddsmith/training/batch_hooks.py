@@ -1,4 +1,4 @@
-"""Batches of a training run: which sampler the dataloader gets."""
+"""Batches of a training run: the sampler of the dataloader."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ class BatchHooks:
         by_length = strategy in ("group_by_length", "batch_rebalance")
         column = self.args.length_column_name
         if by_length and isinstance(dataset, Dataset) and column not in dataset.column_names:
-            # transformers would measure `input_ids`, and there is no such column.
+            # transformers would use the length of `input_ids`, but there is no such column.
             dataset = Dataset.from_dict({column: pair_lengths(dataset).sum(axis=1)})
         return super()._get_train_sampler(dataset)
 
@@ -53,7 +53,7 @@ class BatchHooks:
             pin_memory=args.dataloader_pin_memory,
             **workers,
         )
-        # The batches know their process: here is nothing left to distribute.
+        # The batches are already those of this process, so accelerate must not split them.
         return prepare_data_loader(
             loader, accelerator.device, num_processes=1, process_index=0, put_on_device=True
         )

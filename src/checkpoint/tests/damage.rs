@@ -84,7 +84,7 @@ fn states_that_do_not_fit_are_refused_by_name() {
         (refused(|all| all.retain(|made| made.0 != "w.absmax")), "absmax is missing"),
         (refused(|all| all.retain(|made| made.0 != "w.quant_map")), "quant_map is missing"),
         (refused(|all| part(all, "w").1 = Kind::I8), "w: is quantised to int8"),
-        (refused(|all| part(all, "w.quant_map").3[0] ^= 1), "quant_map has other values than NF4"),
+        (refused(|all| part(all, "w.quant_map").3[0] ^= 1), "quant_map does not have the values of NF4"),
         (
             refused(|all| {
                 let made = part(all, "w.nested_absmax");

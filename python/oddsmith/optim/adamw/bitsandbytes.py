@@ -1,6 +1,6 @@
-"""AdamW as bitsandbytes 0.50 computes it on a CPU, to the bit but for rounding; for comparisons.
+"""AdamW as bitsandbytes 0.50 computes it on a CPU, up to rounding; for comparisons.
 
-Its maps, its quantiser, which goes through a table that has no zero, and its order: decay first.
+It has bitsandbytes' maps, its quantiser, whose table has no zero, and its order: decay first.
 """
 
 from __future__ import annotations

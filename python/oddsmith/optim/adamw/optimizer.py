@@ -18,7 +18,7 @@ from .fsdp import gathered, local, split
 from .moments import MIN_8BIT_SIZE, is_8bit, layout, maps
 from .pages import FilePages, PinnedPages
 from .staging import Staged, slot_capacity
-from .step import NonFinite, Update, adamw_step, numbers
+from .step import AdamUpdate, NonFinite, adamw_step, numbers
 
 logger = logging.getLogger(__name__)
 
@@ -27,35 +27,34 @@ DEVICE_BUDGET = 256 << 20
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# Options of a group that come from a saved state. How many bits moments have does not: a run may go on
-# under the name of another of these optimisers.
+# Options of a group that are restored from a saved state. The number of bits is not: a run can
+# continue with another of these optimisers.
 _LOADED = ("lr", "betas", "eps", "weight_decay", "stochastic_rounding", "initial_lr")
 
 _ARGS_DOC = """params (`Iterable`):
-            Parameters, or groups of them; `fp32`, `bf16` or `fp16`. A group may have `optim_bits`,
-            `min_8bit_size` and `stochastic_rounding` of its own, and `full_precision`: the places of
-            parameters in it whose moments have 32 bits.
+            Parameters, or groups of them; `fp32`, `bf16` or `fp16`. A group may set `optim_bits`,
+            `min_8bit_size` and `stochastic_rounding`, and `full_precision`: the indices of its
+            parameters whose moments have 32 bits.
         lr (`float`, *optional*, defaults to 1e-3):
             Learning rate.
-        betas (`tuple[float, float]`, *optional*, defaults to `(0.9, 0.999)`):
-            Of the moments.
+        betas (`tuple[float, float]`, *optional*, defaults to `(0.9, 0.999)`): Decay of the moments.
         eps (`float`, *optional*, defaults to 1e-8):
-            Added to the root of the second moment, after the correction of its bias.
+            Added to the root of the second moment, after the bias correction.
         weight_decay (`float`, *optional*, defaults to 1e-2):
-            Decoupled, after the update."""
+            Decoupled weight decay, after the update."""
 
 _REST_DOC = """stochastic_rounding (`bool`, *optional*, defaults to `False`):
-            Round `bf16` parameters up or down by chance, so that small updates are not lost.
+            Round `bf16` parameters up or down at random, so that small updates are not lost.
         seed (`int`, *optional*, defaults to 0):
-            Of that chance: with it and the step, a run can be repeated.
+            Seed of the rounding; a run with the same seed gives the same values.
 
     Raises:
         ValueError: If an option is unknown or out of range, or a parameter is of another dtype."""
 
 _PAGES_DOC = """page_dir (`str` or `Path`, *optional*):
-            Folder for the state of parameters on a CPU; that of temporary files by default.
+            Folder for the state of parameters on a CPU; by default the folder of temporary files.
         device_budget (`int`, *optional*, defaults to 256 MiB):
-            Bytes of a GPU's memory through which the state of parameters there passes."""
+            GPU memory in bytes that buffers the state of parameters on a GPU."""
 
 
 class BlockAdamW(Optimizer):
@@ -64,12 +63,12 @@ class BlockAdamW(Optimizer):
 
     Base of [`AdamW8bit`], [`PagedAdamW8bit`] and [`PagedAdamW32bit`].
 
-    A gradient element that is NaN or infinite leaves its parameter as it is and begins its moments
-    again; `nonfinite` counts them.
+    If an element of a gradient is NaN or infinite, its parameter is kept and its moments are reset;
+    `nonfinite` counts such elements.
 
-    `state_dict` has bitsandbytes' layout. `load_state_dict` takes that of either, with moments of 8 or
-    32 bits, and converts what is not as this optimiser keeps it. The state of a parameter that FSDP2
-    has split is saved in 32 bits, for it to be gathered and split anew; nothing is lost in that.
+    `state_dict` has bitsandbytes' layout. `load_state_dict` accepts states of either, with moments
+    of 8 or 32 bits, and converts them if necessary. The state of a parameter that FSDP2 has split
+    is saved in 32 bits, so that it can be gathered and split again; this is lossless.
     """
 
     def __init__(
@@ -88,7 +87,7 @@ class BlockAdamW(Optimizer):
             raise ValueError(
                 f"device_budget is {device_budget!r}; must be a positive number of bytes"
             )
-        slot_capacity(device_budget)  # not in the middle of a step
+        slot_capacity(device_budget)  # fail here, not in the first step
         check_adam(defaults)
         self.seed = seed
         self._pages = pages
@@ -100,7 +99,7 @@ class BlockAdamW(Optimizer):
         super().__init__(params, defaults)
 
     def __getstate__(self) -> dict[str, Any]:
-        # What torch leaves out, for copies; the room that state passes through they make themselves.
+        # Attributes that torch does not copy; a copy allocates its buffers again.
         self._synchronize()
         own = ("seed", "_pages", "_device_budget", "_compatible", "_bad", "_reported")
         return {
@@ -175,7 +174,7 @@ class BlockAdamW(Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    # It may have been cast since it was added.
+                    # It may have been cast after it was added.
                     self._check_dtype(parameter)
                     if parameter.grad.is_sparse:
                         shape = tuple(parameter.shape)
@@ -184,7 +183,7 @@ class BlockAdamW(Optimizer):
                         )
                     found.append((parameter, group, index))
                 index += 1
-        # All that may fail comes before the first change.
+        # Everything that can fail comes before the first change.
         self._allocate([(parameter, group) for parameter, group, _ in found])
         updates, copies = [], []
         for parameter, group, index in found:
@@ -201,7 +200,7 @@ class BlockAdamW(Optimizer):
                 grad = grad.float()
             seed = self._draw(index, state["step"]) if group["stochastic_rounding"] else None
             rule = numbers(group, state["step"])
-            updates.append(Update(value, grad.contiguous(), state, rule, seed))
+            updates.append(AdamUpdate(value, grad.contiguous(), state, rule, seed))
         self._run(updates)
         for value, moved in copies:
             value.copy_(moved)
@@ -209,9 +208,9 @@ class BlockAdamW(Optimizer):
             self.report()
         return loss
 
-    def _run(self, updates: list[Update]) -> None:
+    def _run(self, updates: list[AdamUpdate]) -> None:
         here = []
-        away: dict[torch.device, list[Update]] = {}
+        away: dict[torch.device, list[AdamUpdate]] = {}
         for update in updates:
             same = update.state["state1"].device == update.value.device
             (here if same else away.setdefault(update.value.device, [])).append(update)
@@ -220,7 +219,7 @@ class BlockAdamW(Optimizer):
             self._staged[device].step(some, self._bad)
 
     def _draw(self, index: int, step: int) -> int:
-        """32 bits for a parameter's step; what the kernel draws for an element starts from them."""
+        """Seed of a parameter's step, 32 bits; the kernel derives its random numbers from it."""
         mixed = (
             self.seed * 0x9E3779B97F4A7C15 + index * 0xBF58476D1CE4E5B9 + step * 0x94D049BB133111EB
         )
@@ -232,18 +231,18 @@ class BlockAdamW(Optimizer):
         return self._bad.total()
 
     def report(self) -> None:
-        """Warns once if there were NaN or infinite gradients."""
+        """Warns once about NaN or infinite gradients."""
         if not self._reported and (count := self.nonfinite):
             self._reported = True
             logger.warning(
                 f"{type(self).__name__}: {count} element(s) of the gradients were NaN or infinite; their "
-                "parameters stayed as they were. Later ones are counted in `nonfinite`."
+                "parameters were kept. Later ones are counted in `nonfinite`."
             )
 
     # ---- State ----
 
     def _allocate(self, found: list[tuple[Tensor, dict[str, Any]]]) -> None:
-        """Gives each parameter that has none a state of zeros, on its device or in pages."""
+        """Creates missing states, zeros on the parameter's device or in pages."""
         fresh: dict[torch.device, list[tuple[Tensor, dict[str, Any]]]] = {}
         for parameter, group in found:
             state, device = self.state.get(parameter), local(parameter).device
@@ -282,7 +281,7 @@ class BlockAdamW(Optimizer):
         return pages.allocate(entries)
 
     def _move(self, parameter: Tensor, state: dict[str, Any]) -> None:
-        """Lets a state follow a parameter that has gone to another device."""
+        """Moves a state to its parameter's device."""
         self._synchronize()
         self.state[parameter] = self._placed([(local(parameter).device, state)])[0]
 
@@ -325,11 +324,11 @@ class BlockAdamW(Optimizer):
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """
-        Restores what a `state_dict` of this optimiser, or bitsandbytes' AdamW, has given.
+        Restores a `state_dict` of this optimiser or of bitsandbytes' AdamW.
 
         Raises:
             ValueError: If groups or shapes differ; nothing is changed then.
-            OSError: If the state is paged and the disk has no room; nothing is changed either.
+            OSError: If the state is paged and the disk is full; nothing is changed then.
         """
         name = type(self).__name__
         groups, saved_groups = self.param_groups, state_dict["param_groups"]
@@ -370,18 +369,18 @@ class BlockAdamW(Optimizer):
 
 class AdamW8bit(BlockAdamW):
     __doc__ = f"""
-    AdamW with moments of 8 bits: two bytes a parameter, and a scale for every 256.
+    AdamW with 8-bit moments: two bytes per element, and a scale per 256 elements.
 
-    After Dettmers et al. 2022 (arXiv 2110.02861). Moments of fewer than `min_8bit_size` elements, and
-    of groups with `optim_bits=32` (which is what embeddings should have), are `fp32`. Needs no
-    bitsandbytes. See [`BlockAdamW`] for what happens to NaN, and for saved state.
+    After Dettmers et al. 2022 (arXiv 2110.02861). Moments of fewer than `min_8bit_size` elements,
+    and of groups with `optim_bits=32` (recommended for embeddings), are `fp32`. bitsandbytes is not
+    needed. See [`BlockAdamW`] about NaN and saved states.
 
     Args:
         {_ARGS_DOC}
         optim_bits (`int`, *optional*, defaults to 8):
             8 or 32.
         min_8bit_size (`int`, *optional*, defaults to 4096):
-            Elements from which on moments have 8 bits.
+            Parameters with at least this many elements have 8-bit moments.
         {_REST_DOC}
     """
 
@@ -416,9 +415,9 @@ class PagedAdamW8bit(AdamW8bit):
     __doc__ = f"""
     [`AdamW8bit`] with its state in pages.
 
-    On a CPU the state is in a file that is mapped into memory, and may be larger than the memory. On a
-    GPU it is in the host's pinned memory, and comes and goes while the parts before and behind are
-    updated. Either way it goes with the optimiser.
+    On a CPU the state is in a memory-mapped file and can be larger than the memory. On a GPU it is
+    in pinned host memory, and is copied in and out while other parts are updated. It is freed with
+    the optimiser.
 
     Args:
         {_ARGS_DOC}
@@ -426,9 +425,9 @@ class PagedAdamW8bit(AdamW8bit):
         optim_bits (`int`, *optional*, defaults to 8):
             8 or 32.
         min_8bit_size (`int`, *optional*, defaults to 4096):
-            Elements from which on moments have 8 bits.
+            Parameters with at least this many elements have 8-bit moments.
         {_REST_DOC}
-        OSError: In a step or in `load_state_dict`, if `page_dir` has no room; nothing is changed then.
+        OSError: In a step or in `load_state_dict`, if `page_dir` is full; nothing is changed then.
     """
 
     def __init__(
@@ -463,7 +462,7 @@ class PagedAdamW32bit(PagedAdamW8bit):
         {_ARGS_DOC}
         {_PAGES_DOC}
         {_REST_DOC}
-        OSError: In a step or in `load_state_dict`, if `page_dir` has no room; nothing is changed then.
+        OSError: In a step or in `load_state_dict`, if `page_dir` is full; nothing is changed then.
     """
 
     def __init__(self, params: Iterable[Any], *args: Any, **options: Any):

@@ -1,4 +1,4 @@
-"""The step of AdamW: numbers of the rule, and the kernel or the ops that apply it."""
+"""The step of AdamW: the coefficients, and the kernel or the ops that apply them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from ... import _core
 from .moments import decode, encode, is_8bit
 
-# beta1, beta2, what is added to the root of the second moment, step size, what decay leaves.
+# beta1, beta2, eps added to the root of the second moment, step size, 1 - decay.
 Numbers = tuple[float, float, float, float, float]
 
 # Devices that the core has kernels for.
@@ -25,8 +25,8 @@ def numbers(group: dict[str, Any], step: int) -> Numbers:
     """
     The rule of a group's parameters at their step, counted from 1.
 
-    `value = (value + step_size * m / (sqrt(v) + eps)) * keep`, which is Adam with its biases corrected
-    and then decoupled weight decay, in bitsandbytes' order.
+    `value = (value + step_size * m / (sqrt(v) + eps)) * keep`, which is Adam with bias correction,
+    then decoupled weight decay, in bitsandbytes' order.
     """
     beta1, beta2 = group["betas"]
     second = math.sqrt(1.0 - beta2**step)
@@ -36,15 +36,15 @@ def numbers(group: dict[str, Any], step: int) -> Numbers:
 
 
 @dataclass
-class Update:
-    """What a step does to one tensor, in place."""
+class AdamUpdate:
+    """The arguments of a step on one tensor, in place."""
 
     value: Tensor  # contiguous; fp32, bf16 or fp16
-    grad: Tensor  # contiguous, of its shape; of its dtype or fp32
+    grad: Tensor  # contiguous, same shape; same dtype or fp32
     state: dict[str, Any]  # `state1`, `state2`, and the scales of 8-bit ones
     numbers: Numbers
     seed: int | None = None  # of stochastic rounding, 32 bits
-    first: int = 0  # place of the first element, if this is a part of a parameter
+    first: int = 0  # index of the first element, if this is a part of a parameter
 
 
 class NonFinite:
@@ -64,18 +64,18 @@ class NonFinite:
         return sum(int(count) for count in self._counts.values())
 
 
-def adamw_step(updates: Iterable[Update], bad: NonFinite) -> None:
+def adamw_step(updates: Iterable[AdamUpdate], bad: NonFinite) -> None:
     """
-    Applies updates, those on a device together.
+    Applies updates, grouped by device.
 
-    Elements whose gradient is NaN or infinite, or so large that its square is, keep their value; their
-    moments begin again.
+    Elements whose gradient is NaN or infinite, or so large that its square is, are kept; their
+    moments are reset.
 
     Args:
-        updates (`Iterable[Update]`): What is to be done.
-        bad (`NonFinite`): Counts such elements.
+        updates (`Iterable[AdamUpdate]`): The updates.
+        bad (`NonFinite`): Counts elements with such gradients.
     """
-    by_device: dict[torch.device, list[Update]] = defaultdict(list)
+    by_device: dict[torch.device, list[AdamUpdate]] = defaultdict(list)
     for update in updates:
         if update.value.numel():
             by_device[update.value.device].append(update)
@@ -88,7 +88,7 @@ def adamw_step(updates: Iterable[Update], bad: NonFinite) -> None:
                 _with_ops(update, bad.on(device))
 
 
-def _item(update: Update) -> tuple[Any, Any]:
+def _item(update: AdamUpdate) -> tuple[Any, Any]:
     state = update.state
     absmax = (state["absmax1"], state["absmax2"]) if is_8bit(state) else None
     moments = (state["state1"], state["state2"])
@@ -96,8 +96,8 @@ def _item(update: Update) -> tuple[Any, Any]:
     return parts, (update.numbers, update.seed)
 
 
-def _with_ops(update: Update, bad: Tensor) -> None:
-    """The same through torch's ops, where there is no kernel; rounds to the nearest."""
+def _with_ops(update: AdamUpdate, bad: Tensor) -> None:
+    """A step with torch's ops, for devices without a kernel; rounds to the nearest."""
     beta1, beta2, eps, step_size, keep = update.numbers
     value, grad, state = update.value, update.grad.float(), update.state
     square = grad * grad

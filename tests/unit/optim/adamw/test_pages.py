@@ -16,7 +16,7 @@ from oddsmith.optim.adamw.moments import blocks_of, layout, maps
 from oddsmith.optim.adamw.pages import FilePages, PinnedPages
 from oddsmith.optim.adamw.saved_state import unwrap
 from oddsmith.optim.adamw.staging import Staged, batches, bytes_of
-from oddsmith.optim.adamw.step import NonFinite, Update, adamw_step, numbers
+from oddsmith.optim.adamw.step import AdamUpdate, NonFinite, adamw_step, numbers
 from support.gradients import given, randn, train, weights_of
 
 RULE = {"lr": 0.02, "betas": (0.8, 0.95), "eps": 1e-5, "weight_decay": 0.1}
@@ -208,7 +208,7 @@ def update_of(shape, bits, step, dtype, seed=None):
     if bits == 8:
         state |= dict(zip(("qmap1", "qmap2"), maps(value.device)))
     rule = numbers(RULE, step)
-    return Update(value, randn(*shape, seed=step).to(dtype), state, rule, seed)
+    return AdamUpdate(value, randn(*shape, seed=step).to(dtype), state, rule, seed)
 
 
 def updates_of(step=1, dtype=torch.float32, seed=None):
