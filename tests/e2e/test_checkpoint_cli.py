@@ -108,7 +108,7 @@ def test_merge_into_four_bits(adapter, tiny_mistral, tmp_path):
         (["quantize", "{model}"], 2, "the following arguments are required: OUT"),
         (["quantize", "{model}", "{out}", "--blocksize", "48"], 2, "invalid choice: 48"),
         (["quantize", "{out}", "{out}2"], 1, "out: no such folder"),
-        (["quantize", "{model}", "{model}"], 1, "is the folder that is read"),
+        (["quantize", "{model}", "{model}"], 1, "is the input folder"),
         (["merge", "{model}", "{model}", "{out}"], 1, "has no adapter_config.json"),
         (["merge", "{model}", "{model}"], 2, "required: OUT"),
     ],

@@ -129,7 +129,7 @@ def test_a_run_goes_on_from_its_newest_checkpoint(tiny_mistral, ultrafeedback, t
               "--lr_scheduler_type", "constant"]  # fmt: skip
     assert train(*common, "--output_dir", tmp_path / "straight") == 0
     resumed = [*common, "--output_dir", tmp_path / "resumed"]
-    assert "holds no checkpoint" in error_of(capsys, *resumed, "--resume_from_checkpoint", "true")
+    assert "has no checkpoint" in error_of(capsys, *resumed, "--resume_from_checkpoint", "true")
     assert train(*resumed, "--max_steps", "2") == 0
     assert train(*resumed, "--resume_from_checkpoint", "true") == 0
     straight = AutoModelForCausalLM.from_pretrained(tmp_path / "straight").state_dict()

@@ -232,7 +232,7 @@ def test_ignored_arguments_are_said_once_and_change_nothing(log, name):
         ({"beta_schedule": "cosine"}, "needs beta_end"),
         ({"beta_end": 0.05}, "set beta_schedule"),
         ({"beta_schedule": "sawtooth", "beta_end": 0.05}, "'constant', 'linear', 'cosine'"),
-        ({"beta_anneal_start": 1.0}, r"beta_anneal_start is 1.0; must lie in \[0, 1\)"),
+        ({"beta_anneal_start": 1.0}, r"beta_anneal_start is 1.0; must be in \[0, 1\)"),
         ({"beta_anneal_start": -0.1}, "beta_anneal_start is -0.1"),
         ({"nll_scope": "prompt"}, "nll_scope is 'prompt'; must be one of 'full', 'completion'"),
         ({"odds_ratio_link": "log"}, "odds_ratio_link is 'log'"),

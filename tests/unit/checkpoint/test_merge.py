@@ -339,7 +339,7 @@ def test_other_methods_are_refused_by_name(base, tmp_path):
         merge_adapter(base, adapter, tmp_path / "out")
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
-    with pytest.raises(UserError, match="adapter_model.bin is no safetensors file"):
+    with pytest.raises(UserError, match="adapter_model.bin is not a safetensors file"):
         merge_adapter(base, adapter, tmp_path / "out")
     (adapter / "adapter_config.json").unlink()
     with pytest.raises(UserError, match="has no adapter_config.json"):
@@ -378,7 +378,7 @@ def test_bases_that_are_refused_by_name(base, tmp_path):
         tensors["model.layers.0.self_attn.q_proj.SCB"] = torch.ones(48)
 
     for edit, words in (
-        (renamed, f"{name}: is fp4; of quantised weights only nf4"),
+        (renamed, f"{name}: is quantised to fp4; only nf4 can be read"),
         (shorter, f"{name}: quant_state has shape .48, 48., which does not fit the 1151 bytes"),
         (int8, f"{name} is int8"),
         (lambda tensors: tensors.pop(f"{name}.absmax"), f"{name}: absmax is missing"),

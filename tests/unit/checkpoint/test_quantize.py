@@ -184,7 +184,7 @@ def test_weights_that_are_not_finite_are_named(value, name, base, tmp_path):
 
 def test_quantised_models_are_refused_by_name(base, tmp_path):
     quantize_checkpoint(base, tmp_path / "out")
-    with pytest.raises(UserError, match="is quantised already, with nf4 of bitsandbytes"):
+    with pytest.raises(UserError, match="is already quantised with nf4 of bitsandbytes"):
         quantize_checkpoint(tmp_path / "out", tmp_path / "more")
     config = json.loads((base / "config.json").read_text())
     cases = [
@@ -198,7 +198,7 @@ def test_quantised_models_are_refused_by_name(base, tmp_path):
             quantize_checkpoint(base, tmp_path / "more")
     (base / "config.json").write_text(json.dumps(config))
     change(base / "model.safetensors", lambda t: t.update({"x.SCB": torch.ones(1)}))
-    with pytest.raises(UserError, match="x.SCB is there, of int8"):
+    with pytest.raises(UserError, match="x.SCB belongs to int8 weights"):
         quantize_checkpoint(base, tmp_path / "more")
 
 
@@ -232,14 +232,17 @@ def bad_index(content):
         (truncate, "is truncated or too long"),
         (no_weights, "must have model.safetensors or .*; found pytorch_model.bin"),
         (lambda base: (base / "model.safetensors").write_bytes(b""), "has 0 bytes"),
-        (lambda base: (base / "model.safetensors").write_bytes(b"x" * 99), "no safetensors file"),
+        (
+            lambda base: (base / "model.safetensors").write_bytes(b"x" * 99),
+            "not a safetensors file",
+        ),
         (lambda base: (base / "config.json").unlink(), "config.json: No such file"),
-        (lambda base: (base / "config.json").write_text("{"), "config.json: is no JSON"),
+        (lambda base: (base / "config.json").write_text("{"), "config.json: is not JSON"),
         (lambda base: (base / "config.json").write_text("[]"), "is list; must be a JSON object"),
         (lambda base: (base / "config.json").write_text("{}"), "cannot build the model"),
         (shutil.rmtree, "no such folder"),
         (bad_index({}), "weight_map is None"),
-        (bad_index({"weight_map": {"x": "../y"}}), "'../y' is no name of a file"),
+        (bad_index({"weight_map": {"x": "../y"}}), "'../y' is not a file name"),
         (bad_index({"weight_map": {"x": "y.safetensors"}}), "y.safetensors: No such file"),
         (bad_index({"weight_map": {"x": "part.safetensors"}}), "has no tensor 'x', which"),
     ],
@@ -256,10 +259,10 @@ def test_arguments_are_checked(base, tmp_path):
         quantize_checkpoint(base, tmp_path / "out", blocksize=48)
     with pytest.raises(UserError, match="--compute_dtype int8: must be one of"):
         quantize_checkpoint(base, tmp_path / "out", compute_dtype="int8")
-    with pytest.raises(UserError, match="is the folder that is read"):
+    with pytest.raises(UserError, match="is the input folder"):
         quantize_checkpoint(base, base, overwrite=True)
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="file: is no folder"):
+    with pytest.raises(UserError, match="file: is not a folder"):
         quantize_checkpoint(base, tmp_path / "file", overwrite=True)
 
 

@@ -123,8 +123,8 @@ def test_an_interrupt_is_exit_code_130(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("argv", "reason"),
     [
-        (["--steps", "0"], "'0' is no whole number above 0"),
-        (["--steps", "many"], "'many' is no whole number above 0"),
+        (["--steps", "0"], "'0' is not a whole number above 0"),
+        (["--steps", "many"], "'many' is not a whole number above 0"),
         (["--seed", "x"], "invalid int value: 'x'"),
         (["--stps", "3"], "unrecognized arguments: --stps"),
     ],
@@ -283,8 +283,8 @@ def test_a_json_file(tmp_path):
         ("a.yaml", "max_steps: soon", "invalid int value: 'soon'"),
         ("a.yaml", "beta: [1", "cannot be parsed"),
         ("a.json", "{'beta': 1}", "cannot be parsed"),
-        ("a.yaml", "- beta", "must hold a mapping"),
-        ("a.yaml", "", "must hold a mapping"),
+        ("a.yaml", "- beta", "must be a mapping"),
+        ("a.yaml", "", "must be a mapping"),
         ("a.toml", "beta = 1", "neither a flag nor a settings file"),
         ("a.yaml", None, "no such file"),
     ],

@@ -261,7 +261,7 @@ def test_drop(tokenizer, log, make):
 def test_truncate_is_counted(tokenizer, log):
     assert len(prepare(ROWS, tokenizer, max_length=5)) == 3
     assert "2 of 3 rows (66.7%) are longer than max_length 5: truncated" in log.text
-    assert "1 of 3 rows have no token of a completion left within max_length 5" in log.text
+    assert "1 of 3 rows have no completion tokens within max_length 5" in log.text
     log.clear()
     prepare(ROWS, tokenizer, max_length=8)
     assert not log.records
@@ -269,12 +269,12 @@ def test_truncate_is_counted(tokenizer, log):
 
 @pytest.mark.parametrize("make", [Dataset.from_list, stream_of])
 def test_max_length_below_every_completion(tokenizer, make):
-    with pytest.raises(ValueError, match="no token of a completion left within max_length 2;"):
+    with pytest.raises(ValueError, match="no completion tokens within max_length 2;"):
         prepare(make(ROWS), tokenizer, max_length=2)
 
 
 def test_drop_that_leaves_nothing(tokenizer):
-    with pytest.raises(ValueError, match="3 of 3 rows .* overlength='drop' leaves none"):
+    with pytest.raises(ValueError, match="3 of 3 rows .* overlength='drop' removes all"):
         prepare(ROWS, tokenizer, max_length=3, overlength="drop")
 
 

@@ -316,7 +316,7 @@ class Slow:
     "make, reason",
     [
         (Slow, "Slow is not a fast tokenizer"),
-        (lambda: word_tokenizer(Shouting), "Shouting has a __call__ of its own"),
+        (lambda: word_tokenizer(Shouting), "Shouting overrides __call__"),
         (with_python_component, "the backend of .* cannot be written as JSON: .*serialized"),
     ],
 )
@@ -336,7 +336,7 @@ def test_rows_that_come_out_otherwise_need_python(monkeypatch, make, log):
     monkeypatch.setattr(fast_module, "_ENCODING_METHODS", ())
     prepared = prepare(make(ROWS), word_tokenizer(Shouting))
     assert next(iter(prepared))["prompt_input_ids"] == [1, 4]  # "b" for "a"
-    assert "the backend alone encodes the prompt 'a ' otherwise" in log.text
+    assert "the backend alone encodes the prompt 'a ' differently" in log.text
     assert len(log.records) == 1
 
 
@@ -347,7 +347,7 @@ def stream_of(rows):
 @pytest.mark.parametrize(
     "make, reason",
     [
-        (lambda made: OwnRules(made), "OwnRules has rules of its own"),
+        (lambda made: OwnRules(made), "OwnRules overrides its rules"),
         (lambda made: RowBuilder(made, label_pad_token_id=2**40), "int"),
         (
             lambda made: RowBuilder(made, is_encoder_decoder=True, max_completion_length=9),

@@ -32,7 +32,7 @@ def test_answers_are_graded(instruction, right, wrong):
 
 
 def test_an_unknown_instruction_is_refused():
-    with pytest.raises(ValueError, match="'Reverse it' follows none"):
+    with pytest.raises(ValueError, match="'Reverse it' matches none"):
         is_correct("Reverse it", "ti")
 
 

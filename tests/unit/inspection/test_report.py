@@ -60,7 +60,7 @@ def findings(row, tokenizer, max_length=20, report=False):
         ({**CLEAN, "rejected": "g <s>"}, "more than one BOS"),
         ({**CLEAN, "rejected": CLEAN["chosen"]}, "the same chosen and rejected"),
         ({**CLEAN, "rejected": ""}, "an empty completion"),
-        ({**CLEAN, "prompt": "a " * 25}, "longer than max_length 20 by their prompt alone"),
+        ({**CLEAN, "prompt": "a " * 25}, "a prompt longer than max_length 20"),
     ],
 )
 def test_findings_name_the_row_and_the_fix(tokenizer, row, words):
@@ -158,7 +158,7 @@ def test_figures_by_hand(tokenizer):
     assert figures["near_duplicate_prompts"] == 0
     text = str(report)
     assert "train_dataset: 3 rows, 34 tokens" in text
-    assert "pads: 29% of the positions of batches of 3 pairs" in text
+    assert "padding: 29% of positions in batches of 3 pairs" in text
     assert "1.31x fewer tokens; both: 1.85x" in text
 
 
@@ -197,7 +197,7 @@ def test_near_duplicate_prompts(tokenizer):
     report = report_rows(prepare(rows, tokenizer, 60), tokenizer, max_length=60)
     assert report.figures()["near_duplicate_prompts"] == 1
     assert report.stats.similar.first == 1
-    assert "prompts seen before: 0; like one before: 1" in str(report)
+    assert "repeated prompts: 0; similar to an earlier one: 1" in str(report)
 
 
 def test_overlength_rows_are_in_the_report(tokenizer):
@@ -350,7 +350,7 @@ def test_inspect_needs_a_tokenizer_and_sane_lengths(folder, tmp_path, capsys):
     with pytest.raises(UserError, match="--histogram x: needs a suffix"):
         run_inspect(source, folder, histogram="x")
     assert cli.main(["inspect", source, "--model", folder, "--max_length", "0"]) == 2
-    assert "'0' is no whole number above 0" in capsys.readouterr().err
+    assert "'0' is not a whole number above 0" in capsys.readouterr().err
 
 
 def test_inspect_uses_the_templates_that_train_would(folder, tmp_path, capsys):

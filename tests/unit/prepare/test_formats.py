@@ -336,7 +336,7 @@ def test_formats_are_told_apart():
     assert set(FORMATS) == {"pairs", "hh", "ultrafeedback", "oasst", "oasst_trees", "scored",
                             "responses"}  # fmt: skip
     with pytest.raises(
-        UserError, match="x line 3: the format cannot be told from the columns a, b"
+        UserError, match="x line 3: the format cannot be detected from the columns a, b"
     ):
         detect_format({"a": 1, "b": 2}, Columns(), "x line 3")
     dialogue = "\n\nHuman: a\n\nAssistant: b"

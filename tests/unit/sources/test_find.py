@@ -130,7 +130,7 @@ def test_missing_and_unreadable_files(tmp_path):
     with pytest.raises(UserError, match=r"broken\.parquet cannot be read: .+"):
         load_source(str(tmp_path / "broken.parquet"))
     (tmp_path / "folder").mkdir()
-    with pytest.raises(UserError, match="the folder holds no"):
+    with pytest.raises(UserError, match="the folder has no"):
         load_source(str(tmp_path / "folder"))
 
 
@@ -146,7 +146,9 @@ def test_a_hub_id_without_a_hub(monkeypatch):
         raise ConnectionError("Couldn't reach the Hub\nsecond line")
 
     monkeypatch.setattr("oddsmith.sources.find.load_dataset", offline)
-    with pytest.raises(UserError, match="no local path and cannot be loaded from the hub: Could"):
+    with pytest.raises(
+        UserError, match="not a local path and cannot be loaded from the hub: Could"
+    ):
         load_source("owner/name")
 
 

@@ -227,7 +227,7 @@ def test_damaged_parquet(tmp_path):
             seen.append(record.number)
     assert seen == list(range(1, 1001))
     path.write_bytes(whole[:-30])
-    with pytest.raises(UserError, match="a.parquet: no whole parquet file: "):
+    with pytest.raises(UserError, match="a.parquet: not a complete parquet file: "):
         fields(path)
 
 
@@ -249,7 +249,7 @@ def test_a_cut_off_saved_dataset(tmp_path):
         ("a.jsonl", LINES[:90] + b"\n" + LINES, "a.jsonl line 2: not JSON: "),
         ("a.jsonl.gz", gzip.compress(LINES)[:-20], "a.jsonl.gz line "),
         ("a.json", b'[\n{"chosen": "x"},\n{"chosen"', "a.json line 3: not JSON: "),
-        ("a.parquet", b"PAR1 no more", "a.parquet: no whole parquet file: "),
+        ("a.parquet", b"PAR1 no more", "a.parquet: not a complete parquet file: "),
     ],
 )
 def test_training_names_file_and_line_too(name, content, words, tmp_path):

@@ -129,9 +129,9 @@ def test_optim_args(config, model, tmp_path):
         (
             "adamw_bnb_8bit",
             "betas=0.9",
-            "'betas', which is no option; there are min_8bit_size, stoch",
+            "the unknown option 'betas'; known are min_8bit_size, stoch",
         ),
-        ("paged_adamw_8bit", "pages=3", "there are device_budget, min_8bit_size, page_dir, stoch"),
+        ("paged_adamw_8bit", "pages=3", "known are device_budget, min_8bit_size, page_dir, stoch"),
         (
             "paged_adamw",
             "device_budget=1e6",

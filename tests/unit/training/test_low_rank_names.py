@@ -142,7 +142,7 @@ def test_bad_targets(targets, error, message, model):
     [
         ("rank", "'rank'; must be option=value"),
         ("rank=", "must be option=value"),
-        ("ranks=4", "'ranks', which is no option; there are"),
+        ("ranks=4", "the unknown option 'ranks'; known are"),
         ("rank=4,rank=5", "'rank' twice"),
         ("rank=four", "rank is 'four' in optim_args; must be an integer"),
         ("scale=big", "scale is 'big' in optim_args; must be a number"),
@@ -202,7 +202,7 @@ def test_all_frozen_is_refused(config, tokenizer):
 def test_sharded_models_and_many_processes_are_refused(config, model, monkeypatch):
     args = config(optim="galore_adamw_layerwise")
     monkeypatch.setattr(args, "fsdp", ["full_shard"])
-    with pytest.raises(ValueError, match="with fsdp: a projection needs whole matrices"):
+    with pytest.raises(ValueError, match="with fsdp: a projection needs full matrices"):
         low_rank_optimizer(args, model)
     monkeypatch.setattr(args, "fsdp", [])
     monkeypatch.setattr(args, "fp16", True)

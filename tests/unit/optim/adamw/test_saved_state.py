@@ -202,7 +202,7 @@ def change(number, **entries):
         (change(0, absmax1=torch.ones(18)), r"parameter 0: absmax1 is \(18,\); must have 19"),
         (change(0, qmap2=torch.ones(16)), r"qmap2 is \(16,\); must have 256"),
         (change(0, absmax2=None), "absmax2 is None; must have 19"),
-        (change(2, state2=None), "parameter 2 has no state2: it is not that of an AdamW"),
+        (change(2, state2=None), "parameter 2 has no state2, so it is not a state of AdamW"),
         (change(3, step=None), "parameter 3 has no step"),
         (change(0, state2=torch.zeros(67, 71)), "state2 is torch.float32; must be torch.uint8"),
     ],
@@ -223,7 +223,9 @@ def test_the_state_of_another_optimizer_is_refused():
     optimizer, weights = make()
     peer = torch.optim.AdamW([{"params": weights[:3]}, {"params": weights[3:]}], lr=0.1)
     given(peer, grads_of(0))
-    with pytest.raises(ValueError, match="parameter 0 has no state1: it is not that of an AdamW"):
+    with pytest.raises(
+        ValueError, match="parameter 0 has no state1, so it is not a state of AdamW"
+    ):
         optimizer.load_state_dict(peer.state_dict())
     assert not optimizer.state and optimizer.param_groups[0]["lr"] == 0.02
 
