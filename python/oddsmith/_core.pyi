@@ -1,6 +1,6 @@
 """The compiled core. Use [`oddsmith.functional`], which adds autograd and torch.compile."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from os import PathLike
 
 from torch import Tensor
@@ -147,14 +147,16 @@ _Path = str | PathLike[str]
 
 def checkpoint_tensors(path: _Path) -> list[tuple[str, str, list[int]]]: ...
 def checkpoint_states(
-    base: list[_Path], names: list[str]
+    base: Sequence[_Path], names: list[str]
 ) -> list[tuple[list[int], str, int, bool] | None]: ...
-def converted_size(base: list[_Path], adapter: _Path | None, rules: list[TensorRule]) -> int: ...
+def converted_size(
+    base: Sequence[_Path], adapter: _Path | None, rules: list[TensorRule]
+) -> int: ...
 def convert_checkpoint(
-    base: list[_Path],
+    base: Sequence[_Path],
     adapter: _Path | None,
     rules: list[TensorRule],
-    outputs: list[_Path],
+    outputs: Sequence[_Path],
     code: Tensor,
     stepped: bool,
     progress: Callable[[int], object],

@@ -3,11 +3,15 @@
 import math
 import numbers
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from transformers import TrainingArguments
-from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available, logging
+from transformers.utils import logging
+from transformers.utils.import_utils import (
+    is_torch_bf16_gpu_available,
+    is_torch_xla_available,
+)
 
 from .legacy_arguments import LEGACY_NAMES, LegacyArguments, flag, resolve_legacy
 
@@ -19,7 +23,13 @@ NLL_SCOPES = ("full", "completion")
 ODDS_RATIO_LINKS = ("logsigmoid", "identity")
 OVERLENGTH_POLICIES = ("truncate", "drop")
 # The values as text, and as JSON or YAML types.
-_SHARE_PROMPT = {"auto": "auto", "true": True, "false": False}
+_SHARE_PROMPT: dict[str, bool | Literal["auto"]] = {"auto": "auto", "true": True, "false": False}
+
+if TYPE_CHECKING:
+    SharePrompt = bool | Literal["auto"]
+else:
+    # HfArgumentParser makes no flag of such a union: it hands on the text, which is read here.
+    SharePrompt = str
 
 # What TRL assumed when max_length was None.
 _MAX_LENGTH_OF_NONE = 512
@@ -114,7 +124,8 @@ class ORPOConfig(LegacyArguments, TrainingArguments):
         default=10,
         metadata={"help": "Steps between two logs; below 1 a fraction of all training steps."},
     )
-    gradient_checkpointing: bool = field(
+    # Never None here, and on a command line a flag with a --no_gradient_checkpointing.
+    gradient_checkpointing: bool = field(  # pyright: ignore[reportIncompatibleVariableOverride]
         default=True,
         metadata={"help": "Recompute activations in the backward pass to save memory."},
     )
@@ -198,7 +209,7 @@ class ORPOConfig(LegacyArguments, TrainingArguments):
     padding_free: bool = field(
         default=True, metadata={"help": "Run the model without padding, if it allows it."}
     )
-    share_prompt: str = field(
+    share_prompt: SharePrompt = field(
         default="auto",
         metadata={"help": "Compute each prompt once: auto (if it saves time), true or false."},
     )
@@ -220,7 +231,7 @@ class ORPOConfig(LegacyArguments, TrainingArguments):
         if self.max_length is None:
             logger.warning_once(f"`max_length` is None: using {_MAX_LENGTH_OF_NONE}.")
             self.max_length = _MAX_LENGTH_OF_NONE
-        self._check()
+        self._check(self.max_length)
         super().__post_init__()
         self._resolve_model_init_kwargs()
 
@@ -260,7 +271,8 @@ class ORPOConfig(LegacyArguments, TrainingArguments):
             logger.warning_once("This hardware has no bfloat16: falling back to fp32.")
             wanted = False
             self.bf16_full_eval = self.bf16_full_eval and self.use_cpu
-        self.bf16 = wanted
+        # `bool` in the base class; here it was None if nobody asked for it.
+        self.bf16 = wanted  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def _resolve_model_init_kwargs(self) -> None:
         # TrainingArguments.__post_init__ has parsed JSON text.
@@ -275,7 +287,7 @@ class ORPOConfig(LegacyArguments, TrainingArguments):
             kwargs.setdefault("dtype", kwargs.pop("torch_dtype"))
             self.model_init_kwargs = kwargs
 
-    def _check(self) -> None:
+    def _check(self, max_length: int) -> None:
         _check_positive("beta", self.beta)
         self.beta = float(self.beta)
         _check_choice("beta_schedule", self.beta_schedule, BETA_SCHEDULES)
@@ -295,8 +307,12 @@ class ORPOConfig(LegacyArguments, TrainingArguments):
         _check_choice("odds_ratio_link", self.odds_ratio_link, ODDS_RATIO_LINKS)
         _check_choice("truncation_mode", self.truncation_mode, TRUNCATION_MODES)
         _check_choice("overlength", self.overlength, OVERLENGTH_POLICIES)
-        self.share_prompt = _SHARE_PROMPT.get(str(self.share_prompt).lower(), self.share_prompt)
-        _check_choice("share_prompt", self.share_prompt, tuple(_SHARE_PROMPT.values()))
+        share_prompt = _SHARE_PROMPT.get(str(self.share_prompt).lower())
+        if share_prompt is None:
+            raise ValueError(
+                f"share_prompt is {self.share_prompt!r}; must be True, False or 'auto'"
+            )
+        self.share_prompt = share_prompt
         for name in (
             "max_length",
             "max_prompt_length",
@@ -313,10 +329,10 @@ class ORPOConfig(LegacyArguments, TrainingArguments):
                 f"label_pad_token_id is {self.label_pad_token_id}; must be negative, so that it "
                 "is not a token id"
             )
-        if self.max_prompt_length is not None and self.max_prompt_length >= self.max_length:
+        if self.max_prompt_length is not None and self.max_prompt_length >= max_length:
             raise ValueError(
                 f"max_prompt_length is {self.max_prompt_length}; must be below max_length "
-                f"{self.max_length}, to leave tokens for the answers"
+                f"{max_length}, to leave tokens for the answers"
             )
 
     def beta_at(self, step: int, max_steps: int) -> float:
@@ -333,7 +349,7 @@ class ORPOConfig(LegacyArguments, TrainingArguments):
         Raises:
             ValueError: If there is a schedule and `max_steps` is not positive.
         """
-        if self.beta_schedule == "constant":
+        if self.beta_schedule == "constant" or self.beta_end is None:
             return self.beta
         if max_steps <= 0:
             raise ValueError(f"max_steps is {max_steps}; must be positive for a beta_schedule")
@@ -358,7 +374,7 @@ class ORPOConfig(LegacyArguments, TrainingArguments):
 def _check_positive(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise ValueError(f"{name} is {value!r}; must be a number")
-    if not (math.isfinite(value) and value > 0):
+    if not (math.isfinite(value) and float(value) > 0):
         raise ValueError(f"{name} is {value}; must be positive and finite")
 
 

@@ -74,7 +74,7 @@ class Adapter:
 
     def _read_config(self) -> LoraConfig:
         try:
-            config = PeftConfig.from_pretrained(self.folder)
+            config = PeftConfig.from_pretrained(str(self.folder))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{self.folder / 'adapter_config.json'}: {error}") from error
         kind = getattr(config.peft_type, "value", config.peft_type)
@@ -117,9 +117,9 @@ class Adapter:
             UserError: If the rank is not the one in `adapter_config.json`.
         """
         config, parts = self.config, self.modules[module]
-        ranks, alphas = config.rank_pattern, config.alpha_pattern
-        rank = ranks.get(get_pattern_key(ranks.keys(), module), config.r)
-        alpha = alphas.get(get_pattern_key(alphas.keys(), module), config.lora_alpha)
+        ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
+        rank = ranks.get(get_pattern_key(list(ranks), module), config.r)
+        alpha = alphas.get(get_pattern_key(list(alphas), module), config.lora_alpha)
         key = parts.get("lora_A") or parts.get("lora_embedding_A")
         if key is not None and self.tensors[key].shape[:1] != (rank,):
             shape = self.tensors[key].shape

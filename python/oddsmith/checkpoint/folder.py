@@ -122,7 +122,7 @@ class Checkpoint:
             self.shards = [path / WEIGHTS]
         elif (path / INDEX).is_file():
             self.index = read_json(path / INDEX)
-            self.shards = self._indexed()
+            self.shards = self._indexed(self.index)
         else:
             others = sorted(file.name for file in path.iterdir() if WEIGHT_FILE.match(file.name))
             found = f"found {', '.join(others[:3])}" if others else "found no weights"
@@ -133,8 +133,8 @@ class Checkpoint:
             self._check_index(shard, tensors)
             self.tensors |= tensors
 
-    def _indexed(self) -> list[Path]:
-        map_ = self.index.get("weight_map")
+    def _indexed(self, index: dict[str, Any]) -> list[Path]:
+        map_ = index.get("weight_map")
         if not isinstance(map_, dict) or not map_:
             raise UserError(
                 f"{self.path / INDEX}: weight_map is {map_!r}; must give a file for each tensor"

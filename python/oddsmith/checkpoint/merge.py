@@ -57,7 +57,7 @@ def states_of(source: Checkpoint) -> dict[str, State]:
             raise UserError(f"{source.path}: {name} is int8 (LLM.int8()); only nf4 can be read")
     with file_errors():
         states = _core.checkpoint_states(source.shards, names)
-    return {name: State(*state) for name, state in zip(names, states)}
+    return {name: State(*state) for name, state in zip(names, states) if state is not None}
 
 
 def _kind(module: nn.Module, name: str) -> str:
@@ -120,7 +120,8 @@ class Merge:
             for parameter, update in self.adapter.updates(module, kind, stored):
                 yield self._key(parameter, "changes"), update
 
-    def _dtype(self, key: str) -> str:
+    def dtype_of(self, key: str) -> str:
+        """Dtype that a tensor has in the result, or is quantised from."""
         if self.dtype is not None:
             return self.dtype
         if key in self.states:
@@ -146,9 +147,11 @@ class Merge:
                 raise UserError(
                     f"{self.adapter.file}: replaces {parameter}, which is 4-bit in the base"
                 )
-            rules[key] = TensorRule(key, self._dtype(key), replacement=name)
+            rules[key] = TensorRule(key, self.dtype_of(key), replacement=name)
         for key, update in self._updates():
-            rule = rules.get(key) or TensorRule(key, self._dtype(key), transposed=self._turned(key))
+            rule = rules.get(key) or TensorRule(
+                key, self.dtype_of(key), transposed=self._turned(key)
+            )
             rules[key] = dataclasses.replace(rule, update=update)
         if not rules:
             raise UserError(f"{self.adapter.file}: has no tensors")
@@ -158,7 +161,7 @@ class Merge:
         """Rules for a result in full precision."""
         rules = self.changes()
         for key in self.states.keys() - rules.keys():
-            rules[key] = TensorRule(key, self._dtype(key), transposed=self._turned(key))
+            rules[key] = TensorRule(key, self.dtype_of(key), transposed=self._turned(key))
         return [*rules.values(), *casts(self.source, self.dtype, rules)]
 
     def quantized(
@@ -173,7 +176,7 @@ class Merge:
             )
             if same and key not in rules:
                 continue
-            rule = rules.get(key) or TensorRule(key, self._dtype(key))
+            rule = rules.get(key) or TensorRule(key, self.dtype_of(key))
             rules[key] = dataclasses.replace(
                 rule,
                 quantize=True,
@@ -260,7 +263,7 @@ def merge_adapter(
         compute_dtype = compute_dtype or before.get("bnb_4bit_compute_dtype")
         first = next(iter(weights))
         config["quantization_config"] = quantization_config(
-            compute_dtype or merge._dtype(first),
+            compute_dtype or merge.dtype_of(first),
             before.get("bnb_4bit_use_double_quant", False)
             if double_quant is None
             else double_quant,

@@ -23,7 +23,7 @@ def load_tokenizer(run: RunArguments, config: ORPOConfig) -> Any:
     Raises:
         UserError: If there is no such model, tokenizer or template.
     """
-    name = run.model_name_or_path
+    name = run.model
     path = Path(name).expanduser()
     if not path.exists() and (name.startswith(("/", "./", "../", "~")) or name.count("/") > 1):
         raise UserError(f"--model {name}: no such folder")
@@ -48,7 +48,7 @@ def model_init_kwargs(run: RunArguments, config: ORPOConfig) -> dict[str, Any]:
         "quantization_config": quantization(run),
     }
     return {
-        **(config.model_init_kwargs or {}),
+        **(config.model_init_kwargs if isinstance(config.model_init_kwargs, dict) else {}),
         **{name: value for name, value in flags.items() if value is not None},
     }
 
@@ -94,12 +94,17 @@ def checkpoint_to_resume(config: ORPOConfig) -> str | bool | None:
         wanted = wanted.lower() == "true"
     if isinstance(wanted, str) and not Path(wanted).is_dir():
         raise UserError(f"--resume_from_checkpoint {wanted}: no such folder")
-    if wanted is True and not list(Path(config.output_dir).glob("checkpoint-*")):
+    if wanted is True and not list(output_folder(config).glob("checkpoint-*")):
         raise UserError(
             f"--resume_from_checkpoint true: {config.output_dir} has no checkpoint; remove the "
             "flag to start from the beginning"
         )
     return wanted or None
+
+
+def output_folder(config: ORPOConfig) -> Path:
+    """`--output_dir`, which `TrainingArguments` fills in where it is not given."""
+    return Path(config.output_dir or "trainer_output")
 
 
 def run_train(run: RunArguments, adapter: AdapterArguments, config: ORPOConfig) -> None:
@@ -128,7 +133,7 @@ def run_train(run: RunArguments, adapter: AdapterArguments, config: ORPOConfig) 
     config.model_init_kwargs = model_init_kwargs(run, config)
     with user_errors(""):
         trainer = ORPOTrainer(
-            model=run.model_name_or_path,
+            model=run.model,
             args=config,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -144,7 +149,7 @@ def run_train(run: RunArguments, adapter: AdapterArguments, config: ORPOConfig) 
     trainer.save_model()
     trainer.save_state()
     if trainer.is_world_process_zero():
-        draw_curves(trainer.state.log_history, Path(config.output_dir))
+        draw_curves(trainer.state.log_history, output_folder(config))
         what = "adapter" if adapter.use_peft else "model"
         print(f"Saved the {what} and its tokenizer to {config.output_dir}")
 

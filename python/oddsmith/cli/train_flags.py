@@ -87,6 +87,17 @@ class RunArguments:
         default=False, metadata={"help": "Quantise the scales of 4-bit weights too."}
     )
 
+    @property
+    def model(self) -> str:
+        """Hub id or folder of the model.
+
+        Raises:
+            ValueError: If none was given; [`parse_train_arguments`] has checked that before.
+        """
+        if self.model_name_or_path is None:
+            raise ValueError("model_name_or_path is None; must be a hub id or a folder")
+        return self.model_name_or_path
+
 
 @dataclass
 class AdapterArguments:

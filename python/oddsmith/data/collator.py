@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..packing.batch import PackedBatch, SharePrompt
+from ..packing.batch import PackedBatch, SharePrompt, check_share_prompt
 
 # Key of the packed batch in a padded batch.
 PACKED = "packed"
@@ -59,7 +59,7 @@ class PreferenceCollator:
             of a pair's tokens.
 
     Raises:
-        ValueError: If `pad_token_id` is None.
+        ValueError: If `pad_token_id` is None, or `share_prompt` is another value.
     """
 
     pad_token_id: int
@@ -68,7 +68,8 @@ class PreferenceCollator:
     packing: bool = False
     share_prompt: SharePrompt = "auto"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        check_share_prompt(self.share_prompt)
         if self.pad_token_id is None:
             raise ValueError(
                 "pad_token_id is None; set tokenizer.pad_token, for instance to tokenizer.eos_token"

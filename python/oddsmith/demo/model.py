@@ -1,6 +1,7 @@
 """Creates a tokenizer and a Mistral-shaped model, small enough to train on two CPU cores."""
 
 from collections.abc import Iterable
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
@@ -62,6 +63,10 @@ def build_model(
     The proportions are Mistral-7B's: four query heads per key-value head, an intermediate size of
     3.5 times the hidden size, no tied embeddings.
     """
+    # One id each; the tokenizer's attributes are typed for lists of them too.
+    ids: dict[str, Any] = {
+        name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+    }
     config = MistralConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
@@ -76,8 +81,6 @@ def build_model(
         # model does not learn to copy for a thousand steps. With 1 / sqrt(hidden_size) it takes a
         # few hundred.
         initializer_range=hidden_size**-0.5,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        **ids,
     )
     return MistralForCausalLM(config)

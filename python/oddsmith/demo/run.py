@@ -50,10 +50,11 @@ class CompactProgress(TrainerCallback):
         )
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.bar.update(state.global_step - self.bar.n)
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.bar is None or "rewards/margins" not in (logs or {}):
+        if self.bar is None or logs is None or "rewards/margins" not in logs:
             return
         shown = {
             "loss": f"{float(logs['loss']):.3f}",
@@ -63,7 +64,8 @@ class CompactProgress(TrainerCallback):
         self.bar.set_postfix(shown, refresh=False)
 
     def on_train_end(self, args, state, control, **kwargs):
-        self.bar.close()
+        if self.bar is not None:
+            self.bar.close()
 
 
 @contextmanager

@@ -12,6 +12,18 @@ from torch import Tensor
 
 SharePrompt = bool | Literal["auto"]
 
+
+def check_share_prompt(value: Any) -> SharePrompt:
+    """The value, if it is one that there is.
+
+    Raises:
+        ValueError: If it is not; 0 and 1 are none.
+    """
+    if value is True or value is False or value == "auto":
+        return value
+    raise ValueError(f"share_prompt is {value!r}; must be True, False or 'auto'")
+
+
 # "auto" shares a prompt that is at least this part of its pair's tokens: for less, the second
 # attention call of the rejected answer costs more than the tokens.
 _WORTH_SHARING = 0.05
@@ -74,8 +86,10 @@ class PackedBatch:
                 that saves at least 5 % of the pair's tokens.
 
         Raises:
-            ValueError: If ids and labels of a sequence differ in length, or a sequence is empty.
+            ValueError: If ids and labels of a sequence differ in length, a sequence is empty, or
+                `share_prompt` is another value.
         """
+        check_share_prompt(share_prompt)
         ids, positions, segments, parts, offset = [], [], [], [], 0
         for index, pair in enumerate(pairs):
             chosen, rejected = (_sequence(pair, side, index) for side in ("chosen", "rejected"))

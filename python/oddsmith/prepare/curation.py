@@ -107,7 +107,7 @@ class Rules:
     def _disagree(self, pair: Pair) -> bool:
         if pair.votes is not None and sum(pair.votes):
             return pair.votes[0] < self.min_agreement * sum(pair.votes) - 1e-9
-        if None in (pair.score_chosen, pair.score_rejected) or pair.ranked:
+        if pair.score_chosen is None or pair.score_rejected is None or pair.ranked:
             return False
         # The judgement of the better answer, and the scores.
         return pair.score_chosen < pair.score_rejected and self.min_agreement > 0.5
@@ -190,7 +190,15 @@ class Curator:
         self._similar.settle()
         return outcomes
 
-    def _judge_unit(self, unit, reasons, texts, keys, before, parts) -> None:
+    def _judge_unit(
+        self,
+        unit: Unit,
+        reasons: list[str | None],
+        texts: list[str],
+        keys: dict[str, int],
+        before: set[str],
+        parts: dict[str, tuple[bool, np.ndarray, np.ndarray]],
+    ) -> None:
         new: dict[str, bool] = {}  # and whether it is similar to an earlier one
         for index, (pair, text) in enumerate(zip(unit.pairs, texts, strict=True)):
             if reasons[index] is not None:
@@ -204,8 +212,8 @@ class Curator:
                     if not self.rules.duplicates:
                         reasons[index] = "duplicate prompt"
                     continue
-                near, *sketch = parts[text]
-                new[text] = near or self._similar.find_recent(*sketch, self._first) >= 0
+                near, bands, prints = parts[text]
+                new[text] = near or self._similar.find_recent(bands, prints, self._first) >= 0
             if new[text] and self.rules.near_duplicates is not None:
                 reasons[index] = "near-duplicate prompt"
         for text, near in new.items():
@@ -215,7 +223,8 @@ class Curator:
             self.near += near
             self._exact.add(keys[text], self.distinct)
             if not near:
-                self._similar.add(*parts[text][1:])
+                _, bands, prints = parts[text]
+                self._similar.add(bands, prints)
 
     def close(self) -> None:
         """Remove the temporary files."""

@@ -83,7 +83,7 @@ def guess_language(text: str) -> str | None:
     if script != "LATIN":
         return SCRIPTS[script][0] if script in SCRIPTS else None
     scores = {code: sum(word in known for word in words) for code, known in STOP_WORDS.items()}
-    best, second = sorted(scores, key=scores.get, reverse=True)[:2]
+    best, second = sorted(scores, key=scores.__getitem__, reverse=True)[:2]
     # Ordinary prose has several times this share of words from its language's list.
     if scores[best] * 12 < len(words) or scores[best] == scores[second]:
         return "latin"

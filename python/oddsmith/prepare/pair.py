@@ -104,8 +104,8 @@ def per_record(
 
 
 def fields_of(record: Record) -> dict[str, Any]:
-    if record.problem is not None:
-        raise BadRow(record.problem)
+    if record.fields is None:
+        raise BadRow(record.problem or "is no object")
     return record.fields
 
 

@@ -87,15 +87,19 @@ class PairFile(AbstractContextManager):
         if len(self._rows) >= _ROW_GROUP:
             self._flush()
 
-    def _flush(self) -> None:
+    def _writer(self) -> pq.ParquetWriter:
         if self._parquet is None:
             text = bool(self._rows) and isinstance(self._rows[0]["chosen"], str)
             kind = pa.string() if text else _MESSAGES
             scores = [(f"score_{side}", pa.float64()) for side in ("chosen", "rejected")]
             schema = pa.schema([(name, kind) for name in ("prompt", "chosen", "rejected")] + scores)
             self._parquet = pq.ParquetWriter(self._raw, schema, compression="zstd")
+        return self._parquet
+
+    def _flush(self) -> None:
+        writer = self._writer()
         if self._rows:
-            self._parquet.write_table(pa.Table.from_pylist(self._rows, self._parquet.schema))
+            writer.write_table(pa.Table.from_pylist(self._rows, writer.schema))
         self._rows = []
 
     def __exit__(self, kind, error, trace) -> None:
@@ -116,7 +120,7 @@ class PairFile(AbstractContextManager):
                 self._text.buffer.close()  # writes gzip's end; the file below stays open
         else:
             self._flush()
-            self._parquet.close()
+            self._writer().close()
         self._raw.flush()
         os.fsync(self._raw.fileno())
         self._raw.close()

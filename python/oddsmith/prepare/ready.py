@@ -55,13 +55,15 @@ def parse_pair(fields: Mapping[str, Any], lang_column: str | None = None) -> lis
     prompt = fields.get("prompt")
     if prompt is not None:
         prompt = text_or_messages(prompt, "prompt")
-    if isinstance(chosen, str):
+    if isinstance(chosen, str) and isinstance(rejected, str):
         if isinstance(prompt, list):
             # The answers of a conversation, without their role.
             chosen, rejected = [assistant(chosen)], [assistant(rejected)]
         elif prompt is None:
             prompt, chosen, rejected = extract_prompt(chosen, rejected)
-    elif not isinstance(prompt, list) or chosen[: len(prompt)] == prompt == rejected[: len(prompt)]:
+    elif (isinstance(chosen, list) and isinstance(rejected, list)) and (
+        not isinstance(prompt, list) or chosen[: len(prompt)] == prompt == rejected[: len(prompt)]
+    ):
         # The conversations include the prompt.
         alone = user(prompt) if isinstance(prompt, str) else None
         prompt, chosen, rejected = _extract_messages(chosen, rejected)
@@ -69,8 +71,9 @@ def parse_pair(fields: Mapping[str, Any], lang_column: str | None = None) -> lis
             prompt = [alone]
     if not prompt or not (prompt if isinstance(prompt, str) else prompt[-1]["content"]).strip():
         return Unit("", reason="no prompt")
-    scores, votes = _scores(fields)
-    return [Pair(prompt, chosen, rejected, *scores, votes, lang=language_of(fields, lang_column))]
+    (better, worse), votes = _scores(fields)
+    lang = language_of(fields, lang_column)
+    return [Pair(prompt, chosen, rejected, better, worse, votes, lang=lang)]
 
 
 def _extract_messages(chosen: Messages, rejected: Messages) -> tuple[Messages, Messages, Messages]:
@@ -83,7 +86,9 @@ def _extract_messages(chosen: Messages, rejected: Messages) -> tuple[Messages, M
     return chosen[:cut], chosen[cut:], rejected[cut:]
 
 
-def _scores(fields: Mapping[str, Any]) -> tuple[list[float | None], tuple[int, int] | None]:
+def _scores(
+    fields: Mapping[str, Any],
+) -> tuple[tuple[float | None, float | None], tuple[int, int] | None]:
     lists = []
     for side in ("chosen", "rejected"):
         name = f"score_{side}"
@@ -96,8 +101,8 @@ def _scores(fields: Mapping[str, Any]) -> tuple[list[float | None], tuple[int, i
             raise BadRow(
                 f"score_chosen has {len(lists[0])} annotators and score_rejected {len(lists[1])}"
             )
-        votes = count_votes(*lists)
-    return [mean(values) for values in lists], votes
+        votes = count_votes(lists[0], lists[1])
+    return (mean(lists[0]), mean(lists[1])), votes
 
 
 def count_votes(better: list[float | None], worse: list[float | None]) -> tuple[int, int]:

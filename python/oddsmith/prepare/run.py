@@ -78,8 +78,8 @@ class _Counted:
         self.streams, self.rows = streams, 0
 
     def __iter__(self) -> Iterator[Any]:
-        sizes = [stream.size for stream in self.streams]
-        known = None not in sizes
+        sizes = [stream.size for stream in self.streams if stream.size is not None]
+        known = len(sizes) == len(self.streams)
         with tqdm(
             total=sum(sizes) if known else None,
             desc="reading",

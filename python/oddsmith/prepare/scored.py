@@ -192,6 +192,8 @@ def parse_scored(fields: Mapping[str, Any], columns: Columns, pairing: str) -> l
         BadRow: If a field is missing or of another type, or the lists differ in length.
     """
     prompt = text_or_messages(required(fields, columns.prompt), columns.prompt)
+    if columns.responses is None:
+        raise ValueError("columns.responses is None; must name the column of the answers")
     responses = required(fields, columns.responses)
     if not isinstance(responses, list):
         raise BadRow(f"field {columns.responses} is {shown(responses)}; must be a list")
@@ -213,7 +215,7 @@ def parse_scored(fields: Mapping[str, Any], columns: Columns, pairing: str) -> l
     return make_pairs(prompt, answers, pairing, language_of(fields, columns.lang), ranked)
 
 
-def _column(fields: Mapping[str, Any], name: str | None, count: int) -> list:
+def _column(fields: Mapping[str, Any], name: str | None, count: int) -> list[Any]:
     if name is None:
         return [None] * count
     values = required(fields, name)
@@ -235,5 +237,5 @@ def make_answer(text: str, score: Any, rank: Any, name: str) -> Answer | None:
     return Answer(text, mean_score, mean_score, scores if len(scores) > 1 else None)
 
 
-def _as_list(value: Any) -> list:
+def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]

@@ -5,7 +5,7 @@ row, with `replies`). In both forms the counted rows are messages.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -57,7 +57,7 @@ class TreeUnit(Unit):
     # The messages of each pair: the conversation, then both answers.
     parts: list[list[Node]] = field(default_factory=list)
 
-    def fates(self, outcomes):
+    def fates(self, outcomes: Sequence[str | None]) -> Iterator[tuple[str | None, int]]:
         """As `Unit.fates`, for each message separately."""
         for parts, outcome in zip(self.parts, outcomes, strict=True):
             for node in parts:
@@ -138,18 +138,18 @@ def tree_unit(where: str, root: Node, pairing: str) -> TreeUnit:
 
 def _pair_replies(unit: TreeUnit, path: list[Node], pairing: str) -> None:
     fit = [reply for reply in path[-1].replies if reply.role == "assistant" and not reply.reason]
-    ranked = [reply for reply in fit if reply.rank is not None]
-    drawn = draw_pairs([-reply.rank for reply in ranked], pairing, path[-1].text)
+    ranked = [(reply, reply.rank) for reply in fit if reply.rank is not None]
+    drawn = draw_pairs([-rank for _, rank in ranked], pairing, path[-1].text)
     messages = [_ROLES[node.role](node.text) for node in path]
     for better, worse in drawn:
         sides = ranked[better], ranked[worse]
-        answers = (
-            Answer(reply.text, -reply.rank, reply.quality, [-reply.rank, reply.quality])
-            for reply in sides
+        first, second = (
+            Answer(reply.text, -rank, reply.quality, [-rank, reply.quality])
+            for reply, rank in sides
         )
-        unit.pairs.append(pair_of(messages, *answers, path[-1].lang, ranked=True))
-        unit.parts.append([*path, *sides])
-    paired = {id(reply) for pair in drawn for reply in (ranked[pair[0]], ranked[pair[1]])}
+        unit.pairs.append(pair_of(messages, first, second, path[-1].lang, ranked=True))
+        unit.parts.append([*path, *(reply for reply, _ in sides)])
+    paired = {id(ranked[place][0]) for pair in drawn for place in pair}
     for reply in fit:
         # Only for messages that are not part of another pair's conversation either.
         if id(reply) not in paired:
@@ -265,9 +265,9 @@ def read_flat_messages(
             yield Unit(place, reason="parent missing")
 
 
-def _grow(members: list[tuple], pairing: str) -> TreeUnit:
+def _grow(members: list[tuple[Any, ...]], pairing: str) -> TreeUnit:
     nodes = {name: Node(*json.loads(stored)) for _, name, _, stored, _ in members}
-    root, where = None, members[0][4]
+    root, where = nodes[members[0][1]], members[0][4]
     for _, name, parent, _, place in members:
         if parent is None:
             root, where = nodes[name], place
