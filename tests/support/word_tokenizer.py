@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 # <pad> 0, <s> 1, </s> 2, then the letters from 3 on.
-WORDS = ["<pad>", "<s>", "</s>", *"abcdefghij", "<user>", "<bot>"]
+WORDS = ["<pad>", "<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz", "<user>", "<bot>"]
 TEMPLATE = (
     "{% for m in messages %}{{ ' <user> ' if m['role'] == 'user' else ' <bot> ' }}"
     "{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}{{ ' <bot> ' }}{% endif %}"

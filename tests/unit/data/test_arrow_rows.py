@@ -7,7 +7,7 @@ from datasets import Dataset
 from oddsmith.data.arrow_rows import prepare_table, sample_texts, text_source
 from oddsmith.data.rows import RowBuilder
 from oddsmith.data.rust_rows import FastRows
-from support.word_tokenizer import TEMPLATE, bot, user, word_tokenizer
+from support.word_tokenizer import TEMPLATE, WORDS, bot, user, word_tokenizer
 
 A, B, C, D, E, F = range(3, 9)
 ROWS = [
@@ -76,7 +76,7 @@ def test_conversations_are_rendered(tokenizer, monkeypatch, at_once):
         " <user> d  <bot> ",
     ]
     assert table["chosen"].to_pylist() == ["e", "b", "e"]
-    user_id, bot_id = 13, 14
+    user_id, bot_id = WORDS.index("<user>"), WORDS.index("<bot>")
     assert table["rejected_input_ids"].to_pylist()[0] == [1, user_id, D, bot_id, F, 2]
 
 

@@ -211,7 +211,7 @@ def test_a_second_run_reads_the_cache(tokenizer, tmp_path, counted, form):
     assert max(counted) == 60
     counted.clear()
     # Another process has another tokenizer object, which has been used or not.
-    other = word_tokenizer()
+    other = word_tokenizer(chat_template=TEMPLATE)
     other(["a", "b c"], padding=True, truncation=True, max_length=2)
     assert list(prepare(load_from_disk(tmp_path / "rows"), other)) == list(first)
     assert set(counted) == {1}  # only the sample
@@ -267,7 +267,7 @@ class OwnRules(RowBuilder):
 
 
 def with_python_component():
-    tokenizer = word_tokenizer()
+    tokenizer = word_tokenizer(chat_template=TEMPLATE)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.PreTokenizer.custom(Splitting())
     return tokenizer
 
@@ -285,7 +285,10 @@ class Slow:
     "make, reason",
     [
         (Slow, "Slow is not a fast tokenizer"),
-        (lambda: word_tokenizer(kind=Shouting), "Shouting has a __call__ of its own"),
+        (
+            lambda: word_tokenizer(kind=Shouting, chat_template=TEMPLATE),
+            "Shouting has a __call__ of its own",
+        ),
         (with_python_component, "the backend of .* cannot be written as JSON: .*serialized"),
     ],
 )
@@ -303,7 +306,7 @@ def test_tokenizers_that_need_python(make, reason, log):
 @pytest.mark.parametrize("make", [Dataset.from_list, lambda rows: stream_of(rows)])
 def test_rows_that_come_out_otherwise_need_python(monkeypatch, make, log):
     monkeypatch.setattr(fast_module, "_ENCODING_METHODS", ())
-    prepared = prepare(make(ROWS), word_tokenizer(kind=Shouting))
+    prepared = prepare(make(ROWS), word_tokenizer(kind=Shouting, chat_template=TEMPLATE))
     assert next(iter(prepared))["prompt_input_ids"] == [1, 4]  # "b" for "a"
     assert "the backend alone encodes the prompt 'a ' otherwise" in log.text
     assert len(log.records) == 1
