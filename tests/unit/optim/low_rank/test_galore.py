@@ -8,9 +8,7 @@ import reference
 from oddsmith.optim.low_rank.apollo import APOLLOAdamW
 from oddsmith.optim.low_rank.galore import GaLoreAdamW, optimizer_bytes
 from support.gradients import randn
-from support.low_rank import (
-    decaying,
-)
+from support.low_rank import decaying
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
