@@ -2,12 +2,7 @@
 
 import pytest
 
-from oddsmith.cli.checkpoint_flags import (
-    merge_parser,
-    quantize_parser,
-    run_merge,
-    run_quantize,
-)
+from oddsmith.cli.checkpoint_flags import merge_parser, quantize_parser, run_merge, run_quantize
 
 
 @pytest.fixture
