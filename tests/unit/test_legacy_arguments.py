@@ -1,9 +1,12 @@
 """Names of older releases: where their values go, and what is said."""
 
+import dataclasses
+
 import pytest
+from transformers import HfArgumentParser
 
 from oddsmith.config import ORPOConfig
-from oddsmith.legacy_arguments import IGNORED, RENAMED
+from oddsmith.legacy_arguments import IGNORED, LEGACY_NAMES, RENAMED, LegacyArguments
 
 
 def said(log, *words):
@@ -67,3 +70,22 @@ def test_ignored_arguments_are_said_once_and_change_nothing(log, name):
     assert config.to_dict() == plain
     assert getattr(config, name) is None
     assert len(said(log, f"`{name}`", "no effect")) == 1
+
+
+def test_a_flag_alone_means_true():
+    (no_cuda,) = (each for each in dataclasses.fields(LegacyArguments) if each.name == "no_cuda")
+    assert no_cuda.default is None and no_cuda.metadata["const"] is True
+    (arguments,) = HfArgumentParser(LegacyArguments).parse_args_into_dataclasses(
+        ["--no_cuda", "--fp16_backend", "auto"]
+    )
+    assert (arguments.no_cuda, arguments.fp16_backend, arguments.group_by_length) == (
+        True, "auto", None
+    )  # fmt: skip
+
+
+def test_every_name_has_a_field_that_says_what_becomes_of_it():
+    fields = {each.name: each.metadata["help"] for each in dataclasses.fields(LegacyArguments)}
+    assert fields.keys() == LEGACY_NAMES
+    assert fields["no_cuda"] == "Older name; sets `use_cpu`."
+    assert fields["use_ipex"] == "Older name; accepted, has no effect."
+    assert fields["push_to_hub_token"] == "Older name; accepted, has no effect: use hub_token."

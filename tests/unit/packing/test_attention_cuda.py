@@ -26,7 +26,7 @@ def naive_varlen(query, key, value, plan, scale, window):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("window", [None, 3])
-def test_the_kernel_on_a_card(window):
+def test_the_kernel_on_a_gpu(window):
     segments = ((40, 30, 20), (0, 20, 50), (30, 0, 10), (20, 40, 0))
     count = sum(map(sum, segments))
     torch.manual_seed(5)

@@ -2,8 +2,9 @@
 
 import pytest
 
+from oddsmith.optim.low_rank.apollo import APOLLOAdamW
 from oddsmith.optim.low_rank.galore import GaLoreAdamW
-from oddsmith.training.optim_args import parse_optim_args, readers
+from oddsmith.training.optim_args import parse_optim_args, readers, yes_or_no
 
 
 @pytest.mark.parametrize(
@@ -30,3 +31,24 @@ def test_optim_args():
         "rank": 64, "svd": "exact", "adaptive_gap": True, "overlap_threshold": 0.5,
     }  # fmt: skip
     assert parse_optim_args(None, known, "x") == parse_optim_args("", known, "x") == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("true", True), ("True", True), ("1", True), ("FALSE", False), ("0", False)]
+)
+def test_booleans(text, value):
+    assert yes_or_no(text) is value
+
+
+@pytest.mark.parametrize("text", ["yes", "2", ""])
+def test_what_is_no_boolean(text):
+    with pytest.raises(ValueError, match="must be true or false"):
+        yes_or_no(text)
+
+
+def test_options_are_those_of_the_optimizer():
+    galore, apollo = readers(GaLoreAdamW), readers(APOLLOAdamW)
+    assert set(galore) == set(GaLoreAdamW.group_options)
+    assert "svd" in galore and "svd" not in apollo and "scale_type" in apollo
+    assert galore["rank"]("12") == 12 and galore["scale"]("0.25") == 0.25
+    assert galore["proj_type"]("std") == "std"
