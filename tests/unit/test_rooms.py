@@ -36,6 +36,10 @@ ELSEWHERE = {
         "parity/test_adamw8bit.py",
         "it stands for bitsandbytes and is compared with it",
     ),
+    "optim/adamw/docs.py": (
+        "unit/test_package.py",
+        "parts of docstrings that several classes share",
+    ),
     "optim/low_rank/item.py": (
         "unit/optim/low_rank/test_optimizer.py",
         "a dataclass that a step is made of",
