@@ -138,7 +138,7 @@ def test_pad_token_falls_back_to_eos(make, tokenizer, caplog):
         ),
         ({"processing_class": None}, ValueError, "processing_class is None"),
     ],
-    ids=str,
+    ids=lambda given: ",".join(given) if isinstance(given, dict) else None,
 )
 def test_bad_arguments(make, changed, error, message):
     with pytest.raises(error, match=message):

@@ -191,7 +191,4 @@ def test_overlength_rows_are_in_the_report(tokenizer):
     assert "truncated" not in str(DataReport("x", stats))
 
 
-# ---- Histograms ----
-
-
 # ---- oddsmith inspect ----

@@ -10,10 +10,10 @@ from support.packed_attention import SEGMENTS, TOLERANCE, attention, tensors
 @pytest.mark.parametrize("heads", [(3, 3), (6, 2)])
 @pytest.mark.parametrize("scale", [None, 0.7])
 def test_flash_has_the_gradient_of_its_value(heads, scale):
-    segments = ((4, 3, 2), (0, 2, 5), (3, 0, 1), (2, 4, 0))
+    segments = ((3, 2, 1), (0, 1, 3), (2, 0, 1), (1, 2, 0))
     count = sum(map(sum, segments))
     torch.manual_seed(3)
-    shapes = [(1, heads[0], count, 5)] + 2 * [(1, heads[1], count, 5)]
+    shapes = [(1, heads[0], count, 3)] + 2 * [(1, heads[1], count, 3)]
     inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
     assert torch.autograd.gradcheck(lambda *x: PackedFlash.apply(*x, segments, scale), inputs)
 
