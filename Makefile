@@ -32,9 +32,12 @@ test-build: $(BIN)/.tools
 demo: build ## Install, then train a small model with ORPO, offline
 	$(BIN)/oddsmith demo
 
+# A file's tests stay in one process, for they share models and runs.
+PYTEST = pytest -n auto --maxprocesses 8 --dist loadfile --durations 10
+
 .PHONY: test
-test: test-build ## Install, then run all tests
-	$(ACTIVATE) && cargo test --quiet && pytest
+test: test-build ## Install, then run all tests, a process a core; names the slowest ten
+	$(ACTIVATE) && cargo test --quiet && $(PYTEST)
 
 .PHONY: test-rust
 test-rust: test-build ## The Rust tests: the algorithms, then the borders to torch and Python
