@@ -6,7 +6,7 @@ use tch::{Kind, Tensor};
 use crate::base::error::Result;
 use crate::cuda::kernels::BLOCKWISE8;
 use crate::cuda::{Arg, Device, Launch};
-use crate::torch::device::{check_devices, grid, pointer};
+use crate::torch::device::{grid, pointer};
 use crate::torch::dtype::named;
 
 // Sizes that the source has too.
@@ -48,7 +48,6 @@ pub(super) fn dequantize(
     blocksize: i64,
     kind: Kind,
 ) -> Result<Tensor> {
-    check_devices("dequantize_blockwise", codes, &[("absmax", absmax)])?;
     let values = Tensor::f_empty(codes.size(), (kind, codes.device()))?;
     let count = values.numel() as i64;
     let kernels = ["blockwise8_dequantize_f32", "blockwise8_dequantize_bf16", "blockwise8_dequantize_f16"];

@@ -7,7 +7,7 @@ use super::ops;
 use crate::base::error::Result;
 use crate::cuda::kernels::NF4;
 use crate::cuda::{Arg, Device, Launch};
-use crate::torch::device::{check_devices, grid, pointer};
+use crate::torch::device::{grid, pointer};
 use crate::torch::dtype::named;
 
 // Sizes that the source has too.
@@ -66,16 +66,8 @@ fn arguments(weight: &Weight) -> Result<Arguments> {
         Arguments { parts: [packed, absmax, none, none, none, Arg::i32(0)], block_shift, _scales: scales }
     };
     let Some(nested) = &weight.nested else {
-        check_devices(weight.op, &weight.packed, &[("absmax", &weight.absmax)])?;
         return Ok(plain(None, pointer(&weight.absmax, Kind::Float)?));
     };
-    let parts = [
-        ("absmax", &weight.absmax),
-        ("nested absmax", &nested.absmax),
-        ("nested code", &nested.map),
-        ("offset", &nested.offset),
-    ];
-    check_devices(weight.op, &weight.packed, &parts)?;
     if !(nested.blocksize as u64).is_power_of_two() {
         // No writer makes these; kernels that divide would be slower for all.
         let scales = ops::scales(weight)?;
