@@ -15,6 +15,7 @@ use pyo3::prelude::*;
 /// The compiled core of oddsmith. Use the public functions of `oddsmith.functional` instead.
 #[pymodule]
 fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    crate::base::threads::remember_process();
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add("TORCH_BUILD_VERSION", env!("TORCH_BUILD_VERSION"))?;
     data::register(module)?;

@@ -5,8 +5,8 @@ use tch::{Device, Kind, Tensor};
 use crate::base::error::{Error, Result};
 use crate::head::odds_ratio::NllScope;
 use crate::head::scores::{Objective, Outcome};
-use crate::torch::device::on_host;
-use crate::torch::dtype::dtype_name;
+use crate::torch::device::{check_devices, on_host};
+use crate::torch::dtype::{check_kind, dtype_name};
 use crate::torch::view::slice;
 
 /// The label that means "no row".
@@ -72,12 +72,13 @@ impl Args<'_> {
         Ok(())
     }
 
-    /// Checks shapes, dtypes and values, before anything is allocated. (Devices are checked in Python,
-    /// before dispatch.)
+    /// Checks devices, shapes, dtypes and values, before anything is allocated.
     ///
     /// # Errors
     /// The first argument that does not fit, by name.
     pub fn check(&self) -> Result<()> {
+        let others = [("weight", Some(self.weight)), ("targets", Some(self.targets)), ("bias", self.bias)];
+        check_devices(self.op, ("hidden", self.hidden), others)?;
         let kind = self.hidden.f_kind()?;
         if !matches!(kind, Kind::Float | Kind::Double | Kind::BFloat16 | Kind::Half) {
             let expected = "float32, bfloat16, float16 or float64".into();
@@ -146,6 +147,21 @@ impl Args<'_> {
         }
     }
 
+    /// Checks what a backward pass takes beside the arguments of its forward pass: a number a row.
+    ///
+    /// # Errors
+    /// The first argument that does not fit, by name.
+    pub fn check_backward(&self, lse: &Tensor, upstream: &Tensor) -> Result<()> {
+        let rows = self.hidden.size()[0];
+        for (argument, tensor) in [("lse", lse), ("upstream", upstream)] {
+            check_devices(self.op, ("hidden", self.hidden), [(argument, Some(tensor))])?;
+            check_kind(self.op, argument, tensor.f_kind()?, &[Kind::Float, Kind::Double])?;
+            let expected = format!("({rows},), a value a row of hidden");
+            self.shape(argument, tensor, &expected, tensor.size() == [rows])?;
+        }
+        Ok(())
+    }
+
     fn positive(&self, argument: &'static str, value: f64) -> Result<()> {
         if value.is_finite() && value > 0.0 {
             return Ok(());
@@ -178,6 +194,8 @@ impl Pairs<'_> {
     /// The first argument that does not fit, by name.
     pub fn check(&self, args: &Args<'_>, objective: Objective) -> Result<i64> {
         let rows = args.hidden.size()[0];
+        let others = [("sequence", Some(self.sequence)), ("completion", Some(self.completion))];
+        check_devices(args.op, ("hidden", args.hidden), others)?;
         args.row_argument("sequence", self.sequence, rows, Kind::Int64)?;
         args.row_argument("completion", self.completion, rows, Kind::Bool)?;
         args.positive("beta", objective.beta)?;

@@ -256,7 +256,7 @@ fn report(parts: [Tensor; 9], gradients: [Tensor; 3]) -> Report {
     std::array::from_fn(|_| all.next().unwrap_or_default())
 }
 
-/// Multiplies a gradient of the head by a number on the card, in place and without waiting for it; false
+/// Multiplies a gradient of the head by a number on the GPU, in place and without waiting for it; false
 /// where there is no kernel for that.
 ///
 /// # Errors
@@ -266,7 +266,8 @@ pub fn scale(gradient: &Tensor, factor: &Tensor) -> Result<bool> {
         Kind::Float | Kind::BFloat16 | Kind::Half if factor.f_kind()? == Kind::Float => device::of(gradient)?,
         _ => None,
     };
-    let Some(device) = device.filter(|_| gradient.is_contiguous() && factor.device() == gradient.device())
+    let Some(device) = device
+        .filter(|_| gradient.is_contiguous() && factor.device() == gradient.device() && factor.numel() == 1)
     else {
         return Ok(false);
     };

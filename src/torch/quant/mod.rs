@@ -12,7 +12,7 @@ mod ops;
 use half::{bf16, f16};
 use tch::{Device, Kind, Tensor};
 
-use super::device::{self, tensor_ops};
+use super::device::{self, check_devices, tensor_ops};
 use super::dtype::{FLOATS, check_kind};
 use super::large;
 use super::threads::TorchThreads;
@@ -98,11 +98,12 @@ pub fn quantize_blockwise(x: &Tensor, code: &Tensor, blocksize: i64, choice: Cho
     if blocksize <= 0 {
         return Err(Error::value(OP, "blocksize", "a positive number", &blocksize));
     }
+    check_devices(OP, ("tensor", x), [("code", Some(code))])?;
     let map = Map::new(&map(OP, code)?, choice);
     let _guard = tch::no_grad_guard();
     let device = x.device();
     if let (Choice::Nearest, Some(card)) = (choice, device::of(x)?) {
-        let code = code.f_to_device(device)?.f_contiguous()?;
+        let code = code.f_contiguous()?;
         return blockwise8_cuda::quantize(card, &x.f_contiguous()?, &code, blocksize);
     }
     // Scales are few: other devices send them here.
@@ -137,6 +138,7 @@ pub fn dequantize_blockwise(
     if blocksize <= 0 {
         return Err(Error::value(OP, "blocksize", "a positive number", &blocksize));
     }
+    check_devices(OP, ("codes", codes), [("absmax", Some(absmax)), ("code", Some(code))])?;
     let count = codes.numel() as i64;
     check_len(OP, "absmax", absmax, blocks_of(count, blocksize), &format!("for {count} codes"))?;
     let _guard = tch::no_grad_guard();
@@ -145,7 +147,7 @@ pub fn dequantize_blockwise(
         // Whether the values ascend is not asked: the answer would have to be waited for.
         check_map(OP, code)?;
         let (codes, absmax) = (codes.f_contiguous()?, absmax.f_contiguous()?);
-        let code = code.f_to_device(device)?.f_contiguous()?;
+        let code = code.f_contiguous()?;
         return blockwise8_cuda::dequantize(card, &codes, &absmax, &code, blocksize, kind);
     }
     let map = map(OP, code)?;

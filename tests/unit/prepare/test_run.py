@@ -7,6 +7,7 @@ from collections import Counter
 import pyarrow.parquet as pq
 import pytest
 
+from oddsmith import cli
 from oddsmith.cli import data_flags
 from oddsmith.errors import UserError
 from oddsmith.prepare.curation import REASONS, Rules
