@@ -28,7 +28,8 @@ _SHARE_PROMPT: dict[str, bool | Literal["auto"]] = {"auto": "auto", "true": True
 if TYPE_CHECKING:
     SharePrompt = bool | Literal["auto"]
 else:
-    # HfArgumentParser makes no flag of such a union: it hands on the text, which is read here.
+    # HfArgumentParser cannot make a flag of such a union, so it passes the text, which is parsed
+    # here.
     SharePrompt = str
 
 # What TRL assumed when max_length was None.
@@ -124,7 +125,7 @@ class ORPOConfig(LegacyArguments, TrainingArguments):
         default=10,
         metadata={"help": "Steps between two logs; below 1 a fraction of all training steps."},
     )
-    # Never None here, and on a command line a flag with a --no_gradient_checkpointing.
+    # Never None here, so that the command line has --no_gradient_checkpointing.
     gradient_checkpointing: bool = field(  # pyright: ignore[reportIncompatibleVariableOverride]
         default=True,
         metadata={"help": "Recompute activations in the backward pass to save memory."},
@@ -271,7 +272,7 @@ class ORPOConfig(LegacyArguments, TrainingArguments):
             logger.warning_once("This hardware has no bfloat16: falling back to fp32.")
             wanted = False
             self.bf16_full_eval = self.bf16_full_eval and self.use_cpu
-        # `bool` in the base class; here it was None if nobody asked for it.
+        # `bool` in the base class; here None means not given.
         self.bf16 = wanted  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def _resolve_model_init_kwargs(self) -> None:

@@ -152,7 +152,7 @@ impl TensorFile {
     /// Bytes of a tensor.
     ///
     /// # Errors
-    /// If the file has shrunk, and what the system reports.
+    /// If the file has shrunk, and errors of the system.
     pub fn window(&self, entry: &TensorEntry, range: Range<usize>) -> Result<Window> {
         let range = self.checked(entry, &range)?;
         self.map(range)

@@ -98,7 +98,7 @@ impl LowRank {
     /// Applies the update to `values`, the rows from `first` on.
     ///
     /// # Errors
-    /// What the product reports.
+    /// Errors of the product.
     pub fn apply(
         &self,
         threads: &dyn Threads,

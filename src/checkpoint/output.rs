@@ -49,7 +49,7 @@ impl Output {
     /// Writes texts and header. The file is complete, but may not be on the disk yet: see [`Disk`].
     ///
     /// # Errors
-    /// If a text is missing, and what the system reports.
+    /// If a text is missing, and errors of the system.
     pub fn finish(&self) -> Result<()> {
         let (header, start, texts) = self.layout.finish(&self.texts)?;
         self.write_at(&texts, start)?;
@@ -91,7 +91,7 @@ impl Disk {
     /// Starts to flush what is written so far to the disk, unless the disk is busy.
     ///
     /// # Errors
-    /// What the system reports.
+    /// Errors of the system.
     pub fn begin(&self, output: &Output) -> Result<()> {
         // A full channel means that the thread is busy.
         let _ = self.requests.try_send(Self::request(output)?);
@@ -101,7 +101,7 @@ impl Disk {
     /// Flushes a complete file to the disk.
     ///
     /// # Errors
-    /// What the system reports.
+    /// Errors of the system.
     pub fn complete(&self, output: &Output) -> Result<()> {
         let gone = |_| Error::Internal("the thread that waits for the disk is gone".into());
         self.requests.send(Self::request(output)?).map_err(gone)

@@ -72,7 +72,7 @@ impl<'a> Sink<'a> {
     /// Writes the values from `at` on, which is the start of a block.
     ///
     /// # Errors
-    /// A value that is not finite, and what the system reports.
+    /// A value that is not finite, and errors of the system.
     pub fn write(
         &mut self,
         engine: &ConvertEngine<'_>,

@@ -98,7 +98,7 @@ impl<'a> TensorSource<'a> {
     /// The values from `start` on, which is the start of a block.
     ///
     /// # Errors
-    /// What the system reports.
+    /// Errors of the system.
     pub fn read(&self, threads: &dyn Threads, start: usize, wide: &mut [f32]) -> Result<()> {
         let range = self.bytes(start, wide.len());
         let bytes = self.found.file.window(self.found.entry, range.clone())?;
@@ -125,7 +125,7 @@ impl<'a> TensorSource<'a> {
     /// Calls `f` with the values from `start` on as stored in the file, if their type is `T`.
     ///
     /// # Errors
-    /// What the system reports.
+    /// Errors of the system.
     pub fn direct<T: Plain, R>(
         &self,
         start: usize,

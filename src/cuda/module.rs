@@ -51,7 +51,7 @@ fn loaded() -> MutexGuard<'static, Option<Loaded>> {
 /// The GPU of this index.
 ///
 /// # Errors
-/// What the driver reports.
+/// Errors of the driver.
 pub fn gpu(ordinal: i32) -> Result<Gpu, String> {
     gpu_of(loaded().get_or_insert_default(), ordinal)
 }
@@ -92,7 +92,7 @@ pub struct Current {
 
 impl Current {
     /// # Errors
-    /// What the driver reports.
+    /// Errors of the driver.
     pub fn new(driver: &'static Driver, context: usize) -> Result<Self, String> {
         let mut before = ptr::null_mut();
         // SAFETY: writes a handle.
@@ -119,7 +119,7 @@ impl Drop for Current {
 /// A kernel on a GPU, compiled and loaded on its first use.
 ///
 /// # Errors
-/// What the compiler or the driver reports.
+/// Errors of the compiler or the driver.
 pub fn kernel(ordinal: i32, source: &'static KernelSource, name: &'static str) -> Result<Kernel, String> {
     let key = (ordinal, source.name, name);
     let known = KERNELS.read().unwrap_or_else(PoisonError::into_inner);

@@ -138,7 +138,7 @@ impl Nvrtc {
     /// Compiles a source for an architecture such as `sm_90`, with [`OPTIONS`] and `extra` ones.
     ///
     /// # Errors
-    /// What the compiler reports, with the line.
+    /// Errors of the compiler, with the line.
     pub fn compile(
         &self,
         source: &KernelSource,

@@ -204,7 +204,7 @@ impl<T: Real> Engine<'_, T> {
     /// Statistics of every row; `keep` receives the logits as far as they fit.
     ///
     /// # Errors
-    /// What the matrix products report.
+    /// Errors of the matrix products.
     pub fn forward(&self, rows: &Rows<T>, mut keep: Option<&mut Kept<T>>) -> Result<Vec<Stats>> {
         let mut stats = vec![Stats::default(); rows.len()];
         let (mut scratch, mut widened) = (Vec::new(), Vec::new());
@@ -229,7 +229,7 @@ impl<T: Real> Engine<'_, T> {
     /// Rows without a target get zeros.
     ///
     /// # Errors
-    /// What the matrix products report.
+    /// Errors of the matrix products.
     pub fn expectation(&self, rows: &Rows<T>, out: &mut [T]) -> Result<Vec<Stats>> {
         let width = self.head.width();
         let mut stats = vec![Stats::default(); rows.len()];
@@ -274,7 +274,7 @@ impl<T: Real> Engine<'_, T> {
     /// rest are recomputed.
     ///
     /// # Errors
-    /// What the matrix products report.
+    /// Errors of the matrix products.
     pub fn backward(
         &self,
         rows: &Rows<T>,

@@ -44,7 +44,7 @@ pub(super) fn scatter<T: Real>(
 /// at the start, it also receives `-d logp / d hidden`.
 ///
 /// # Errors
-/// What the matrix products report.
+/// Errors of the matrix products.
 pub fn forward<T: Real>(
     engine: &Engine<'_, T>,
     hidden: Matrix<'_, T>,
@@ -74,7 +74,7 @@ pub fn forward<T: Real>(
 /// Gradients of `sum(upstream * logps)`, where `lse` comes from [`forward`].
 ///
 /// # Errors
-/// What the matrix products report.
+/// Errors of the matrix products.
 pub fn backward<T: Real>(
     engine: &Engine<'_, T>,
     hidden: Matrix<'_, T>,

@@ -42,7 +42,7 @@ struct Run<'a, 'e, T> {
 /// all rows of the batch and is zero at the start.
 ///
 /// # Errors
-/// What the matrix products report.
+/// Errors of the matrix products.
 pub fn orpo<T: Real>(
     engine: &Engine<'_, T>,
     hidden: Matrix<'_, T>,

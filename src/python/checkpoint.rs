@@ -17,14 +17,14 @@ use crate::checkpoint::state::{State, dtype_name, dtype_of};
 use crate::quant::blockwise8::Choice;
 use crate::torch::checkpoint::run;
 
-/// `oddsmith.checkpoint_plan.Factor`.
+/// `oddsmith.checkpoint.rules.Factor`.
 #[derive(FromPyObject)]
 struct FactorParts {
     name: String,
     transposed: bool,
 }
 
-/// `oddsmith.checkpoint_plan.Update`.
+/// `oddsmith.checkpoint.rules.MergeUpdate`.
 #[derive(FromPyObject)]
 struct UpdateParts {
     left: FactorParts,
@@ -33,7 +33,7 @@ struct UpdateParts {
     magnitude: Option<String>,
 }
 
-/// `oddsmith.checkpoint_plan.Rule`.
+/// `oddsmith.checkpoint.rules.TensorRule`.
 #[derive(FromPyObject)]
 struct RuleParts {
     name: String,
@@ -90,7 +90,7 @@ fn checkpoint_tensors(py: Python<'_>, path: PathBuf) -> PyResult<Vec<(String, St
     })
 }
 
-/// Shape, dtype, block size and whether scales are quantised, of a 4-bit weight; `None` for others.
+/// Shape, dtype, block size and double quantisation of a 4-bit weight; `None` for other tensors.
 type StateParts = Option<(Vec<usize>, &'static str, usize, bool)>;
 
 #[pyfunction]
@@ -119,7 +119,7 @@ fn with_job<R>(
     f(&Job { base: &base, adapter: adapter.as_ref(), rules, outputs })
 }
 
-/// Checks everything that can be checked before writing, and returns the bytes that will be written.
+/// Checks all rules before writing, and returns the number of bytes to write.
 #[pyfunction]
 fn converted_size(
     py: Python<'_>,
@@ -128,7 +128,7 @@ fn converted_size(
     rules: Vec<RuleParts>,
 ) -> PyResult<usize> {
     let rules = self::rules(rules)?;
-    // Their names are not looked at.
+    // The names of these outputs are not used.
     let outputs = base.clone();
     detached(py, move || with_job((base, adapter), rules, outputs, size))
 }
@@ -150,7 +150,7 @@ fn convert_checkpoint(
     }
     let rules = self::rules(rules)?;
     let choice = if stepped { Choice::Stepped } else { Choice::Nearest };
-    // What the callback raised, while the core hears that it has to stop.
+    // The exception of the callback; the core is only told to stop.
     let raised = Mutex::new(None);
     let mut tell = |bytes: usize| {
         let told = Python::attach(|py| {

@@ -128,7 +128,7 @@ fn linear_orpo(
     Ok(list(detached(py, run)?))
 }
 
-/// `gradient *= factor` in place, on a card; false where nothing has been done.
+/// `gradient *= factor` in place, on a GPU; false if nothing was done.
 #[pyfunction]
 fn scale_gradient(py: Python<'_>, gradient: PyTensor, factor: PyTensor) -> PyResult<bool> {
     detached(py, move || head::cuda::scale(&gradient.0, &factor.0))

@@ -7,7 +7,7 @@ use super::tensor::PyTensor;
 use crate::torch::optim;
 use crate::torch::optim::args::{self, Item};
 
-/// Value, gradient, both moments, the scales of 8-bit moments, and the place of the first element.
+/// Value, gradient, both moments, the scales of 8-bit moments, and the index of the first element.
 type Parts = (PyTensor, PyTensor, (PyTensor, PyTensor), Option<(PyTensor, PyTensor)>, i64);
 
 /// `beta1, beta2, eps, step_size, keep`, and the seed of stochastic rounding.

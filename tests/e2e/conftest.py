@@ -1,4 +1,4 @@
-"""A model and data small enough to go through the whole command line in seconds."""
+"""A model and data small enough to test the command line in seconds."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from oddsmith.demo.tasks import make_pairs
 
 
 def ultrafeedback_rows(count: int, seed: int) -> list[dict]:
-    """Rows shaped as in ultrafeedback_binarized: a bare prompt beside whole conversations."""
+    """Rows as in ultrafeedback_binarized: a prompt string and complete conversations."""
     return [
         {
             "prompt": row["prompt"][0]["content"],

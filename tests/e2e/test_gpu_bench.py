@@ -1,4 +1,4 @@
-"""The benchmark of cards, in small and without one."""
+"""The benchmark of GPUs, on small sizes and without a GPU."""
 
 import csv
 import os
@@ -26,7 +26,7 @@ def test_every_part_runs_in_small(tmp_path):
         [sys.executable, str(BENCHES / "gpu.py"), *arguments],
         capture_output=True,
         text=True,
-        # One thread: on a busy machine a team of them waits for its slowest.
+        # One thread: on a busy machine several threads wait for the slowest.
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0 and "failed:" not in done.stdout, done.stdout + done.stderr

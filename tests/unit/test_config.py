@@ -102,7 +102,7 @@ def test_bf16_follows_the_hardware(monkeypatch, log, given, gpu, cpu, bf16, line
     monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: gpu)
     monkeypatch.setattr(config_module, "_cpu_has_bf16", lambda: cpu)
     config = ORPOConfig(**given)
-    ORPOConfig(**given)  # a second time says nothing new
+    ORPOConfig(**given)  # the second time logs nothing
     assert config.bf16 is bf16
     assert config.bf16_full_eval is False
     assert len(said(log, "bfloat16", "fp32")) == lines
@@ -211,7 +211,7 @@ def test_beta_schedules():
         linear.beta_at(0, -1)
 
 
-# Ways in and out
+# Conversions
 
 
 def busy_config():

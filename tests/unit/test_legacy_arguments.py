@@ -1,4 +1,4 @@
-"""Names of older releases: where their values go, and what is said."""
+"""Names of older releases: their new names, and log messages."""
 
 import dataclasses
 
@@ -61,7 +61,7 @@ def test_warmup_ratio_out_of_range(ratio):
 
 
 @pytest.mark.parametrize("name", IGNORED)
-def test_ignored_arguments_are_said_once_and_change_nothing(log, name):
+def test_ignored_arguments_are_logged_once_and_change_nothing(log, name):
     value = {bool: True, int: 3, str: "x"}[IGNORED[name][0]]
     plain = ORPOConfig().to_dict()
     log.clear()

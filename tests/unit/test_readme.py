@@ -1,4 +1,4 @@
-"""README.md keeps its word: its Python runs, its files exist, its flags are known."""
+"""README.md is correct: its Python runs, its files exist, its flags are known."""
 
 import re
 

@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 from oddsmith import ORPOConfig, ORPOTrainer
 from support.trainer_runs import batch_of, make_model
 
-# PEFT reads an older name of transformers'.
+# PEFT reads a deprecated name of transformers.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
 )
@@ -158,7 +158,7 @@ def test_max_length_below_every_completion(make):
         make(config={"max_length": 1})
 
 
-def test_mixture_without_a_coefficient_is_told(make, tokenizer, caplog):
+def test_mixture_without_a_coefficient_is_logged(make, tokenizer, caplog):
     model = make_model("mixtral", tokenizer)
     assert make(model=copy.deepcopy(model)).aux_loss_coef == 0.05
     model.config.router_aux_loss_coef = 0.0

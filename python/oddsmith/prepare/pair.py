@@ -105,7 +105,7 @@ def per_record(
 
 def fields_of(record: Record) -> dict[str, Any]:
     if record.fields is None:
-        raise BadRow(record.problem or "is no object")
+        raise BadRow(record.problem or "is not an object")
     return record.fields
 
 

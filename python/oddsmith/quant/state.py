@@ -202,7 +202,7 @@ class QuantState:
 
 
 def layout(state: QuantState) -> tuple[torch.Size, int, torch.dtype]:
-    """Shape, block size and dtype of the tensor that codes stand for.
+    """Shape, block size and dtype of the tensor of the codes.
 
     Raises:
         ValueError: If the state has none, as a state of quantised scales.

@@ -114,8 +114,8 @@ def data_files(path: Path) -> list[Path]:
     if path.is_file():
         if file_kind(path) is None:
             raise UserError(
-                f"dataset {path}: files can be .jsonl, .json or .parquet, also with "
-                f"{', '.join(COMPRESSIONS)} behind"
+                f"dataset {path}: files can be .jsonl, .json or .parquet, or these with "
+                f"{', '.join(COMPRESSIONS)} appended"
             )
         if path.stat().st_size == 0:
             raise UserError(f"dataset {path} is empty")

@@ -1,4 +1,4 @@
-"""Folders of checkpoints: what they hold, and what is said of damaged ones."""
+"""Folders of checkpoints: their contents, and errors of damaged ones."""
 
 import json
 import os
@@ -117,7 +117,7 @@ def test_the_hub_is_asked_for_names_that_are_no_folders(base, tmp_path, monkeypa
     assert asked == ["owner/name", "owner/gone"]
 
 
-def test_errors_of_files_are_the_users():
+def test_errors_of_files_are_user_errors():
     with pytest.raises(UserError, match="^/etc/x: Permission denied$"), file_errors():
         raise PermissionError(13, "Permission denied", "/etc/x")
     with pytest.raises(UserError, match="^odd$"), file_errors():

@@ -1,4 +1,4 @@
-"""What the parsers of the commands share."""
+"""Functions that the parsers share."""
 
 import argparse
 

@@ -1,4 +1,4 @@
-"""Arguments of `oddsmith train`: flags, settings files, and what wrong ones are told."""
+"""Arguments of `oddsmith train`: flags, settings files, and errors."""
 
 import json
 
@@ -14,7 +14,7 @@ def parse(*flags):
 
 
 def rejects(capsys, argv):
-    """The one line that a wrong command line gets."""
+    """The error line for a wrong command line."""
     with pytest.raises(SystemExit) as exit_:
         parse_train_arguments(argv)
     assert exit_.value.code == 2
@@ -54,7 +54,7 @@ def test_trl_names_of_model_and_dataset():
     assert (run.model_name_or_path, run.dataset_name, run.dtype) == ("a/b", "c/d", "float32")
 
 
-def test_lora_flags_without_an_adapter_are_said(capsys):
+def test_lora_flags_without_an_adapter_are_reported(capsys):
     parse("--lora_r", "4")
     assert "lora_r without use_peft" in capsys.readouterr().err
     parse("--lora_r", "4", "--use_peft")

@@ -84,7 +84,7 @@ def test_dicts_of_datasets(tokenizer, kind):
         prepare_dataset(parts, tokenizer, builder.tokenize_row, name="eval_dataset")
 
 
-def test_a_tokenize_row_of_ones_own(tokenizer):
+def test_an_overridden_tokenize_row(tokenizer):
     builder = RowBuilder(tokenizer, 6)
 
     def scored(feature):

@@ -1,4 +1,4 @@
-"""The demo's pairs: right answers are right, wrong ones wrong, and none of the test leaks."""
+"""The demo's pairs: correct and wrong answers, and no leak of held-out questions."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""The report on a dataset: figures against their definitions, findings one by one."""
+"""The report on a dataset: figures compared with their definitions, findings one by one."""
 
 import numpy as np
 import pytest
@@ -57,7 +57,7 @@ def test_clean_rows_have_no_findings(tokenizer):
     quoting = {"prompt": "a b c d e", "chosen": "f a b c d e", "rejected": "g"}
     assert findings(quoting, tokenizer) == []  # an answer may quote the prompt
     cut = {**CLEAN, "chosen": "f " * 30}
-    assert findings(cut, tokenizer) == []  # without EOS, for it was cut
+    assert findings(cut, tokenizer) == []  # without EOS, because it was cut
 
 
 def test_missing_eos(tokenizer):
@@ -168,7 +168,7 @@ def test_chunks_of_any_size_make_the_same_figures(tokenizer, monkeypatch):
 
 
 def test_near_duplicate_prompts(tokenizer):
-    # 52 tokens; another one changes 3 of their shingles, of which 53 are left of 59.
+    # 52 tokens; another one changes 3 of their shingles, so 53 of 59 remain.
     alphabet = WORDS[3:29]
     long = " ".join(alphabet + alphabet[::-1]) + " "
     rows = [

@@ -1,4 +1,4 @@
-"""`oddsmith inspect`: what it says, drops and refuses."""
+"""`oddsmith inspect`: its report, dropped rows and errors."""
 
 import json
 
@@ -112,7 +112,8 @@ def test_inspect_uses_the_templates_that_train_would(folder, tmp_path, capsys):
         }
     ]
     source = write(tmp_path / "rows.jsonl", rows)
-    # <s> [INST] a b [/INST] and c, d e, </s>; words apart, for the tokenizer knows no others.
+    # <s> [INST] a b [/INST] and c, d e, </s>; separate words, because the tokenizer knows no
+    # others.
     report = run_inspect(source, folder)
     assert report.figures()["rows"] == 1
     template = tmp_path / "t.jinja"

@@ -1,4 +1,4 @@
-"""Which format rows are in, and which options go together."""
+"""Detection of formats, and combinations of options."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Fields of rows and what they become; units and the fate of their rows."""
+"""Parsing of fields; units and the results of their rows."""
 
 import pytest
 
@@ -39,7 +39,7 @@ def test_numbers(value, number):
 
 
 @pytest.mark.parametrize("value", [True, "high", [1], {}])
-def test_what_is_no_number(value):
+def test_texts_that_are_not_numbers(value):
     with pytest.raises(BadRow, match="field score is .* must be a number"):
         number_of(value, "score")
 

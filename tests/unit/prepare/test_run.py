@@ -1,4 +1,4 @@
-"""`oddsmith prepare`: what it writes, and that it writes whole files or none."""
+"""`oddsmith prepare`: its output, and that files are complete or not written."""
 
 import gzip
 import json
@@ -86,7 +86,7 @@ def test_every_row_is_kept_or_has_its_reason(name, tmp_path, capsys):
     assert "read              9" in shown and "kept              2  (22.2%)" in shown
     for reason in summary["rows"]["dropped"]:
         assert f"1  {reason}: {REASONS[reason]}" in shown
-    # Nothing else is left lying about.
+    # No other files are left.
     assert sorted(p.name for p in out.parent.iterdir() if not p.name.startswith("rows")) in (
         sorted([out.name, "out.summary.json"]),
         sorted([out.name, "out.summary.json", "sub"]),
@@ -206,7 +206,7 @@ def test_wrong_flags(flags, words, tmp_path, capsys, monkeypatch):
 
 
 def test_the_flags_offer_what_there_is():
-    # cli_data names them itself, so that help need not import what reads them.
+    # data_flags repeats the names, so that help does not import the parsers.
     parser = data_flags.prepare_parser()
     choices = {action.dest: action.choices for action in parser._actions}
     assert choices["format"] == ("auto", *FORMATS)

@@ -1,4 +1,4 @@
-"""QuantState: its names in a checkpoint, equality, moves, and what is refused."""
+"""QuantState: its names in a checkpoint, equality, moves, and errors."""
 
 import copy
 import json
@@ -121,7 +121,7 @@ def test_parts_that_do_not_fit_are_refused(changes, message):
         (b"{}", "blocksize, dtype, quant_type, shape missing"),
     ],
 )
-def test_json_that_is_none_is_refused(data, message):
+def test_invalid_json_is_refused(data, message):
     _, state = functional.quantize_nf4(heavy_tailed(5, 128))
     parts = state.as_dict(packed=True)
     parts[PACKED_KEY] = torch.tensor(list(data), dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""pooled_memory: tensors survive it, forked processes too, and it fragments less than glibc."""
+"""pooled_memory: tensors outlive it, forked processes work, and it fragments less than glibc."""
 
 import subprocess
 import sys
@@ -21,7 +21,7 @@ def test_tensors_outlive_the_pool():
             inner = torch.arange(300_000)
         still = torch.full((300_000,), 7.0)
     outside = torch.ones(300_000)
-    # Neighbours in the pool's range; the C library's memory is elsewhere.
+    # Adjacent in the pool's range; the C library's memory is elsewhere.
     assert abs(inner.data_ptr() - still.data_ptr()) < 1 << 30
     assert abs(inner.data_ptr() - outside.data_ptr()) > 1 << 30
     assert int(inner.sum()) == 300_000 * 299_999 // 2

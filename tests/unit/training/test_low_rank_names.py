@@ -13,7 +13,7 @@ from oddsmith.optim.low_rank.galore_8bit import GaLoreAdamW8bit
 from oddsmith.training.low_rank_names import LOW_RANK_NAMES, low_rank_optimizer, target_parameters
 from support.trainer_runs import arguments, make_model, make_tokenizer, pairs
 
-# PEFT asks the model by a name that transformers 5.2x deprecates.
+# PEFT reads a name that transformers 5.2x deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
 ARTICLE = [r".*attn.*", r".*mlp.*"]

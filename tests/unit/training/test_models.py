@@ -1,4 +1,4 @@
-"""The model of a run: loaded by name, its adapter, its dropout, what is refused."""
+"""The model of a run: loading by name, adapter, dropout, errors."""
 
 import copy
 
@@ -11,7 +11,7 @@ from oddsmith import ORPOConfig
 from oddsmith.training.models import disable_dropout, load_model
 from support.trainer_runs import arguments, make_model, make_tokenizer
 
-# PEFT reads an older name of transformers'.
+# PEFT reads a deprecated name of transformers.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
 )
@@ -101,7 +101,7 @@ def test_gradients_reach_an_adapter_under_checkpointing(make):
     from peft import LoraConfig
 
     config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    # The reentrant kind passes no gradient on if no input of a layer requires one.
+    # Reentrant checkpointing gives no gradient if no input of a layer requires one.
     checkpointing = {
         "gradient_checkpointing": True,
         "gradient_checkpointing_kwargs": {"use_reentrant": True},

@@ -1,4 +1,4 @@
-"""The text of `optim_args` to its values."""
+"""Parsing of `optim_args`."""
 
 import pytest
 
@@ -41,7 +41,7 @@ def test_booleans(text, value):
 
 
 @pytest.mark.parametrize("text", ["yes", "2", ""])
-def test_what_is_no_boolean(text):
+def test_other_texts_are_not_booleans(text):
     with pytest.raises(ValueError, match="must be true or false"):
         yes_or_no(text)
 

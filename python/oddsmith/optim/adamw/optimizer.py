@@ -1,4 +1,4 @@
-"""BlockAdamW: what AdamW with 8-bit and with paged moments share, from steps to saved state."""
+"""BlockAdamW: the base of AdamW with 8-bit and with paged moments."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ class LowRankOptimizer(Optimizer):
             raise ValueError(f"accumulation_steps is {accumulation_steps!r}; must be positive")
         if max_grad_norm is not None and not (layerwise and is_positive(max_grad_norm)):
             raise ValueError(
-                f"max_grad_norm is {max_grad_norm!r}; must be positive, and goes with layerwise: "
+                f"max_grad_norm is {max_grad_norm!r}; must be positive, and needs layerwise: "
                 "elsewhere clip with torch.nn.utils.clip_grad_norm_"
             )
         if not isinstance(seed, int):
