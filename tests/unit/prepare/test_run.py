@@ -156,7 +156,7 @@ def test_a_failed_run_leaves_the_old_file(tmp_path):
 
 def test_nothing_left_is_an_error_with_the_reasons(tmp_path):
     source = write(tmp_path / "rows.jsonl", ROWS[6:8])
-    with pytest.raises(UserError, match="none of 2 rows is left") as error:
+    with pytest.raises(UserError, match="none of 2 rows is kept") as error:
         run_prepare([source], tmp_path / "out.jsonl")
     assert "1  empty answer" in str(error.value)
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]

@@ -124,7 +124,7 @@ def test_optim_args(config, model, tmp_path):
         (
             "adamw_8bit",
             "page_dir=/tmp",
-            "adamw_8bit: optim_args has 'page_dir', which is no option",
+            "adamw_8bit: optim_args has the unknown option 'page_dir'",
         ),
         (
             "adamw_bnb_8bit",

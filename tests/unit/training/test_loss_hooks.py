@@ -33,7 +33,7 @@ def test_overridden_hooks_are_called(make, model, hook, caplog):
     plain = make(model=copy.deepcopy(model))
     kind = type("Own", (ORPOTrainer,), {hook: counted(getattr(ORPOTrainer, hook))})
     own = make(kind=kind, model=model)
-    assert f"Own has its own {hook}" in caplog.text
+    assert f"Own overrides {hook}" in caplog.text
     loss, _ = own.get_batch_loss_metrics(own.model, batch_of(own))
     assert calls == [hook]
     expected, _ = plain.get_batch_loss_metrics(plain.model, batch_of(plain))

@@ -143,7 +143,7 @@ def test_bad_targets(targets, error, message, model):
          r"rank is 25, but model.layers.0.self_attn.k_proj.weight has shape \(24, 48\)"),
         ({"optim_args": None}, ValueError, "rank is 128"),
         ({"optim_target_modules": ["nothing"]}, ValueError, "matches no linear layer"),
-        ({"optim": "apollo_adamw", "optim_args": "rank=8,svd=exact"}, ValueError, "no option"),
+        ({"optim": "apollo_adamw", "optim_args": "rank=8,svd=exact"}, ValueError, "unknown option"),
     ],
 )  # fmt: skip
 def test_bad_settings(changed, error, message, config, model):
