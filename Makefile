@@ -85,18 +85,18 @@ kernels: test-build ## Registers, shared memory and spills of every CUDA kernel;
 bench: $(BIN)/.tools ## Benchmarks beside TRL, Liger, bitsandbytes, torchao and galore-torch
 	$(ACTIVATE) && pip install --no-build-isolation -e ".[bench]"
 	$(BIN)/python benches/bench_head.py
-	$(BIN)/python benches/bench_step.py
-	$(BIN)/python benches/bench_tokenize.py
-	$(BIN)/python benches/bench_nf4.py
-	$(BIN)/python benches/bench_step.py --qlora
+	$(BIN)/python benches/bench_training.py
+	$(BIN)/python benches/bench_data.py
+	$(BIN)/python benches/bench_quant.py
+	$(BIN)/python benches/bench_training.py --qlora
 	$(BIN)/python benches/bench_checkpoint.py
-	$(BIN)/python benches/bench_adamw.py
-	$(BIN)/python benches/bench_galore.py
+	$(BIN)/python benches/bench_optim_adamw.py
+	$(BIN)/python benches/bench_optim_low_rank.py
 
 .PHONY: bench-gpu
 bench-gpu: $(BIN)/.tools ## Steps and kernels on a card, beside the same peers; 8 minutes
 	$(ACTIVATE) && pip install --no-build-isolation -e ".[bench]"
-	$(BIN)/python benches/gpu.py
+	$(BIN)/python -m benches.gpu
 
 .PHONY: clean
 clean: ## Remove the environment and what Python has cached

@@ -1,6 +1,6 @@
 """NF4 beside bitsandbytes: quantise, dequantise, the 4-bit linear layer, and decoding.
 
-    python benches/bench_nf4.py [--repeats 7] [--threads 2] [--pool] [--only dequantise]
+    python benches/bench_quant.py [--repeats 7] [--threads 2] [--pool] [--only dequantise]
 
 Weights of 4096 x 4096 and 4096 x 14336, block size 64. The linear layer takes 512 tokens forward and
 backward, beside the same in `float32` with a weight in full. "write" fills a result of that size and

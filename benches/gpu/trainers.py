@@ -1,4 +1,4 @@
-"""The trainers that `gpu.py` sets side by side."""
+"""The trainers that `python -m benches.gpu` sets side by side."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 
-from gpu_bench import importable
-from gpu_models import Shape, with_their_layers
+from .bench import importable
+from .models import Shape, with_their_layers
 
 BETA = 0.1
 

@@ -1,4 +1,4 @@
-"""Training steps for `gpu.py`: trainers of one model that share its weights and take turns."""
+"""Training steps for `python -m benches.gpu`: trainers of one model that share its weights and take turns."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import time
 
 import torch
 
-from gpu_bench import Bench, importable
-from gpu_models import Shape, build, draw_lengths, rows_of, twin, word_tokenizer
-from gpu_trainers import BETA, trainer_kinds
+from .bench import Bench, importable
+from .models import Shape, build, draw_lengths, rows_of, twin, word_tokenizer
+from .trainers import BETA, trainer_kinds
 
 MAX_LENGTH = 1024  # the article's, as are LoRA's rank and the batches
 # Its table, for 2,000 steps of 8 pairs on an A100 with 40 GB.

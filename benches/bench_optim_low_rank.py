@@ -1,6 +1,6 @@
 """GaLore beside galore-torch and AdamW: a refresh of the basis, a whole step, and its memory.
 
-    python benches/bench_galore.py [--repeats 5] [--threads 2] [--rank 128] [--skip-svd]
+    python benches/bench_optim_low_rank.py [--repeats 5] [--threads 2] [--rank 128] [--skip-svd]
 
 Refresh: the randomised range finder, cold and from the last basis, beside the SVD that galore-torch
 takes. Step: GaLoreAdamW8bit on one matrix, beside its two bare projection products, torch's fused

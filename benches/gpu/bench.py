@@ -1,4 +1,4 @@
-"""What `gpu.py` measures with: time and memory on a device, a table, a CSV file."""
+"""What `python -m benches.gpu` measures with: time and memory on a device, a table, a CSV file."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Training steps and kernels on one card, beside their peers, with nothing to download.
 
-    python benches/gpu.py [--minutes 7] [--only mistral-7b kernels ...] [--csv benches/gpu.csv]
-    python benches/gpu.py --tiny --device cpu        # the same code in a minute, to try it out
+    python -m benches.gpu [--minutes 7] [--only mistral-7b kernels ...] [--csv benches/gpu.csv]
+    python -m benches.gpu --tiny --device cpu        # the same code in a minute, to try it out
 
 Steps are those of real trainers, of random weights of real shapes made on the card: Mistral-7B and
 Llama-3-8B in NF4 with LoRA of rank 16 on all seven projections, as in the article this is measured
@@ -32,10 +32,10 @@ from pathlib import Path
 
 import torch
 
-from gpu_bench import Bench, print_table, write_csv
-from gpu_kernels import kernels
-from gpu_models import SHAPES, TINY
-from gpu_steps import steps
+from .bench import Bench, print_table, write_csv
+from .kernels import kernels
+from .models import SHAPES, TINY
+from .steps import steps
 
 
 def main() -> None:
@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="turns of each trainer")
     parser.add_argument("--repeats", type=int, default=11, help="runs of each kernel")
     parser.add_argument("--only", nargs="+", choices=[*SHAPES, *TINY, "kernels"])
-    parser.add_argument("--csv", type=Path, default=Path(__file__).with_suffix(".csv"))
+    parser.add_argument("--csv", type=Path, default=Path(__file__).parents[1] / "gpu.csv")
     args = parser.parse_args()
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():

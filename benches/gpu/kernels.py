@@ -1,4 +1,4 @@
-"""Kernels beside their peers, for `gpu.py`."""
+"""Kernels beside their peers, for `python -m benches.gpu`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from gpu_bench import Bench, importable
-from gpu_trainers import BETA, orpo_loss
+from .bench import Bench, importable
+from .trainers import BETA, orpo_loss
 
 
 @dataclass

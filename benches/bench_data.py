@@ -1,7 +1,7 @@
 """Tokenising a preference dataset beside TRL's maps and beside the tokenizer library alone.
 
-    python benches/bench_tokenize.py [--rows 20000] [--peer_rows 2000] [--rounds 3]
-    python benches/bench_tokenize.py --memory 1000000
+    python benches/bench_data.py [--rows 20000] [--peer_rows 2000] [--rounds 3]
+    python benches/bench_data.py --memory 1000000
 
 The rows are those of the two files in the folder `data` of `--shared`, repeated with a suffix that
 makes each text another one: conversations (AlpacaEval pairs, through a chat template) and strings
@@ -75,7 +75,7 @@ def made_up_columns(count: int) -> dict[str, list[str]]:
 def tokenizer_and_dataset(args: argparse.Namespace):
     from datasets import disable_caching, disable_progress_bars, load_from_disk
 
-    from bench_step import mistral_tokenizer
+    from bench_training import mistral_tokenizer
 
     disable_caching()  # results are still written to disk
     disable_progress_bars()

@@ -1,6 +1,7 @@
 """The benchmark of cards, in small and without one."""
 
 import csv
+import importlib
 import os
 import subprocess
 import sys
@@ -9,22 +10,21 @@ from pathlib import Path
 import pytest
 import torch
 
-BENCHES = Path(__file__).parents[2] / "benches"
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
 def models(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHES))
-    import gpu_models
-
-    return gpu_models
+    monkeypatch.syspath_prepend(str(ROOT))
+    return importlib.import_module("benches.gpu.models")
 
 
 def test_every_part_runs_in_small(tmp_path):
     table = tmp_path / "gpu.csv"
     arguments = f"--tiny --device cpu --only mistral-tiny kernels --csv {table}".split()
     done = subprocess.run(
-        [sys.executable, str(BENCHES / "gpu.py"), *arguments],
+        [sys.executable, "-m", "benches.gpu", *arguments],
+        cwd=ROOT,
         capture_output=True,
         text=True,
         # One thread: on a busy machine a team of them waits for its slowest.

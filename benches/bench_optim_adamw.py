@@ -1,6 +1,6 @@
 """8-bit AdamW beside bitsandbytes, torchao and torch's fused fp32 AdamW: a step, and what it keeps.
 
-    python benches/bench_adamw.py [--repeats 7] [--threads 2] [--sizes 24 --sizes 28.2]
+    python benches/bench_optim_adamw.py [--repeats 7] [--threads 2] [--sizes 24 --sizes 28.2]
 
 Sizes are powers of two of fp32 elements: 16.8 M and 300 M by default; the slow peers are timed at the
 first alone. Paged state is in a file of the folder for temporary files, in the page cache. Peers that

@@ -1,6 +1,6 @@
 """A whole training step beside TRL's: time and memory of real trainer runs.
 
-    python benches/bench_step.py [--rounds 5] [--steps 4] [--no-checkpointing] [--lora | --qlora]
+    python benches/bench_training.py [--rounds 5] [--steps 4] [--no-checkpointing] [--lora | --qlora]
                                  [--data FILE.jsonl.gz | --long-prompts]
 
 Each run is a process of its own that trains a Mistral-shaped model (8 layers, hidden 512, vocabulary
