@@ -1,6 +1,6 @@
 """The ORPO head beside its peers: loss and gradients from hidden states.
 
-    python benches/bench_head.py [--repeats 5] [--threads 2] [--no-compile]
+    python benches/bench_head.py [--repeats 5] [--threads 2] [--no-compile] [--record]
 
 Two shapes (hidden 512, vocabulary 32,000; hidden 896, vocabulary 151,936), trained and frozen head,
 `float32`, batches of two padded pairs of which about a third of the rows are rejected prompt or pad,
@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 
 from oddsmith.functional import linear_orpo
-from side_by_side import interleave, peak_memory, report, versions
+from results import installed
+from side_by_side import Report, flags, interleave, peak_memory
 
 BETA = 0.1
 
@@ -149,10 +150,33 @@ def products(case: Case):
     return run
 
 
+def runs_of(case: Case, compiled: bool) -> dict:
+    """Us and the peers that are installed."""
+    runs = {"oddsmith": lambda: ours(case)}
+    if installed("trl"):
+        runs["trl"] = lambda: eager(case)
+    if installed("liger-kernel"):
+        runs["liger"] = lambda: liger(case)
+    if installed("trl"):
+        runs["trl_chunked"] = lambda: chunked(case)
+    if compiled:
+        function = torch.compile(naive, dynamic=False)
+        inputs = case.hidden, case.weight, case.tokens, case.labels
+        runs["compile"] = lambda: gradients(case, function(*inputs))
+    return runs
+
+
+def check(case: Case, runs: dict) -> None:
+    truth = gradients(case, naive(case.hidden, case.weight, case.tokens, case.labels))
+    for name, run in runs.items():
+        loss, grads = run()[:2]
+        worst = max((a - b).abs().max() / b.abs().max() for a, b in zip(grads, truth[1]))
+        assert abs(loss - truth[0]) < 1e-4, f"{name}: loss {loss}, should be {truth[0]}"
+        assert worst < 1e-3, f"{name}: gradients off by {worst}"
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
+    parser = flags(__doc__, repeats=5)
     parser.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
@@ -161,39 +185,21 @@ def main() -> None:
     )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    used = versions("torch", "trl", "liger-kernel", "oddsmith")
-    # The closures below are called within their iteration.
-    # ruff: noqa: B023
-    for width, vocab, length in ((512, 32_000, 517), (896, 151_936, 172)):
+    report = Report("bench_head", args, ("trl", "liger-kernel"))
+    shapes = [(16, 64, 40)] if args.tiny else [(512, 32_000, 517), (896, 151_936, 172)]
+    for width, vocab, length in shapes:
         for trained in (True, False):
             case = make_case(width, vocab, length, trained)
-            runs = {
-                "oddsmith": lambda: ours(case),
-                "trl eager": lambda: eager(case),
-                "liger": lambda: liger(case),
-                "trl chunked": lambda: chunked(case),
-            }
-            if args.compile:
-                compiled = torch.compile(naive, dynamic=False)
-                runs["torch.compile"] = lambda: gradients(
-                    case,
-                    compiled(case.hidden, case.weight, case.tokens, case.labels),
-                )
-            truth = gradients(case, naive(case.hidden, case.weight, case.tokens, case.labels))
-            for name, run in runs.items():
-                loss, grads = run()[:2]
-                worst = max((a - b).abs().max() / b.abs().max() for a, b in zip(grads, truth[1]))
-                assert abs(loss - truth[0]) < 1e-4, f"{name}: loss {loss}, should be {truth[0]}"
-                assert worst < 1e-3, f"{name}: gradients off by {worst}"
-            del truth, grads
+            runs = runs_of(case, args.compile)
+            check(case, runs)
             returned = sum(x.nbytes for x in (case.hidden, case.weight) if x.requires_grad)
-            extra = {name: peak_memory(run) - returned for name, run in runs.items()}
-            runs["bare products"] = products(case)
+            memory = {name: peak_memory(run) - returned for name, run in runs.items()}
+            runs["products"] = products(case)
             head = "trained" if trained else "frozen"
             rows = f"{case.tokens.numel()} rows, {int(case.needed.sum())} needed"
             title = f"hidden {width}, vocabulary {vocab}, {rows}, {head} head"
             seconds = interleave(runs, args.repeats)
-            report("head", title, seconds, extra, "oddsmith", args.threads, used)
+            report.case(f"head_{width}x{vocab}_{head}", title, seconds, "oddsmith", memory)
 
 
 if __name__ == "__main__":
