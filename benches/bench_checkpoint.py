@@ -34,7 +34,7 @@ from side_by_side import Report, flags
 HIDDEN, INTERMEDIATE, VOCABULARY = 2048, 5632, 32_000
 TINY = 128, 256, 512
 
-IMPORT = "import oddsmith.checkpoint, oddsmith.checkpoint_names"
+IMPORT = "import oddsmith.checkpoint.quantize, oddsmith.integrations.model_weights"
 
 PEER = """
 import torch

@@ -12,20 +12,22 @@ import tempfile
 
 import torch
 
-from oddsmith.demo.run import STEPS, run_demo
+from oddsmith.demo import run as demo
 from side_by_side import Report, flags
 
 
 def main() -> None:
     parser = flags(__doc__, repeats=1)
-    parser.add_argument("--steps", type=int, help=f"of training (default {STEPS})")
+    parser.add_argument("--steps", type=int, help=f"of training (default {demo.STEPS})")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    steps = args.steps or (2 if args.tiny else STEPS)
+    steps = args.steps or (2 if args.tiny else demo.STEPS)
+    if args.tiny:
+        demo.TRAIN_ROWS, demo.TEST_ROWS = 480, 48
     report = Report("bench_demo", args, ("transformers",))
     with tempfile.TemporaryDirectory() as folder:
-        results = run_demo(folder, steps=steps, seed=args.seed)
+        results = demo.run_demo(folder, steps=steps, seed=args.seed)
     for moment in ("before", "after"):
         for task, scores in results[moment].items():
             case = f"oddsmith demo, {steps} steps, held-out pairs of {task}, {moment} training"

@@ -1,6 +1,6 @@
 """Training steps and kernels on one card, beside their peers, with nothing to download.
 
-    python -m benches.gpu [--minutes 7] [--only mistral-7b kernels ...] [--csv benches/gpu.csv]
+    python -m benches.gpu [--minutes 7] [--only mistral-7b kernels ...] [--record [FILE]]
     python -m benches.gpu --tiny --device cpu        # the same code in a minute, to try it out
 
 Steps are those of real trainers, of random weights of real shapes made on the card: Mistral-7B and
@@ -28,11 +28,11 @@ import argparse
 import logging
 import os
 import time
-from pathlib import Path
 
 import torch
 
-from .bench import Bench, print_table, write_csv
+from ..results import Recorder, installed, record_flag
+from .bench import PACKAGES, Bench, machine, print_table
 from .kernels import kernels
 from .models import SHAPES, TINY
 from .steps import steps
@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="turns of each trainer")
     parser.add_argument("--repeats", type=int, default=11, help="runs of each kernel")
     parser.add_argument("--only", nargs="+", choices=[*SHAPES, *TINY, "kernels"])
-    parser.add_argument("--csv", type=Path, default=Path(__file__).parents[1] / "gpu.csv")
+    record_flag(parser)
     args = parser.parse_args()
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -60,13 +60,14 @@ def main() -> None:
     disable_progress_bars()
     set_verbosity_error()
     # Reports on the rows, of every trainer anew; why batches are not packed is to be seen.
-    for name in ("oddsmith.row_hooks", "trl"):
+    for name in ("oddsmith.training.row_hooks", "trl"):
         logging.getLogger(name).setLevel(logging.ERROR)
     deadline = time.perf_counter() + 60 * args.minutes
-    bench = Bench(device, deadline, 2 if args.tiny else args.repeats)
+    # Rows are written as they are measured: a run that is cut off has left what it found.
+    recorder = Recorder("gpu", installed(*PACKAGES), machine(device), args.record)
+    bench = Bench(device, deadline, 2 if args.tiny else args.repeats, recorder)
     shapes = TINY if args.tiny else SHAPES
     first, *others = shapes
-    written = 0
     # What matters most comes first.
     for name in args.only or [first, "kernels", *others]:
         if bench.out_of_time:
@@ -79,8 +80,6 @@ def main() -> None:
             shape = {**SHAPES, **TINY}[name]
             small = (0.05, 1, 1)
             steps(bench, name, shape, *(small if args.tiny else (1.0, args.rounds, 2)))
-        write_csv(args.csv, bench.rows[written:])  # as far as it came, if it is cut off later
-        written = len(bench.rows)
         if bench.cuda:
             torch.cuda.empty_cache()
     print_table(bench.rows)

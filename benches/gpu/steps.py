@@ -134,7 +134,7 @@ def steps(bench: Bench, name: str, shape: Shape, scale: float, rounds: int, each
         if bench.cuda:
             columns["extra_gb"] = max(extra) / 1e9
             columns["peak_gb"] = columns["extra_gb"] + resident_bytes(trainer) / 1e9
-        bench.report(case, kind, seconds, **columns)
+        bench.report(f"step_{name}", case, kind, seconds, **columns)
     print("  first losses: " + ", ".join(f"{kind} {loss:.4f}" for kind, loss in losses.items()))
     if name == "mistral-7b":
         measured = {kind: clock.seconds for kind, clock in clocks.items() if clock.seconds}
