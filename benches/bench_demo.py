@@ -36,7 +36,7 @@ def main() -> None:
                 values = [value if metric == "margin" else 100 * value]
                 report.add(f"demo_{task}_{metric}_{moment}", case, "oddsmith", metric, unit, values)
     case = f"oddsmith demo, {steps} steps, all of it"
-    report.add("demo_oddsmith_time", case, "oddsmith", "time", "s", [results["seconds"]])
+    report.add("demo_time", case, "oddsmith", "time", "s", [results["seconds"]])
 
 
 if __name__ == "__main__":

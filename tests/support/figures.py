@@ -14,13 +14,16 @@ COMMENT = re.compile(r"<!--\s*(results|not measured):\s*(.*?)\s*-->", re.DOTALL)
 SCALES = {
     **{"s": (1.0, "s"), "ms": (1e-3, "s"), "us": (1e-6, "s"), "ns": (1e-9, "s")},
     **{"MB": (1.0, "MB"), "GB": (1e3, "MB"), "KB": (1e-3, "MB")},
+    **{"minutes": (60.0, "s"), "hours": (3600.0, "s")},
     "rows per second": (1.0, "rows/s"),
 }
+WORDS = dict(zip("two three four five six seven eight nine ten".split(), range(2, 11)))
 UNITS = "rows per second|rows/s|tokens/s|TFLOP/s|GFLOP/s|GB/s|MB/s|ms|us|ns|s|KB|MB|GB"
 NUMBER = r"(?<![\w.,])([-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?)"
 # `4096 x 4096` is a shape, `4.1x` a ratio; `8-bit` and `0.50.2` are no figures.
 IN_TABLE = re.compile(rf"{NUMBER}(?:(x)| ?({UNITS}|%))?(?![\w%])(?!\.\d)(?!-\w)")
 IN_PROSE = re.compile(rf"{NUMBER}(?:(x)| ?({UNITS}))(?!\w)")
+ROUND = re.compile(rf"\b(\d+|{'|'.join(WORDS)})()[ -](minutes|hours)\b")
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Figure:
 
     @classmethod
     def read(cls, match: re.Match) -> "Figure":
-        digits = match[1].replace(",", "")
+        digits = str(WORDS.get(match[1], match[1])).replace(",", "")
         decimals = len(digits.partition(".")[2])
         return cls(match[0], float(digits), match[2] or match[3], 0.5 * 10**-decimals)
 
@@ -60,6 +63,8 @@ class Block:
         if not self.is_table:
             text = re.sub(r"`[^`]*`", "", " ".join(line.strip() for line in self.lines))
             yield from map(Figure.read, IN_PROSE.finditer(text))
+            if self.ids is not None:  # elsewhere "two minutes" is no measurement
+                yield from map(Figure.read, ROUND.finditer(text))
             return
         # Neither the header nor the first column: they say what is measured.
         for line in self.lines[2:]:
@@ -130,8 +135,10 @@ def faults(text: str, rows: dict[str, dict[str, str]]) -> list[str]:
     for block in blocks(text):
         figures = list(block.figures())
         if block.ids is None:
-            if figures and not block.excused:
-                shown = ", ".join(figure.text for figure in figures[:4])
+            # A number without a unit may be a setting.
+            with_unit = [figure.text for figure in figures if figure.unit]
+            if with_unit and not block.excused:
+                shown = ", ".join(with_unit[:4])
                 found.append(f"line {block.line}: no rows are named for {shown}")
             continue
         if missing := [id for id in block.ids if id not in rows]:

@@ -57,6 +57,7 @@ MADE_UP = {
         row("theirs_time", "s", "0.485"),
         row("older_time", "s", "0.107", date="2025-12-31"),
         row("ours_memory", "MB", "1230", metric="memory"),
+        row("run_time", "s", "131"),
         row("rate", "rows/s", "3704", metric="rate"),
         row("gain", "x", "20.8", metric="speedup"),
         row("share", "%", "96.04", metric="accuracy"),
@@ -110,5 +111,11 @@ def test_figures_need_rows_or_a_reason():
     assert faults(words + ids, MADE_UP) == []
     assert faults("The shape is 4096 x 4096, `5 s`, of 8-bit codes.\n", MADE_UP) == []
     assert faults("```sh\nsleep 5 s\n```\n", MADE_UP) == []
+    assert faults(table("128 | 4,096", ""), MADE_UP) == []
+    # Round numbers are figures where rows are named.
+    about = "It takes about two minutes.\n"
+    assert faults(about, MADE_UP) == []
+    assert faults(about + "<!-- results: run_time -->", MADE_UP) == []
+    assert faults(about + "<!-- results: ours_time -->", MADE_UP) != []
     # A reason excuses its neighbours, not the whole page.
     assert len(faults(bare + "<!-- not measured: why -->\n\ntext\n\n" + words, MADE_UP)) == 1
