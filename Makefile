@@ -54,8 +54,8 @@ develop: ## Compile again after a change in src/
 gpu: test-build ## The tests that need a GPU
 	$(ACTIVATE) && pytest -m gpu
 
-# Without libtorch's cache every tensor is an allocation of its own, whose end memcheck knows. What
-# takes memory away, captures graphs or tries thousands of shapes is left out, and so are the peers.
+# Without libtorch's cache every tensor is a separate allocation, whose end memcheck knows. Tests that use up
+# memory, capture graphs or try thousands of shapes are left out, and so are the peers.
 SANITIZE = python -m pytest tests/gpu -m gpu -k "not random and not graph and not runs_out and not bitsandbytes and not trl"
 .PHONY: sanitize
 sanitize: test-build ## The same under compute-sanitizer: accesses out of bounds, races in shared memory

@@ -1,14 +1,13 @@
-"""`oddsmith quantize` and `oddsmith merge` of a generated bf16 checkpoint: speed and resident memory of the whole process.
+"""`oddsmith quantize` and `oddsmith merge` of a generated bf16 checkpoint: time and resident memory of the process.
 
     python benches/bench_checkpoint.py [--folder DIR] [--repeats 3] [--layers 22] [--peer] [--record]
 
-The model has TinyLlama's shape, 1.1 billion parameters in two files; the adapter is of rank 16 on every
-linear layer. The command runs in a process of
-its own; its time is that of the conversion, from checking the files to the last rename, without starting
-Python. Floors in the same rounds: writing as many bytes as the result has, with fsync, and reading the
-files (cold: after dropping them from the page cache; warm otherwise). "extra MB" is the process's largest
-resident set, of which importing torch and transformers is the row "import". With --peer transformers and
-bitsandbytes load and save the same model in a process of their own.
+The model has TinyLlama's shape: 1.1 billion parameters in two files. The adapter has rank 16 on every linear layer.
+Each command runs in a new process. Its time is that of the conversion, from checking the files to the last rename,
+without starting Python. The lower bounds are timed in the same rounds: writing as many bytes as the result has, with
+fsync, and reading the files (cold: not in the page cache; warm otherwise). MB is the largest resident set of the
+process; the row "import" is the part that importing torch and transformers takes. With --peer transformers and
+bitsandbytes load and save the same model in a new process.
 """
 
 from __future__ import annotations

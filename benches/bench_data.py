@@ -1,18 +1,17 @@
-"""Tokenising a preference dataset beside TRL's maps and beside the tokenizer library alone.
+"""Tokenising a preference dataset, beside TRL's maps and the tokenizers library alone.
 
     python benches/bench_data.py [--rows 20000] [--peer-rows 2000] [--repeats 3] [--record]
     python benches/bench_data.py --memory 1000000 [--record]
 
-The rows are those of the two files in the folder `data` of `--shared`, repeated with a suffix that
-makes each text another one (without the folder, made-up words): conversations (AlpacaEval pairs, through a chat template) and strings
-(HH-RLHF, implicit prompt). The tokenizer is Mistral's, from mistral-common. Each run is a process of
-its own that loads the rows from disk and writes its columns to disk, as a first training run does:
-`oddsmith` is `prepare_dataset`; `trl` the three maps of TRL's trainer, with one process and with two;
-`tokenizers` only encodes the texts that oddsmith encodes, with every core: no template, no rows, no
-disk. TRL runs on the first `--peer-rows` rows, for time.
+The rows are conversations (AlpacaEval pairs, through a chat template) and strings (HH-RLHF, implicit prompt) from two
+files in the folder `data` of `--shared`, repeated with a suffix that makes each text different. Without the folder
+they are made up. The tokenizer is Mistral's, from mistral-common. Each run is a new process that loads the rows
+from disk and writes its columns to disk, as the first run of a training does: `oddsmith` is `prepare_dataset`; `trl` is
+the three maps of TRL's trainer, in one process and in two; `tokenizers` only encodes the texts that oddsmith encodes, on
+all cores, without template, rows and disk. TRL runs on the first `--peer-rows` rows, to save time.
 
-`--memory N` prepares N rows of made-up words, and runs `oddsmith inspect` on a file of them; it prints
-the peaks of resident memory.
+`--memory N` tokenises N made-up rows and runs `oddsmith inspect` on a file of them. It prints the peaks of resident
+memory.
 """
 
 from __future__ import annotations

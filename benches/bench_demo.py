@@ -2,8 +2,8 @@
 
     python benches/bench_demo.py [--steps 900] [--seed 0] [--threads 2] [--record]
 
-Accuracy is the share of pairs whose chosen answer is the likelier one, exact the share of answers that the
-model writes without a fault.
+Accuracy is the share of pairs whose chosen answer is more likely than the rejected one. Exact is the share of answers that
+the model writes without an error.
 """
 
 from __future__ import annotations

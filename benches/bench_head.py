@@ -2,12 +2,11 @@
 
     python benches/bench_head.py [--repeats 5] [--threads 2] [--no-compile] [--record]
 
-Two shapes (hidden 512, vocabulary 32,000; hidden 896, vocabulary 151,936), trained and frozen head,
-`float32`, batches of two padded pairs of which about a third of the rows are rejected prompt or pad,
-logits peaked as a trained model's are. Peers: TRL's eager loss, Liger's fused loss, TRL's chunked
-log-probabilities with the ORPO formula, and torch.compile of the naive form. The
-bare matrix products of the rows that need the head are timed in the same rounds. "extra MB" is the
-rise of resident memory during a call, less the gradients that it returns.
+Two shapes (hidden 512, vocabulary 32,000; hidden 896, vocabulary 151,936), trained and frozen head, `float32`. A batch has
+two padded pairs; about a third of its rows are rejected prompts or padding. Logits are peaked, as those of a trained
+model are. Peers: TRL's eager loss, Liger's fused loss, TRL's chunked log-probabilities with the ORPO formula, and
+torch.compile of the naive form. `products` is the matrix products of the rows that need the head, without anything
+else, timed in the same rounds. MB is the rise of resident memory during a call, less the gradients that it returns.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ class Case:
 
     hidden: torch.Tensor  # (2B, T, D)
     weight: torch.Tensor  # (V, D)
-    tokens: torch.Tensor  # (2B, T) next tokens, -100 on pads
+    tokens: torch.Tensor  # (2B, T) next tokens, -100 on padding
     labels: torch.Tensor  # (2B, T) next tokens of completions, -100 elsewhere
 
     @property
@@ -47,7 +46,7 @@ def make_case(width: int, vocab: int, length: int, trained: bool) -> Case:
     real = [length, int(length * 0.80), int(length * 0.93), int(length * 0.72)]
     weight = torch.randn(vocab, width) * width**-0.5
     tokens = torch.randint(vocab, (4, length))
-    # A trained model's hidden state points at the next word: peaked logits.
+    # A trained model's hidden state points at the next token: peaked logits.
     hidden = torch.randn(4, length, width) + 12.0 * F.normalize(weight[tokens], dim=-1)
     labels = tokens.clone()
     for row in range(4):
@@ -107,7 +106,7 @@ def liger(case: Case):
 
 
 def chunked(case: Case):
-    """TRL's chunked log-probabilities over the rows that are no pads."""
+    """TRL's chunked log-probabilities over all rows but the padding."""
     from trl.kernels import ChunkedLogProbFunction
 
     count, length, width = case.hidden.shape
@@ -151,7 +150,7 @@ def products(case: Case):
 
 
 def runs_of(case: Case, compiled: bool) -> dict:
-    """Us and the peers that are installed."""
+    """oddsmith and the peers that are installed."""
     runs = {"oddsmith": lambda: ours(case)}
     if installed("trl"):
         runs["trl"] = lambda: eager(case)

@@ -1,10 +1,10 @@
-"""8-bit AdamW beside bitsandbytes, torchao and torch's fused fp32 AdamW: a step, and what it keeps.
+"""8-bit AdamW beside bitsandbytes, torchao and torch's fused AdamW with 32 bits: time of a step, and bytes of state.
 
     python benches/bench_optim_adamw.py [--repeats 7] [--threads 2] [--sizes 24 --sizes 28.2] [--record]
 
-Sizes are powers of two of fp32 elements: 16.8 M and 300 M by default; the slow peers are timed at the
-first alone. Paged state is in a file of the folder for temporary files, in the page cache. Peers that
-are not installed are left out.
+Sizes are powers of two of float32 elements: 16.8 M and 300 M by default. The slow peers are timed at the first size
+only. Paged state is a file in the folder for temporary files; it stays in the page cache. Peers that are not installed
+are left out.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from side_by_side import Report, flags, interleave
 
 OURS = "oddsmith"
 FUSED = "torch_fused"
-# What is asked of a step: at least so many times as fast as a peer, or at most so many times as slow.
+# Targets of a step: how many times faster than a peer at least, how many times slower at most.
 FASTER = {"bitsandbytes": 20.0, "torchao": 20.0}
 SLOWER = {FUSED: 1.2}
 
@@ -52,7 +52,7 @@ def makers(slow: bool) -> dict:
 
 def bench(elements: int, slow: bool, repeats: int, report: Report) -> None:
     grad = torch.randn(elements, generator=torch.Generator().manual_seed(0))
-    # All on one tensor of values: only the state is each one's own.
+    # All share one tensor of values; only the state differs.
     values = torch.zeros(elements)
     runs, state = {}, {}
     for name, make in makers(slow).items():

@@ -1,11 +1,10 @@
-"""GaLore beside galore-torch and AdamW: a refresh of the basis, a whole step, and its memory.
+"""GaLore beside galore-torch and AdamW: a refresh of the basis, a whole step, and bytes of state.
 
     python benches/bench_optim_low_rank.py [--repeats 5] [--threads 2] [--rank 128] [--skip-svd] [--record]
 
-Refresh: the randomised range finder, cold and from the last basis, beside the SVD that galore-torch
-takes. Step: GaLoreAdamW8bit on one matrix, beside its two bare projection products, torch's fused
-fp32 AdamW, and galore-torch's GaLoreAdamW where it is installed. `amortised` adds a refresh every
-200 steps. Needs galore-torch and bitsandbytes for the peers; without them they are left out.
+Refresh: the randomised range finder, from the last basis and without one (`cold`), beside the SVD of galore-torch. Step:
+GaLoreAdamW8bit on one matrix, beside its two projection products alone, torch's fused AdamW, and galore-torch's
+GaLoreAdamW. `amortised` adds the time of a refresh every 200 steps. Peers that are not installed are left out.
 """
 
 from __future__ import annotations

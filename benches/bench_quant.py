@@ -1,15 +1,14 @@
-"""NF4 beside bitsandbytes: quantise, dequantise, the 4-bit linear layer, and decoding.
+"""NF4 beside bitsandbytes: quantising, dequantising, the 4-bit linear layer, and decoding one token.
 
     python benches/bench_quant.py [--repeats 7] [--threads 2] [--pool] [--only dequantize] [--record]
 
-Weights of 4096 x 4096 and 4096 x 14336, block size 64. The linear layer takes 512 tokens forward and
-backward, beside the same in `float32` with a weight in full. "write" fills a result of that size and
-does nothing else. Decoding is one token at a time; bitsandbytes has two ways: from a dequantised weight,
-which its layer takes whenever a gradient may be asked for, and on processors with bfloat16 units a kernel
-for evaluation that rounds tokens, scales and products to bfloat16.
+Weights of 4096 x 4096 and 4096 x 14336, block size 64. The linear layer takes 512 tokens forward and backward, beside the
+same in `float32` with an unpacked weight. `write` only fills a result of that size. Decoding is one token at a time;
+bitsandbytes has two ways: from a dequantised weight, which its layer takes whenever a gradient may be needed, and, on
+processors with bfloat16 units, an evaluation kernel that rounds tokens, scales and products to bfloat16.
 
-Large results are fresh memory, whose pages the system hands out one by one. --pool takes them from
-oddsmith's pool, as `ORPOTrainer` does while it trains: for every run in the table alike.
+Large results are fresh memory, whose pages the system maps one by one. --pool takes the results of all implementations
+from oddsmith's pool, as `ORPOTrainer` does while it trains.
 
 On a processor with bfloat16 units `ONEDNN_MAX_CPU_ISA=AVX2` shows what happens without them.
 """

@@ -1,18 +1,17 @@
 """A whole training step beside TRL's: time and memory of real trainer runs.
 
     python benches/bench_training.py [--repeats 5] [--steps 4] [--no-checkpointing] [--lora | --qlora]
-                                 [--data FILE.jsonl.gz | --long-prompts] [--record]
+                                     [--data FILE.jsonl.gz | --long-prompts] [--record]
 
-Each run is a process of its own that trains a Mistral-shaped model (8 layers, hidden 512, vocabulary
-32,000, 56 M parameters, `float32`) for a few optimiser steps of two accumulated micro-batches of two
-pairs, `max_length` 1,024; runs of the two trainers alternate. The time of a step is the median over
-the steps after the first; memory is the peak of resident memory above what the process held before
-training began, model and data included, less the gradients and the optimiser's state, which every
-trainer needs. With `--data` the rows are real pairs in the UltraFeedback form and the tokenizer is
-Mistral's (from mistral-common); without, random words of the same lengths, or with --long-prompts
-prompts of about 600 tokens and answers of about 150. With --qlora the base is in NF4, of bitsandbytes
-for TRL (which has to be installed then) and of oddsmith for oddsmith. At the end one more run of oddsmith is profiled:
-the share of its step that is matrix products, and what the rest is.
+Each run is a new process that trains a Mistral-shaped model (8 layers, hidden 512, vocabulary 32,000, 56 M parameters,
+`float32`) for a few optimiser steps of two accumulated micro-batches of two pairs, `max_length` 1,024. Runs of the two
+trainers alternate. The time of a step is the median over the steps after the first. Memory is the peak of resident
+memory above what the process held before training began (model and data), less the gradients and the optimiser's
+state, which every trainer needs. With --data the rows are real pairs in the UltraFeedback form and the tokenizer is
+Mistral's, from mistral-common. Without, they are random words of the same lengths, or with --long-prompts prompts of
+about 600 tokens and answers of about 150. With --qlora the base is in NF4, of bitsandbytes for TRL (which must be
+installed then) and of oddsmith for oddsmith. One more run of oddsmith is profiled at the end: the share of its step that
+is matrix products, and what the rest is.
 """
 
 from __future__ import annotations

@@ -48,8 +48,8 @@ def interleave(
     runs: dict[str, Callable[[], object]], repeats: int, warm_up: int = 1
 ) -> dict[str, list[float]]:
     """
-    Seconds of each run, one repeat of all after another, so that drift hits all alike; in another
-    order each time, for what a run leaves behind (memory to give back, caches) hits its successor.
+    Seconds of each run. Each round runs all of them once, so that drift affects all equally, and in
+    another order, because what a run leaves behind (freed memory, caches) affects its successor.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     draw = random.Random(0)

@@ -1,25 +1,23 @@
-"""Training steps and kernels on one card, beside their peers, with nothing to download.
+"""Training steps and kernels on one GPU, beside their peers. Nothing is downloaded.
 
     python -m benches.gpu [--minutes 7] [--only mistral-7b kernels ...] [--record [FILE]]
     python -m benches.gpu --tiny --device cpu        # the same code in a minute, to try it out
 
-Steps are those of real trainers, of random weights of real shapes made on the card: Mistral-7B and
-Llama-3-8B in NF4 with LoRA of rank 16 on all seven projections, as in the article this is measured
-against (batch 2, 4 accumulated, at most 1,024 tokens, gradient checkpointing, bfloat16), and all of
-Qwen2.5-0.5B. Lengths of prompts and answers are drawn from those of 805 AlpacaEval pairs under
-Mistral's tokenizer. One process holds all trainers of a model; they share its weights and codes and
-take turns, a few steps each. Peak memory is what a trainer would need alone: weights and its
-optimiser's state, and what a step adds to what is allocated when it begins.
+The steps are those of real trainers; the models have real shapes and random weights, made on the GPU: Mistral-7B and
+Llama-3-8B in NF4 with LoRA of rank 16 on all seven projections (batch 2, 4 accumulated, at most 1,024 tokens, gradient
+checkpointing, bfloat16: the settings of the article whose hours are printed for comparison), and all weights of
+Qwen2.5-0.5B. Lengths of prompts and answers are drawn from those of 805 AlpacaEval pairs under Mistral's tokenizer. One
+process holds all trainers of a model; they share its weights and codes and take turns of a few steps. Peak memory is
+what a trainer would need alone: weights, its optimiser's state, and the rise during a step.
 
-Peers take part where they can be imported: TRL's trainer (on bitsandbytes' layers if those can be too),
-its loop with Liger's ORPO loss, and with cut-cross-entropy. GB/s and TFLOP/s count the bytes and
-products that the task cannot do without, and are set against a copy and a matrix product of the same
-minute; what fits into the card's cache may go beyond that copy.
+Peers take part if they are installed: TRL's trainer (on bitsandbytes' layers if that is installed too), its loop with
+Liger's ORPO loss, and with cut-cross-entropy. GB/s and TFLOP/s count the bytes and products that the task needs at
+least. Their share of the peak is relative to a copy and a matrix product that are timed in the same run; data that fits
+into the GPU's cache may exceed the copy.
 
-A machine without a package registry needs this folder and, beside torch 2.11, transformers, peft, accelerate
-and datasets, the wheels of oddsmith (`pip wheel --no-deps --no-build-isolation .`; 3 MB), bitsandbytes 0.50.2
-(43 MB), trl 1.16.0 (1 MB), liger-kernel 0.8.5 (1 MB) and cut-cross-entropy 25.1.1 (0.1 MB), to be
-installed with `pip install --no-deps`.
+A machine without a package registry needs the folder benches/ and, beside torch 2.11, transformers, peft, accelerate
+and datasets, the wheels of oddsmith (`pip wheel --no-deps --no-build-isolation .`; 3 MB), bitsandbytes 0.50.2 (43 MB), trl
+1.16.0 (1 MB), liger-kernel 0.8.5 (1 MB) and cut-cross-entropy 25.1.1 (0.1 MB), installed with `pip install --no-deps`.
 """
 
 from __future__ import annotations
@@ -43,7 +41,10 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="small shapes, to try the script out")
     parser.add_argument(
-        "--minutes", type=float, default=7, help="what has not begun then is left out"
+        "--minutes",
+        type=float,
+        default=7,
+        help="parts that have not begun after this time are left out",
     )
     parser.add_argument("--rounds", type=int, default=3, help="turns of each trainer")
     parser.add_argument("--repeats", type=int, default=11, help="runs of each kernel")
@@ -59,11 +60,11 @@ def main() -> None:
 
     disable_progress_bars()
     set_verbosity_error()
-    # Reports on the rows, of every trainer anew; why batches are not packed is to be seen.
+    # Every trainer would report on the rows again; other lines, such as why batches are padded, stay.
     for name in ("oddsmith.training.row_hooks", "trl"):
         logging.getLogger(name).setLevel(logging.ERROR)
     deadline = time.perf_counter() + 60 * args.minutes
-    # Rows are written as they are measured: a run that is cut off has left what it found.
+    # Rows are written as they are measured, so a run that is cut off keeps them.
     recorder = Recorder("gpu", installed(*PACKAGES), machine(device), args.record)
     bench = Bench(device, deadline, 2 if args.tiny else args.repeats, recorder)
     shapes = TINY if args.tiny else SHAPES

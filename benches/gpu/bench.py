@@ -31,7 +31,7 @@ def importable(name: str) -> bool:
 
 @dataclass
 class Bench:
-    """Where it runs, how long it may, and what it has found."""
+    """The device, the deadline, and the rows measured so far."""
 
     device: torch.device
     deadline: float
@@ -57,7 +57,7 @@ class Bench:
 
     @contextlib.contextmanager
     def survives(self, case: str, name: str) -> Iterator[None]:
-        """A peer that this card, driver or release does not suit leaves a line, and the rest goes on."""
+        """Prints a line if a peer fails on this GPU, driver or release, and goes on with the others."""
         try:
             yield
         except Exception as error:
@@ -120,7 +120,7 @@ def machine(device: torch.device) -> str:
 
 
 def print_table(rows: list[dict]) -> None:
-    """`ours is` says how often the first row of a case fits into the time of the others."""
+    """`ours is` is the time of a row over that of the first row of its case."""
     titles = ["median", "ours is", "tokens/s", "GB/s", "TFLOP/s", "of peak", "peak GB", "extra GB"]
     print(f"{'':30}" + "".join(f"{title:>11}" for title in titles))
     first: dict[str, float] = {}

@@ -14,7 +14,7 @@ from .trainers import BETA, orpo_loss
 
 @dataclass
 class Peaks:
-    """What the card does in this minute: bytes a second of a copy, flop a second of a product."""
+    """What the GPU reaches in this run: bytes per second of a copy, FLOP per second of a matrix product."""
 
     copy: float
     product: float
@@ -118,7 +118,7 @@ def head_kernels(bench, peaks, rows: int, width: int, vocab: int, trained: bool)
     length = rows // count
     weight = torch.randn(vocab, width, device=device, dtype=dtype) * width**-0.5
     tokens = torch.randint(vocab, (count, length), device=device)
-    # A trained model's hidden state points at the next word: peaked logits.
+    # A trained model's hidden state points at the next token: peaked logits.
     hint = F.normalize(weight[tokens].float(), dim=-1)
     hidden = (
         (torch.randn(count, length, width, device=device) + 12 * hint).to(dtype).requires_grad_()

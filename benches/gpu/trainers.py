@@ -82,7 +82,7 @@ def trainer_kinds(shape: Shape) -> Iterator[tuple[str, Callable, Callable, dict]
     yield "oddsmith, packed", ours, lambda model: model, optim
     yield "oddsmith, padded", ours, lambda model: model, {**optim, "padding_free": False}
     if not shape.nf4:
-        # 4 GB of state through 256 MiB of the card, beside what comes after it.
+        # 4 GB of state pass through 256 MiB of the GPU's memory.
         paged = {"optim": "paged_adamw_32bit", "optim_args": f"device_budget={256 << 20}"}
         yield "oddsmith, packed, paged", ours, lambda model: model, paged
     if not importable("trl"):

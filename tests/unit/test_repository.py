@@ -71,14 +71,14 @@ def test_ci_runs_the_lints_and_the_tests():
 
 
 def test_the_changelog_has_this_version():
-    version = tomllib.loads((ROOT / "Cargo.toml").read_text())["package"]["version"]
+    version = re.search(r'^version = "(.*)"', (ROOT / "Cargo.toml").read_text(), re.MULTILINE)[1]
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert re.search(r"^## (\d+\.\d+\.\d+)", changelog, re.MULTILINE)[1] == version
 
 
 def test_links_of_the_project_are_real():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert project["urls"]
-    for address in project["urls"].values():
+    pyproject = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    section = re.search(r"^\[project\.urls\]\n((?:.+\n)+)", pyproject, re.MULTILINE)[1]
+    for address in re.findall(r'^\w+ = "(.*)"$', section, re.MULTILINE):
         assert address.startswith("https://")
         assert not re.search(r"example|placeholder|TODO|your-|localhost", address)
