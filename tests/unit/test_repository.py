@@ -3,7 +3,6 @@
 import re
 
 import pytest
-import tomllib
 import yaml
 
 from support.paths import ROOT
