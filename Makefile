@@ -79,7 +79,7 @@ fmt: test-build ## Format everything
 
 .PHONY: kernels
 kernels: test-build ## Registers, shared memory and spills of every CUDA kernel; needs no card
-	$(BIN)/python tests/kernel_usage.py
+	$(BIN)/python tests/support/kernel_usage.py
 
 .PHONY: bench
 bench: $(BIN)/.tools ## Benchmarks beside TRL, Liger, bitsandbytes, torchao and galore-torch

@@ -191,7 +191,7 @@ def main() -> None:
             add("read, cold", read(model))
             add("read, warm", read(model))
             add("write and fsync", write(folder / "floor", result))
-            imports = "import oddsmith.checkpoint, oddsmith.checkpoint_names"
+            imports = "import oddsmith.checkpoint.quantize, oddsmith.integrations.model_weights"
             add("import", *process(imports)[:2])
         used = versions("oddsmith", "torch", "transformers")
         if flags.peer:

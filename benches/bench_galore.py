@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from oddsmith.optim import AdamW8bit, GaLoreAdamW, GaLoreAdamW8bit, optimizer_bytes
-from oddsmith.optim.projection import exact_bases, generator_for, random_bases
+from oddsmith.optim.low_rank.projection import exact_bases, generator_for, random_bases
 from side_by_side import interleave, report, versions
 
 SHAPES = ((1024, 4096), (4096, 4096))

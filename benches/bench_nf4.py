@@ -25,8 +25,8 @@ import torch
 import torch.nn.functional as F
 
 from oddsmith import functional
-from oddsmith.memory import pooled_memory
 from oddsmith.nn import Linear4bit
+from oddsmith.training.allocator import pooled_memory
 from side_by_side import interleave, report, versions
 
 SHAPES = ((4096, 4096), (4096, 14336))

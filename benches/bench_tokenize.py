@@ -85,7 +85,8 @@ def tokenizer_and_dataset(args: argparse.Namespace):
 
 
 def run_oddsmith(tokenizer, dataset, args: argparse.Namespace) -> float:
-    from oddsmith.data import RowBuilder, prepare_dataset
+    from oddsmith.data.dataset import prepare_dataset
+    from oddsmith.data.rows import RowBuilder
 
     builder = RowBuilder(tokenizer, 1024)
     start = time.perf_counter()
@@ -115,7 +116,7 @@ def run_trl(tokenizer, dataset, args: argparse.Namespace) -> float:
 
 
 def run_encode_batch(tokenizer, dataset, args: argparse.Namespace) -> float:
-    from oddsmith.data import row_text
+    from oddsmith.data.chat import row_text
 
     seconds = 0.0
     for first in range(0, len(dataset), 1000):

@@ -60,7 +60,7 @@ def main() -> None:
     disable_progress_bars()
     set_verbosity_error()
     # Reports on the rows, of every trainer anew; why batches are not packed is to be seen.
-    for name in ("oddsmith.row_hooks", "trl"):
+    for name in ("oddsmith.training.row_hooks", "trl"):
         logging.getLogger(name).setLevel(logging.ERROR)
     deadline = time.perf_counter() + 60 * args.minutes
     bench = Bench(device, deadline, 2 if args.tiny else args.repeats)

@@ -1,11 +1,14 @@
 """What all tests share."""
 
-import sys
+import os
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))  # for `import reference`
+# Processes that tests start import `reference` and `support` too; pytest's own path is in pyproject.toml.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")])
+)
 
 
 @pytest.fixture
@@ -26,8 +29,8 @@ def emulated_driver(monkeypatch):
     """
     import torch
 
-    import emulation
     from oddsmith import _core
+    from support import emulation
 
     if torch.cuda.is_available():
         # The driver is opened once a process, and tests/gpu need the card's.

@@ -8,23 +8,22 @@ from oddsmith import ORPOConfig, ORPOTrainer
 import importlib
 from typing import TYPE_CHECKING, Any
 
-import torch
+from .integrations import import_hook
 
-from . import stand_in, torch_version
-
-torch_version.check(torch.__version__)
-
-from ._core import __version__  # noqa: E402 - not before the check
-
-# Scripts that load 4-bit models import no more than this package.
-stand_in.install()
+# A script that loads a 4-bit model may import nothing else of this package.
+import_hook.install()
 
 if TYPE_CHECKING:
-    from . import functional, nn, optim
-    from .adoption import adopt
-    from .config import ORPOConfig
-    from .quantizer import NF4Config, use_for_bitsandbytes
-    from .trainer import ORPOTrainer
+    from . import functional as functional
+    from . import nn as nn
+    from . import optim as optim
+    from .config import ORPOConfig as ORPOConfig
+    from .integrations.bitsandbytes_layers import adopt as adopt
+    from .integrations.transformers_quantizer import NF4Config as NF4Config
+    from .integrations.transformers_quantizer import use_for_bitsandbytes as use_for_bitsandbytes
+    from .trainer import ORPOTrainer as ORPOTrainer
+
+    __version__: str
 
 __all__ = [
     "NF4Config",
@@ -38,22 +37,34 @@ __all__ = [
     "use_for_bitsandbytes",
 ]
 
-# Public names by module: transformers takes seconds to import, the functions do not need it.
+# Public names by module, imported at first use: torch and transformers take seconds, and
+# `oddsmith --help` needs neither.
 _LAZY = {
-    "NF4Config": ".quantizer",
+    "NF4Config": ".integrations.transformers_quantizer",
     "ORPOConfig": ".config",
     "ORPOTrainer": ".trainer",
-    "adopt": ".adoption",
-    "use_for_bitsandbytes": ".quantizer",
+    "adopt": ".integrations.bitsandbytes_layers",
+    "use_for_bitsandbytes": ".integrations.transformers_quantizer",
 }
+_MODULES = ("functional", "nn", "optim")
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("oddsmith")
+    if name not in _LAZY and name not in _MODULES and name != "_core":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # Before the compiled core is loaded: under another torch it dies on a missing symbol.
+    import torch
+
+    from . import torch_version
+
+    torch_version.check(torch.__version__)
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name], __name__), name)
-    if name in ("functional", "nn", "optim"):
-        return importlib.import_module(f".{name}", __name__)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return importlib.import_module(f".{name}", __name__)
 
 
 def __dir__() -> list[str]:

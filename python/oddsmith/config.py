@@ -9,7 +9,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available, logging
 
-from .arguments import LEGACY_NAMES, LegacyArguments, flag, resolve_legacy
+from .legacy_arguments import LEGACY_NAMES, LegacyArguments, flag, resolve_legacy
 
 logger = logging.get_logger(__name__)
 
@@ -31,7 +31,7 @@ class ORPOConfig(LegacyArguments, TrainingArguments):
     Arguments of [`ORPOTrainer`]: those of [`~transformers.TrainingArguments`] and the ones below.
 
     Takes the arguments of every TRL release, and the names that older releases of transformers had
-    ([`~oddsmith.arguments.LegacyArguments`]). Can be turned into command line flags with
+    ([`~oddsmith.legacy_arguments.LegacyArguments`]). Can be turned into command line flags with
     [`~transformers.HfArgumentParser`].
 
     Args:

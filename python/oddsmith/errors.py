@@ -1,5 +1,17 @@
 """Errors that are the user's to mend."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UserError(Exception):
     """A failure that the command line shows as one line, without a traceback."""
+
+
+@contextmanager
+def user_errors(what: str) -> Iterator[None]:
+    """Turns what goes wrong with the user's input into a [`UserError`]."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        raise UserError(f"{what}: {error}" if what else str(error)) from error

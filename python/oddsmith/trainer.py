@@ -12,25 +12,27 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.utils import logging
 
-from . import attention, fused
-from .batching import BatchHooks
 from .config import ORPOConfig
-from .data import PreferenceCollator, RowBuilder, ensure_pad_token
-from .evaluation import EvaluationHooks
-from .loss import LossHooks, Split
-from .memory import pooled_memory
-from .metrics import EMPTY_COMPLETIONS, FIRST_NON_FINITE, NON_FINITE, MetricStore
-from .model_card import CITATION, model_card
-from .model_loading import (
+from .data.collator import PreferenceCollator
+from .data.rows import RowBuilder
+from .data.tokenizer import ensure_pad_token
+from .integrations import model_attention, model_head
+from .training.adamw_names import ADAMW_NAMES, adamw_optimizer
+from .training.allocator import pooled_memory
+from .training.batch_hooks import BatchHooks
+from .training.evaluation_hooks import EvaluationHooks
+from .training.loss_hooks import LossHooks, Split
+from .training.low_rank_names import LOW_RANK_NAMES, low_rank_optimizer
+from .training.metrics import EMPTY_COMPLETIONS, FIRST_NON_FINITE, NON_FINITE, MetricStore
+from .training.model_card import CITATION, model_card
+from .training.models import (
     check_model,
     load_model,
     load_processing_class,
     prepare_model,
     vocabulary_size,
 )
-from .optim.adamw_names import ADAMW_NAMES, adamw_optimizer
-from .optim.galore_names import LOW_RANK_NAMES, low_rank_optimizer
-from .row_hooks import RowHooks
+from .training.row_hooks import RowHooks
 
 logger = logging.get_logger(__name__)
 
@@ -49,7 +51,7 @@ class ORPOTrainer(RowHooks, BatchHooks, LossHooks, EvaluationHooks, Trainer):
         args ([`ORPOConfig`], *optional*):
             Arguments of the run.
         data_collator (`Callable`, *optional*):
-            Makes batches of rows; [`~oddsmith.data.PreferenceCollator`] if not given.
+            Makes batches of rows; [`~oddsmith.data.collator.PreferenceCollator`] if not given.
         train_dataset (`Dataset` or `IterableDataset`):
             Rows with `chosen`, `rejected` and, unless it is implicit, `prompt`.
         eval_dataset (`Dataset`, `IterableDataset` or `dict` of them, *optional*):
@@ -212,8 +214,8 @@ class ORPOTrainer(RowHooks, BatchHooks, LossHooks, EvaluationHooks, Trainer):
         if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
             return "its adapter is made of virtual tokens"
         try:
-            fused.install(model)
-        except fused.HeadMismatch as mismatch:
+            model_head.install(model)
+        except model_head.HeadMismatch as mismatch:
             return str(mismatch)
         self._padded_because = self._install_packing(model)
         return None
@@ -233,8 +235,8 @@ class ORPOTrainer(RowHooks, BatchHooks, LossHooks, EvaluationHooks, Trainer):
             return "its auxiliary loss is computed on a padded batch"
         core = model.get_base_model() if hasattr(model, "get_base_model") else model
         try:
-            attention.install(core)
-        except attention.CannotPack as cannot:
+            model_attention.install(core)
+        except model_attention.CannotPack as cannot:
             return str(cannot)
         return None
 

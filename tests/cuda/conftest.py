@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-import emulation
+from support import emulation
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ from torch import nn
 
 from oddsmith import _core
 from oddsmith.optim import AdamW8bit, PagedAdamW8bit
-from slices import at_a_page_s_end, same_bits, slices
+from support.slices import at_a_page_s_end, same_bits, slices
 
 pytestmark = pytest.mark.usefixtures("emulated_driver")
 

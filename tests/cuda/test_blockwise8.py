@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from oddsmith import _core
-from oddsmith.quant import dynamic_map
-from slices import DTYPES, at_a_page_s_end, same_bits, slices
+from oddsmith.quant.nf4 import dynamic_map
+from support.slices import DTYPES, at_a_page_s_end, same_bits, slices
 
 pytestmark = pytest.mark.usefixtures("emulated_driver")
 

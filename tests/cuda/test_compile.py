@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from emulation import KERNELS
-from kernel_usage import ARCHITECTURES, Usage, read_report, text_of, usage_of_all, write
 from oddsmith import _core
+from support.emulation import KERNELS
+from support.kernel_usage import ARCHITECTURES, Usage, read_report, text_of, usage_of_all, write
 
 # Kernels that may keep values in memory beyond their registers, and why.
 MAY_SPILL: dict[str, str] = {}

@@ -9,7 +9,7 @@ from ctypes import c_double, c_float, c_int, c_int64, c_uint8
 import pytest
 import torch
 
-import emulation
+from support import emulation
 
 INT = torch.int32
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import emulation
 from oddsmith import _core
+from support import emulation
 
 RUN = """
 import torch

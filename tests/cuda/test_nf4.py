@@ -5,7 +5,7 @@ import torch
 
 from oddsmith import _core
 from oddsmith.functional import dequantize_nf4, linear_nf4, quantize_nf4
-from slices import DTYPES, at_a_page_s_end, same_bits, slices
+from support.slices import DTYPES, at_a_page_s_end, same_bits, slices
 
 pytestmark = pytest.mark.usefixtures("emulated_driver")
 

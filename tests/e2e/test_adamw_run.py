@@ -13,13 +13,11 @@ import pytest
 import torch
 from peft import LoraConfig
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-import optim_runs
 from oddsmith.optim import AdamW8bit, PagedAdamW8bit, PagedAdamW32bit
-from oddsmith.optim.adamw_names import ADAMW_NAMES
-from oddsmith.optim.saved import unwrap
-from optim_runs import (
+from oddsmith.optim.adamw.saved_state import unwrap
+from oddsmith.training.adamw_names import ADAMW_NAMES
+from support import optim_runs
+from support.optim_runs import (
     SAVED,
     Kill,
     check_same_end,
@@ -29,7 +27,7 @@ from optim_runs import (
     sums,
     two_processes,
 )
-from trainer_runs import long_pairs, pairs, train_logs
+from support.trainer_runs import long_pairs, pairs, train_logs
 
 # PEFT asks the model by a name that transformers 5.2x deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")

@@ -4,7 +4,6 @@ Run as a script this file is what the processes run.
 """
 
 import sys
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -17,12 +16,10 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from gradients import randn
 from oddsmith.optim import AdamW8bit, PagedAdamW8bit
-from oddsmith.optim.saved import unwrap
-from optim_runs import report, two_processes
+from oddsmith.optim.adamw.saved_state import unwrap
+from support.gradients import randn
+from support.optim_runs import report, two_processes
 
 RULE = {"lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)

@@ -163,7 +163,7 @@ assert count == 14
 @bitsandbytes
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_the_same_bytes_as_bitsandbytes(double_quant, tiny_mistral, tmp_path):
-    from oddsmith.checkpoint import quantize_checkpoint
+    from oddsmith.checkpoint.quantize import quantize_checkpoint
 
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
     # Codes of scales as bitsandbytes chooses them on a CPU.

@@ -182,7 +182,7 @@ def test_wrong_rows_are_one_line(rows, reason, tiny_mistral, tmp_path, capsys):
 def test_the_module_runs_as_a_program(tmp_path):
     """What `oddsmith` and a launcher start: exit codes reach the shell, errors are one line."""
     run = subprocess.run(
-        [sys.executable, "-m", "oddsmith.cli", "train", "--model", "m", "--dataset",
+        [sys.executable, "-m", "oddsmith.cli.commands", "train", "--model", "m", "--dataset",
          str(tmp_path / "none.jsonl"), "--output_dir", str(tmp_path), "--beta", "-1", "--use_cpu"],
         capture_output=True,
         text=True,

@@ -3,18 +3,16 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from oddsmith import cli
+from support.paths import EXAMPLES
 
 # PEFT asks the model by a name that transformers 5.2x deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def test_no_example_is_forgotten():

@@ -5,20 +5,17 @@ Run as a script this file is what the processes of a test run.
 
 import functools
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-import optim_runs
 from oddsmith import ORPOConfig, ORPOTrainer
 from oddsmith.demo.model import build_model, train_tokenizer
 from oddsmith.demo.tasks import make_pairs
-from oddsmith.optim.galore import optimizer_bytes
-from oddsmith.optim.galore_names import LOW_RANK_NAMES
-from optim_runs import (
+from oddsmith.optim.low_rank.galore import optimizer_bytes
+from oddsmith.training.low_rank_names import LOW_RANK_NAMES
+from support import optim_runs
+from support.optim_runs import (
     SAVED,
     Kill,
     check_same_end,
@@ -29,7 +26,7 @@ from optim_runs import (
     two_processes,
     weights,
 )
-from trainer_runs import long_pairs, pairs, train, train_logs
+from support.trainer_runs import long_pairs, pairs, train, train_logs
 
 ARTICLE = [r".*attn.*", r".*mlp.*"]
 NAMES = sorted(LOW_RANK_NAMES)

@@ -4,12 +4,11 @@ import csv
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-BENCHES = Path(__file__).parents[2] / "benches"
+from support.paths import BENCHES
 
 
 @pytest.fixture

@@ -2,15 +2,12 @@
 
 import gzip
 import json
-import os
-from pathlib import Path
 
 import pytest
 
 from oddsmith import cli
 from oddsmith.demo.tasks import make_pairs
-
-SHARED = Path(os.environ.get("ODDSMITH_SHARED", Path(__file__).parents[3] / "shared")) / "data"
+from support.paths import SHARED
 
 
 def oasst_messages(count, seed):
@@ -51,7 +48,9 @@ def test_prepare_inspect_train(suffix, tiny_mistral, tmp_path, capsys):
     assert (out / "model.safetensors").is_file()
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="ODDSMITH_SHARED names no folder with the data")
+@pytest.mark.skipif(
+    not (SHARED / "data").is_dir(), reason="ODDSMITH_SHARED names no folder with the data"
+)
 @pytest.mark.parametrize(
     ("name", "kind", "read", "dropped"),
     [
@@ -61,7 +60,7 @@ def test_prepare_inspect_train(suffix, tiny_mistral, tmp_path, capsys):
 )
 def test_real_files(name, kind, read, dropped, tmp_path, capsys):
     out = tmp_path / "pairs.jsonl"
-    assert cli.main(["prepare", str(SHARED / name), "--output", str(out)]) == 0
+    assert cli.main(["prepare", str(SHARED / "data" / name), "--output", str(out)]) == 0
     summary = json.loads((tmp_path / "pairs.summary.json").read_text())
     assert summary["format"] == kind
     assert summary["rows"]["read"] == read

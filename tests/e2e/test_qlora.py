@@ -3,25 +3,22 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from oddsmith import ORPOConfig, ORPOTrainer, cli, use_for_bitsandbytes
-from oddsmith.lora import LoraLinear4bit
+from oddsmith.integrations.peft_lora import LoraLinear4bit
 from oddsmith.nn import Linear4bit
-from trainer_runs import arguments, make_model, make_tokenizer, pairs
+from support.paths import EXAMPLES
+from support.trainer_runs import arguments, make_model, make_tokenizer, pairs
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning"),
 ]
-EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.fixture

@@ -1,17 +1,13 @@
 """Packed, shared and token-filled batches in whole runs."""
 
 import random
-import sys
-from pathlib import Path
 
 import pytest
 from datasets import Dataset
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from oddsmith import ORPOConfig, ORPOTrainer
-from oddsmith.batching import pair_lengths
-from trainer_runs import (
+from oddsmith.data.token_batches import pair_lengths
+from support.trainer_runs import (
     arguments,
     make_model,
     make_tokenizer,

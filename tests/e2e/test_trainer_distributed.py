@@ -8,10 +8,8 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from oddsmith import ORPOConfig, ORPOTrainer
-from trainer_runs import (
+from support.trainer_runs import (
     arguments,
     long_pairs,
     make_model,

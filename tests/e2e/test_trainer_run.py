@@ -3,18 +3,14 @@
 import copy
 import json
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from oddsmith import ORPOConfig, ORPOTrainer
-from trainer_runs import (
+from support.trainer_runs import (
     arguments,
     make_model,
     make_tokenizer,

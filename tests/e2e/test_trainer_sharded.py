@@ -8,16 +8,13 @@ import copy
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from oddsmith.fused import FusedBatch, install
-from trainer_runs import make_model, make_tokenizer
+from oddsmith.integrations.model_head import FusedBatch, install
+from support.trainer_runs import make_model, make_tokenizer
 
 
 def fsdp2(model, head_apart):

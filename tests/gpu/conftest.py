@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-import emulation
 from oddsmith import _core
+from support import emulation
 
 
 @dataclass

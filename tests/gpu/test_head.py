@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import reference
-from gpu_cases import (
+from oddsmith import functional
+from support.gpu_cases import (
     DTYPES,
     assert_no_further,
     loss_and_gradients,
@@ -13,7 +14,6 @@ from gpu_cases import (
     to,
     true_loss,
 )
-from oddsmith import functional
 
 CASES = [
     (1009, 67, ((3, 17), (11, 5), (3, 29), (11, 8))),

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import oddsmith.optim
-from gpu_cases import DTYPES, loss_and_gradients, pairs, to, weights
 from oddsmith import functional
+from support.gpu_cases import DTYPES, loss_and_gradients, pairs, to, weights
 
 NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gpu_cases import DTYPES, same, to, weights
 from oddsmith.functional import dequantize_nf4, linear_nf4, quantize_nf4
 from oddsmith.nn import Linear4bit
+from support.gpu_cases import DTYPES, same, to, weights
 
 SHAPES = [(1, 1), (5, 13), (64,), (63, 64), (130, 70), (3, 5, 7), (257, 128)]
 BLOCK_SIZES = [32, 64, 128, 512, 4096]

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import reference
-from gpu_cases import DTYPES, same, to
 from oddsmith import functional
+from support.gpu_cases import DTYPES, same, to
 
 
 def edges(draw: random.Random, most: int) -> int:

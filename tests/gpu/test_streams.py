@@ -5,8 +5,8 @@ import threading
 import pytest
 import torch
 
-from gpu_cases import pairs, same, to, weights
 from oddsmith import functional
+from support.gpu_cases import pairs, same, to, weights
 
 
 @pytest.fixture

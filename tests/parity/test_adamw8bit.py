@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from gradients import given, randn, weights_of
 from oddsmith.demo.model import build_model, train_tokenizer
 from oddsmith.demo.tasks import make_pairs
 from oddsmith.optim import AdamW8bit, PagedAdamW8bit, PagedAdamW32bit
-from oddsmith.optim.moments import decode
-from oddsmith.optim.saved import unwrap
+from oddsmith.optim.adamw.moments import decode
+from oddsmith.optim.adamw.saved_state import unwrap
+from support.gradients import given, randn, weights_of
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 

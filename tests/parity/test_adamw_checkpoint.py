@@ -1,16 +1,11 @@
 """A trainer's run that moves between bitsandbytes and AdamW8bit at a checkpoint."""
 
-import sys
-from pathlib import Path
-
 import pytest
 from transformers import Trainer
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from oddsmith import ORPOTrainer
 from oddsmith.optim import AdamW8bit
-from optim_runs import SAVED, checkpoint, losses, run
+from support.optim_runs import SAVED, checkpoint, losses, run
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 

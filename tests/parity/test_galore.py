@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from oddsmith.optim.galore import GaLoreAdafactor, GaLoreAdamW
+from oddsmith.optim.low_rank.galore import GaLoreAdafactor, GaLoreAdamW
 
 STEPS = 50
 GAP = 7  # eight refreshes in 50 steps

@@ -12,8 +12,8 @@ from safetensors.torch import load, save
 
 from oddsmith import functional
 from oddsmith.nn import Linear4bit, Params4bit
-from oddsmith.quant import dynamic_map
-from oddsmith.quant_state import QuantState
+from oddsmith.quant.nf4 import dynamic_map
+from oddsmith.quant.state import QuantState
 
 bnb = pytest.importorskip("bitsandbytes", reason="the peer is not installed")
 peer = pytest.importorskip("bitsandbytes.functional")

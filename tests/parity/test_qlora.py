@@ -1,18 +1,13 @@
 """QLoRA runs and checkpoints beside TRL with bitsandbytes."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, MistralConfig, MistralForCausalLM
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 import oddsmith
 from oddsmith.nn import Linear4bit
-from trainer_runs import arguments, make_tokenizer, pairs, train_logs
+from support.trainer_runs import arguments, make_tokenizer, pairs, train_logs
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 trl = pytest.importorskip("trl.experimental.orpo", reason="trl is not installed")

@@ -3,19 +3,18 @@
 import gzip
 import json
 import os
-import sys
-from pathlib import Path
 
 import pytest
 from datasets import Dataset
 
-sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
-from generated_pairs import conversation_rows, string_rows
-from oddsmith.chat import extract_prompt
-from oddsmith.data import PreferenceCollator, RowBuilder, prepare_dataset, row_text
-from tokenizer_zoo import FAMILIES, mistral
+from oddsmith.data.chat import extract_prompt, row_text
+from oddsmith.data.collator import PreferenceCollator
+from oddsmith.data.dataset import prepare_dataset
+from oddsmith.data.rows import RowBuilder
+from support.generated_pairs import conversation_rows, string_rows
+from support.tokenizer_zoo import FAMILIES, mistral
 
 pytest.importorskip("trl.experimental.orpo", reason="trl, the peer, is not installed")
 
@@ -25,7 +24,8 @@ from trl.data_utils import maybe_apply_chat_template, maybe_extract_prompt
 from trl.experimental.orpo import ORPOTrainer as TRLTrainer
 from trl.experimental.utils import DPODataCollatorWithPadding
 
-SHARED = Path(os.environ.get("ODDSMITH_SHARED", Path(__file__).parents[2].parent / "shared"))
+from support.paths import SHARED
+
 FILES = ("alpacaeval_mistral_orpo.jsonl.gz", "hh_harmless_test_head.jsonl.gz")
 TOKENIZERS = [*FAMILIES, "mistral"]
 

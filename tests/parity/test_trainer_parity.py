@@ -6,18 +6,17 @@ The same model, rows, seed and order, in float32. Both trainers run here, side b
 import gzip
 import json
 import os
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+from support.paths import SHARED
+
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 from oddsmith import ORPOConfig, ORPOTrainer
-from trainer_runs import (
+from support.trainer_runs import (
     MODELS,
     arguments,
     long_pairs,
@@ -37,7 +36,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
 ]
 
-SHARED = Path(os.environ.get("ODDSMITH_SHARED", Path(__file__).parents[2].parent / "shared"))
+
 ALPACA = SHARED / "data" / "alpacaeval_mistral_orpo.jsonl.gz"
 
 RELATIVE = 1e-4
@@ -200,7 +199,7 @@ def test_issue_sized(lora, checkpointing, tmp_path):
     from peft import LoraConfig
     from transformers import MistralConfig, MistralForCausalLM
 
-    from tokenizer_zoo import mistral
+    from support.tokenizer_zoo import mistral
 
     tokenizer = mistral(tmp_path)
     tokenizer.pad_token = tokenizer.eos_token

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import reference
 from oddsmith import functional
-from oddsmith.quant_state import PACKED_KEY, QuantState
+from oddsmith.quant.state import PACKED_KEY, QuantState
 
 # A busy machine is no failure.
 patiently = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-FOLDER = Path(__file__).parents[2] / "python"
+from support.paths import ROOT
+
+FOLDER = ROOT / "python"
 HOOKS = {
     f"{hook}_{kind}"
     for hook in ("build", "get_requires_for_build")

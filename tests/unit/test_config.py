@@ -12,8 +12,8 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
 from oddsmith import config as config_module
-from oddsmith.arguments import IGNORED, LEGACY_NAMES, RENAMED
 from oddsmith.config import ORPOConfig
+from oddsmith.legacy_arguments import IGNORED, LEGACY_NAMES, RENAMED
 
 
 @pytest.fixture

@@ -20,8 +20,8 @@ def test_public_names():
         _ = oddsmith.DPOTrainer
 
 
-def test_import_leaves_transformers_alone():
-    code = "import sys, oddsmith; sys.exit('transformers' in sys.modules)"
+def test_import_leaves_torch_and_transformers_alone():
+    code = "import sys, oddsmith; sys.exit(bool({'torch', 'transformers'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -40,10 +40,20 @@ def test_another_torch_is_named_with_the_way_out(version):
     )
 
 
-def test_another_torch_stops_the_import_before_the_core():
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "from oddsmith import ORPOTrainer",
+        "from oddsmith.functional import linear_orpo",
+        "import oddsmith.optim",
+        "import oddsmith; oddsmith.nn",
+        "from oddsmith.checkpoint import quantize",
+    ],
+)
+def test_another_torch_stops_every_way_to_the_core(statement):
     code = (
         "import sys, torch; torch.__version__ = '2.13.0'\n"
-        "try:\n    import oddsmith\n"
+        f"try:\n    {statement}\n"
         "except ImportError as error:\n"
         "    sys.exit(0 if '2.13.0' in str(error) and 'oddsmith._core' not in sys.modules else 1)\n"
         "sys.exit(2)"

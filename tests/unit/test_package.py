@@ -1,6 +1,7 @@
 """What is installed is what the package says of itself."""
 
 import ast
+import importlib
 import inspect
 import re
 import sys
@@ -13,6 +14,8 @@ import oddsmith
 from oddsmith import _core, torch_version
 
 PACKAGE = Path(oddsmith.__file__).parent
+# Every module, however deep: none may escape the tests below by being moved.
+MODULES = sorted(PACKAGE.rglob("*.py"))
 # Imported only where the user has them and asks for them.
 OPTIONAL = {"flash_attn", "wandb", "comet_ml"}
 
@@ -62,10 +65,35 @@ def test_the_required_torch_is_the_one_of_the_check():
     assert _core.TORCH_BUILD_VERSION.startswith(f"{torch_version.REQUIRED}.")
 
 
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def test_the_walk_reaches_every_folder():
+    folders = {path.parent for path in MODULES}
+    found = {path for path in PACKAGE.rglob("*") if path.is_dir() and path.name != "__pycache__"}
+    assert folders == found | {PACKAGE}
+    assert len(MODULES) > 80
+
+
+def test_every_folder_with_code_is_a_package():
+    assert {path.parent for path in MODULES} == {
+        path.parent for path in MODULES if path.name == "__init__.py"
+    }
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_a_module_imports_says_what_it_is_and_has_the_names_it_lists(path):
+    module = importlib.import_module(module_name(path))
+    assert len((module.__doc__ or "").split()) > 2
+    listed = getattr(module, "__all__", [])
+    assert len(set(listed)) == len(listed)
+    assert not [name for name in listed if not hasattr(module, name)]
+
+
 def test_every_import_is_a_requirement():
-    modules = sorted(PACKAGE.glob("*.py"))
-    assert len(modules) > 10
-    imports = set().union(*map(imported_packages, modules)) - OPTIONAL
+    imports = set().union(*map(imported_packages, MODULES)) - OPTIONAL
     distributions = metadata.packages_distributions()
     installed = brought_along(set(requirements()))
     missing = {

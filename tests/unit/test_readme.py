@@ -1,20 +1,19 @@
 """README.md keeps its word: its Python runs, its files exist, its flags are known."""
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
 
-from oddsmith import cli
-from oddsmith.cli_arguments import TrainParser
-from oddsmith.cli_checkpoint import merge_parser, quantize_parser
-from oddsmith.cli_data import inspect_parser, prepare_parser
+from oddsmith.cli import commands
+from oddsmith.cli.checkpoint_flags import merge_parser, quantize_parser
+from oddsmith.cli.data_flags import inspect_parser, prepare_parser
+from oddsmith.cli.train_flags import TrainParser
 from oddsmith.demo.model import build_model, train_tokenizer
 from oddsmith.demo.tasks import make_pairs
+from support.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 SHELL = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
@@ -94,8 +93,8 @@ def test_commands_and_flags_exist():
     parsers = (TrainParser(), *data, quantize_parser(), merge_parser())
     known = {flag for parser in parsers for flag in parser._option_string_actions}
     assert flags - {"--release"} <= known
-    commands = {name for block in SHELL for name in re.findall(r"oddsmith (\w+)", block)}
-    assert commands == set(cli.COMMANDS)
+    named = {name for block in SHELL for name in re.findall(r"oddsmith (\w+)", block)}
+    assert named == set(commands.COMMANDS)
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"^make (\w+)", "\n".join(SHELL), re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"make {target}"

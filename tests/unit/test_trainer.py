@@ -3,8 +3,6 @@
 import copy
 import inspect
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +10,9 @@ from datasets import Dataset, DatasetDict
 from torch import nn
 from transformers import LlamaForSequenceClassification, LlamaModel, TrainingArguments
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from oddsmith import ORPOConfig, ORPOTrainer
-from oddsmith.model_loading import disable_dropout, load_model
-from trainer_runs import arguments, make_model, make_tokenizer, pairs
+from oddsmith.training.models import disable_dropout, load_model
+from support.trainer_runs import arguments, make_model, make_tokenizer, pairs
 
 # PEFT reads an older name of transformers'.
 pytestmark = pytest.mark.filterwarnings(
@@ -136,9 +132,9 @@ def test_tokenizer_is_the_older_name(make, tokenizer):
 
 def test_pad_token_falls_back_to_eos(make, tokenizer, caplog):
     tokenizer.pad_token = None
-    from oddsmith import data
+    from oddsmith.data import dataset
 
-    data.logger.warning_once.cache_clear()
+    dataset.logger.warning_once.cache_clear()
     trainer = make()
     assert trainer.padding_value == tokenizer.eos_token_id
     assert "no pad token: padding with its EOS token" in caplog.text

@@ -19,8 +19,8 @@ from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.utils import logging as transformers_logging
 
 from ..config import ORPOConfig
-from ..report import save_curves
 from ..trainer import ORPOTrainer
+from ..training.curves import save_curves
 from .model import build_model, train_tokenizer
 from .score import answer, score
 from .tasks import TASKS, make_splits

@@ -10,10 +10,10 @@ optimizer = GaLoreAdamW([{"params": vectors}, {"params": matrices, **low_rank}],
 ```
 """
 
-from .adamw import AdamW8bit, PagedAdamW8bit, PagedAdamW32bit
-from .apollo import APOLLOAdamW
-from .galore import GaLoreAdafactor, GaLoreAdamW, optimizer_bytes
-from .galore8bit import GaLoreAdamW8bit
+from .adamw.optimizer import AdamW8bit, PagedAdamW8bit, PagedAdamW32bit
+from .low_rank.apollo import APOLLOAdamW
+from .low_rank.galore import GaLoreAdafactor, GaLoreAdamW, optimizer_bytes
+from .low_rank.galore_8bit import GaLoreAdamW8bit
 
 __all__ = [
     "AdamW8bit",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..sketch import KeyIndex, NearDuplicates, normalise, sketch_texts, split, text_key
+from ..data.duplicates import KeyIndex, NearDuplicates, normalise, sketch_texts, split, text_key
 from .language import guess_language, may_be
 from .pair import Messages, Pair, Unit
 

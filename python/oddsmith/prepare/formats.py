@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..records import Record
+from ..sources.records import Record
 from .grouped import group_responses
 from .pair import Unit, per_record
 from .ready import is_dialogue, parse_hh, parse_pair

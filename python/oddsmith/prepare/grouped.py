@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from ..records import Record
+from ..sources.records import Record
 from .pair import BadRow, Unit, bad_unit, fields_of, required, text_of, text_or_messages
 from .ready import language_of
 from .scored import Columns, make_answer, make_pairs

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import UserError
-from ..records import Record
+from ..sources.records import Record
 
 Messages = list[dict[str, str]]
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ..chat import extract_prompt
+from ..data.chat import extract_prompt
 from .pair import (
     BadRow,
     Messages,

@@ -13,7 +13,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from ..errors import UserError
-from ..record_stream import RecordStream
+from ..sources.stream import RecordStream
 from .curation import REASONS, Curator, Rules
 from .diversity import Diversity
 from .formats import FORMATS, ReadOptions, read_units

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..sketch import text_key
+from ..data.duplicates import text_key
 from .pair import (
     BadRow,
     Messages,

@@ -11,7 +11,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from ..records import Record
+from ..sources.records import Record
 from .pair import (
     BadRow,
     Unit,

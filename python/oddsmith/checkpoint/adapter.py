@@ -1,0 +1,174 @@
+"""LoRA adapters on disk: what peft has saved, as updates of the tensors of a model."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from peft import LoraConfig, PeftConfig
+from peft.utils.other import get_pattern_key
+
+from ..errors import UserError
+from .folder import read_tensors
+from .rules import Factor, Update
+
+_FILE = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+
+# What this module acts on.
+_USED = frozenset({
+    "alpha_pattern", "bias", "fan_in_fan_out", "lora_alpha", "lora_bias", "modules_to_save", "r",
+    "rank_pattern", "target_modules", "use_dora", "use_rslora",
+})  # fmt: skip
+
+# What says nothing about the merged weights. Initialisations are looked at by themselves.
+_IRRELEVANT = frozenset({
+    "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config",
+    "exclude_modules", "inference_mode", "init_lora_weights", "layers_pattern",
+    "layers_to_transform", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_core",
+    "peft_type", "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type",
+})  # fmt: skip
+
+# Initialisations that take something off the base weights, which a checkpoint does not know of.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+_PART = re.compile(
+    r"(?P<module>.+?)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|"
+    r"lora_embedding_B|lora_magnitude_vector(?:\.weight)?)"
+)
+
+
+class Adapter:
+    """
+    A LoRA adapter that peft has saved.
+
+    Args:
+        folder (`Path`): With `adapter_config.json` and `adapter_model.safetensors`.
+
+    Attributes:
+        file (`Path`): The file with its tensors.
+        modules (`dict[str, dict[str, str]]`): The names of the parts of each module that has any.
+        replacements (`dict[str, str]`): Names of tensors that take the place of parameters.
+
+    Raises:
+        UserError: If a file is missing or damaged, or the adapter is of a kind that is not merged here.
+    """
+
+    def __init__(self, folder: Path):
+        if not (folder / "adapter_config.json").is_file():
+            raise UserError(f"{folder}: has no adapter_config.json")
+        self.folder, self.file = folder, folder / _FILE
+        self.config = self._read_config()
+        if not self.file.is_file():
+            pickled = (folder / "adapter_model.bin").is_file()
+            hint = "; adapter_model.bin is no safetensors file" if pickled else ""
+            raise UserError(f"{folder}: has no {_FILE}{hint}")
+        self.tensors = read_tensors(self.file)
+        self.modules: dict[str, dict[str, str]] = {}
+        self.replacements: dict[str, str] = {}
+        for key in self.tensors:
+            self._sort_in(key)
+
+    def _read_config(self) -> LoraConfig:
+        try:
+            config = PeftConfig.from_pretrained(self.folder)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{self.folder / 'adapter_config.json'}: {error}") from error
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        if kind != "LORA" or not isinstance(config, LoraConfig):
+            raise UserError(f"{self.folder}: is a {kind} adapter; only LORA can be merged")
+        for field in dataclasses.fields(config):
+            known = field.name in _USED or field.name in _IRRELEVANT
+            if not known and getattr(config, field.name):
+                raise UserError(
+                    f"{self.folder}: uses {field.name}, which cannot be merged here; peft's "
+                    "merge_and_unload may do it"
+                )
+        start = config.init_lora_weights
+        if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
+            raise UserError(
+                f"{self.folder}: init_lora_weights is {start!r}, which changed the base weights; save "
+                "the adapter with path_initial_model_for_weight_conversion first"
+            )
+        return config
+
+    def _sort_in(self, key: str) -> None:
+        if not key.startswith(_PREFIX):
+            raise UserError(f"{self.file}: {key} must begin with {_PREFIX}")
+        name = key.removeprefix(_PREFIX)
+        if match := _PART.fullmatch(name):
+            part = match["part"].removesuffix(".weight")
+            self.modules.setdefault(match["module"], {})[part] = key
+            return
+        if "lora_" in name or ".token_adapter." in name:
+            raise UserError(f"{self.file}: {key} is of a kind that cannot be merged here")
+        for wrapper in (".base_layer.", ".modules_to_save."):
+            name = name.replace(wrapper, ".")
+        self.replacements[name] = key
+
+    def scale(self, module: str) -> float:
+        """
+        The factor on the product of a module's matrices.
+
+        Raises:
+            UserError: If the rank is not the one that `adapter_config.json` says.
+        """
+        config, parts = self.config, self.modules[module]
+        ranks, alphas = config.rank_pattern, config.alpha_pattern
+        rank = ranks.get(get_pattern_key(ranks.keys(), module), config.r)
+        alpha = alphas.get(get_pattern_key(alphas.keys(), module), config.lora_alpha)
+        key = parts.get("lora_A") or parts.get("lora_embedding_A")
+        if key is not None and self.tensors[key].shape[:1] != (rank,):
+            shape = self.tensors[key].shape
+            raise UserError(f"{self.file}: {key} has shape {shape}; the rank must be {rank}")
+        return alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
+
+    def updates(self, module: str, kind: str, stored: str) -> Iterator[tuple[str, Update]]:
+        """
+        What is added to the parameters of a module.
+
+        Args:
+            module (`str`): Its name.
+            kind (`str`): `"linear"`, `"conv1d"` or `"embedding"`.
+            stored (`str`): The same, but `"linear"` for a `Conv1D` that is quantised, which turns it.
+
+        Returns:
+            Names of parameters and their updates.
+
+        Raises:
+            UserError: If parts are missing, or cannot be merged in a module of this kind.
+        """
+        parts = self.modules[module]
+        pair = (
+            ("lora_embedding_A", "lora_embedding_B")
+            if kind == "embedding"
+            else ("lora_A", "lora_B")
+        )
+        if missing := [part for part in pair if part not in parts]:
+            raise UserError(f"{self.file}: {module} has no {' and no '.join(missing)}")
+        allowed = {*pair, "lora_magnitude_vector"} | (
+            {"lora_B.bias"} if kind != "embedding" else set()
+        )
+        if surplus := sorted(parts.keys() - allowed):
+            raise UserError(f"{self.file}: {module} is of kind {kind} but has {', '.join(surplus)}")
+        magnitude = parts.get("lora_magnitude_vector")
+        if (magnitude is None) == self.config.use_dora:
+            what = (
+                "has no lora_magnitude_vector" if magnitude is None else "has lora_magnitude_vector"
+            )
+            raise UserError(f"{self.file}: {module} {what}; use_dora is {self.config.use_dora}")
+        if magnitude is not None and stored != "linear":
+            raise UserError(
+                f"{self.file}: {module} is of kind {kind}; DoRA is merged in linear layers"
+            )
+        scale = self.scale(module)
+        a, b = parts[pair[0]], parts[pair[1]]
+        # Embeddings, and Conv1D, hold the transpose of what a linear layer would.
+        turned = stored != "linear"
+        left, right = (Factor(a, True), Factor(b, True)) if turned else (Factor(b), Factor(a))
+        yield f"{module}.weight", Update(left, right, scale, magnitude)
+        if "lora_B.bias" in parts:
+            yield f"{module}.bias", Update(Factor(parts["lora_B.bias"]), None, scale)

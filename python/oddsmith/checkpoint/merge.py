@@ -1,0 +1,281 @@
+"""`oddsmith merge`: a LoRA adapter into its base, tensor by tensor, without a model in memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .. import _core
+from ..errors import UserError
+from ..integrations.model_weights import Names, empty_model
+from .adapter import Adapter
+from .folder import Checkpoint, file_errors, local_folder
+from .quantize import check_blocksize, method_of, quantization_config
+from .rules import FLOATS, Rule, Update
+from .write import Summary, casts, check_dtype, with_dtype, write_checkpoint
+
+# The tokenizer beside an adapter is the one that it was trained with.
+_TOKENIZER = re.compile(
+    r"tokenizer.*|special_tokens_map\.json|added_tokens\.json|chat_template\..*|vocab\..*|"
+    r"merges\.txt|spiece\.model|sentencepiece.*\.model"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class State:
+    """What is known of a 4-bit weight: sizes, dtype, block size, double quantisation."""
+
+    shape: list[int]
+    dtype: str
+    blocksize: int
+    double_quant: bool
+
+
+def states_of(source: Checkpoint) -> dict[str, State]:
+    """
+    The 4-bit weights of a checkpoint.
+
+    Raises:
+        UserError: If it is quantised in another way, or a state does not fit its weight.
+    """
+    found = source.config.get("quantization_config")
+    if found and method_of(found) != "nf4 of bitsandbytes":
+        raise UserError(
+            f"{source.path}: is quantised with {method_of(found)}; only nf4 can be read"
+        )
+    names = []
+    for name, tensor in source.tensors.items():
+        weight, mark, _ = name.rpartition(".quant_state.bitsandbytes__")
+        if mark:
+            names.append(weight)
+        elif tensor.kind == "I8" and f"{name.removesuffix('.weight')}.SCB" in source.tensors:
+            raise UserError(f"{source.path}: {name} is int8 (LLM.int8()); only nf4 can be read")
+    with file_errors():
+        states = _core.checkpoint_states(source.shards, names)
+    return {name: State(*state) for name, state in zip(names, states)}
+
+
+def _kind(module: nn.Module, name: str) -> str:
+    for kind, names in ((nn.Linear, "linear"), (Conv1D, "conv1d"), (nn.Embedding, "embedding")):
+        if isinstance(module, kind):
+            return names
+    raise UserError(
+        f"{name} is a {type(module).__name__}; adapters are merged in Linear, Conv1D and Embedding"
+    )
+
+
+class Merge:
+    """
+    The rules that merge an adapter into a checkpoint.
+
+    Args:
+        source ([`Checkpoint`]): The base.
+        adapter ([`Adapter`]): The adapter.
+        names ([`Names`]): The names of the base.
+        dtype (`str`, *optional*): Of the result; as stored if not given.
+    """
+
+    def __init__(self, source: Checkpoint, adapter: Adapter, names: Names, dtype: str | None):
+        self.source, self.adapter, self.names, self.dtype = source, adapter, names, dtype
+        self.states = states_of(source)
+        self.tied = names.tied()
+
+    def _key(self, parameter: str, why: str) -> str:
+        if parameter in self.tied:
+            raise UserError(
+                f"{self.adapter.file}: {why} {parameter}, which the model ties to "
+                f"{self.tied[parameter]}: merged, both would change"
+            )
+        key = self.names.find(parameter)
+        if key is None and parameter in self.names.converted:
+            raise UserError(
+                f"{self.adapter.file}: {why} {parameter}, which transformers makes of other tensors "
+                "than the checkpoint has; load, merge and save it with peft"
+            )
+        if key is None:
+            raise UserError(
+                f"{self.adapter.file}: {why} {parameter}, which {self.source.path} does not have"
+            )
+        return key
+
+    def _module(self, name: str) -> nn.Module:
+        try:
+            return self.names.model.get_submodule(name)
+        except AttributeError:
+            raise UserError(
+                f"{self.adapter.file}: is for a module {name}, which the model of "
+                f"{self.source.path} does not have"
+            ) from None
+
+    def _updates(self) -> Iterator[tuple[str, Update]]:
+        for module in self.adapter.modules:
+            kind = _kind(self._module(module), module)
+            key = self._key(f"{module}.weight", "changes")
+            stored = "linear" if kind == "conv1d" and key in self.states else kind
+            for parameter, update in self.adapter.updates(module, kind, stored):
+                yield self._key(parameter, "changes"), update
+
+    def _dtype(self, key: str) -> str:
+        if self.dtype is not None:
+            return self.dtype
+        if key in self.states:
+            return self.states[key].dtype
+        kind = self.source.tensors[key].kind
+        if kind not in FLOATS:
+            raise UserError(
+                f"{self.source.path}: {key} has dtype {kind}; must be {', '.join(FLOATS)}"
+            )
+        return FLOATS[kind]
+
+    def _turned(self, key: str) -> bool:
+        """True for a 4-bit weight that is a `Conv1D` in full precision."""
+        module = self.names.parameter[key].removesuffix(".weight")
+        return key in self.states and isinstance(self._module(module), Conv1D)
+
+    def changes(self) -> dict[str, Rule]:
+        """Rules of the tensors that the adapter changes, all of them in full precision."""
+        rules: dict[str, Rule] = {}
+        for parameter, name in self.adapter.replacements.items():
+            key = self._key(parameter, "replaces")
+            if key in self.states:
+                raise UserError(
+                    f"{self.adapter.file}: replaces {parameter}, which is 4-bit in the base"
+                )
+            rules[key] = Rule(key, self._dtype(key), replacement=name)
+        for key, update in self._updates():
+            rule = rules.get(key) or Rule(key, self._dtype(key), transposed=self._turned(key))
+            rules[key] = dataclasses.replace(rule, update=update)
+        if not rules:
+            raise UserError(f"{self.adapter.file}: has no tensors")
+        return rules
+
+    def full(self) -> list[Rule]:
+        """Rules for a result in full precision."""
+        rules = self.changes()
+        for key in self.states.keys() - rules.keys():
+            rules[key] = Rule(key, self._dtype(key), transposed=self._turned(key))
+        return [*rules.values(), *casts(self.source, self.dtype, rules)]
+
+    def quantized(
+        self, weights: dict[str, bool], blocksize: int | None, double_quant: bool | None
+    ) -> list[Rule]:
+        """Rules for a 4-bit result: what is 4-bit and unchanged is copied."""
+        rules = self.changes()
+        for key, transposed in weights.items():
+            state = self.states.get(key)
+            same = state is not None and (
+                blocksize in (None, state.blocksize) and double_quant in (None, state.double_quant)
+            )
+            if same and key not in rules:
+                continue
+            rule = rules.get(key) or Rule(key, self._dtype(key))
+            rules[key] = dataclasses.replace(
+                rule,
+                quantize=True,
+                transposed=transposed and state is None,
+                blocksize=blocksize or (state.blocksize if state else 64),
+                double_quant=bool(state and state.double_quant)
+                if double_quant is None
+                else double_quant,
+            )
+        if left := sorted(self.states.keys() - weights.keys()):
+            raise UserError(
+                f"{self.source.path}: {left[0]} is 4-bit, but the model would not make it so"
+            )
+        return [*rules.values(), *casts(self.source, self.dtype, rules)]
+
+
+def merge_adapter(
+    base: str | Path,
+    adapter: str | Path,
+    out: str | Path,
+    *,
+    dtype: str | None = None,
+    quantize: bool = False,
+    double_quant: bool | None = None,
+    blocksize: int | None = None,
+    compute_dtype: str | None = None,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    stepped: bool = False,
+) -> Summary:
+    """
+    Merges a LoRA adapter into its base.
+
+    Equivalent to, for a base that fits memory:
+
+    ```python
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
+    model.merge_and_unload().save_pretrained(out)
+    ```
+
+    The sums are computed in `float32` and rounded once.
+
+    Args:
+        base (`str` or `Path`): Folder or hub id of a model in `float32`, `bfloat16`, `float16` or NF4.
+        adapter (`str` or `Path`): Folder or hub id of a LoRA or DoRA adapter.
+        out (`str` or `Path`): The folder to be.
+        dtype (`str`, *optional*): Dtype of the result; as stored, or as quantised from, if not given.
+        quantize (`bool`, *optional*, defaults to `False`): Write NF4. Weights of a 4-bit base that the
+            adapter leaves alone are copied.
+        double_quant (`bool`, *optional*): Quantise the scales; as in a 4-bit base if not given, else
+            not.
+        blocksize (`int`, *optional*): Values that share a scale; as in a 4-bit base if not given, else
+            64.
+        compute_dtype (`str`, *optional*): Dtype that 4-bit layers will compute in; as in a 4-bit base
+            if not given, else that of the weights.
+        overwrite (`bool`, *optional*, defaults to `False`): Replace a model in `out`.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): Run a model's own code.
+        stepped (`bool`, *optional*, defaults to `False`): As in [`write_checkpoint`].
+
+    Raises:
+        UserError: For files, tensors or arguments that do not fit, an adapter of another kind, NaN or
+            infinity in the result, and a full disk. `out` is as it was then.
+    """
+    check_dtype("dtype", dtype)
+    check_dtype("compute_dtype", compute_dtype)
+    for flag, value in (
+        ("double_quant", double_quant), ("blocksize", blocksize), ("compute_dtype", compute_dtype)
+    ):  # fmt: skip
+        if value is not None and not quantize:
+            raise UserError(f"--{flag}: only with --quantize")
+    if blocksize is not None:
+        check_blocksize(blocksize)
+    source, lora = Checkpoint(local_folder(base)), Adapter(local_folder(adapter))
+    names = Names(empty_model(source.path, trust_remote_code), source.tensors)
+    merge = Merge(source, lora, names, dtype)
+    config = with_dtype(source.config, dtype)
+    before = config.pop("quantization_config", None) or {}
+    if quantize:
+        skip = before.get("llm_int8_skip_modules") or ()
+        weights, skipped = names.quantized(skip)
+        rules = merge.quantized(weights, blocksize, double_quant)
+        compute_dtype = compute_dtype or before.get("bnb_4bit_compute_dtype")
+        first = next(iter(weights))
+        config["quantization_config"] = quantization_config(
+            compute_dtype or merge._dtype(first),
+            before.get("bnb_4bit_use_double_quant", False)
+            if double_quant is None
+            else double_quant,
+            skipped,
+        )
+    else:
+        rules = merge.full()
+    tokenizer = sorted(
+        file for file in lora.folder.iterdir() if file.is_file() and _TOKENIZER.fullmatch(file.name)
+    )
+    return write_checkpoint(
+        source,
+        Path(out),
+        rules,
+        config,
+        adapter=lora.file,
+        extra_files=(tokenizer, lora.folder),
+        overwrite=overwrite,
+        stepped=stepped,
+    )

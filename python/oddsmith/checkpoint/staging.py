@@ -1,0 +1,115 @@
+"""Folders that appear when they are whole."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from .folder import INDEX, SHARD, WEIGHT_FILE, WEIGHTS, file_errors
+
+
+def copy_others(files: list[Path], base: Path, target: Path) -> None:
+    """Copies files to the same places below `target`."""
+    for file in files:
+        place = target / file.relative_to(base)
+        place.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, place)
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """As transformers writes configurations and indices."""
+    text = json.dumps(value, indent=2, sort_keys=True) + "\n"
+    path.write_text(text, encoding="utf-8")
+
+
+def check_free(folder: Path, wanted: int) -> None:
+    """
+    Asks for room before hours are spent.
+
+    Raises:
+        UserError: If the disk has less than `wanted` bytes.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < wanted:
+        raise UserError(f"{folder}: {wanted / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free")
+
+
+@contextlib.contextmanager
+def staged(out: Path, overwrite: bool) -> Iterator[Path]:
+    """
+    A folder whose files are put into `out` when the context ends without an error.
+
+    A new `out` appears with one rename. In one that exists, files are replaced one by one, the
+    configuration last, after all of them are on disk; until then it is as it was.
+
+    Args:
+        out (`Path`): The folder to be.
+        overwrite (`bool`): A model that is there may be replaced.
+
+    Raises:
+        UserError: If there is a model already, or the folder cannot be made.
+    """
+    with file_errors():
+        if out.exists() and not out.is_dir():
+            raise UserError(f"{out}: is no folder")
+        if out.is_dir() and not overwrite:
+            there = [
+                f.name
+                for f in out.iterdir()
+                if f.name == "config.json" or WEIGHT_FILE.match(f.name)
+            ]
+            if there:
+                raise UserError(f"{out}: has {sorted(there)[0]} already; --overwrite replaces it")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        stage = Path(tempfile.mkdtemp(prefix=".oddsmith-", dir=out if out.is_dir() else out.parent))
+    try:
+        with file_errors():
+            yield stage
+            _publish(stage, out)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def _publish(stage: Path, out: Path) -> None:
+    # The configuration names what the weights have to be: it comes last.
+    files = sorted(
+        (path for path in stage.rglob("*") if path.is_file()),
+        key=lambda path: (path.name == "config.json", path.name == INDEX, path.name),
+    )
+    for file in files:
+        _sync(file)
+    if not out.is_dir():
+        mask = os.umask(0)
+        os.umask(mask)
+        stage.chmod(0o777 & ~mask)  # mkdtemp lets nobody else in
+        os.rename(stage, out)
+        _sync(out.parent)
+        return
+    written = set()
+    for file in files:
+        place = out / file.relative_to(stage)
+        place.parent.mkdir(exist_ok=True)
+        os.replace(file, place)
+        written.add(place.name)
+    for old in out.iterdir():
+        ours = old.name in (WEIGHTS, INDEX) or SHARD.fullmatch(old.name)
+        if ours and old.name not in written:
+            old.unlink()
+    _sync(out)
+
+
+def _sync(path: Path) -> None:
+    if os.name != "posix" and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,147 @@
+"""Flags of `oddsmith quantize` and `oddsmith merge`. Standard library only: help has to be quick."""
+
+import argparse
+from typing import Any
+
+from ..checkpoint.rules import DTYPES
+from ..quant.state import BLOCK_SIZES
+from .flags import add
+
+
+def quantize_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="oddsmith quantize",
+        description="Write an NF4 checkpoint in the format of bitsandbytes, of the linear layers that "
+        "transformers would quantise on loading, without loading the model.",
+        epilog="NaN or infinity in a weight that is quantised is an error that names it. The folder OUT "
+        "appears when it is whole.",
+    )
+    parser.add_argument(
+        "model", metavar="MODEL", help="folder or hub id of a model in float32, bfloat16 or float16"
+    )
+    parser.add_argument("out", metavar="OUT", help="folder to write")
+    add(
+        parser, "double_quant", action="store_true", help="quantise the scales too: half a bit less"
+    )
+    add(
+        parser,
+        "blocksize",
+        type=int,
+        choices=BLOCK_SIZES,
+        default=64,
+        metavar="N",
+        help="values that share a scale, 32 to 4096 (default: %(default)s)",
+    )
+    add(
+        parser,
+        "compute_dtype",
+        choices=DTYPES,
+        help="dtype that the layers will compute in (default: that of the weights)",
+    )
+    add(
+        parser,
+        "skip",
+        nargs="+",
+        default=[],
+        metavar="MODULE",
+        help="leave these modules too: ends of names, or patterns of their beginnings",
+    )
+    _add_common(parser)
+    return parser
+
+
+def merge_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="oddsmith merge",
+        description="Merge a LoRA or DoRA adapter of peft into its base, tensor by tensor, without "
+        "loading the model.",
+        epilog="A tokenizer beside the adapter wins over that of the base. The folder OUT appears when it "
+        "is whole.",
+    )
+    parser.add_argument(
+        "base", metavar="BASE", help="folder or hub id of the base, in full precision or NF4"
+    )
+    parser.add_argument("adapter", metavar="ADAPTER", help="folder or hub id of the adapter")
+    parser.add_argument("out", metavar="OUT", help="folder to write")
+    add(
+        parser,
+        "quantize",
+        action="store_true",
+        help="write NF4 (default: full precision); 4-bit weights that the adapter leaves alone are "
+        "copied",
+    )
+    add(
+        parser,
+        "double_quant",
+        action=argparse.BooleanOptionalAction,
+        help="with --quantize: quantise the scales too (default: as in a 4-bit base)",
+    )
+    add(
+        parser,
+        "blocksize",
+        type=int,
+        choices=BLOCK_SIZES,
+        metavar="N",
+        help="with --quantize: values that share a scale (default: as in a 4-bit base, or 64)",
+    )
+    add(
+        parser,
+        "compute_dtype",
+        choices=DTYPES,
+        help="with --quantize: dtype that the layers will compute in (default: as in a 4-bit base, "
+        "or that of the weights)",
+    )
+    _add_common(parser)
+    return parser
+
+
+def _add_common(parser: Any) -> None:
+    add(
+        parser,
+        "dtype",
+        choices=DTYPES,
+        help="cast the weights to this (default: as they are, or were quantised from)",
+    )
+    add(parser, "overwrite", action="store_true", help="replace a model that is in OUT")
+    add(parser, "trust_remote_code", action="store_true", help="run a model's own code")
+
+
+def run_quantize(argv: list[str]) -> int:
+    """`oddsmith quantize`; returns the exit code."""
+    flags = quantize_parser().parse_args(argv)
+    from ..checkpoint.quantize import quantize_checkpoint
+
+    summary = quantize_checkpoint(
+        flags.model,
+        flags.out,
+        double_quant=flags.double_quant,
+        blocksize=flags.blocksize,
+        compute_dtype=flags.compute_dtype,
+        dtype=flags.dtype,
+        skip=flags.skip,
+        overwrite=flags.overwrite,
+        trust_remote_code=flags.trust_remote_code,
+    )
+    print(f"{flags.out}: {summary}")
+    return 0
+
+
+def run_merge(argv: list[str]) -> int:
+    """`oddsmith merge`; returns the exit code."""
+    flags = merge_parser().parse_args(argv)
+    from ..checkpoint.merge import merge_adapter
+
+    summary = merge_adapter(
+        flags.base,
+        flags.adapter,
+        flags.out,
+        dtype=flags.dtype,
+        quantize=flags.quantize,
+        double_quant=flags.double_quant,
+        blocksize=flags.blocksize,
+        compute_dtype=flags.compute_dtype,
+        overwrite=flags.overwrite,
+        trust_remote_code=flags.trust_remote_code,
+    )
+    print(f"{flags.out}: {summary}")
+    return 0

@@ -1,0 +1,186 @@
+"""The console script `oddsmith`.
+
+Only the standard library at the top: `oddsmith --help`, `oddsmith train --help` and a mistyped
+command answer at once, without loading torch and transformers.
+"""
+
+import argparse
+import os
+import sys
+from importlib.metadata import version
+
+from ..errors import UserError
+from .flags import positive
+
+USAGE = """\
+oddsmith: ORPO preference tuning, a drop-in for TRL's ORPOTrainer.
+
+  oddsmith demo                            train a small model offline, in about two minutes
+  oddsmith train --model M --dataset D     train a model on preference pairs
+  oddsmith train run.yaml [--flag value]   the same, settings from a file, flags win
+  oddsmith prepare DATASET --output FILE   make preference pairs from other data, curated
+  oddsmith inspect DATASET --model M       look a dataset over: lengths, waste, likely mistakes
+  oddsmith quantize MODEL OUT              write an NF4 checkpoint in the format of bitsandbytes
+  oddsmith merge BASE ADAPTER OUT          merge a LoRA adapter into its base, 4-bit or not
+  oddsmith COMMAND --help                  the flags of a command
+  oddsmith --version
+"""
+
+TRAIN_USAGE = """\
+usage: oddsmith train [SETTINGS.yaml|.json] [--flag value ...]
+
+Trains a model with ORPO and saves it, tokenizer included, to --output_dir.
+
+model
+  --model ID_OR_DIR            hub id or folder (also --model_name_or_path)
+  --model_revision REV         branch, tag or commit of a hub model
+  --dtype TYPE                 weights as float32, bfloat16, float16 or auto (default: auto)
+  --attn_implementation NAME   sdpa, flash_attention_2, eager, ...
+  --chat_template FILE         Jinja chat template to use for conversations
+data
+  --dataset ID_OR_PATH         hub id, .jsonl/.json/.parquet file (.gz too), or folder of such files
+                               or of datasets.save_to_disk (also --dataset_name); the rows have
+                               chosen and rejected, and mostly prompt: strings or message lists
+  --dataset_config NAME        configuration of a hub dataset
+  --dataset_train_split NAME   default: train_prefs or train, or the only split
+  --dataset_test_split NAME    default: test_prefs, test, validation, eval or dev, if there
+  --eval_dataset ID_OR_PATH    evaluation rows from a place of their own
+adapter (PEFT)
+  --use_peft                   train a LoRA adapter instead of all weights
+  --lora_r 16 --lora_alpha 32 --lora_dropout 0.05 --lora_target_modules q_proj v_proj ...
+  --lora_modules_to_save NAME ...  --use_rslora  --use_dora
+ORPO
+  --beta 0.1                   weight of the odds ratio term
+  --beta_schedule linear --beta_end 0.05 --beta_anneal_start 0.8     anneal it
+  --nll_scope completion       likelihood of the completion only (default: full, as TRL)
+  --max_length 1024 --max_prompt_length 512
+run (every argument of transformers.TrainingArguments is a flag, and those of older releases)
+  --output_dir DIR  --learning_rate 8e-6  --max_steps 500  --num_train_epochs 1
+  --per_device_train_batch_size 2  --gradient_accumulation_steps 4  --lr_scheduler_type linear
+  --warmup_ratio 0.1  --logging_steps 10  --eval_strategy steps --eval_steps 50
+  --save_strategy steps --save_steps 100  --report_to tensorboard
+  --resume_from_checkpoint true   go on from the newest checkpoint in --output_dir
+
+  --help_all                   every flag with its default
+Errors come as one line; ODDSMITH_TRACEBACK=1 shows where they arose.
+"""
+
+
+def demo_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="oddsmith demo",
+        description="Train a small model with ORPO from nothing, offline, in about two minutes.",
+    )
+    parser.add_argument(
+        "--output-dir",
+        "--output_dir",
+        default="oddsmith-demo",
+        metavar="DIR",
+        help="folder for the model, the pairs, metrics.json and curves.png (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--steps",
+        type=positive,
+        metavar="N",
+        help="optimizer steps (default: as many as take about two minutes)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="S",
+        help="seed of pairs, weights and data order; the same seed gives the same result on the "
+        "same machine (default: %(default)s)",
+    )
+    return parser
+
+
+def demo(argv: list[str]) -> int:
+    options = demo_parser().parse_args(argv)
+    from ..demo.run import STEPS, run_demo
+
+    try:
+        run_demo(options.output_dir, options.steps or STEPS, options.seed)
+    except OSError as error:
+        raise UserError(f"--output-dir {options.output_dir}: {error}") from error
+    return 0
+
+
+def train(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(TRAIN_USAGE, end="", file=sys.stdout if argv else sys.stderr)
+        return 0 if argv else 2
+    from .train_flags import parse_train_arguments
+
+    arguments = parse_train_arguments(argv)
+    from .train import run_train  # PEFT, datasets: not before the arguments are right
+
+    run_train(*arguments)
+    return 0
+
+
+def prepare(argv: list[str]) -> int:
+    from .data_flags import run_prepare
+
+    return run_prepare(argv)
+
+
+def inspect(argv: list[str]) -> int:
+    from .data_flags import run_inspect
+
+    return run_inspect(argv)
+
+
+def quantize(argv: list[str]) -> int:
+    from .checkpoint_flags import run_quantize
+
+    return run_quantize(argv)
+
+
+def merge(argv: list[str]) -> int:
+    from .checkpoint_flags import run_merge
+
+    return run_merge(argv)
+
+
+COMMANDS = {
+    "demo": demo,
+    "train": train,
+    "prepare": prepare,
+    "inspect": inspect,
+    "quantize": quantize,
+    "merge": merge,
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs `oddsmith` and returns its exit code: 0, 1 (failed run), 2 (bad arguments), 130 (^C)."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] in (["-h"], ["--help"]):
+        print(USAGE, end="")
+        return 0
+    if argv[:1] == ["--version"]:
+        print(f"oddsmith {version('oddsmith')}")
+        return 0
+    if not argv or argv[0] not in COMMANDS:
+        if argv:
+            print(f"oddsmith: error: no command {argv[0]!r}\n", file=sys.stderr)
+        print(USAGE, end="", file=sys.stderr)
+        return 2
+    name, arguments = argv[0], argv[1:]
+    try:
+        return COMMANDS[name](arguments)
+    except SystemExit as request:  # argparse, after it has said what is wrong, or after --help
+        return request.code if isinstance(request.code, int) else 2
+    except UserError as error:
+        if os.environ.get("ODDSMITH_TRACEBACK"):
+            raise
+        print(f"oddsmith {name}: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\noddsmith {name}: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,244 @@
+"""Flags of `oddsmith prepare` and `oddsmith inspect`. Standard library only: help has to be quick."""
+
+import argparse
+from typing import Any
+
+from .flags import add, positive
+
+FORMATS = ("auto", "pairs", "hh", "ultrafeedback", "oasst", "oasst_trees", "scored", "responses")
+
+
+def prepare_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="oddsmith prepare",
+        description="Make preference pairs from UltraFeedback, OpenAssistant trees, HH-RLHF "
+        "dialogues, or any scored or ranked answers; drop those not worth training on; say what "
+        "became of every row.",
+        epilog="Nothing is loaded whole: files may be larger than memory.",
+    )
+    parser.add_argument(
+        "datasets",
+        nargs="+",
+        metavar="DATASET",
+        help=".jsonl, .json or .parquet file (.gz too), folder, or hub id",
+    )
+    add(
+        parser,
+        "output",
+        required=True,
+        metavar="FILE",
+        help=".jsonl, .jsonl.gz or .parquet; a summary goes beside it as NAME.summary.json",
+    )
+    add(parser, "overwrite", action="store_true", help="replace FILE if it is there")
+    add(parser, "dataset_config", metavar="NAME", help="configuration of a hub dataset")
+    add(parser, "split", metavar="NAME", help="default: train_prefs or train, or the only split")
+    add(parser, "temp_dir", metavar="DIR", help="for temporary files, of up to the input's size")
+    _add_input(parser.add_argument_group("input"))
+    _add_rules(parser.add_argument_group("rules"))
+    return parser
+
+
+def _add_input(group: Any) -> None:
+    add(
+        group,
+        "format",
+        choices=FORMATS,
+        default="auto",
+        help="pairs: chosen and rejected, as UltraFeedback-binarized; hh: HH-RLHF dialogues; "
+        "ultrafeedback: prompts with rated completions; oasst, oasst_trees: OpenAssistant messages "
+        "or ready trees; scored: a list of answers a row; responses: an answer a row "
+        "(default: told by the first row)",
+    )
+    add(
+        group,
+        "pairing",
+        choices=("best_worst", "best_random", "all"),
+        default="best_worst",
+        help="pairs of several answers (default: %(default)s)",
+    )
+    add(group, "prompt_column", default="prompt", metavar="NAME", help="default: %(default)s")
+    add(group, "responses_column", metavar="NAME", help="list of answers: texts or objects")
+    add(group, "response_column", metavar="NAME", help="one answer; rows of a prompt are joined")
+    add(
+        group,
+        "scores_column",
+        metavar="NAME",
+        help="scores, higher is better; a list for an answer has a place for each annotator",
+    )
+    add(group, "ranks_column", metavar="NAME", help="ranks, lower is better, likewise")
+    add(group, "text_key", metavar="KEY", help="text of an answer that is an object")
+    add(group, "score_key", metavar="KEY", help="score of an answer that is an object")
+    add(group, "rank_key", metavar="KEY", help="rank of an answer that is an object")
+    add(
+        group,
+        "lang_column",
+        metavar="NAME",
+        help="language code of a row (default: lang or language, if there)",
+    )
+    add(
+        group,
+        "bad_rows",
+        choices=("stop", "drop"),
+        default="stop",
+        help="lines that are no JSON, missing or mistyped fields: stop and name the line, or drop "
+        "and count (default: %(default)s)",
+    )
+
+
+def _add_rules(group: Any) -> None:
+    add(
+        group,
+        "min_score",
+        type=float,
+        metavar="X",
+        help="drop pairs whose chosen answer scores lower: both are poor (UltraFeedback's mean "
+        "ratings: 1 to 5; OpenAssistant's quality: 0 to 1)",
+    )
+    add(
+        group,
+        "min_gap",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="drop pairs whose scores differ by less (default: equal scores)",
+    )
+    add(group, "keep_ties", action="store_true", help="keep pairs of equal scores")
+    add(
+        group,
+        "min_agreement",
+        type=float,
+        default=0.6,
+        metavar="SHARE",
+        help="drop pairs where a smaller share of the annotators, or of the rated aspects, is for "
+        "the chosen answer; 0 keeps all (default: %(default)s)",
+    )
+    add(
+        group,
+        "languages",
+        nargs="+",
+        default=[],
+        metavar="CODE",
+        help="keep these languages, such as en de: by the row's own code, else by script and "
+        "frequent words, where a doubt is for the row",
+    )
+    add(group, "keep_duplicates", action="store_true", help="keep prompts that came before")
+    add(
+        group,
+        "near_duplicates",
+        type=float,
+        metavar="SIMILARITY",
+        help="drop prompts that are like one before, such as 0.8 (MinHash estimate of the shared "
+        "5-character pieces; default: count them only)",
+    )
+
+
+def run_prepare(argv: list[str]) -> int:
+    """`oddsmith prepare`; returns the exit code."""
+    flags = prepare_parser().parse_args(argv)
+    from ..errors import UserError
+    from ..prepare.curation import Rules
+    from ..prepare.formats import ReadOptions
+    from ..prepare.run import run_prepare as run
+    from ..prepare.scored import Columns
+
+    try:
+        columns = Columns(
+            prompt=flags.prompt_column,
+            responses=flags.responses_column,
+            response=flags.response_column,
+            scores=flags.scores_column,
+            ranks=flags.ranks_column,
+            text_key=flags.text_key,
+            score_key=flags.score_key,
+            rank_key=flags.rank_key,
+            lang=flags.lang_column,
+        )
+        options = ReadOptions(
+            flags.format, flags.pairing, flags.bad_rows == "stop", columns, flags.temp_dir
+        )
+        rules = Rules(
+            flags.min_score,
+            flags.min_gap,
+            flags.keep_ties,
+            flags.min_agreement,
+            frozenset(code.lower() for code in flags.languages),
+            flags.keep_duplicates,
+            flags.near_duplicates,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    run(
+        flags.datasets,
+        flags.output,
+        options,
+        rules,
+        config=flags.dataset_config,
+        split=flags.split,
+        overwrite=flags.overwrite,
+        temp_dir=flags.temp_dir,
+    )
+    return 0
+
+
+def inspect_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="oddsmith inspect",
+        description="Look a preference dataset over: token lengths, rows that are too long, prompts "
+        "that repeat, likely mistakes, and what padding and computing prompts twice would cost.",
+    )
+    parser.add_argument(
+        "dataset",
+        metavar="DATASET",
+        help=".jsonl, .json or .parquet file (.gz too), folder, or hub id; rows as for train",
+    )
+    add(parser, "model", required=True, metavar="M", help="folder or hub id of the tokenizer")
+    add(parser, "model_revision", metavar="REV", help="branch, tag or commit of a hub model")
+    add(parser, "dataset_config", metavar="NAME", help="configuration of a hub dataset")
+    add(parser, "split", metavar="NAME", help="default: train_prefs or train, or the only split")
+    add(parser, "rows", type=positive, metavar="N", help="read the first N rows (default: all)")
+    add(parser, "max_length", type=positive, default=1024, metavar="N", help="default: %(default)s")
+    add(parser, "max_prompt_length", type=positive, metavar="N", help="as for train")
+    add(
+        parser,
+        "overlength",
+        choices=("truncate", "drop"),
+        default="truncate",
+        help="what becomes of rows that are too long (default: %(default)s)",
+    )
+    add(
+        parser,
+        "batch_size",
+        type=positive,
+        default=2,
+        metavar="N",
+        help="pairs of a batch, for the share of pads (default: %(default)s)",
+    )
+    add(parser, "chat_template", metavar="FILE", help="Jinja chat template for conversations")
+    add(parser, "trust_remote_code", action="store_true", help="run a tokenizer's own code")
+    add(parser, "json", action="store_true", help="print figures as JSON")
+    add(parser, "histogram", metavar="FILE", help="picture of the lengths (.png, .svg, .pdf)")
+    return parser
+
+
+def run_inspect(argv: list[str]) -> int:
+    """`oddsmith inspect`; returns the exit code."""
+    flags = inspect_parser().parse_args(argv)
+    from ..inspection.run import run_inspect as run
+
+    run(
+        flags.dataset,
+        flags.model,
+        config=flags.dataset_config,
+        split=flags.split,
+        rows=flags.rows,
+        max_length=flags.max_length,
+        max_prompt_length=flags.max_prompt_length,
+        overlength=flags.overlength,
+        batch_size=flags.batch_size,
+        chat_template=flags.chat_template,
+        revision=flags.model_revision,
+        trust_remote_code=flags.trust_remote_code,
+        as_json=flags.json,
+        histogram=flags.histogram,
+    )
+    return 0

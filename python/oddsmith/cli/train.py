@@ -1,0 +1,167 @@
+"""`oddsmith train`: from checked arguments to a trained model in a folder."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from ..config import ORPOConfig
+from ..data.tokenizer import ensure_chat_template, ensure_pad_token
+from ..errors import UserError, user_errors
+from ..sources.find import load_pairs
+from ..trainer import ORPOTrainer
+from ..training.curves import save_curves
+from .train_flags import AdapterArguments, RunArguments
+
+logger = logging.getLogger("oddsmith")
+
+
+def load_tokenizer(run: RunArguments, config: ORPOConfig) -> Any:
+    """Loads the model's tokenizer, with a pad token and, if asked for, another chat template.
+
+    Raises:
+        UserError: If there is no such model, tokenizer or template.
+    """
+    name = run.model_name_or_path
+    path = Path(name).expanduser()
+    if not path.exists() and (name.startswith(("/", "./", "../", "~")) or name.count("/") > 1):
+        raise UserError(f"--model {name}: no such folder")
+    with user_errors(f"--model {name}"):
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=run.model_revision, trust_remote_code=config.trust_remote_code
+        )
+        ensure_pad_token(tokenizer)
+    if run.chat_template is not None:
+        with user_errors("--chat_template"):
+            template = Path(run.chat_template).expanduser()
+            tokenizer.chat_template = template.read_text(encoding="utf-8")
+    return tokenizer
+
+
+def model_init_kwargs(run: RunArguments, config: ORPOConfig) -> dict[str, Any]:
+    """Arguments for `from_pretrained`: those of `--model_init_kwargs`, overruled by the flags."""
+    flags = {
+        "dtype": run.dtype,
+        "attn_implementation": run.attn_implementation,
+        "revision": run.model_revision,
+        "quantization_config": quantization(run),
+    }
+    return {
+        **(config.model_init_kwargs or {}),
+        **{name: value for name, value in flags.items() if value is not None},
+    }
+
+
+def quantization(run: RunArguments) -> Any:
+    """The configuration of 4-bit weights, or `None` without `--load_in_4bit`."""
+    if not run.load_in_4bit:
+        return None
+    from ..integrations.transformers_quantizer import NF4Config
+
+    return NF4Config(
+        compute_dtype=None if run.dtype in (None, "auto") else run.dtype,
+        double_quant=run.use_bnb_nested_quant,
+        bnb_4bit_quant_type=run.bnb_4bit_quant_type,
+    )
+
+
+def make_adapter(adapter: AdapterArguments) -> Any:
+    """The PEFT configuration, or `None` without `--use_peft`."""
+    if not adapter.use_peft:
+        return None
+    from peft import LoraConfig
+
+    targets = adapter.lora_target_modules
+    return LoraConfig(
+        r=adapter.lora_r,
+        lora_alpha=adapter.lora_alpha,
+        lora_dropout=adapter.lora_dropout,
+        # PEFT takes "all-linear" only as a string; in a list it would be a module's name.
+        target_modules="all-linear" if targets == ["all-linear"] else targets,
+        modules_to_save=adapter.lora_modules_to_save,
+        use_rslora=adapter.use_rslora,
+        use_dora=adapter.use_dora,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+
+
+def checkpoint_to_resume(config: ORPOConfig) -> str | bool | None:
+    """`--resume_from_checkpoint`: a folder, or true for the newest in the output folder."""
+    wanted = config.resume_from_checkpoint
+    if isinstance(wanted, str) and wanted.lower() in ("true", "false"):
+        wanted = wanted.lower() == "true"
+    if isinstance(wanted, str) and not Path(wanted).is_dir():
+        raise UserError(f"--resume_from_checkpoint {wanted}: no such folder")
+    if wanted is True and not list(Path(config.output_dir).glob("checkpoint-*")):
+        raise UserError(
+            f"--resume_from_checkpoint true: {config.output_dir} holds no checkpoint; leave the "
+            "flag out to start anew"
+        )
+    return wanted or None
+
+
+def run_train(run: RunArguments, adapter: AdapterArguments, config: ORPOConfig) -> None:
+    """Trains a model and saves it.
+
+    Writes the model and its tokenizer, `trainer_state.json`, the metrics as JSON and, where
+    matplotlib is there, `curves.png` to `config.output_dir`, and prints where.
+
+    Args:
+        run (`RunArguments`): Model and data.
+        adapter (`AdapterArguments`): The LoRA adapter.
+        config (`ORPOConfig`): Everything else.
+
+    Raises:
+        UserError: If the model, the data or the arguments are at fault; nothing has been trained.
+    """
+    if run.load_in_4bit and not adapter.use_peft:
+        raise UserError(
+            "--load_in_4bit needs --use_peft: 4-bit weights cannot be trained themselves"
+        )
+    checkpoint = checkpoint_to_resume(config)
+    evaluates = config.eval_strategy != "no" or config.do_eval
+    tokenizer = load_tokenizer(run, config)
+    # One process reads and caches the data, the others of a launcher find the cache.
+    with config.main_process_first(desc="loading the dataset"):
+        train_dataset, eval_dataset = load_pairs(run, evaluates)
+    ensure_chat_template(tokenizer, train_dataset)
+    config.model_init_kwargs = model_init_kwargs(run, config)
+    with user_errors(""):
+        trainer = ORPOTrainer(
+            model=run.model_name_or_path,
+            args=config,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            peft_config=make_adapter(adapter),
+        )
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_metrics("train", result.metrics)
+    if eval_dataset is not None:
+        metrics = last_evaluation(trainer.state) or trainer.evaluate()
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+    trainer.save_model()
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        draw_curves(trainer.state.log_history, Path(config.output_dir))
+        what = "adapter" if adapter.use_peft else "model"
+        print(f"Saved the {what} and its tokenizer to {config.output_dir}")
+
+
+def last_evaluation(state: Any) -> dict[str, Any] | None:
+    """The evaluation of the finished model, if training ended with one."""
+    for entry in reversed(state.log_history):
+        if entry["step"] == state.global_step and "eval_loss" in entry:
+            return {name: value for name, value in entry.items() if name != "step"}
+    return None
+
+
+def draw_curves(history: list[dict[str, Any]], folder: Path) -> None:
+    try:
+        save_curves(history, folder / "curves.png", folder.name)
+    except (ModuleNotFoundError, ValueError) as error:
+        # No matplotlib, or a run too short to have logged: the model is what was asked for.
+        logger.warning(f"No curves: {error}")

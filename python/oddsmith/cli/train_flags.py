@@ -1,0 +1,246 @@
+"""The arguments of `oddsmith train`: flags, or a YAML or JSON file, or a file and flags over it."""
+
+import difflib
+import json
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from transformers import HfArgumentParser
+
+from ..config import ORPOConfig
+
+FILE_SUFFIXES = (".yaml", ".yml", ".json")
+
+
+@dataclass
+class RunArguments:
+    """What to train, and on what. The names are those of TRL's scripts, with short aliases.
+
+    Args:
+        model_name_or_path (`str`): Hub id or folder of the model. Alias: `model`.
+        dataset_name (`str`): Hub id, file or folder of the pairs. Alias: `dataset`.
+        eval_dataset_name (`str`, *optional*): The same for evaluation. Alias: `eval_dataset`.
+        dataset_config (`str`, *optional*): Configuration of a hub dataset.
+        dataset_train_split (`str`, *optional*): Split to train on; detected if `None`.
+        dataset_test_split (`str`, *optional*): Split to evaluate on; detected if `None`.
+        model_revision (`str`, *optional*): Branch, tag or commit of a hub model.
+        dtype (`str`, *optional*): Type of the weights. Alias: `torch_dtype`.
+        attn_implementation (`str`, *optional*): Attention of transformers.
+        chat_template (`str`, *optional*): File with a Jinja chat template.
+        load_in_4bit (`bool`, *optional*, defaults to `False`): Keep the base in NF4 (QLoRA).
+        bnb_4bit_quant_type (`str`, *optional*, defaults to `"nf4"`): The only type there is.
+        use_bnb_nested_quant (`bool`, *optional*, defaults to `False`): Quantise the scales too.
+    """
+
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Hub id or folder of the model.", "aliases": ["--model"]},
+    )
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Hub id, file or folder of the pairs.", "aliases": ["--dataset"]},
+    )
+    eval_dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hub id, file or folder of the pairs for evaluation.",
+            "aliases": ["--eval_dataset", "--eval-dataset"],
+        },
+    )
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "Configuration of a hub dataset."}
+    )
+    dataset_train_split: str | None = field(
+        default=None, metadata={"help": "Split to train on. Default: detected."}
+    )
+    dataset_test_split: str | None = field(
+        default=None, metadata={"help": "Split to evaluate on. Default: detected, if any."}
+    )
+    model_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of a hub model."}
+    )
+    dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "Type of the weights. Default: as they are stored.",
+            "choices": ["auto", "float32", "bfloat16", "float16"],
+            "aliases": ["--torch_dtype", "--torch-dtype"],
+        },
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "Attention: sdpa, flash_attention_2, eager, ..."}
+    )
+    chat_template: str | None = field(
+        default=None, metadata={"help": "File with a Jinja chat template."}
+    )
+    load_in_4bit: bool = field(
+        default=False, metadata={"help": "Keep the base in NF4; needs --use_peft."}
+    )
+    bnb_4bit_quant_type: str = field(
+        default="nf4", metadata={"help": "Type of the 4-bit weights.", "choices": ["nf4"]}
+    )
+    use_bnb_nested_quant: bool = field(
+        default=False, metadata={"help": "Quantise the scales of 4-bit weights too."}
+    )
+
+
+@dataclass
+class AdapterArguments:
+    """The LoRA adapter. The names and defaults are those of TRL's scripts.
+
+    Args:
+        use_peft (`bool`, *optional*, defaults to `False`): Train an adapter, not all weights.
+        lora_r (`int`, *optional*, defaults to 16): Rank.
+        lora_alpha (`int`, *optional*, defaults to 32): Scale; the update is times alpha / r.
+        lora_dropout (`float`, *optional*, defaults to 0.05): Dropout. `disable_dropout`, on by
+            default as in TRL, sets it to 0.
+        lora_target_modules (`list[str]`, *optional*): Modules, or `all-linear`; `None`: PEFT's
+            choice for the architecture.
+        lora_modules_to_save (`list[str]`, *optional*): Modules to train whole.
+        use_rslora (`bool`, *optional*, defaults to `False`): Scale by alpha / sqrt(r).
+        use_dora (`bool`, *optional*, defaults to `False`): Weight-decomposed LoRA.
+    """
+
+    use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter."})
+    lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
+    lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapter."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout of the adapter."})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Modules that get an adapter, or all-linear."}
+    )
+    lora_modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules that are trained whole and saved with it."}
+    )
+    use_rslora: bool = field(default=False, metadata={"help": "Scale by alpha / sqrt(r)."})
+    use_dora: bool = field(default=False, metadata={"help": "Weight-decomposed LoRA."})
+
+    def changed(self) -> list[str]:
+        """Names of the arguments, `use_peft` aside, that differ from their defaults."""
+        return [
+            each.name
+            for each in fields(self)
+            if each.name != "use_peft" and getattr(self, each.name) != each.default
+        ]
+
+
+class TrainParser(HfArgumentParser):
+    """HfArgumentParser with short errors: its usage line would list two hundred flags."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            (RunArguments, AdapterArguments, ORPOConfig),
+            prog="oddsmith train",
+            usage="oddsmith train [SETTINGS.yaml|.json] [--flag value ...]",
+            # "--lora" standing for "--lora_r" would hide a mistyped flag.
+            allow_abbrev=False,
+            add_help=False,
+        )
+        self.add_argument("--help_all", "--help-all", action="help", help="Show this and exit.")
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"oddsmith train: error: {message}\nSee oddsmith train --help\n")
+
+    def names(self) -> dict[str, str]:
+        """Every name a settings file may use, aliases included, and its field's name."""
+        names = {}
+        for arguments in self.dataclass_types:
+            for each in fields(arguments):
+                if each.init:
+                    names[each.name] = each.name
+                    for alias in each.metadata.get("aliases", []):
+                        names[alias.lstrip("-").replace("-", "_")] = each.name
+        return names
+
+    def suggest(self, name: str) -> str:
+        close = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), self.names(), n=1)
+        dashes = "--" if name.startswith("-") else ""
+        return f"; did you mean {dashes}{close[0]}?" if close else ""
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Reads a settings file.
+
+    Raises:
+        ValueError: If it cannot be read.
+        TypeError: If it holds anything but a mapping of names to values.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else error.strerror
+        raise ValueError(f"settings file {path}: {reason}") from error
+    try:
+        settings = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (json.JSONDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"settings file {path} cannot be parsed: {error}") from error
+    if not isinstance(settings, dict):
+        raise TypeError(f"settings file {path}: must hold a mapping such as 'beta: 0.1'")
+    return settings
+
+
+def settings_to_flags(parser: TrainParser, settings: dict[str, Any]) -> list[str]:
+    """Turns settings into flags, and those that no flag can carry into the parser's defaults.
+
+    Flags get argparse's conversions and its error messages; lists, mappings and null have no
+    spelling as a flag of every type, and YAML has typed them already.
+
+    Raises:
+        ValueError: If a name is unknown.
+    """
+    names = parser.names()
+    flags = []
+    for key, value in settings.items():
+        name = names.get(str(key).replace("-", "_"))
+        if name is None:
+            raise ValueError(f"unknown setting {key!r}{parser.suggest(str(key))}")
+        if value is None or isinstance(value, (list, dict)):
+            parser.set_defaults(**{name: value})
+        else:
+            flags.append(f"--{name}={value}")
+    return flags
+
+
+def parse_train_arguments(
+    argv: list[str],
+) -> tuple[RunArguments, AdapterArguments, ORPOConfig]:
+    """Parses the command line of `oddsmith train`.
+
+    Args:
+        argv (`list[str]`): Flags; the first argument may be a settings file, which the flags
+            overrule.
+
+    Raises:
+        SystemExit: With code 2, after a line on stderr, if an argument is wrong.
+    """
+    parser = TrainParser()
+    try:
+        if argv and not argv[0].startswith("-"):
+            path = Path(argv[0]).expanduser()
+            if path.suffix not in FILE_SUFFIXES:
+                raise ValueError(
+                    f"{argv[0]!r} is neither a flag nor a settings file "
+                    f"({', '.join(FILE_SUFFIXES)})"
+                )
+            argv = settings_to_flags(parser, read_settings(path)) + argv[1:]
+        # Known flags first: an unknown one must not hide behind the config's own checks.
+        _, unknown = parser.parse_known_args(argv)
+        if unknown:
+            name = unknown[0].partition("=")[0]
+            parser.error(f"unknown argument {name}{parser.suggest(name)}")
+        run, adapter, config = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    except (ValueError, TypeError) as error:
+        parser.error(str(error))
+    if not run.model_name_or_path:
+        parser.error("--model is missing: a hub id, or a folder with a model")
+    if not run.dataset_name:
+        parser.error("--dataset is missing: a hub id, a file or a folder with preference pairs")
+    ignored = adapter.changed()
+    if ignored and not adapter.use_peft:
+        print(
+            f"oddsmith train: {', '.join(ignored)} without use_peft: no adapter, all weights train",
+            file=sys.stderr,
+        )
+    return run, adapter, config

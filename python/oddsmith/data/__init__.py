@@ -1,0 +1,1 @@
+"""From rows of a preference dataset to batches of token ids."""

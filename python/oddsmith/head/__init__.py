@@ -1,0 +1,1 @@
+"""The ORPO head: from hidden states to log-probabilities and loss."""

@@ -1,0 +1,270 @@
+"""The data doctor's report: what a preference dataset is like in tokens, and what is wrong with it."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+
+from ..data.chat import common_prefix_length
+from .token_stats import Finding, Ragged, TokenRows, TokenStats, needed, padded_tokens, quantiles
+
+Row = Mapping[str, Any]
+
+# Rows of a chunk: its columns are a few MB.
+CHUNK = 1000
+# Rows whose text is looked at. Everything else is counted over all rows.
+SAMPLE = 2000
+# Shorter prompts than this are found in many an answer.
+_SHORTEST_PROMPT = 8
+
+# What a finding says, and what to do about it; `{}` stands for max_length.
+FINDINGS = {
+    "prompt_twice": (
+        "have the prompt twice, once in `prompt` and once inside chosen and rejected",
+        "leave the `prompt` column out, or only keep the answers in chosen and rejected",
+    ),
+    "double_bos": (
+        "have more than one BOS token",
+        "the text or the chat template writes it too: take it out there",
+    ),
+    "missing_eos": (
+        "do not end in EOS",
+        "end both answers with the tokenizer's EOS token, or the model never learns to stop",
+    ),
+    "identical": (
+        "have the same chosen and rejected completion",
+        "they teach no preference: drop them",
+    ),
+    "empty": (
+        "have an empty completion",
+        "drop them, or see that max_length leaves room for the answers",
+    ),
+    "too_long": (
+        "are longer than max_length {} by their prompt alone, which TRL's rule keeps whole",
+        "set max_prompt_length or overlength='drop'",
+    ),
+    "no_eos_token": ("", "the tokenizer has no EOS token; set tokenizer.eos_token"),
+}
+
+
+@dataclass
+class DataReport:
+    """
+    What [`report_rows`] and `oddsmith inspect` say.
+
+    Args:
+        name (`str`): Of the dataset.
+        stats ([`TokenStats`]): Figures of its rows.
+        batch_size (`int`): Pairs of a batch.
+        text (`dict[str, Finding]`, *optional*): Faults found in texts.
+        texts (`int`, *optional*): Rows whose text was looked at.
+        overlength (`int`, *optional*): Rows that were too long; None if that was not counted.
+        policy (`str`, *optional*): What becomes of them: `"truncate"` or `"drop"`.
+        partial (`bool`, *optional*): These are the first rows of a stream.
+    """
+
+    name: str
+    stats: TokenStats
+    batch_size: int = 1
+    text: dict[str, Finding] = field(default_factory=dict)
+    texts: int = 0
+    overlength: int | None = None
+    policy: str = "truncate"
+    partial: bool = False
+
+    @property
+    def findings(self) -> list[str]:
+        """A line for each fault: how many rows, the first, and what to do."""
+        stats, lines = self.stats, []
+        if stats.eos is None:
+            lines.append(f"{self.name}: {FINDINGS['no_eos_token'][1]}.")
+        for key, (what, fix) in FINDINGS.items():
+            finding = self.text.get(key) or getattr(stats, key, None)
+            if finding is None or not finding.count:
+                continue
+            of = self.texts if key in self.text else stats.rows
+            lines.append(
+                f"{self.name}: {finding.count} of {of} rows {what.format(stats.max_length)} "
+                f"(first: row {finding.first}); {fix}."
+            )
+        return lines
+
+    def figures(self) -> dict[str, Any]:
+        """Everything as plain numbers, for JSON."""
+        stats = self.stats
+        shared, chosen, rejected = (part.astype(np.int64) for part in stats.lengths())
+        apart = int((chosen + rejected).sum())
+        once = int((chosen + rejected - shared).sum())
+        padded = padded_tokens(chosen, rejected, self.batch_size)
+        counted = {
+            key: {"rows": finding.count, "first": finding.first}
+            for key in FINDINGS
+            if (finding := self.text.get(key) or getattr(stats, key, None)) is not None
+        }
+        return {
+            "name": self.name,
+            "rows": stats.rows,
+            "partial": self.partial,
+            "tokens": {
+                "prompt": quantiles(shared),
+                "chosen": quantiles(chosen - shared),
+                "rejected": quantiles(rejected - shared),
+            },
+            "overlength": {"rows": self.overlength, "policy": self.policy},
+            "max_length": stats.max_length,
+            "repeated_prompts": stats.repeated.count,
+            "near_duplicate_prompts": stats.similar.count,
+            "batch_size": self.batch_size,
+            "positions": {
+                "padded": padded,
+                "packed": apart,
+                "shared_prompts": once,
+                "pad_share": round(1 - apart / padded, 4) if padded else 0.0,
+                "sharing_factor": round(apart / once, 4) if once else 1.0,
+            },
+            "sampled_texts": self.texts,
+            "findings": counted,
+        }
+
+    def lines(self) -> list[str]:
+        """The report for people, one block."""
+        figures = self.figures()
+        rows, positions = figures["rows"], figures["positions"]
+        head = f"{self.name}: {'first ' if self.partial else ''}{rows:,} rows"
+        head += f", {positions['packed']:,} tokens"
+        if self.overlength is not None:
+            done = "dropped" if self.policy == "drop" else "truncated"
+            limit = f" (max_length {self.stats.max_length})" if self.stats.max_length else ""
+            share = self.overlength / max(rows + (self.overlength if done == "dropped" else 0), 1)
+            head += f", {self.overlength:,} rows {done}{limit}: {share:.1%}"
+        lines = [head]
+        if rows:
+            names = list(figures["tokens"]["prompt"])
+            lines.append("  tokens    " + "".join(f"{name:>9}" for name in names))
+            for side, values in figures["tokens"].items():
+                cells = "".join(f"{value:>9,.0f}" for value in values.values())
+                lines.append(f"  {side:<10}{cells}")
+        if self.stats.near_duplicates:
+            lines.append(
+                f"  prompts seen before: {figures['repeated_prompts']:,}; like one before: "
+                f"{figures['near_duplicate_prompts']:,}"
+            )
+        if positions["packed"]:
+            total = positions["padded"] / positions["shared_prompts"]
+            lines.append(
+                f"  pads: {positions['pad_share']:.0%} of the positions of batches of "
+                f"{self.batch_size} {'pair' if self.batch_size == 1 else 'pairs'}; prompts computed once instead of twice: "
+                f"{positions['sharing_factor']:.2f}x fewer tokens; both: {total:.2f}x"
+            )
+        start = len(self.name) + 2
+        return lines + [f"  ! {line[start:]}" for line in self.findings]
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines())
+
+
+def report_rows(
+    rows: Iterable[Row],
+    processing_class: Any,
+    *,
+    max_length: int | None = None,
+    name: str = "train_dataset",
+    sample: int = SAMPLE,
+    batch_size: int = 1,
+    overlength: int | None = None,
+    policy: str = "truncate",
+) -> DataReport:
+    """
+    Look prepared rows over before training.
+
+    Tokens are counted over all rows of a `Dataset`, from Arrow's columns; texts, and the rows of
+    anything else, over a sample.
+
+    Args:
+        rows (`Iterable[Mapping]`):
+            What [`~oddsmith.data.dataset.prepare_dataset`] returned.
+        processing_class (`PreTrainedTokenizerBase`):
+            The tokenizer.
+        max_length (`int`, *optional*):
+            Longest row; a row of that length may end without EOS because it was cut.
+        name (`str`, *optional*, defaults to `"train_dataset"`):
+            Name of the dataset in the report.
+        sample (`int`, *optional*, defaults to `2000`):
+            Rows whose text is looked at, spread over a `Dataset`; of anything else the first ones,
+            for everything.
+        batch_size (`int`, *optional*, defaults to `1`):
+            Pairs of a batch.
+        overlength (`int`, *optional*):
+            Rows that were truncated or dropped, where that is known.
+        policy (`str`, *optional*, defaults to `"truncate"`):
+            Which of the two.
+
+    Returns:
+        [`DataReport`]: The report; its `findings` are empty if nothing is wrong.
+    """
+    whole = isinstance(rows, Dataset)
+    stats = TokenStats(processing_class.bos_token_id, processing_class.eos_token_id, max_length)
+    with closing(stats):
+        if whole:
+            texts = _spread(rows, sample)
+            for chunk in _chunks(rows):
+                stats.add(chunk)
+        else:
+            head = list(islice(iter(rows), sample))
+            texts = list(enumerate(head))
+            for start in range(0, len(head), CHUNK):
+                stats.add(TokenRows.of_rows(head[start : start + CHUNK]))
+    return DataReport(
+        name,
+        stats,
+        batch_size,
+        {"prompt_twice": count_texts(texts, repeats_prompt)},
+        len(texts),
+        overlength,
+        policy,
+        partial=not whole and len(texts) == sample,
+    )
+
+
+def _chunks(dataset: Dataset) -> Iterator[TokenRows]:
+    columns = needed(dataset.column_names)
+    for table in dataset.select_columns(columns).with_format("arrow").iter(CHUNK):
+        yield TokenRows.of_columns({name: Ragged.of_arrow(table[name]) for name in columns})
+
+
+def _spread(dataset: Dataset, sample: int) -> list[tuple[int, Row]]:
+    columns = [name for name in ("prompt", "chosen", "rejected") if name in dataset.column_names]
+    if len(columns) < 3:
+        return []
+    texts = dataset.select_columns(columns).with_format(None)
+    indices = range(len(dataset))
+    if len(dataset) > sample:
+        # In equal steps: files are often sorted by source, and a mistake sits in one of them.
+        indices = [index * len(dataset) // sample for index in range(sample)]
+        texts = texts.select(indices)
+    return list(zip(indices, texts, strict=True))
+
+
+def count_texts(rows: Iterable[tuple[int, Row]], is_wrong: Callable[[Row], bool]) -> Finding:
+    """How many of some numbered rows are wrong, and the first."""
+    found = [index for index, row in rows if is_wrong(row)]
+    return Finding(len(found), found[0] if found else None)
+
+
+def repeats_prompt(row: Row) -> bool:
+    """Whether both answers of a row hold its prompt once more."""
+    texts = [row.get(key) for key in ("prompt", "chosen", "rejected")]
+    if not all(isinstance(text, str) for text in texts):
+        return False
+    prompt, chosen, rejected = texts
+    text = prompt.strip()
+    if len(text) < _SHORTEST_PROMPT:
+        return False
+    # Both sides begin with it, perhaps after a template's markers: an answer that quotes it is no
+    # match.
+    shared = common_prefix_length(chosen, rejected)
+    return text in chosen[:shared]

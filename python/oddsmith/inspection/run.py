@@ -1,0 +1,244 @@
+"""`oddsmith inspect`: a dataset looked over without training on it, or loading it."""
+
+import json
+from collections.abc import Iterator
+from contextlib import closing
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer
+
+from ..data.chat import is_messages, row_text
+from ..data.rows import RowBuilder
+from ..data.rust_rows import OVERLENGTH, FastRows, fast_rows_for
+from ..data.tokenizer import FALLBACK_CHAT_TEMPLATE, ensure_pad_token
+from ..errors import UserError, user_errors
+from ..sources.records import Record
+from ..sources.stream import RecordStream
+from .histogram import draw_bars, save_histogram
+from .report import SAMPLE, DataReport, repeats_prompt
+from .token_stats import Finding, Ragged, TokenRows, TokenStats, needed
+
+# Rows tokenised at once, by all cores.
+_BATCH = 1000
+# Rows of the first of them on which Rust and the tokenizer have to agree.
+_COMPARED = 16
+
+
+def run_inspect(
+    dataset: str,
+    model: str,
+    *,
+    config: str | None = None,
+    split: str | None = None,
+    rows: int | None = None,
+    max_length: int = 1024,
+    max_prompt_length: int | None = None,
+    overlength: str = "truncate",
+    batch_size: int = 2,
+    chat_template: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    as_json: bool = False,
+    histogram: str | None = None,
+) -> DataReport:
+    """
+    Prints the report of a dataset, with a histogram of its lengths.
+
+    Args:
+        dataset (`str`): File, folder or hub id.
+        model (`str`): Folder or hub id of the tokenizer.
+        config (`str`, *optional*): Configuration of a hub dataset.
+        split (`str`, *optional*): Split; that which training would take if not given.
+        rows (`int`, *optional*): Most rows to read.
+        max_length (`int`, *optional*): As in [`ORPOConfig`], like the next two.
+        max_prompt_length (`int`, *optional*): See there.
+        overlength (`str`, *optional*): See there.
+        batch_size (`int`, *optional*): Pairs of a batch, for the share of pads.
+        chat_template (`str`, *optional*): File with a template to use for conversations.
+        revision (`str`, *optional*): Branch, tag or commit of a hub model.
+        trust_remote_code (`bool`, *optional*): Whether the tokenizer may be code of the hub's.
+        as_json (`bool`, *optional*): Print the figures as JSON, and nothing else.
+        histogram (`str`, *optional*): Picture to write.
+
+    Returns:
+        [`DataReport`]: The report.
+
+    Raises:
+        UserError: If dataset or tokenizer cannot be read, or a row is no pair; names file and line.
+    """
+    tokenizer = load_tokenizer(model, chat_template, revision, trust_remote_code)
+    with user_errors(""):
+        builder = RowBuilder(tokenizer, max_length, max_prompt_length)
+    if histogram is not None and not Path(histogram).suffix:
+        raise UserError(f"--histogram {histogram}: needs a suffix such as .png")
+    stream = RecordStream(dataset, config, split)
+    report = inspect_stream(
+        stream, tokenizer, builder, rows=rows, overlength=overlength, batch_size=batch_size
+    )
+    shared, chosen, rejected = report.stats.lengths()
+    if histogram is not None:
+        sides = {"prompt": shared, "prompt and chosen": chosen, "prompt and rejected": rejected}
+        with user_errors(f"--histogram {histogram}"):
+            save_histogram(sides, histogram, dataset, max_length)
+    if as_json:
+        print(json.dumps(report.figures(), indent=2))
+        return report
+    print(report)
+    print(draw_bars(chosen, "  tokens of prompt and chosen answer", max_length))
+    if histogram is not None:
+        print(f"  picture: {histogram}")
+    return report
+
+
+def load_tokenizer(
+    model: str, chat_template: str | None, revision: str | None, trust_remote_code: bool
+) -> Any:
+    """
+    The tokenizer alone; a model's weights are not needed.
+
+    Raises:
+        UserError: If there is none, or the template cannot be read.
+    """
+    path = Path(model).expanduser()
+    if not path.exists() and (model.startswith(("/", "./", "../", "~")) or model.count("/") > 1):
+        raise UserError(f"--model {model}: no such folder")
+    with user_errors(f"--model {model}"):
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(path) if path.exists() else model,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+        )
+        ensure_pad_token(tokenizer)
+    if chat_template is not None:
+        with user_errors("--chat_template"):
+            template = Path(chat_template).expanduser()
+            tokenizer.chat_template = template.read_text(encoding="utf-8")
+    return tokenizer
+
+
+def inspect_stream(
+    stream: RecordStream,
+    tokenizer: Any,
+    builder: RowBuilder,
+    *,
+    rows: int | None = None,
+    overlength: str = "truncate",
+    batch_size: int = 2,
+) -> DataReport:
+    """
+    Tokenises a dataset chunk by chunk and keeps figures, not tokens.
+
+    Args:
+        stream ([`RecordStream`]): The rows.
+        tokenizer (`PreTrainedTokenizerBase`): The tokenizer; gets the fallback template of
+            `oddsmith train` if it needs one.
+        builder ([`RowBuilder`]): Makes tokens of text.
+        rows (`int`, *optional*): Most rows to read.
+        overlength (`str`, *optional*): `"drop"` leaves rows that are too long out of the figures.
+        batch_size (`int`, *optional*): Pairs of a batch.
+
+    Returns:
+        [`DataReport`]: The report.
+
+    Raises:
+        UserError: If a row cannot be read or is no pair; names its file, line and field.
+    """
+    stats = TokenStats(tokenizer.bos_token_id, tokenizer.eos_token_id, builder.max_length)
+    twice, seen, too_long, sampled, fast = Finding(), 0, 0, 0, None
+    with closing(stats), closing(_batches(stream, rows)) as batches:
+        for batch in batches:
+            if seen == 0:
+                _ensure_template(tokenizer, batch[0])
+            texts = [_text(record, tokenizer) for record in batch]
+            if seen == 0:
+                fast = fast_rows_for(builder, texts[:: -(-len(texts) // _COMPARED)], stream.name)
+            columns, flags = _tokens(builder, fast, texts, batch)
+            too_long += int(flags.sum())
+            kept = np.flatnonzero(~flags) if overlength == "drop" else np.arange(len(batch))
+            if len(kept):
+                chosen = {name: Ragged.of_arrow(part.take(kept)) for name, part in columns.items()}
+                stats.add(TokenRows.of_columns(chosen), seen + kept)
+            # Texts of every row up to the sample, then of some of each chunk: at any place a few.
+            step = 1 if sampled < SAMPLE else 20
+            for index in range(0, len(texts), step):
+                row = dict(zip(("prompt", "chosen", "rejected"), texts[index], strict=True))
+                sampled += 1
+                if repeats_prompt(row):
+                    twice.count += 1
+                    twice.first = seen + index if twice.first is None else twice.first
+            seen += len(batch)
+    if not seen:
+        raise UserError(f"dataset {stream.name} has no rows")
+    partial = rows is not None and seen == rows
+    return DataReport(
+        stream.name,
+        stats,
+        batch_size,
+        {"prompt_twice": twice},
+        sampled,
+        too_long,
+        overlength,
+        partial,
+    )
+
+
+def _tokens(
+    builder: RowBuilder,
+    fast: FastRows | None,
+    texts: list[tuple[str, str, str]],
+    batch: list[Record],
+) -> tuple[dict[str, pa.Array], np.ndarray]:
+    """Columns of tokens that the figures are made of, and which rows are too long."""
+    parts = list(zip(*texts, strict=True))
+    if fast is not None:
+        try:
+            made = fast.columns(*(pa.array(part, pa.large_string()) for part in parts))
+            return {name: made[name] for name in needed(made)}, np.asarray(made[OVERLENGTH])
+        except ValueError:
+            pass  # the builder names the file and line of the row
+    with user_errors(""):
+        rows, flags = builder.tokenize_batch(*parts, [record.where for record in batch])
+    columns = {name: pa.array([row[name] for row in rows]) for name in needed(rows[0])}
+    return columns, np.array(flags, bool)
+
+
+def _batches(stream: RecordStream, rows: int | None) -> Iterator[list[Record]]:
+    records = islice(iter(stream), rows)
+    known = stream.size is not None and rows is None
+    with tqdm(
+        total=stream.size if known else rows,
+        desc="tokenizing",
+        unit="B" if known else "rows",
+        unit_scale=True,
+        delay=1.0,
+    ) as bar:
+        count = 0
+        while batch := list(islice(records, _BATCH)):
+            yield batch
+            count += len(batch)
+            bar.update((stream.done if known else count) - bar.n)
+
+
+def _ensure_template(tokenizer: Any, record: Record) -> None:
+    # As `oddsmith train` does for base models, so that the figures are those of its rows.
+    if record.fields is not None and is_messages(record.fields.get("chosen")):
+        if tokenizer.chat_template is None:
+            tokenizer.chat_template = FALLBACK_CHAT_TEMPLATE
+
+
+def _text(record: Record, tokenizer: Any) -> tuple[str, str, str]:
+    if record.problem is not None:
+        raise UserError(f"{record.where}: {record.problem}")
+    for side in ("chosen", "rejected"):
+        if side not in record.fields:
+            raise UserError(
+                f"{record.where}: no field {side}; its fields are "
+                f"{', '.join(map(str, record.fields))}; oddsmith prepare makes pairs of other data"
+            )
+    with user_errors(""):
+        return row_text(record.fields, tokenizer, record.where)

@@ -1,0 +1,1 @@
+"""Every change to another library: transformers, peft, accelerate, bitsandbytes, torch."""

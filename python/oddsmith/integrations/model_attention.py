@@ -1,0 +1,223 @@
+"""Attention over a packed row of pairs, for the models of transformers.
+
+A [`~oddsmith.packing.batch.PackedBatch`] is one row of real tokens, `[prompt | chosen | rejected]` for
+each pair. The chosen answer sees the prompt and itself, so does the rejected one, and no pair sees
+another: no pads, and no prompt twice. The function is registered with transformers'
+`AttentionInterface` under a name of its own, and stands for `sdpa` wherever a call names no
+segments (generation, a batch that was not packed).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+
+from ..packing.attention_cpu import PackedFlash, Segments, blocks
+from ..packing.attention_cuda import can_run, packed_varlen
+from ..packing.batch import PackedBatch
+
+# No part of it may be a name that transformers looks for, such as "sdpa" or "flash".
+NAME = "oddsmith_packed"
+
+# Keyword that carries the segments of a packed row through the model to `attend`.
+SEGMENTS = "oddsmith_segments"
+
+# What some models hand to their attention and this one does not compute.
+_UNKNOWN = ("softcap", "position_bias", "s_aux")
+
+
+class CannotPack(Exception):
+    """A model's attention cannot work on packed rows. The message is the reason."""
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """
+    Causal attention within each sequence of a packed row.
+
+    Args:
+        module (`nn.Module`): The attention layer.
+        query (`Tensor`): `(1, heads, N, d)`.
+        key (`Tensor`): `(1, key heads, N, d)`.
+        value (`Tensor`): As `key`.
+        attention_mask (`Tensor`, *optional*): Not used for packed rows.
+        dropout (`float`, *optional*): Rate of dropout on the attention weights.
+        scaling (`float`, *optional*): Factor on the products; one over the root of d if not given.
+        sliding_window (`int`, *optional*): Positions that a token sees, itself included.
+        kwargs: `oddsmith_segments`, those of a [`~oddsmith.packing.batch.PackedBatch`]; without it the
+            call goes to transformers' `sdpa`.
+
+    Returns:
+        `tuple`: `(1, N, heads, d)`, and None for the weights.
+
+    Raises:
+        [`CannotPack`]: If the layer asks for something that is not computed here.
+    """
+    segments = kwargs.pop(SEGMENTS, None)
+    if segments is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    unknown = [name for name in _UNKNOWN if kwargs.get(name) is not None]
+    if unknown:
+        raise CannotPack(f"its attention has a {', '.join(unknown)}")
+    if not getattr(module, "is_causal", True):
+        raise CannotPack("its attention is not causal")
+    if torch.is_autocast_enabled(query.device.type):  # as it does for libtorch's own attention
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (x.to(dtype) for x in (query, key, value))
+    if sliding_window is not None and all(
+        shared + max(chosen, rejected) <= sliding_window for shared, chosen, rejected in segments
+    ):
+        sliding_window = None
+    if query.device.type == "cpu" and not dropout and sliding_window is None:
+        out = PackedFlash.apply(query, key, value, segments, scaling)
+    elif can_run(query, dropout):
+        out = packed_varlen(query, key, value, segments, scaling, sliding_window)
+    else:
+        out = _blockwise(query, key, value, segments, dropout, scaling, sliding_window)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _blockwise(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Segments,
+    dropout: float,
+    scaling: float | None,
+    sliding_window: int | None,
+) -> Tensor:
+    """[`PackedFlash`] by libtorch's own choice of kernel: any device, dropout, a window."""
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    out = []
+    for own, prompt in blocks(segments):
+        seen = own.stop - own.start
+        keys, values = key[:, :, own], value[:, :, own]
+        if prompt is not None:
+            seen += prompt.stop - prompt.start
+            keys, values = (torch.cat([x[:, :, prompt], x[:, :, own]], dim=2) for x in (key, value))
+        window = seen if sliding_window is None else sliding_window
+        whole = prompt is None and seen <= window
+        out.append(
+            F.scaled_dot_product_attention(
+                query[:, :, own],
+                keys,
+                values,
+                attn_mask=None if whole else _band(own.stop - own.start, seen, window, key.device),
+                dropout_p=dropout,
+                is_causal=whole,
+                scale=scaling,
+            )
+        )
+    return torch.cat(out, dim=2)
+
+
+def _band(queries: int, keys: int, window: int, device: torch.device) -> Tensor:
+    """Which keys each of the last `queries` positions sees, `(queries, keys)`."""
+    position = torch.arange(keys, device=device)
+    distance = position[keys - queries :, None] - position
+    return (distance >= 0) & (distance < window)
+
+
+def register() -> None:
+    """Make the implementation known to transformers. Idempotent."""
+    AttentionInterface.register(NAME, attend)
+    # Without an entry of its own, transformers would drop the padding mask of other calls.
+    AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+
+
+@torch.no_grad()
+def install(core: nn.Module) -> None:
+    """
+    Let a model attend within packed sequences, if that gives what it gives on a padded batch.
+
+    Changes only which attention the configuration names.
+
+    Raises:
+        [`CannotPack`]: With the reason. The model is as it was.
+    """
+    config = core.config
+    before = config._attn_implementation
+    if before == NAME:
+        return
+    if before != "sdpa":
+        raise CannotPack(f"its attention is {before!r}, not 'sdpa'")
+    register()
+    training = {module: module.training for module in core.modules()}
+    core.eval()
+    config._attn_implementation = NAME
+    try:
+        reason = _try_out(core)
+    except CannotPack as cannot:
+        reason = str(cannot)
+    except Exception as error:  # whatever a model's own code may raise
+        reason = f"a packed row could not be tried out ({type(error).__name__}: {error})"
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+    if reason is not None:
+        config._attn_implementation = before
+        raise CannotPack(reason)
+
+
+def _try_out(core: nn.Module) -> str | None:
+    """Compares two short pairs packed and padded; what is wrong, or None."""
+    device = core.get_input_embeddings().weight.device
+    if device.type == "meta":
+        return "its weights are not in memory, so a packed row cannot be tried out"
+    # Low ids: the high ones of some models stand for images. The first pair shares a prompt of three
+    # tokens but the last, the second nothing; only position and neighbours tell its tokens apart.
+    chosen, rejected = ([3, 5, 4, 6, 5, 3, 4], [5, 3]), ([3, 5, 4, 3], [5, 3, 5])
+    pairs = [
+        {
+            "chosen_input_ids": a,
+            "chosen_labels": a,
+            "rejected_input_ids": b,
+            "rejected_labels": [-100] * 3 + b[3:],
+        }
+        for a, b in zip(chosen, rejected, strict=True)
+    ]
+    batch = PackedBatch.build(pairs, share_prompt=True).to(device)
+    ids = torch.zeros(4, 7, dtype=torch.int64, device=device)
+    mask = torch.zeros_like(ids)
+    for row, sequence in enumerate((*chosen, *rejected)):
+        ids[row, : len(sequence)] = torch.tensor(sequence)
+        mask[row, : len(sequence)] = 1
+    packed = core(**packed_inputs(batch), use_cache=False).logits[0, batch.rows]
+    padded = core(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    # Each row that predicts, in the order of the batch: chosen and rejected of each pair.
+    order = [0, 2, 1, 3]
+    padded = torch.cat([padded[row, : mask[row].sum() - 1] for row in order])
+    room = 64 * torch.finfo(packed.dtype).eps * (1.0 + padded.abs().max())
+    if packed.shape != padded.shape or (packed - padded).abs().max() > room:
+        return "it gives other results on a packed row than on a padded batch"
+    return None
+
+
+def packed_inputs(batch: PackedBatch) -> dict[str, Any]:
+    """Arguments of a model's forward for a packed batch."""
+    return {
+        "input_ids": batch.input_ids,
+        "position_ids": batch.position_ids,
+        # Four dimensions: transformers takes it for a finished mask and makes none.
+        "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids.device),
+        SEGMENTS: batch.segments,
+    }

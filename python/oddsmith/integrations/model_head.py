@@ -1,0 +1,249 @@
+"""The fused head inside a model's own forward pass.
+
+The loss is computed where the model would make its logits: in the output head, called by the
+model, called by whatever wraps it. Nothing goes around a wrapper, so DDP, FSDP, ZeRO-3, PEFT and
+autocast see the calls that they expect.
+"""
+
+from dataclasses import dataclass
+from functools import wraps
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import ModelOutput
+
+from ..head.ops import LinearORPOOutput, linear_orpo
+from ..packing.batch import PackedBatch
+from .head_probe import HeadMismatch, LogitMap, find_head, head_forward_name, probe_head, swapped
+
+__all__ = ["FusedBatch", "FusedHead", "FusedOutput", "HeadMismatch", "install"]
+
+_STATE = "_oddsmith_head"
+
+
+@dataclass(frozen=True)
+class FusedBatch:
+    """
+    What the head needs to know about a batch: the rows that predict, and the objective.
+
+    Args:
+        rows (`Tensor`): Positions in the flattened batch that the model runs on, `(N,)`.
+        targets (`Tensor`): Token that each row predicts, or -100, `(N,)`.
+        sequence (`Tensor`): Sequence of each row, `(N,)`.
+        completion (`Tensor`): Whether the target is a completion token, `(N,)`.
+        positions (`int`): Positions of that batch.
+        num_pairs (`int`): `B`.
+        num_scored (`int`, *optional*): Rows in the loss, where the host knows.
+        beta (`float`): Weight of the odds ratio term.
+        nll_scope (`str`): See [`~oddsmith.functional.linear_orpo`], as the next two.
+        odds_ratio_link (`str`): See there.
+        logits_budget (`int`, *optional*): See there.
+    """
+
+    rows: Tensor
+    targets: Tensor
+    sequence: Tensor
+    completion: Tensor
+    positions: int
+    num_pairs: int
+    num_scored: int | None
+    beta: float
+    nll_scope: str
+    odds_ratio_link: str
+    logits_budget: int | None
+
+    @classmethod
+    def build(
+        cls, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, **objective: Any
+    ) -> "FusedBatch":
+        """
+        From a padded batch, each argument `(2B, T)`, chosen sequences first.
+
+        Every real position with a real successor is a row.
+        """
+        real = attention_mask != 0
+        predicts = torch.zeros_like(real)
+        predicts[:, :-1] = real[:, :-1] & real[:, 1:]
+        completion = torch.zeros_like(real)
+        completion[:, :-1] = labels[:, 1:] >= 0
+        sequence = torch.arange(real.shape[0], device=real.device)[:, None].expand_as(real)
+        rows = predicts.flatten().nonzero()[:, 0]
+        columns = (input_ids.roll(-1, dims=1), sequence, completion)
+        picked = (column.flatten()[rows] for column in columns)
+        return cls._of(rows, *picked, real.numel(), real.shape[0] // 2, None, objective)
+
+    @classmethod
+    def of_packed(cls, batch: PackedBatch, **objective: Any) -> "FusedBatch":
+        """From a packed batch."""
+        return cls._of(
+            batch.rows,
+            batch.targets,
+            batch.sequence,
+            batch.completion,
+            batch.input_ids.numel(),
+            len(batch.segments),
+            batch.num_scored[objective["nll_scope"]],
+            objective,
+        )
+
+    @classmethod
+    def _of(
+        cls,
+        rows: Tensor,
+        successors: Tensor,
+        sequence: Tensor,
+        completion: Tensor,
+        positions: int,
+        pairs: int,
+        num_scored: int | None,
+        objective: dict[str, Any],
+    ) -> "FusedBatch":
+        # A rejected prompt is in no term of the loss, nor is a chosen one if only completions
+        # count: their rows have no target.
+        scored = completion
+        if objective["nll_scope"] == "full":
+            scored = scored | (sequence < pairs)
+        targets = successors.masked_fill(~scored, -100)
+        counts = (positions, pairs, num_scored)
+        return cls(rows, targets, sequence, completion, *counts, **objective)
+
+    def whole_pairs(self) -> Tensor:
+        """Which pairs have completion tokens on both sides, `(B,)`."""
+        counts = self.sequence.new_zeros(2 * self.num_pairs)
+        counts.index_add_(0, self.sequence, self.completion.to(counts.dtype))
+        return (counts.view(2, -1) > 0).all(dim=0)
+
+
+@dataclass
+class FusedOutput(ModelOutput):
+    """Output of a model that ran with a [`FusedBatch`]: [`LinearORPOOutput`] and `aux_loss`."""
+
+    loss: Tensor | None = None
+    nll_loss: Tensor | None = None
+    chosen_logps: Tensor | None = None
+    rejected_logps: Tensor | None = None
+    log_odds_chosen: Tensor | None = None
+    log_odds_ratio: Tensor | None = None
+    chosen_logits: Tensor | None = None
+    rejected_logits: Tensor | None = None
+    empty_completions: Tensor | None = None
+    aux_loss: Tensor | None = None
+
+
+@dataclass
+class FusedHead:
+    """
+    State of a model whose forward takes an `oddsmith_batch`.
+
+    Args:
+        logit_map ([`LogitMap`]): What the model does to its head's output.
+        original (`Callable`, *optional*): The forward that the instance had of its own.
+    """
+
+    logit_map: LogitMap
+    original: Any = None
+
+    def run(self, core: nn.Module, batch: FusedBatch, args: tuple, kwargs: dict) -> FusedOutput:
+        head = find_head(core)
+        results: list[LinearORPOOutput] = []
+
+        def forward(hidden: Tensor) -> Tensor:
+            result = self._loss(head, hidden, batch)
+            results.append(result)
+            # Stands for the logits in what the model does to them. It depends on the loss, and the
+            # loss on it, for the hooks that FSDP and ZeRO-3 hang on the output of a module to run.
+            return (result.loss * 0.0).expand(*hidden.shape[:-1], 1)
+
+        with swapped(head, head_forward_name(head), forward):
+            outputs = self.call(core, *args, **kwargs)
+        if len(results) != 1:
+            raise RuntimeError(
+                f"{type(core).__name__} called its output head {len(results)} times, must be once; "
+                "set use_fused_head=False"
+            )
+        stats = results[0]._asdict()
+        stats["loss"] = stats["loss"] + 0.0 * _logits(outputs).float().sum()
+        return FusedOutput(**stats, aux_loss=getattr(outputs, "aux_loss", None))
+
+    def call(self, core: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The forward without this class."""
+        if self.original is not None:
+            return self.original(*args, **kwargs)
+        return type(core).forward(core, *args, **kwargs)
+
+    def _loss(self, head: nn.Linear, hidden: Tensor, batch: FusedBatch) -> LinearORPOOutput:
+        if hidden.shape[:-1].numel() != batch.positions:
+            raise RuntimeError(
+                f"the output head got hidden states {tuple(hidden.shape)} for {batch.positions} "
+                "positions; set use_fused_head=False"
+            )
+        weight, bias = head.weight, head.bias
+        device = hidden.device.type
+        hidden = hidden.reshape(-1, hidden.shape[-1])
+        hidden = hidden.index_select(0, batch.rows.to(hidden.device))
+        # What autocast would do to the head, except that the CPU multiplies in float32 either way.
+        casts = device != "cpu" and torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if casts else weight.dtype
+        if dtype == torch.float16:
+            # Gradients are computed here, before the loss is scaled up, and would underflow.
+            dtype = torch.float32
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+        with torch.autocast(device, enabled=False):
+            return linear_orpo(
+                hidden,
+                weight,
+                batch.targets.to(hidden.device),
+                batch.sequence.to(hidden.device),
+                batch.completion.to(hidden.device),
+                batch.beta,
+                bias=bias,
+                softcap=self.logit_map.softcap,
+                logit_scale=self.logit_map.scale,
+                nll_scope=batch.nll_scope,
+                odds_ratio_link=batch.odds_ratio_link,
+                num_pairs=batch.num_pairs,
+                num_scored=batch.num_scored,
+                logits_budget=batch.logits_budget,
+            )
+
+
+def _logits(outputs: Any) -> Tensor:
+    return outputs[0] if isinstance(outputs, tuple) else outputs.logits
+
+
+def install(model: nn.Module) -> FusedHead:
+    """
+    Let a model's forward take a [`FusedBatch`] as `oddsmith_batch`; without it nothing changes.
+
+    Changes the instance alone, and no parameter or buffer. A copy of the model has it too; a second
+    call on the same model does no harm.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): A causal language model.
+
+    Raises:
+        [`HeadMismatch`]: If the loss cannot be computed in this model's head, with the reason.
+    """
+    core = model.get_base_model() if hasattr(model, "get_base_model") else model
+    logit_map = probe_head(core)
+    state = vars(core).get(_STATE)
+    if state is not None:
+        state.logit_map = logit_map
+        return state
+    state = FusedHead(logit_map, vars(core).get("forward"))
+    setattr(core, _STATE, state)
+
+    # A method with nothing captured, for deepcopy binds it to the copy. It has the signature of the
+    # model's own, by which Trainer and generate tell what the model takes.
+    @wraps(type(core).forward)
+    def forward(self, *args, oddsmith_batch=None, **kwargs):
+        state = vars(self)[_STATE]
+        if oddsmith_batch is None:
+            return state.call(self, *args, **kwargs)
+        return state.run(self, oddsmith_batch, args, kwargs)
+
+    core.forward = MethodType(forward, core)
+    return state

@@ -1,0 +1,142 @@
+"""LoRA on 4-bit layers for peft: one autograd function a projection, and a right merge."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.lora import layer as peft_layer
+from peft.tuners.lora import model as peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from ..quant.linear import linear_nf4_lora
+from ..quant.modules import Linear4bit
+from ..quant.nf4 import dequantize_nf4
+
+__all__ = ["LoraLinear4bit", "register"]
+
+# Beginnings of an adapter that change the base, which 4-bit weights cannot follow.
+_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+# Other forms of LoRA, which read or change the base in their own ways.
+_VARIANTS = ("use_dora", "arrow_config", "use_bdlora", "alora_invocation_tokens", "velora_config")
+_VARIANTS += ("monteclora_config", "kasa_config")
+
+
+class LoraLinear4bit(peft_layer.Linear):
+    """
+    [`Linear4bit`] with low-rank adapters, as peft's `lora.Linear`.
+
+    With one active adapter, no dropout and no autocast, the base product, the low-rank product and
+    their gradients are one autograd function that adds in place. Everything else goes the way of
+    peft.
+
+    Args:
+        base_layer ([`Linear4bit`]): The layer.
+        adapter_name (`str`): Name of the first adapter.
+        config (`LoraConfig`): Its configuration.
+        kwargs: Rank, alpha and the like, as peft passes them.
+
+    Raises:
+        ValueError: For DoRA and other variants, and for beginnings that change the base.
+    """
+
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, config: Any, **kwargs: Any
+    ) -> None:
+        _check(config)
+        super().__init__(base_layer, adapter_name, config=config, **kwargs)
+
+    def update_layer(self, adapter_name: str, *args: Any, config: Any, **kwargs: Any) -> None:
+        _check(config)
+        super().update_layer(adapter_name, *args, config=config, **kwargs)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        name = self._only_adapter(args, kwargs)
+        if name is None or torch.is_autocast_enabled(x.device.type):
+            return super().forward(x, *args, **kwargs)
+        base = self.base_layer
+        dtype = base.compute_dtype or x.dtype
+        out = linear_nf4_lora(
+            x.to(dtype),
+            base.weight,
+            base.weight.quant_state,
+            self.lora_A[name].weight,
+            self.lora_B[name].weight,
+            self.scaling[name],
+            base.bias,
+        )
+        return out.to(x.dtype)
+
+    def _only_adapter(self, args: tuple, kwargs: dict[str, Any]) -> str | None:
+        """The adapter, if it is the only one and nothing stands between it and the input."""
+        active = [name for name in self.active_adapters if name in self.lora_A]
+        if args or kwargs or self.disable_adapters or self.merged or len(active) != 1:
+            return None
+        (name,) = active
+        dropout = self.lora_dropout[name]
+        drops = not isinstance(dropout, nn.Identity) and self.training and dropout.p > 0
+        plain = type(self.base_layer) is Linear4bit and name not in self.lora_variant
+        return name if plain and not drops and self.lora_B[name].bias is None else None
+
+    @contextmanager
+    def _in_full(self) -> Iterator[None]:
+        """The weight in `float32`; quantised again at the end, left alone after an error."""
+        base = self.get_base_layer()
+        codes = base.weight
+        full = dequantize_nf4(codes, codes.quant_state, torch.float32)
+        base.weight = nn.Parameter(full, requires_grad=False)
+        try:
+            yield
+            changed = base.weight.data.to(codes.quant_state.dtype)
+            fresh = codes._with(changed, None).quantize_(codes.device)
+        except BaseException:
+            base.weight = codes
+            raise
+        base.weight = fresh
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Adds adapters to the base, which is rounded to 4 bits again; `safe_merge` refuses NaN."""
+        with self._in_full():
+            super().merge(safe_merge, adapter_names)
+
+    def unmerge(self) -> None:
+        """Takes merged adapters out again, but for what rounding to 4 bits has lost."""
+        with self._in_full():
+            super().unmerge()
+
+
+def _check(config: Any) -> None:
+    for name in _VARIANTS:
+        if getattr(config, name, None):
+            raise ValueError(
+                f"LoraConfig: {name} is not there for 4-bit layers of oddsmith; leave it out, or load "
+                "the model in full precision"
+            )
+    begin = config.init_lora_weights
+    if isinstance(begin, str) and begin.lower().startswith(_CHANGING):
+        raise ValueError(
+            f"LoraConfig: init_lora_weights is {begin!r}, which changes the base; 4-bit layers of oddsmith "
+            'take True, False, "gaussian", "orthogonal" and "eva"'
+        )
+
+
+def register() -> None:
+    """Lets peft put [`LoraLinear4bit`] on 4-bit layers, in new models and in loaded ones."""
+    theirs = peft_model.dispatch_default
+    if getattr(theirs, "knows_oddsmith", False):
+        return
+
+    def dispatch(
+        target: nn.Module, adapter_name: str, config: Any, **kwargs: Any
+    ) -> nn.Module | None:
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if isinstance(base, Linear4bit):
+            return LoraLinear4bit(target, adapter_name, config=config, **kwargs)
+        return theirs(target, adapter_name, config=config, **kwargs)
+
+    dispatch.knows_oddsmith = True
+    peft_model.dispatch_default = dispatch

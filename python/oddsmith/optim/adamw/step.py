@@ -1,0 +1,114 @@
+"""The step of AdamW: numbers of the rule, and the kernel or the ops that apply it."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import _core
+from .moments import decode, encode, is_8bit
+
+# beta1, beta2, what is added to the root of the second moment, step size, what decay leaves.
+Numbers = tuple[float, float, float, float, float]
+
+# Devices that the core has kernels for.
+_KERNELS = ("cpu", "cuda")
+
+
+def numbers(group: dict[str, Any], step: int) -> Numbers:
+    """
+    The rule of a group's parameters at their step, counted from 1.
+
+    `value = (value + step_size * m / (sqrt(v) + eps)) * keep`, which is Adam with its biases corrected
+    and then decoupled weight decay, in bitsandbytes' order.
+    """
+    beta1, beta2 = group["betas"]
+    second = math.sqrt(1.0 - beta2**step)
+    step_size = -group["lr"] * second / (1.0 - beta1**step)
+    keep = 1.0 - group["lr"] * group["weight_decay"]
+    return beta1, beta2, group["eps"] * second, step_size, keep
+
+
+@dataclass
+class Update:
+    """What a step does to one tensor, in place."""
+
+    value: Tensor  # contiguous; fp32, bf16 or fp16
+    grad: Tensor  # contiguous, of its shape; of its dtype or fp32
+    state: dict[str, Any]  # `state1`, `state2`, and the scales of 8-bit ones
+    numbers: Numbers
+    seed: int | None = None  # of stochastic rounding, 32 bits
+    first: int = 0  # place of the first element, if this is a part of a parameter
+
+
+class NonFinite:
+    """Counts gradient elements that were NaN or infinite, without waiting for a device."""
+
+    def __init__(self) -> None:
+        self._counts: dict[torch.device, Tensor] = {}
+
+    def on(self, device: torch.device) -> Tensor:
+        """The counter on a device, `(1,)` int64."""
+        if device not in self._counts:
+            self._counts[device] = torch.zeros(1, dtype=torch.int64, device=device)
+        return self._counts[device]
+
+    def total(self) -> int:
+        """The count; waits for the devices."""
+        return sum(int(count) for count in self._counts.values())
+
+
+def adamw_step(updates: Iterable[Update], bad: NonFinite) -> None:
+    """
+    Applies updates, those on a device together.
+
+    Elements whose gradient is NaN or infinite, or so large that its square is, keep their value; their
+    moments begin again.
+
+    Args:
+        updates (`Iterable[Update]`): What is to be done.
+        bad (`NonFinite`): Counts such elements.
+    """
+    by_device: dict[torch.device, list[Update]] = defaultdict(list)
+    for update in updates:
+        if update.value.numel():
+            by_device[update.value.device].append(update)
+    for device, some in by_device.items():
+        if device.type in _KERNELS:
+            _core.adamw_step([_item(update) for update in some], bad.on(device))
+            torch.autograd.graph.increment_version([update.value for update in some])
+        else:
+            for update in some:
+                _with_ops(update, bad.on(device))
+
+
+def _item(update: Update) -> tuple[Any, Any]:
+    state = update.state
+    absmax = (state["absmax1"], state["absmax2"]) if is_8bit(state) else None
+    moments = (state["state1"], state["state2"])
+    parts = (update.value, update.grad, moments, absmax, update.first)
+    return parts, (update.numbers, update.seed)
+
+
+def _with_ops(update: Update, bad: Tensor) -> None:
+    """The same through torch's ops, where there is no kernel; rounds to the nearest."""
+    beta1, beta2, eps, step_size, keep = update.numbers
+    value, grad, state = update.value, update.grad.float(), update.state
+    square = grad * grad
+    finite = square.isfinite()
+    bad += (~finite).sum()
+    first, second = decode(state)
+    first = torch.where(finite, beta1 * first + (1 - beta1) * grad, 0.0)
+    second = torch.where(finite, beta2 * second + (1 - beta2) * square, 0.0)
+    moved = (value.float() + step_size * first / (second.sqrt() + max(eps, 1e-20))) * keep
+    value.copy_(torch.where(finite, moved, value.float()))
+    after = encode(first, second) if is_8bit(state) else {"state1": first, "state2": second}
+    for key, tensor in after.items():
+        if not key.startswith("qmap"):
+            state[key].copy_(tensor)

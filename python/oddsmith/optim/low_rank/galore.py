@@ -1,0 +1,261 @@
+"""GaLore: full-parameter training with the optimiser state of a low rank.
+
+Zhao et al. 2024 (arXiv 2403.03507): the gradient of a matrix is projected onto the singular vectors
+that it had at the last refresh, the moments are those of the projected gradient, and the update
+goes back through the same basis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..checks import is_count, is_positive
+from .item import Item
+from .optimizer import LowRankOptimizer
+from .projection import add_back, exact_bases, generator_for, overlap, random_bases, sides
+from .rules import AdafactorCore, AdamWCore, decay_parameter
+
+SVD = ("random", "exact")
+REFRESH_ON = ("all", "first")
+
+# The options that every class below has beside its own.
+OPTIONS_DOC = """layerwise (`bool`, *optional*, defaults to `False`):
+            Update each parameter in the backward pass, and free its gradient; `step` does nothing.
+        accumulation_steps (`int`, *optional*, defaults to 1):
+            Backward passes to an update, for `layerwise`.
+        is_last_backward (`Callable[[], bool]`, *optional*):
+            In place of a fixed number: whether the backward pass that is running is the last before
+            an update.
+        max_grad_norm (`float`, *optional*):
+            For `layerwise`: longest gradient of each parameter by itself (of a projected one, the
+            projected gradient), in place of clipping all together.
+        seed (`int`, *optional*, defaults to 0):
+            Of the randomised range finder.
+
+    Raises:
+        ValueError: If an option is unknown or out of range, a projected parameter is no matrix or
+            split over processes, or the rank is larger than one of its sides."""
+
+
+class GaLoreOptimizer(LowRankOptimizer):
+    """Refreshes the basis, projects, lets the core step, and adds the result to the weight.
+
+    Base of [`GaLoreAdamW`], [`GaLoreAdamW8bit`] and [`GaLoreAdafactor`].
+
+    A group with `rank` is projected. Its other options, with their defaults:
+
+    - `update_proj_gap` (200): steps between refreshes of the basis.
+    - `scale` (0.25): factor of the update on the way back.
+    - `proj_type` (`"std"`): `"std"`, `"reverse_std"`, `"left"`, `"right"` or `"full"`.
+    - `svd` (`"random"`): how the basis is found: `"random"`, a randomised range finder that starts
+      from the last basis, or `"exact"`.
+    - `refresh_on` (`"all"`): in layer-wise mode with several micro-batches to an update, whether a
+      refresh waits for `"all"`, keeping their gradients, or takes the `"first"`.
+    - `adaptive_gap` (`False`): double a matrix's gap once its subspace has stayed for
+      `overlap_patience` (5) refreshes in a row: the mean squared cosine between old and new basis
+      is at least `overlap_threshold` (0.4). After Q-GaLore (Zhang et al. 2024, arXiv 2407.08296).
+
+    The state of a projected parameter is `basis_left` and `basis_right` (those there are, in the
+    dtype of the parameter), `gap`, `next_refresh`, `stable`, and what the core keeps; tensors and
+    numbers only.
+    """
+
+    group_options = {
+        **LowRankOptimizer.group_options,
+        "svd": ("random", lambda value: value in SVD, f"one of {SVD}"),
+        "refresh_on": ("all", lambda value: value in REFRESH_ON, f"one of {REFRESH_ON}"),
+        "adaptive_gap": (False, lambda value: isinstance(value, bool), "True or False"),
+        "overlap_threshold": (
+            0.4,
+            lambda value: is_positive(value) and value <= 1.0,
+            "a number in (0, 1]",
+        ),
+        "overlap_patience": (5, lambda value: is_count(value), "a positive integer"),
+    }
+
+    def bases(self, item: Item) -> tuple[Tensor | None, Tensor | None]:
+        """Left and right basis of a projected parameter."""
+        return item.state.get("basis_left"), item.state.get("basis_right")
+
+    def basis_shapes(self, item: Item) -> dict[str, tuple[int, int]]:
+        """Shapes of the saved bases, by their names in the state."""
+        rows, columns = item.parameter.shape
+        left, right = sides(item.group["proj_type"], rows, columns)
+        rank = item.group["rank"]
+        shapes = {"basis_left": (rows, rank)} if left else {}
+        return {**shapes, "basis_right": (rank, columns)} if right else shapes
+
+    def refresh(self, item: Item) -> None:
+        """Takes a new basis from `item.grad`; under DDP that of rank 0."""
+        state, group, grad = item.state, item.group, item.grad
+        old_left, old_right = self.bases(item)
+        if group["svd"] == "exact":
+            left, right = exact_bases(grad, group["rank"])
+        else:
+            generator = generator_for(grad.device, self.seed, item.index, state["step"])
+            left, right = random_bases(grad, group["rank"], generator, old_left, old_right)
+        new = {"basis_left": left, "basis_right": right}
+        wanted = self.basis_shapes(item)
+        new = {key: basis.to(item.parameter.dtype) for key, basis in new.items() if key in wanted}
+        for basis in new.values():
+            _take_from_first_rank(basis)
+        gap = state.get("gap", group["update_proj_gap"])
+        if not group["adaptive_gap"]:
+            gap = group["update_proj_gap"]
+        elif old_left is not None or old_right is not None:
+            by_right = "basis_right" in new
+            old = old_right if by_right else old_left
+            stays = overlap(old, new["basis_right" if by_right else "basis_left"], by_right)
+            stable = state.get("stable", 0) + 1 if stays >= group["overlap_threshold"] else 0
+            state["stable"] = stable
+            if stable >= group["overlap_patience"]:
+                gap *= 2
+        state.update(new, gap=gap, next_refresh=state["step"] + gap)
+
+    def _update_projected(self, items: list[Item], group: dict[str, Any]) -> None:
+        changes = self._directions(items, group, group["lr"])
+        for item, change in zip(items, changes):
+            if self.core.decay_first:
+                decay_parameter(self.core, item.parameter, item.state, group, group["lr"])
+            add_back(item.parameter, change, *self.bases(item), alpha=group["scale"])
+            if not self.core.decay_first:
+                decay_parameter(self.core, item.parameter, item.state, group, group["lr"])
+
+
+def _take_from_first_rank(basis: Tensor) -> None:
+    """Under data parallelism the gradients are equal; so that the bases are too, to the bit."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.broadcast(basis, src=0)
+
+
+class GaLoreAdamW(GaLoreOptimizer):
+    __doc__ = f"""
+    AdamW on projected gradients, with `fp32` moments.
+
+    Args:
+        params (`Iterable`):
+            Parameters, or groups of them; groups with `rank` are projected, see
+            [`GaLoreOptimizer`].
+        lr (`float`, *optional*, defaults to 1e-3):
+            Learning rate.
+        betas (`tuple[float, float]`, *optional*, defaults to `(0.9, 0.999)`):
+            Of the moments.
+        eps (`float`, *optional*, defaults to 1e-6):
+            Added to the root of the second moment, before the correction of its bias.
+        weight_decay (`float`, *optional*, defaults to 0.0):
+            Decoupled, after the update.
+        correct_bias (`bool`, *optional*, defaults to `True`):
+            Correct the bias of the moments.
+        no_deprecation_warning (`bool`, *optional*):
+            Of no effect; galore-torch has it.
+        {OPTIONS_DOC}
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        correct_bias: bool = True,
+        no_deprecation_warning: bool = False,
+        **options: Any,
+    ):
+        defaults = {
+            "lr": lr,
+            "betas": tuple(betas),
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "correct_bias": correct_bias,
+        }
+        super().__init__(params, defaults, AdamWCore(), **options)
+
+
+class GaLoreAdafactor(GaLoreOptimizer):
+    __doc__ = f"""
+    Adafactor on projected gradients: moments of a row and a column.
+
+    Args:
+        params (`Iterable`):
+            Parameters, or groups of them; groups with `rank` are projected, see
+            [`GaLoreOptimizer`].
+        lr (`float`, *optional*):
+            Learning rate, unless `relative_step`.
+        eps (`tuple[float, float]`, *optional*, defaults to `(1e-30, 1e-3)`):
+            Added to squared gradients; least size of a weight for `scale_parameter`.
+        clip_threshold (`float`, *optional*, defaults to 1.0):
+            Largest root mean square of an update.
+        decay_rate (`float`, *optional*, defaults to -0.8):
+            Exponent of the second moment's decay.
+        beta1 (`float`, *optional*):
+            Of the first moment; there is none if not given.
+        weight_decay (`float`, *optional*, defaults to 0.0):
+            Decoupled, before the update.
+        scale_parameter (`bool`, *optional*, defaults to `True`):
+            Learning rates relative to the size of a weight.
+        relative_step (`bool`, *optional*, defaults to `True`):
+            Learning rate by the step, without `lr`.
+        warmup_init (`bool`, *optional*, defaults to `False`):
+            Let that rate start from nothing.
+        {OPTIONS_DOC}
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | None = None,
+        eps: tuple[float, float] = (1e-30, 1e-3),
+        clip_threshold: float = 1.0,
+        decay_rate: float = -0.8,
+        beta1: float | None = None,
+        weight_decay: float = 0.0,
+        scale_parameter: bool = True,
+        relative_step: bool = True,
+        warmup_init: bool = False,
+        **options: Any,
+    ):
+        if (lr is None) != relative_step:
+            raise ValueError(
+                f"lr is {lr!r} with relative_step={relative_step}; give lr or relative_step=True, "
+                "and not both"
+            )
+        if warmup_init and not relative_step:
+            raise ValueError("warmup_init is True with relative_step=False; needs relative_step")
+        if not is_positive(clip_threshold):
+            raise ValueError(f"clip_threshold is {clip_threshold!r}; must be positive")
+        if decay_rate >= 0:
+            raise ValueError(f"decay_rate is {decay_rate!r}; must be negative")
+        defaults = {
+            "lr": lr,
+            "eps": tuple(eps),
+            "clip_threshold": clip_threshold,
+            "decay_rate": decay_rate,
+            "beta1": beta1,
+            "weight_decay": weight_decay,
+            "scale_parameter": scale_parameter,
+            "relative_step": relative_step,
+            "warmup_init": warmup_init,
+        }
+        super().__init__(params, defaults, AdafactorCore(), **options)
+
+
+def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of the tensors in an optimiser's state.
+
+    For a matrix `(m, n)` with `m <= n` at rank `r`, GaLore's formula: a basis of `m * r` and two
+    moments of `n * r` each, where AdamW has `2 * m * n`.
+    """
+    # By address: 8-bit moments share their map.
+    tensors = {
+        value.data_ptr(): value.numel() * value.element_size()
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, Tensor)
+    }
+    return sum(tensors.values())

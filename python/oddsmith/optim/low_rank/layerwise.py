@@ -1,0 +1,137 @@
+"""Layer-wise mode: parameters are updated in the backward pass, and their gradients freed."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+if TYPE_CHECKING:
+    from .item import Item
+    from .optimizer import LowRankOptimizer
+
+# Parameter -> the handle of its hook: a second optimiser on a model takes the place of the first.
+_HANDLES = WeakTensorKeyDictionary()
+
+
+class LayerwiseHooks:
+    """
+    Hooks that hand each gradient to an optimiser as soon as it is there.
+
+    Between the micro-batches of an update, GaLore adds up projected gradients, so that no full
+    gradient of a projected parameter outlives its own backward pass. In a step that begins with a
+    new basis the full gradients are kept until the last micro-batch, for the basis depends on their
+    sum; with the option `refresh_on="first"` it is that of the first micro-batch instead, and they
+    are not.
+
+    Args:
+        optimizer (`LowRankOptimizer`): Updates the parameters.
+        accumulation_steps (`int`): Backward passes to an update.
+        is_last_backward (`Callable`, *optional*): Says it in place of a fixed number.
+    """
+
+    def __init__(
+        self,
+        optimizer: LowRankOptimizer,
+        accumulation_steps: int,
+        is_last_backward: Callable[[], bool] | None,
+    ):
+        self._optimizer = weakref.ref(optimizer)
+        self._accumulation_steps = accumulation_steps
+        self._is_last_backward = is_last_backward
+        self._passes: Counter[int] = Counter()
+        self._low: dict[int, Tensor] = {}
+        self.norms: list[Tensor] = []
+        self._places: dict[int, tuple[dict[str, Any], int]] = {}
+        for group in optimizer.param_groups:
+            self.add(group)
+
+    def add(self, group: dict[str, Any]) -> None:
+        """Puts hooks on the parameters of a group."""
+        hooks = weakref.ref(self)
+
+        def hook(parameter: Tensor) -> None:
+            if (alive := hooks()) is not None:
+                alive.take(parameter)
+
+        for parameter in group["params"]:
+            self._places[id(parameter)] = (group, len(self._places))
+            if parameter in _HANDLES:
+                _HANDLES[parameter].remove()
+            if parameter.requires_grad:
+                _HANDLES[parameter] = parameter.register_post_accumulate_grad_hook(hook)
+
+    def close(self) -> None:
+        """Takes the hooks off."""
+        optimizer = self._optimizer()
+        for group in optimizer.param_groups if optimizer is not None else ():
+            for parameter in group["params"]:
+                if parameter in _HANDLES:
+                    _HANDLES.pop(parameter).remove()
+
+    def forget(self) -> None:
+        """Drops what has been added up of an update that will not come."""
+        self._passes.clear()
+        self._low.clear()
+
+    def _is_last(self, parameter: Tensor) -> bool:
+        if self._is_last_backward is not None:
+            return self._is_last_backward()
+        self._passes[id(parameter)] += 1
+        return self._passes[id(parameter)] >= self._accumulation_steps
+
+    @torch.no_grad()
+    def take(self, parameter: nn.Parameter) -> None:
+        """Adds up a parameter's gradient or, with the last one, updates the parameter."""
+        optimizer = self._optimizer()
+        if optimizer is None or parameter.grad is None:
+            return
+        # load_state_dict replaces the groups' dictionaries.
+        group, index = self._place(optimizer, parameter)
+        item = optimizer.item(parameter, group, index)
+        if self._is_last(parameter):
+            self._passes.pop(id(parameter), None)
+            item.low = self._low.pop(id(parameter), None)
+            optimizer._step_bucket([item])
+            parameter.grad = None
+        elif optimizer.adds_up_projected and item.projected:
+            self._add_up(optimizer, item)
+
+    def _place(self, optimizer: LowRankOptimizer, parameter: Tensor) -> tuple[dict[str, Any], int]:
+        place = self._places.get(id(parameter))
+        if place is None or not any(place[0] is group for group in optimizer.param_groups):
+            index = 0
+            for group in optimizer.param_groups:
+                for each in group["params"]:
+                    self._places[id(each)] = (group, index)
+                    index += 1
+            place = self._places[id(parameter)]
+        return place
+
+    def _add_up(self, optimizer: LowRankOptimizer, item: Item) -> None:
+        item.state.setdefault("step", 0)
+        if optimizer.refresh_due(item):
+            finite = bool(item.grad.sum(dtype=torch.float32).isfinite())
+            if item.group["refresh_on"] == "all" or not finite:
+                return  # the gradient stays, and autograd adds to it
+            optimizer.refresh(item)
+        low = optimizer.project(item)
+        key = id(item.parameter)
+        if key in self._low:
+            self._low[key].add_(low)
+        else:
+            self._low[key] = low
+        item.parameter.grad = None
+
+    def pop_norm(self) -> float:
+        """Norm of all gradients since the last call."""
+        norms, self.norms = self.norms, []
+        if not norms:
+            return 0.0
+        first = norms[0].device
+        return float(torch.linalg.vector_norm(torch.stack([each.to(first) for each in norms])))

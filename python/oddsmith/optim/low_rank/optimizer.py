@@ -1,0 +1,392 @@
+"""LowRankOptimizer: what GaLore and APOLLO share, from options to steps and saved state."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..checks import check_adam, is_count, is_positive
+from .item import Item
+from .layerwise import LayerwiseHooks
+from .projection import PROJ_TYPES, project, sides
+from .rules import update_parameter
+
+logger = logging.getLogger(__name__)
+
+# Elements of projected gradients that wait for their update at a time.
+_BUCKET = 1 << 24
+
+
+class LowRankOptimizer(Optimizer):
+    """
+    Base of the optimisers that keep their moments for a projection of the gradient.
+
+    Parameter groups with the key `rank` are projected; the others are updated in full. Subclasses
+    say how a projected gradient becomes a change of the parameter, in `_bases` and
+    `_update_projected`, and which options a group may have, in `group_options`.
+
+    A parameter whose gradient is NaN or infinite anywhere is left out of the step, with its state;
+    `skipped` counts them.
+
+    Args:
+        params (`Iterable`): Parameters, or groups of them.
+        defaults (`dict`): Options of groups that do not set them.
+        core (`AdamWCore` or `AdafactorCore`): The rule for a gradient with moments of its size.
+        layerwise (`bool`): Update each parameter as soon as its gradient is there, in the backward
+            pass, and free the gradient; `step` does nothing then.
+        accumulation_steps (`int`): Backward passes to an update, for `layerwise`.
+        is_last_backward (`Callable`, *optional*): In place of a fixed number: whether the backward
+            pass that is running is the last before an update.
+        max_grad_norm (`float`, *optional*): For `layerwise`: longest gradient of each parameter by
+            itself; of projected ones the projected gradient. The norm of all gradients together
+            is not known before the first has gone.
+        seed (`int`): Of the random matrices.
+
+    Raises:
+        ValueError: If an option is unknown or out of range, a projected parameter is no matrix, or
+            the rank is larger than one of its sides.
+    """
+
+    # Whether layer-wise mode may add up projected gradients; otherwise it adds up full ones.
+    adds_up_projected = True
+
+    # Option of a projected group -> its default and a test of what is allowed.
+    group_options: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
+        "rank": (None, lambda value: is_count(value), "a positive integer"),
+        "update_proj_gap": (200, lambda value: is_count(value), "a positive integer"),
+        "scale": (0.25, lambda value: is_positive(value), "a positive number"),
+        "proj_type": ("std", lambda value: value in PROJ_TYPES, f"one of {PROJ_TYPES}"),
+    }
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        defaults: dict[str, Any],
+        core: Any,
+        *,
+        layerwise: bool = False,
+        accumulation_steps: int = 1,
+        is_last_backward: Callable[[], bool] | None = None,
+        max_grad_norm: float | None = None,
+        seed: int = 0,
+    ):
+        if not is_count(accumulation_steps):
+            raise ValueError(f"accumulation_steps is {accumulation_steps!r}; must be positive")
+        if max_grad_norm is not None and not (layerwise and is_positive(max_grad_norm)):
+            raise ValueError(
+                f"max_grad_norm is {max_grad_norm!r}; must be positive, and goes with layerwise: "
+                "elsewhere clip with torch.nn.utils.clip_grad_norm_"
+            )
+        if not isinstance(seed, int):
+            raise ValueError(f"seed is {seed!r}; must be an integer")
+        check_adam(defaults)
+        self.core = core
+        self.seed = seed
+        self.max_grad_norm = max_grad_norm
+        self.skipped = 0
+        self._hooks: LayerwiseHooks | None = None
+        super().__init__(params, defaults)
+        if layerwise:
+            self._hooks = LayerwiseHooks(self, accumulation_steps, is_last_backward)
+
+    @property
+    def layerwise(self) -> bool:
+        """Whether parameters are updated in the backward pass."""
+        return self._hooks is not None
+
+    def pop_grad_norm(self) -> float:
+        """Layer-wise mode: norm of all gradients since the last call, before clipping."""
+        return 0.0 if self._hooks is None else self._hooks.pop_norm()
+
+    def close(self) -> None:
+        """Takes the hooks of the layer-wise mode off the parameters."""
+        if self._hooks is not None:
+            self._hooks.close()
+
+    # ---- Groups ----
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """See [`torch.optim.Optimizer.add_param_group`]; checks the options first."""
+        param_group = self._checked_group(param_group)
+        super().add_param_group(param_group)
+        if self._hooks is not None:
+            self._hooks.add(self.param_groups[-1])
+
+    def _checked_group(self, group: dict[str, Any]) -> dict[str, Any]:
+        name = type(self).__name__
+        own = self.group_options
+        known = {"params", "param_names", "initial_lr", *self.defaults, *own}
+        if unknown := sorted(set(group) - known):
+            raise ValueError(
+                f"{name}: unknown options {', '.join(unknown)}; a group may have "
+                f"{', '.join(sorted(set(self.defaults) | set(own)))}"
+            )
+        check_adam(group)
+        if "rank" not in group:
+            if present := sorted(set(group) & (set(own) - set(self.defaults))):
+                raise ValueError(f"{name}: {', '.join(present)} without rank; give the rank too")
+            return group
+        defaults = {option: default for option, (default, _, _) in own.items()}
+        group = {**defaults, **group}
+        for option, (_, allowed, text) in own.items():
+            if not allowed(group[option]):
+                raise ValueError(f"{name}: {option} is {group[option]!r}; must be {text}")
+        params = group["params"]
+        # A generator would be empty after this loop.
+        group["params"] = params = [params] if isinstance(params, Tensor) else list(params)
+        for parameter in params:
+            each = parameter[1] if isinstance(parameter, tuple) else parameter
+            check_matrix(name, each, group["rank"])
+        return group
+
+    def _items(self) -> Iterator[Item]:
+        """The parameters that have a gradient."""
+        index = 0
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    yield self.item(parameter, group, index)
+                index += 1
+
+    def item(self, parameter: nn.Parameter, group: dict[str, Any], index: int) -> Item:
+        """What a step has to know of a parameter."""
+        return Item(parameter, group, index, self.state[parameter], parameter.grad)
+
+    # ---- Steps ----
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """
+        One step; in layer-wise mode nothing is left to do.
+
+        Args:
+            closure (`Callable`, *optional*): Computes the loss again and returns it.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self.layerwise:
+            return loss
+        items = list(self._items())
+        for item in items:
+            if item.grad.is_sparse:
+                shape = tuple(item.parameter.shape)
+                raise ValueError(f"the gradient of a parameter {shape} is sparse; must be dense")
+        bucket: list[Item] = []
+        waiting = 0
+        for item in items:
+            bucket.append(item)
+            waiting += self.low_numel(item) if item.projected else 0
+            if waiting >= _BUCKET:
+                self._step_bucket(bucket)
+                bucket, waiting = [], 0
+        self._step_bucket(bucket)
+        return loss
+
+    def low_shape(self, item: Item) -> tuple[int, int]:
+        """Shape of a parameter's projected gradient."""
+        rows, columns = item.parameter.shape
+        left, right = sides(item.group["proj_type"], rows, columns)
+        rank = item.group["rank"]
+        return rank if left else rows, rank if right else columns
+
+    def low_numel(self, item: Item) -> int:
+        """Elements of a parameter's projected gradient."""
+        return math.prod(self.low_shape(item))
+
+    @torch.no_grad()
+    def _step_bucket(self, items: list[Item]) -> None:
+        """Updates some parameters; layer-wise mode gives them one by one."""
+        for item in items:
+            item.state.setdefault("step", 0)
+        refreshed = [item for item in items if item.projected and self.refresh_due(item)]
+        bad = self._not_finite(refreshed, [item.grad for item in refreshed])
+        for item in refreshed:
+            if id(item) not in bad:
+                self.refresh(item)
+        items = [item for item in items if id(item) not in bad]
+        for item in items:
+            if item.projected:
+                low = self.project(item)
+                # Layer-wise mode may have projected earlier micro-batches.
+                item.low = low if item.low is None else item.low.add_(low)
+        grads = [item.low if item.projected else item.grad for item in items]
+        bad = self._not_finite(items, grads)
+        items = [item for item in items if id(item) not in bad]
+        if self._hooks is not None:
+            self._clip(items)
+        by_group: dict[int, list[Item]] = defaultdict(list)
+        for item in items:
+            by_group[id(item.group)].append(item)
+            if not self._has_moments(item):
+                self.core.init(item.state, item.low if item.projected else item.grad, item.group)
+        for same in by_group.values():
+            group = same[0].group
+            if "rank" in group:
+                self._update_projected(same, group)
+                continue
+            for item in same:
+                update_parameter(
+                    self.core, item.parameter, item.grad, item.state, group, group["lr"]
+                )
+
+    def _has_moments(self, item: Item) -> bool:
+        return not set(self.core.names).isdisjoint(item.state)
+
+    def _not_finite(self, items: list[Item], grads: list[Tensor]) -> set[int]:
+        """Ids of the items whose gradient has a NaN or an infinity; counted, reported once."""
+        if not items:
+            return set()
+        # One wait for the device, not one a parameter. A sum is finite where everything in it is.
+        sums = [grad.sum(dtype=torch.float32) for grad in grads]
+        first = sums[0].device
+        finite = torch.stack([each.to(first) for each in sums]).isfinite().tolist()
+        bad = {id(item) for item, fine in zip(items, finite) if not fine}
+        if bad and not self.skipped:
+            logger.warning(
+                f"{type(self).__name__}: the gradient of {len(bad)} parameter(s) is NaN or "
+                "infinite; they keep their values and state. Later ones are counted in `skipped`."
+            )
+        self.skipped += len(bad)
+        return bad
+
+    def _clip(self, items: list[Item]) -> None:
+        """Layer-wise mode: shortens gradients, each by itself, and notes how long they were."""
+        for item in items:
+            of_low = item.projected and self.adds_up_projected
+            norm = torch.linalg.vector_norm(item.low if of_low else item.grad, dtype=torch.float32)
+            self._hooks.norms.append(norm)
+            if self.max_grad_norm is not None:
+                factor = (self.max_grad_norm / (norm + 1e-6)).clamp_(max=1.0)
+                for grad in (item.low, None if of_low else item.grad):
+                    if grad is not None:
+                        grad.mul_(factor)
+
+    def refresh_due(self, item: Item) -> bool:
+        """Whether the coming step of a projected parameter begins with a new basis."""
+        return item.state["step"] >= item.state.get("next_refresh", 0)
+
+    def refresh(self, item: Item) -> None:
+        """Takes a new basis from `item.grad`."""
+        raise NotImplementedError
+
+    def bases(self, item: Item) -> tuple[Tensor | None, Tensor | None]:
+        """Left and right basis of a projected parameter."""
+        raise NotImplementedError
+
+    def project(self, item: Item) -> Tensor:
+        """The projected gradient, `fp32`."""
+        return project(item.grad, *self.bases(item))
+
+    def _update_projected(self, items: list[Item], group: dict[str, Any]) -> None:
+        """Updates parameters of one group from their projected gradients."""
+        raise NotImplementedError
+
+    def _directions(self, items: list[Item], group: dict[str, Any], lr: float) -> list[Tensor]:
+        """What the core makes of projected gradients: `-lr` times the normalised ones."""
+        targets = [torch.zeros_like(item.low) for item in items]
+        self.core.update(
+            targets,
+            [item.low for item in items],
+            [item.state for item in items],
+            [item.parameter for item in items],
+            group,
+            lr,
+        )
+        return targets
+
+    # ---- Saved state ----
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """
+        Restores what `state_dict` has given; tensors go to the devices of the parameters and keep
+        their dtypes.
+
+        Raises:
+            ValueError: If groups, ranks or shapes differ; nothing is changed then.
+        """
+        states = self._checked_state(state_dict)
+        # torch would cast every tensor to the dtype of its parameter.
+        super().load_state_dict({**state_dict, "state": {}})
+        for parameter, state in states:
+            self.state[parameter] = state = {
+                key: value.to(parameter.device, copy=True) if isinstance(value, Tensor) else value
+                for key, value in state.items()
+            }
+            self.core.loaded(state)
+
+    def _checked_state(self, state_dict: dict[str, Any]) -> list[tuple[nn.Parameter, dict]]:
+        name = type(self).__name__
+        saved_groups = state_dict["param_groups"]
+        here, there = len(self.param_groups), len(saved_groups)
+        if here != there:
+            raise ValueError(f"{name}: the state has {there} parameter groups; must be {here}")
+        states = []
+        for number, (group, saved) in enumerate(zip(self.param_groups, saved_groups)):
+            here, there = len(group["params"]), len(saved["params"])
+            if here != there:
+                raise ValueError(f"{name}: group {number} has {there} parameters; must be {here}")
+            for option in ("rank", "proj_type"):
+                if group.get(option) != saved.get(option):
+                    raise ValueError(
+                        f"{name}: group {number} was saved with {option} {saved.get(option)!r}; "
+                        f"it is {group.get(option)!r} here"
+                    )
+            for parameter, key in zip(group["params"], saved["params"]):
+                if key in state_dict["state"]:
+                    state = dict(state_dict["state"][key])
+                    item = Item(parameter, group, 0, state, None)
+                    if state.get("step", 0):
+                        self._check_shapes(item, f"{name}: state of parameter {key}")
+                    states.append((parameter, state))
+        return states
+
+    def _check_shapes(self, item: Item, where: str) -> None:
+        expected: dict[str, Any] = {}
+        shape = self.low_shape(item) if item.projected else item.parameter.shape
+        self.core.init(expected, torch.empty(shape, device="meta"), item.group)
+        shapes = {key: tuple(value.shape) for key, value in expected.items()}
+        shapes |= self.basis_shapes(item) if item.projected else {}
+        for key, shape in shapes.items():
+            found = item.state.get(key)
+            if not isinstance(found, Tensor) or tuple(found.shape) != shape:
+                found = tuple(found.shape) if isinstance(found, Tensor) else found
+                raise ValueError(f"{where}: {key} is {found}; must have shape {shape}")
+
+    def basis_shapes(self, item: Item) -> dict[str, tuple[int, int]]:
+        """Shapes of the saved bases, by their names in the state."""
+        return {}
+
+
+def check_matrix(where: str, parameter: Tensor, rank: int, name: str | None = None) -> None:
+    """Refuses parameters that have no low-rank projection of a rank.
+
+    Raises:
+        ValueError: If the parameter is sharded, no matrix, or smaller than the rank.
+    """
+    name = "a parameter" if name is None else name
+    if hasattr(parameter, "device_mesh"):
+        raise ValueError(
+            f"{where}: {name} is split over processes (FSDP2 or tensor parallel); a projection "
+            "needs whole matrices: use DDP, or an element-wise optimizer such as adamw_8bit"
+        )
+    if parameter.dim() != 2:
+        raise ValueError(
+            f"{where}: {name} has shape {tuple(parameter.shape)}; only matrices can be projected "
+            "(FSDP flattens them: use DDP)"
+        )
+    if not parameter.is_floating_point():
+        raise ValueError(f"{where}: {name} is {parameter.dtype}; must be floating point")
+    if rank > min(parameter.shape):
+        raise ValueError(
+            f"{where}: rank is {rank}, but {name} has shape {tuple(parameter.shape)}; the rank must "
+            f"be at most {min(parameter.shape)}"
+        )

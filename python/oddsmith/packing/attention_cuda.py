@@ -1,0 +1,134 @@
+"""Attention over a packed row of pairs by one call of a variable-length flash kernel, on CUDA."""
+
+from collections.abc import Callable
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .attention_cpu import Segments, blocks
+
+# Of flash attention.
+_WIDEST_HEAD = 256
+
+
+def can_run(query: Tensor, dropout: float) -> bool:
+    """Whether the kernels take this call."""
+    return (
+        query.device.type == "cuda"
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and query.shape[-1] <= _WIDEST_HEAD
+        and not dropout
+        and _kernel() is not None
+    )
+
+
+def packed_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Segments,
+    scale: float | None,
+    sliding_window: int | None,
+) -> Tensor:
+    """
+    Each block's queries against its prompt's keys and its own, causal at the lower right.
+
+    Args:
+        query (`Tensor`): `(1, heads, N, d)`, `float16` or `bfloat16`.
+        key (`Tensor`): `(1, key heads, N, d)`.
+        value (`Tensor`): As `key`.
+        segments (`tuple`): See [`~oddsmith.packing.batch.PackedBatch`].
+        scale (`float`, *optional*): Factor on the products; one over the root of d if None.
+        sliding_window (`int`, *optional*): Positions that a token sees, itself included.
+
+    Returns:
+        `Tensor`: `(1, heads, N, d)`.
+    """
+    plan = _plan(segments, query.device)
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+    if plan.keys is not None:
+        key, value = (x.index_select(0, plan.keys) for x in (key, value))
+    out = _kernel()(query, key, value, plan, scale, sliding_window)
+    return out.transpose(0, 1)[None]
+
+
+class _Plan:
+    """Bounds of the blocks for a kernel: on the device, made once for all layers."""
+
+    def __init__(self, segments: Segments, device: torch.device):
+        queries, keys, places = [0], [0], []
+        for own, prompt in blocks(segments):
+            seen = [*range(prompt.start, prompt.stop)] if prompt is not None else []
+            seen += range(own.start, own.stop)
+            queries.append(own.stop)
+            keys.append(keys[-1] + len(seen))
+            places += seen
+        # Without a shared prompt every key is seen by its own block alone.
+        self.keys = torch.tensor(places, device=device) if len(places) > queries[-1] else None
+        self.query_bounds, self.key_bounds = (
+            torch.tensor(bounds, dtype=torch.int32, device=device) for bounds in (queries, keys)
+        )
+        self.longest_query, self.longest_key = (
+            max(end - start for start, end in pairwise(bounds)) for bounds in (queries, keys)
+        )
+
+
+@lru_cache(maxsize=4)
+def _plan(segments: Segments, device: torch.device) -> _Plan:
+    return _Plan(segments, device)
+
+
+@lru_cache(maxsize=1)
+def _kernel() -> Callable[..., Tensor] | None:
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError:
+        return _of_torch()
+
+    def run(
+        query: Tensor, key: Tensor, value: Tensor, plan: _Plan, scale: Any, window: Any
+    ) -> Tensor:
+        return flash_attn_varlen_func(
+            query,
+            key,
+            value,
+            plan.query_bounds,
+            plan.key_bounds,
+            plan.longest_query,
+            plan.longest_key,
+            softmax_scale=scale,
+            causal=True,
+            window_size=(-1 if window is None else window - 1, 0),
+        )
+
+    return run
+
+
+def _of_torch() -> Callable[..., Tensor] | None:
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+
+    def run(
+        query: Tensor, key: Tensor, value: Tensor, plan: _Plan, scale: Any, window: Any
+    ) -> Tensor:
+        groups = query.shape[1] // key.shape[1]
+        if groups > 1:
+            key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+        return varlen_attn(
+            query,
+            key,
+            value,
+            plan.query_bounds,
+            plan.key_bounds,
+            plan.longest_query,
+            plan.longest_key,
+            scale=scale,
+            window_size=(-1 if window is None else window - 1, 0),
+        )
+
+    return run

@@ -1,0 +1,370 @@
+"""Modules with 4-bit weights."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .linear import linear_nf4
+from .nf4 import quantize_nf4
+from .state import PACKED_KEY, QuantState, dtype_name
+
+__all__ = ["Linear4bit", "Params4bit"]
+
+
+# What the bytes of codes may be kept as.
+_STORAGE = (torch.uint8, torch.int8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _check_options(quant_type: str, quant_storage: torch.dtype) -> None:
+    if quant_type != "nf4":
+        raise ValueError(f'Params4bit: quant_type is {quant_type!r}; must be "nf4"')
+    if quant_storage not in _STORAGE:
+        allowed = ", ".join(dtype_name(dtype) for dtype in _STORAGE)
+        raise ValueError(f"Params4bit: quant_storage is {quant_storage}; must be one of {allowed}")
+
+
+class Params4bit(nn.Parameter):
+    """A parameter that is quantised when it is moved to a device, as in bitsandbytes.
+
+    The name of the class is what transformers, accelerate and FSDP know 4-bit weights by.
+
+    Args:
+        data (`Tensor`, *optional*): A weight of any float dtype, or its codes if there is a
+            `quant_state`.
+        requires_grad (`bool`, *optional*, defaults to `False`): Codes have no gradient; a weight
+            that is not quantised yet may.
+        quant_state ([`QuantState`], *optional*): State of the codes.
+        blocksize (`int`, *optional*, defaults to 64): Values that share a scale.
+        compress_statistics (`bool`, *optional*, defaults to `True`): Quantise the scales too.
+        quant_type (`str`, *optional*, defaults to `"nf4"`): The only type there is.
+        quant_storage (`torch.dtype`, *optional*, defaults to `torch.uint8`): Dtype under which the
+            bytes of the codes are kept.
+        bnb_quantized (`bool`, *optional*): What bitsandbytes calls a weight with a state; ignored.
+        module (`nn.Module`, *optional*): Likewise.
+    """
+
+    def __new__(
+        cls,
+        data: Tensor | None = None,
+        requires_grad: bool = False,
+        quant_state: QuantState | None = None,
+        blocksize: int | None = None,
+        compress_statistics: bool = True,
+        quant_type: str = "nf4",
+        quant_storage: torch.dtype = torch.uint8,
+        bnb_quantized: bool = False,
+        module: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> Params4bit:
+        _check_options(quant_type, quant_storage)
+        self = torch.Tensor._make_subclass(
+            cls, torch.empty(0) if data is None else data, requires_grad
+        )
+        self.quant_state = quant_state
+        self.blocksize = 64 if blocksize is None else blocksize
+        self.compress_statistics = compress_statistics
+        self.quant_type = quant_type
+        self.quant_storage = quant_storage
+        return self
+
+    @property
+    def bnb_quantized(self) -> bool:
+        """True if the data are codes."""
+        return self.quant_state is not None
+
+    @classmethod
+    def from_prequantized(
+        cls,
+        data: Tensor,
+        quantized_stats: dict[str, Any],
+        requires_grad: bool = False,
+        device: torch.device | str | None = None,
+        **kwargs: Any,
+    ) -> Params4bit:
+        """A weight from the entries of a checkpoint.
+
+        Args:
+            data (`Tensor`): The codes.
+            quantized_stats (`dict`): The other entries of the weight, under any prefix.
+            requires_grad (`bool`, *optional*, defaults to `False`): Passed on.
+            device (`torch.device`, *optional*): Where the weight goes; stays if not given.
+            kwargs: What other releases pass as well; ignored.
+
+        Raises:
+            ValueError: If codes and state do not belong together.
+        """
+        state = QuantState.from_dict(quantized_stats, device)
+        _check_size(data, state)
+        return cls(
+            data if device is None else data.to(device),
+            requires_grad,
+            state,
+            blocksize=state.blocksize,
+            compress_statistics=state.nested,
+            quant_storage=data.dtype,
+        )
+
+    def _settings(self) -> dict[str, Any]:
+        names = ("blocksize", "compress_statistics", "quant_type", "quant_storage")
+        return {name: getattr(self, name) for name in names}
+
+    def _with(self, data: Tensor, state: QuantState | None) -> Params4bit:
+        return type(self)(data, self.requires_grad, state, **self._settings())
+
+    def quantize_(self, device: torch.device | str | None = None) -> Params4bit:
+        """Replaces the weight by its codes, on `device`."""
+        if self.quant_state is not None:
+            return self
+        data = self.data if device is None else self.data.to(device)
+        packed, state = quantize_nf4(data, self.blocksize, self.compress_statistics)
+        packed = _stored(packed, self.quant_storage)
+        self.requires_grad = False
+        self.data = packed
+        self.quant_state = state
+        return self
+
+    def to(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As `Tensor.to`: a weight that is moved to a device is quantised there, and the dtype of
+        codes does not change.
+        """
+        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
+        if self.quant_state is None:
+            if device is not None and device.type != "meta":
+                return self.quantize_(device)
+            return self._with(self.data.to(device, dtype, non_blocking=non_blocking), None)
+        if device is None:
+            return self
+        moved = self.data.to(device, non_blocking=non_blocking)
+        return self._with(moved, self.quant_state.to(device))
+
+    def cpu(self) -> Tensor:
+        return self.to(device="cpu")
+
+    def cuda(
+        self, device: torch.device | int | str | None = None, non_blocking: bool = False
+    ) -> Tensor:
+        return self.to(device="cuda" if device is None else device, non_blocking=non_blocking)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Params4bit:
+        if id(self) not in memo:
+            state = copy.deepcopy(self.quant_state, memo)
+            memo[id(self)] = self._with(self.data.clone(), state)
+        return memo[id(self)]
+
+    def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
+        state = self.quant_state
+        return _rebuild, (type(self), self.data, self.requires_grad, state, self._settings())
+
+
+def _rebuild(
+    cls: type, data: Tensor, requires_grad: bool, state: QuantState | None, settings: dict[str, Any]
+) -> Params4bit:
+    return cls(data, requires_grad, state, **settings)
+
+
+def _stored(packed: Tensor, dtype: torch.dtype) -> Tensor:
+    """The bytes under another dtype."""
+    if dtype == torch.uint8:
+        return packed
+    if packed.numel() % dtype.itemsize:
+        raise ValueError(
+            f"Params4bit: the weight has {packed.numel()} bytes of codes; "
+            f"quant_storage {dtype_name(dtype)} needs a multiple of {dtype.itemsize}"
+        )
+    return packed.flatten().view(dtype).unsqueeze(1)
+
+
+def _check_size(data: Tensor, state: QuantState) -> None:
+    codes = data.numel() * data.element_size()
+    wanted = (state.shape.numel() + 1) // 2
+    if codes != wanted:
+        raise ValueError(
+            f"quant_state: shape is {tuple(state.shape)}, {wanted} bytes of codes; the weight has {codes}"
+        )
+    scales = [("absmax", state.absmax, -(-state.shape.numel() // state.blocksize))]
+    if state.state2 is not None:
+        groups = -(-state.absmax.numel() // state.state2.blocksize)
+        scales.append(("nested_absmax", state.state2.absmax, groups))
+    for name, tensor, blocks in scales:
+        if tensor.numel() != blocks:
+            raise ValueError(
+                f"quant_state: {name} has {tensor.numel()} elements; must be {blocks}, one a block"
+            )
+
+
+class Linear4bit(nn.Linear):
+    """A linear layer with an NF4 weight that is not trained.
+
+    The weight is quantised when it is moved to a device:
+
+    ```python
+    layer = Linear4bit(64, 32)
+    layer.load_state_dict(torch.nn.Linear(64, 32).state_dict())
+    layer = layer.to("cpu")  # or "cuda"
+    ```
+
+    `state_dict` has the entries of bitsandbytes, and `load_state_dict` reads them, or a weight in
+    full precision, which is then quantised if the layer's is.
+
+    Args:
+        input_features (`int`): Size of the last dimension of the input.
+        output_features (`int`): Size of the last dimension of the output.
+        bias (`bool`, *optional*, defaults to `True`): Add a bias, which is trained.
+        compute_dtype (`torch.dtype`, *optional*): Dtype that the input is cast to; that of the
+            input if not given. The output has the dtype of the input.
+        compress_statistics (`bool`, *optional*, defaults to `True`): Quantise the scales too.
+        quant_type (`str`, *optional*, defaults to `"nf4"`): The only type there is.
+        quant_storage (`torch.dtype`, *optional*, defaults to `torch.uint8`): Dtype under which the
+            bytes of the codes are kept.
+        device (`torch.device`, *optional*): Where the weight in full precision is made.
+        blocksize (`int`, *optional*, defaults to 64): Values that share a scale.
+
+    Raises:
+        ValueError: For another type of quantisation.
+    """
+
+    weight: Params4bit
+
+    def __init__(
+        self,
+        input_features: int,
+        output_features: int,
+        bias: bool = True,
+        compute_dtype: torch.dtype | None = None,
+        compress_statistics: bool = True,
+        quant_type: str = "nf4",
+        quant_storage: torch.dtype = torch.uint8,
+        device: torch.device | str | None = None,
+        blocksize: int = 64,
+    ) -> None:
+        _check_options(quant_type, quant_storage)
+        super().__init__(input_features, output_features, bias, device)
+        self.weight = Params4bit(
+            self.weight.data,
+            blocksize=blocksize,
+            compress_statistics=compress_statistics,
+            quant_type=quant_type,
+            quant_storage=quant_storage,
+        )
+        self.compute_dtype = compute_dtype
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, **options: Any) -> Linear4bit:
+        """A layer with the quantised weight of `linear`, on its device, and its bias.
+
+        Args:
+            linear (`nn.Linear`): Left as it is.
+            options: Arguments of the constructor from `compute_dtype` on.
+        """
+        size = linear.in_features, linear.out_features
+        layer = cls(*size, bias=linear.bias is not None, device="meta", **options)
+        layer.weight = layer.weight._with(linear.weight.data, None).quantize_()
+        layer.bias = linear.bias
+        return layer.train(linear.training)
+
+    @property
+    def quant_state(self) -> QuantState | None:
+        """State of the weight, `None` before it is quantised."""
+        return self.weight.quant_state
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = self.weight.quant_state
+        if state is None:
+            raise RuntimeError(
+                "Linear4bit: the weight is not quantised yet; move the layer to a device first"
+            )
+        dtype = self.compute_dtype or x.dtype
+        return linear_nf4(x.to(dtype), self.weight, state, self.bias).to(x.dtype)
+
+    def _replace_weight(self, data: Tensor, state: QuantState | None, **settings: Any) -> None:
+        """In place where a parameter can change its data: optimizers and hooks know it."""
+        weight = self.weight
+        if torch._has_compatible_shallow_copy_type(weight, data):
+            weight.data, weight.quant_state = data, state
+            weight.__dict__.update(settings)
+        else:  # from meta to a device, or back
+            settings = {**weight._settings(), **settings}
+            self.weight = Params4bit(data, weight.requires_grad, state, **settings)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Linear4bit:
+        weight = self.weight
+        if weight.quant_state is None:
+            applied = fn(weight)  # where that quantises, the weight itself
+            if applied is not weight:
+                self._replace_weight(applied.data, getattr(applied, "quant_state", None))
+        else:
+            # As bytes, which a change of dtype leaves alone.
+            moved = fn(weight.data.view(torch.uint8))
+            state = weight.quant_state.to(moved.device)
+            self._replace_weight(moved.view(weight.dtype), state)
+        # What is left is the bias.
+        parameters = self._parameters
+        self._parameters = {name: p for name, p in parameters.items() if name != "weight"}
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            rest, self._parameters = self._parameters, parameters
+            self._parameters.update(rest)
+        return self
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.weight.quant_state is not None:
+            for name, value in self.weight.quant_state.as_dict(packed=True).items():
+                destination[f"{prefix}weight.{name}"] = value
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        name = f"{prefix}weight"
+        parts = {key: value for key, value in state_dict.items() if key.startswith(f"{name}.")}
+        rest = {key: value for key, value in state_dict.items() if key not in parts}
+        data = rest.pop(name, None)
+        arguments = (prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        super()._load_from_state_dict(rest, *arguments)
+        if data is None:
+            unexpected_keys.extend(parts)
+            return
+        if name in missing_keys:
+            missing_keys.remove(name)
+        try:
+            self._load_weight(data, parts)
+        except (ValueError, TypeError) as error:
+            error_msgs.append(f"{name}: {error}")
+
+    def _load_weight(self, data: Tensor, parts: dict[str, Any]) -> None:
+        weight, shape = self.weight, torch.Size([self.out_features, self.in_features])
+        device = None if weight.device.type == "meta" else weight.device
+        if not parts:
+            if data.shape != shape:
+                raise ValueError(f"has shape {tuple(data.shape)}; must be {tuple(shape)}")
+            data = data.detach()
+            if weight.quant_state is not None:
+                fresh = weight._with(data, None).quantize_(device)
+                self._replace_weight(fresh.data, fresh.quant_state)
+            elif device is None:
+                self._replace_weight(data.clone(), None)
+            else:  # to the layer's dtype and device, as torch's own layers do
+                self._replace_weight(data.to(weight.data, copy=True), None)
+            return
+        if not any(key.endswith(PACKED_KEY) for key in parts):
+            kinds = [key for key in parts if "bitsandbytes__" in key] or ["none"]
+            raise ValueError(f"quant_state: found {', '.join(kinds)}; must be {PACKED_KEY}")
+        loaded = Params4bit.from_prequantized(data.detach().clone(), parts, device=device)
+        if loaded.quant_state.shape != shape:
+            found = tuple(loaded.quant_state.shape)
+            raise ValueError(f"quant_state: shape is {found}; must be {tuple(shape)}")
+        self._replace_weight(loaded.data, loaded.quant_state, **loaded._settings())

@@ -1,0 +1,94 @@
+"""Rows of a dataset one by one, without loading it: files of any size, or from the hub."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from datasets import load_dataset
+
+from ..errors import UserError
+from .find import TRAIN_SPLITS, is_path, local_splits, reason
+from .records import FileRecords, Record
+
+
+class RecordStream:
+    """
+    The rows of a dataset in order, each read when it is asked for.
+
+    Args:
+        name (`str`): As in [`load_source`].
+        config (`str`, *optional*): Configuration of a hub dataset.
+        split (`str`, *optional*): Split to read; otherwise that which training would take, or the
+            only one.
+
+    Attributes:
+        size (`int` or `None`): Bytes to read, for progress; `None` from the hub.
+
+    Raises:
+        UserError: If there is no such dataset or split.
+    """
+
+    def __init__(self, name: str, config: str | None = None, split: str | None = None):
+        self.name = name
+        self._files: list[FileRecords] = []
+        self._rows: Iterable[dict] | None = None
+        path = Path(name).expanduser()
+        if path.exists():
+            groups = local_splits(path)
+            self._files = [FileRecords(file) for file in groups[choose_split(name, groups, split)]]
+        elif is_path(name):
+            raise UserError(f"dataset {name}: no such file or folder")
+        else:
+            self._rows = _open_hub(name, config, split)
+        self.size = sum(file.size for file in self._files) if self._files else None
+
+    @property
+    def done(self) -> int:
+        """Bytes read so far."""
+        return sum(file.done for file in self._files)
+
+    def __iter__(self) -> Iterator[Record]:
+        for file in self._files:
+            yield from file
+        if self._rows is not None:
+            rows, number = iter(self._rows), 0
+            while True:
+                try:
+                    fields = next(rows, None)
+                except Exception as error:  # network, parsers of the hub: each its own families
+                    raise UserError(
+                        f"dataset {self.name} after row {number}: {reason(error)}"
+                    ) from error
+                if fields is None:
+                    return
+                number += 1
+                yield Record(fields, self.name, "row", number)
+
+
+def choose_split(name: str, splits: Iterable[str], wanted: str | None) -> str:
+    """
+    The split that is meant: `wanted`, or that which training would take, or the only one.
+
+    Raises:
+        UserError: If it is not there, or cannot be told.
+    """
+    splits = list(splits)
+    if wanted is not None:
+        if wanted not in splits:
+            raise UserError(f"--split is {wanted!r}; dataset {name} has {', '.join(splits)}")
+        return wanted
+    for split in TRAIN_SPLITS + (tuple(splits) if len(splits) == 1 else ()):
+        if split in splits:
+            return split
+    raise UserError(
+        f"dataset {name} has the splits {', '.join(splits)}; name the one to read with --split"
+    )
+
+
+def _open_hub(name: str, config: str | None, split: str | None) -> Iterable[dict]:
+    try:
+        splits = load_dataset(name, config, streaming=True)
+    except Exception as error:
+        raise UserError(
+            f"dataset {name} is no local path and cannot be loaded from the hub: {reason(error)}"
+        ) from error
+    return splits[choose_split(name, splits, split)]

@@ -1,0 +1,1 @@
+"""What ORPOTrainer is put together from: hooks, metrics, models, optimisers by name."""

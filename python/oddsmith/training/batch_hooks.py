@@ -1,0 +1,59 @@
+"""Batches of a training run: which sampler the dataloader gets."""
+
+from typing import Any
+
+from accelerate.data_loader import prepare_data_loader
+from datasets import Dataset
+from torch.utils.data import DataLoader, Sampler
+
+from ..data.token_batches import TokenBatches, pair_lengths
+
+
+class BatchHooks:
+    """Part of [`~oddsmith.ORPOTrainer`]: how rows become batches."""
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        strategy = getattr(self.args, "train_sampling_strategy", "random")
+        by_length = strategy in ("group_by_length", "batch_rebalance")
+        column = self.args.length_column_name
+        if by_length and isinstance(dataset, Dataset) and column not in dataset.column_names:
+            # transformers would measure `input_ids`, and there is no such column.
+            dataset = Dataset.from_dict({column: pair_lengths(dataset).sum(axis=1)})
+        return super()._get_train_sampler(dataset)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The training batches; by `max_tokens_per_batch` if that is set."""
+        args = self.args
+        if args.max_tokens_per_batch is None:
+            return super().get_train_dataloader()
+        if not isinstance(self.train_dataset, Dataset):
+            raise ValueError(
+                f"max_tokens_per_batch is {args.max_tokens_per_batch} and train_dataset a "
+                f"{type(self.train_dataset).__name__}; needs a datasets.Dataset, whose lengths are "
+                "known"
+            )
+        accelerator = self.accelerator
+        batches = TokenBatches(
+            pair_lengths(self.train_dataset).sum(axis=1),
+            args.max_tokens_per_batch,
+            args.seed if args.data_seed is None else args.data_seed,
+            accelerator.num_processes,
+            accelerator.process_index,
+        )
+        workers: dict[str, Any] = {}
+        if args.dataloader_num_workers:
+            workers["persistent_workers"] = args.dataloader_persistent_workers
+            workers["prefetch_factor"] = args.dataloader_prefetch_factor
+        loader = DataLoader(
+            self.train_dataset,
+            batch_sampler=batches,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            **workers,
+        )
+        # The batches know their process: here is nothing left to distribute.
+        return prepare_data_loader(
+            loader, accelerator.device, num_processes=1, process_index=0, put_on_device=True
+        )

@@ -1,0 +1,99 @@
+"""Evaluation: TRL's hooks for it, with metrics under the name of their evaluation set."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers.trainer_utils import EvalLoopOutput
+from transformers.utils import logging
+
+from . import completions
+
+logger = logging.get_logger(__name__)
+
+
+class EvaluationHooks:
+    """Part of [`~oddsmith.ORPOTrainer`]: what happens to an evaluation batch and set."""
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Loss of an evaluation batch, and the mean logits of both sides as predictions."""
+        if not self.use_dpo_data_collator:
+            logger.warning_once(
+                "The evaluation step expects the batches of PreferenceCollator; with another "
+                "data_collator override prediction_step if they differ."
+            )
+        if ignore_keys is None:
+            ignore_keys = (
+                getattr(model.config, "keys_to_ignore_at_inference", [])
+                if hasattr(model, "config")
+                else []
+            )
+        with torch.no_grad(), self._autocast():
+            loss, metrics = self.get_batch_loss_metrics(model, inputs, train_eval="eval")
+        self._stored_metrics.watch("eval", loss, self.state.global_step)
+        self.store_metrics(metrics, train_eval="eval")
+        if prediction_loss_only:
+            return loss.detach(), None, None
+        names = [f"eval_logits/{side}" for side in ("chosen", "rejected")]
+        kept = [torch.as_tensor(metrics[name]) for name in names if name not in ignore_keys]
+        logits = torch.stack(kept).to(self.accelerator.device) if kept else None
+        labels = torch.zeros(len(kept), device=self.accelerator.device) if kept else None
+        return loss.detach(), logits, labels
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Trainer's loop, with ORPO's metrics under the prefix and, if asked for, completions."""
+        if self.generate_during_eval:
+            self._log_completions(dataloader, metric_key_prefix)
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+        )
+        for name, value in self._take_metrics("eval").items():
+            output.metrics[f"{metric_key_prefix}_{name.removeprefix('eval_')}"] = value
+        return output
+
+    def generate_from_model(self, model: nn.Module, batch: dict[str, Any]) -> list[str]:
+        """Text of prompts and their sampled completions, for the prompts of a batch."""
+        prompts = batch["prompt_input_ids"]
+        with self._autocast(), torch.no_grad():
+            tokens = model.generate(
+                input_ids=prompts,
+                attention_mask=batch["prompt_attention_mask"],
+                max_length=max(self.max_length, prompts.shape[1] + 1),
+                do_sample=True,
+                pad_token_id=self.processing_class.pad_token_id,
+            )
+        return self.processing_class.batch_decode(tokens, skip_special_tokens=True)
+
+    def _log_completions(self, dataloader: DataLoader, prefix: str) -> None:
+        # All processes generate, for a model may be in pieces; one of them writes.
+        seed = self.args.seed + self.state.global_step
+        rows = completions.pick_rows(dataloader.dataset, self.args.eval_batch_size, seed)
+        batch = self._prepare_inputs(self.data_collator(rows))
+        model = self.accelerator.unwrap_model(self.model)
+        training = model.training
+        model.eval()
+        with completions.untouched_randomness():
+            texts = self.generate_from_model(model, batch)
+        model.train(training)
+        if not self.is_world_process_zero():
+            return
+        prompts = batch["prompt_input_ids"]
+        prompts = self.processing_class.batch_decode(prompts, skip_special_tokens=True)
+        pairs = zip(batch["prompt"], map(completions.completion_of, texts, prompts), strict=True)
+        completions.log_completions(
+            list(pairs), self.args.output_dir, self.state.global_step, prefix, self.args.report_to
+        )

@@ -1,0 +1,293 @@
+"""The loss and metrics of a batch: the hooks of TRL's trainer that subclasses override."""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..data.collator import PairBatch
+from ..head import logits as plain
+from ..integrations import model_attention, model_head
+from ..packing.batch import PackedBatch
+from .metrics import PairScores, batch_share, pair_metrics
+from .overrides import is_overridden
+
+Split = Literal["train", "eval"]
+
+# A subclass that has one of these of its own gets the loss through them.
+LOSS_HOOKS = ("concatenated_forward", "get_batch_logps", "odds_ratio_loss")
+
+
+class LossHooks:
+    """
+    Part of [`~oddsmith.ORPOTrainer`]: how a batch becomes a loss.
+
+    In the model's output head by default; from logits, through the hooks, where the head does not
+    allow it or one of them is overridden.
+    """
+
+    # Why the loss goes through logits, whatever the hooks; None where it does not.
+    _plain_because: str | None = None
+    # Why batches go through the model with their pads; None where they are packed.
+    _padded_because: str | None = None
+    # Weight of the last batch in the averages that are logged.
+    _metric_weight: float = 1.0
+
+    def _own_loss_hooks(self) -> list[str]:
+        """Those that a subclass overrides."""
+        return [name for name in LOSS_HOOKS if is_overridden(self, LossHooks, name)]
+
+    @staticmethod
+    def concatenated_inputs(
+        batch: dict[str, list | Tensor],
+        is_encoder_decoder: bool = False,
+        padding_value: int = 0,
+        device: torch.device | None = None,
+    ) -> dict[str, Tensor]:
+        """
+        Put the two sides of a batch into one, chosen sequences first.
+
+        Args:
+            batch (`dict`): A batch with `chosen_*` and `rejected_*` tensors `(B, T)`.
+            is_encoder_decoder (`bool`, *optional*): Kind of the model.
+            padding_value (`int`, *optional*): Pads the shorter side's token ids.
+            device (`torch.device`, *optional*): Where to put the result.
+
+        Returns:
+            `dict[str, Tensor]`: `concatenated_input_ids` and the like, `(2B, T)`.
+        """
+        return plain.concatenate(batch, is_encoder_decoder, padding_value, device)
+
+    def odds_ratio_loss(
+        self, policy_chosen_logps: Tensor, policy_rejected_logps: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """
+        The odds ratio term from mean log-probabilities.
+
+        Args:
+            policy_chosen_logps (`Tensor`): Of the chosen completions, `(B,)`.
+            policy_rejected_logps (`Tensor`): Of the rejected completions, `(B,)`.
+
+        Returns:
+            `tuple`: `beta * link(log_odds)` of each pair, which the loss subtracts; rewards of the
+            chosen and rejected side; means of the log-sigmoid of the log odds and of the log odds.
+        """
+        log_odds = plain.log_odds(policy_chosen_logps, policy_rejected_logps)
+        ratio = F.logsigmoid(log_odds)
+        linked = ratio if self.args.odds_ratio_link == "logsigmoid" else log_odds
+        chosen, rejected = (
+            self.beta * logps.detach().float().to(self.accelerator.device)
+            for logps in (policy_chosen_logps, policy_rejected_logps)
+        )
+        means = (each.mean().float() for each in (ratio, log_odds))
+        return (self.beta * linked).float(), chosen, rejected, *means
+
+    @staticmethod
+    def get_batch_logps(
+        logits: Tensor,
+        labels: Tensor,
+        average_log_prob: bool = False,
+        is_encoder_decoder: bool = False,
+    ) -> Tensor:
+        """
+        Log-probabilities of the labels of each sequence.
+
+        Args:
+            logits (`Tensor`): `(B, T, V)`.
+            labels (`Tensor`): `(B, T)`; negative ones do not count.
+            average_log_prob (`bool`, *optional*): Per token instead of in total.
+            is_encoder_decoder (`bool`, *optional*): Whether labels and logits are aligned.
+
+        Returns:
+            `Tensor`: `(B,)`; 0 for a sequence without labels.
+
+        Raises:
+            ValueError: If the shapes do not match.
+        """
+        if logits.shape[:-1] != labels.shape:
+            raise ValueError(
+                f"labels have shape {tuple(labels.shape)}; must be that of the logits without the "
+                f"vocabulary, {tuple(logits.shape[:-1])}"
+            )
+        if not is_encoder_decoder:
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        return plain.sequence_logps(logits, labels, average_log_prob)
+
+    def concatenated_forward(
+        self, model: nn.Module, batch: dict[str, list | Tensor]
+    ) -> tuple[Tensor, ...]:
+        """
+        Run the model on both sides of a batch at once, with logits.
+
+        Not called where the fused head computes the loss, unless a subclass overrides it.
+
+        Returns:
+            `tuple`: Mean log-probabilities of chosen and rejected completions, `(B,)`; their logits
+            `(B, T, V)`; the negative log-likelihood; and the auxiliary loss of a mixture of experts
+            if its configuration has `output_router_logits`.
+        """
+        inputs = self._concatenated(batch)
+        labels, mask = inputs["concatenated_labels"], inputs["concatenated_attention_mask"]
+        extra = {}
+        if self.is_encoder_decoder:
+            extra["decoder_input_ids"] = plain.shift_right(
+                labels, self.decoder_start_token_id, self.pad_token_id
+            )
+        outputs = self._run(model, inputs, **extra)
+        logits = outputs.logits
+        logps = self.get_batch_logps(
+            logits, labels, average_log_prob=True, is_encoder_decoder=self.is_encoder_decoder
+        )
+        if not self.is_encoder_decoder:
+            if self.args.nll_scope == "full":
+                labels = torch.where(mask == 1, inputs["concatenated_input_ids"], -100)
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        pairs = labels.shape[0] // 2
+        nll = plain.token_nll(logits[:pairs], labels[:pairs].to(logits.device))
+        scores = (logps[:pairs], logps[pairs:], logits[:pairs], logits[pairs:], nll)
+        return (*scores, outputs.aux_loss) if self.aux_loss_enabled else scores
+
+    def get_batch_loss_metrics(
+        self, model: nn.Module, batch: dict[str, list | Tensor], train_eval: Split = "train"
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """
+        Loss and metrics of a batch.
+
+        Returns:
+            `tuple`: The loss, and the metrics as 0-dim tensors on the device, those of an
+            evaluation with `eval_` before their names.
+        """
+        if self.args.beta_schedule != "constant" and self.state.max_steps > 0:
+            self.beta = self.args.beta_at(self.state.global_step, self.state.max_steps)
+        uses_logits = self._plain_because is not None or bool(self._own_loss_hooks())
+        scores = (self._plain_scores if uses_logits else self._fused_scores)(model, batch)
+        pairs, self._metric_weight = scores.whole.shape[0], 1.0
+        if train_eval == "eval":
+            pairs, self._metric_weight = batch_share(self.accelerator, pairs)
+        metrics = pair_metrics(scores, pairs)
+        prefix = "eval_" if train_eval == "eval" else ""
+        loss = scores.loss
+        if self.aux_loss_enabled:
+            loss = loss + self.aux_loss_coef * scores.aux_loss
+        return loss, {f"{prefix}{name}": value for name, value in metrics.items()}
+
+    # ---- The two ways to the scores ----
+
+    def _concatenated(self, batch: dict[str, list | Tensor]) -> dict[str, Tensor]:
+        inputs = self.concatenated_inputs(
+            batch,
+            is_encoder_decoder=self.is_encoder_decoder,
+            padding_value=self.padding_value,
+            device=self.accelerator.device,
+        )
+        # Any negative label is masked; the hooks may expect TRL's.
+        labels = inputs["concatenated_labels"]
+        return {**inputs, "concatenated_labels": torch.where(labels < 0, -100, labels)}
+
+    def _run(self, model: nn.Module, inputs: dict[str, Tensor], **extra: Any) -> Any:
+        if self.aux_loss_enabled:
+            extra["output_router_logits"] = True
+        return model(
+            inputs["concatenated_input_ids"],
+            attention_mask=inputs["concatenated_attention_mask"],
+            use_cache=False,
+            **extra,
+        )
+
+    def _fused_scores(self, model: nn.Module, batch: dict[str, list | Tensor]) -> PairScores:
+        objective = {
+            "beta": self.beta,
+            "nll_scope": self.args.nll_scope,
+            "odds_ratio_link": self.args.odds_ratio_link,
+            "logits_budget": self.args.logits_budget,
+        }
+        if self._padded_because is None:
+            packed = batch.packed() if isinstance(batch, PairBatch) else None
+            if packed is None:  # of another collator, or changed since
+                packed = PackedBatch.from_padded(batch, self.args.share_prompt)
+            packed = packed.to(self.accelerator.device)
+            rows = model_head.FusedBatch.of_packed(packed, **objective)
+            inputs = model_attention.packed_inputs(packed)
+            out = model(**inputs, use_cache=False, oddsmith_batch=rows)
+        else:
+            inputs = self._concatenated(batch)
+            columns = ("input_ids", "attention_mask", "labels")
+            rows = model_head.FusedBatch.build(
+                *(inputs[f"concatenated_{column}"] for column in columns), **objective
+            )
+            out = self._run(model, inputs, oddsmith_batch=rows)
+        return PairScores(
+            loss=out.loss,
+            nll_loss=out.nll_loss,
+            chosen_logps=out.chosen_logps,
+            rejected_logps=out.rejected_logps,
+            chosen_rewards=self.beta * out.chosen_logps,
+            rejected_rewards=self.beta * out.rejected_logps,
+            log_odds_ratio=out.log_odds_ratio,
+            log_odds_chosen=out.log_odds_chosen,
+            chosen_logits=out.chosen_logits,
+            rejected_logits=out.rejected_logits,
+            whole=rows.whole_pairs(),
+            aux_loss=out.aux_loss,
+        )
+
+    def _plain_scores(self, model: nn.Module, batch: dict[str, list | Tensor]) -> PairScores:
+        chosen, rejected, chosen_logits, rejected_logits, nll, *aux = self.concatenated_forward(
+            model, batch
+        )
+        inputs = self._concatenated(batch)
+        labels, mask = inputs["concatenated_labels"], inputs["concatenated_attention_mask"]
+        real = labels >= 0
+        if not self.is_encoder_decoder:
+            real = real[:, 1:]
+            whole, counted = _whole_pairs(labels[:, 1:]), (mask[:, 1:] & mask[:, :-1]) != 0
+        else:
+            whole, counted = _whole_pairs(labels), real
+        whole, pairs = whole.to(chosen.device), whole.shape[0]
+        # An empty completion has no odds: its pair stays out of the term and of the averages.
+        kept = slice(None) if bool(whole.all()) else whole
+        if not bool(whole.any()):
+            zero = chosen.detach().float()[:0].sum()
+            term, rewards, means = zero, (zero, zero), (zero, zero)
+        else:
+            terms, *rewards_and_means = self.odds_ratio_loss(chosen[kept], rejected[kept])
+            term = terms.mean() * (whole.sum() / pairs)
+            rewards, means = rewards_and_means[:2], rewards_and_means[2:]
+        return PairScores(
+            loss=nll - term,
+            nll_loss=nll.detach(),
+            chosen_logps=chosen.detach(),
+            rejected_logps=rejected.detach(),
+            chosen_rewards=_scattered(rewards[0], whole),
+            rejected_rewards=_scattered(rewards[1], whole),
+            log_odds_ratio=means[0].detach(),
+            log_odds_chosen=means[1].detach(),
+            chosen_logits=_mean_logit(chosen_logits, counted[:pairs]),
+            rejected_logits=_mean_logit(rejected_logits, counted[pairs:]),
+            whole=whole,
+            aux_loss=aux[0] if aux else None,
+        )
+
+
+def _whole_pairs(labels: Tensor) -> Tensor:
+    """Which pairs have completion tokens on both sides, `(B,)`, from labels `(2B, T)`."""
+    present = (labels >= 0).any(dim=1)
+    return present.view(2, -1).all(dim=0)
+
+
+def _scattered(rewards: Tensor, whole: Tensor) -> Tensor:
+    """Rewards of whole pairs at their places, `(B,)`."""
+    out = rewards.new_zeros(whole.shape)
+    out[whole] = rewards.detach()
+    return out
+
+
+def _mean_logit(logits: Tensor, counted: Tensor) -> Tensor:
+    """Mean over real positions and the vocabulary, `logits` `(B, T, V)` and `counted` `(B, T)`."""
+    logits = logits.detach()
+    if logits.shape[:2] != counted.shape:  # a hook of one's own: as TRL, over all there is
+        return logits.mean()
+    per_position = logits.float().mean(dim=-1)
+    counted = counted.to(logits.device)
+    return (per_position * counted).sum() / counted.sum().clamp(min=1)

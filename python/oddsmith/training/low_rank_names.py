@@ -1,0 +1,197 @@
+"""The trainer's names for GaLore and APOLLO: from `TrainingArguments` to an optimiser."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from accelerate.state import GradientState
+from torch import nn
+from transformers import Trainer
+from transformers.trainer_utils import check_target_module_exists
+from transformers.training_args import ParallelMode
+from transformers.utils import logging
+
+from ..optim.low_rank.apollo import APOLLOAdamW
+from ..optim.low_rank.galore import GaLoreAdafactor, GaLoreAdamW
+from ..optim.low_rank.galore_8bit import GaLoreAdamW8bit
+from ..optim.low_rank.optimizer import LowRankOptimizer, check_matrix
+from .optim_args import parse_optim_args, readers
+
+logger = logging.get_logger(__name__)
+
+_LAYERWISE = "_layerwise"
+
+_CLASSES: dict[str, type[LowRankOptimizer]] = {
+    "galore_adamw": GaLoreAdamW,
+    "galore_adamw_8bit": GaLoreAdamW8bit,
+    # As older scripts and articles have it.
+    "galore_adamw_8bit_bnb": GaLoreAdamW8bit,
+    "galore_adafactor": GaLoreAdafactor,
+    "apollo_adamw": APOLLOAdamW,
+}
+
+#: Names that `low_rank_optimizer` knows.
+LOW_RANK_NAMES = frozenset(_CLASSES) | {
+    name + _LAYERWISE for name in _CLASSES if not name.endswith("bnb")
+}
+
+_DEFAULT_RANK = 128
+
+
+def target_parameters(model: nn.Module, targets: Any, where: str) -> dict[str, nn.Parameter]:
+    """
+    Weights of the linear layers that `optim_target_modules` names, by their names.
+
+    Args:
+        model (`nn.Module`): The model.
+        targets (`str` or `list[str]`): `"all-linear"`; a regular expression that matches the whole
+            name of a module; or a list of names, parts of names, or such expressions.
+        where (`str`): Name of the optimiser, for messages.
+
+    Raises:
+        ValueError: If nothing matches, or an expression is none.
+        TypeError: If `targets` is something else.
+    """
+    if targets is None:
+        raise ValueError(
+            f"optim is {where!r}, which needs optim_target_modules: 'all-linear', a regular "
+            "expression or a list of module names"
+        )
+    if not isinstance(targets, (list, str)):
+        raise TypeError(
+            f"optim_target_modules is {targets!r}; must be 'all-linear', a regular expression or a "
+            "list of strings"
+        )
+    all_linear = isinstance(targets, str) and targets.replace("_", "-") == "all-linear"
+    names = set()
+    for name, module in model.named_modules():
+        try:
+            found, is_regex = check_target_module_exists(targets, name, return_is_regex=True)
+        except re.error as error:
+            raise ValueError(f"optim_target_modules is {targets!r}: {error}") from None
+        if isinstance(module, nn.Linear):
+            if found or all_linear:
+                names.add(f"{name}.weight")
+        elif found and not is_regex and next(module.parameters(recurse=False), None) is not None:
+            logger.warning(f"{name} is in optim_target_modules but not linear: not projected.")
+    # By name, so that a head that shares the embeddings' weight goes with the embeddings.
+    found = {name: each for name, each in model.named_parameters() if name in names}
+    if not found:
+        raise ValueError(
+            f"optim_target_modules is {targets!r}; matches no linear layer of the model"
+        )
+    return found
+
+
+def low_rank_optimizer(
+    args: Any, model: nn.Module | None, name: str | None = None
+) -> tuple[type[LowRankOptimizer], dict[str, Any]]:
+    """
+    Class and arguments of a low-rank optimiser, as `get_optimizer_cls_and_kwargs` returns them.
+
+    Learning rate, betas, epsilon, weight decay and seed come from `args`; the rest from its
+    `optim_args`. Parameters that `optim_target_modules` does not name are updated in full.
+
+    Args:
+        args (`TrainingArguments`): Arguments of the run.
+        model (`nn.Module`): The model.
+        name (`str`, *optional*): The optimiser, if not that of `args.optim`.
+
+    Raises:
+        ValueError: For a model with adapters, a model that is split over processes, unknown
+            options, no target, frozen targets, or a rank that is too large.
+        NotImplementedError: For a layer-wise optimiser on several processes.
+    """
+    name = str(getattr(args.optim, "value", args.optim)) if name is None else name
+    layerwise = name.endswith(_LAYERWISE)
+    kind = _CLASSES[name.removesuffix(_LAYERWISE)]
+    if model is None:
+        raise ValueError(f"optim is {name!r}, which needs the model")
+    _check_setting(args, model, name, layerwise)
+    known = readers(kind)
+    options = {"rank": _DEFAULT_RANK, **parse_optim_args(args.optim_args, known, name)}
+
+    targets = target_parameters(model, args.optim_target_modules, name)
+    trained = {key: each for key, each in targets.items() if each.requires_grad}
+    if not trained:
+        raise ValueError(
+            f"optim is {name!r}, but all weights that optim_target_modules "
+            f"{args.optim_target_modules!r} matches are frozen"
+        )
+    for key, parameter in trained.items():
+        check_matrix(name, parameter, options["rank"], key)
+
+    kwargs: dict[str, Any] = {"lr": args.learning_rate, "seed": args.seed}
+    if kind is GaLoreAdafactor:
+        kwargs |= {"scale_parameter": False, "relative_step": False}
+    else:
+        kwargs |= {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    if layerwise:
+        state = GradientState()
+        kwargs |= {
+            "layerwise": True,
+            "is_last_backward": lambda: state.sync_gradients,
+            "max_grad_norm": args.max_grad_norm or None,
+        }
+    groups = parameter_groups(model, trained, args.weight_decay, options)
+    if kind is GaLoreAdamW8bit:
+        groups = [part for group in groups for part in embeddings_apart(model, group)]
+    return kind, {**kwargs, "params": groups}
+
+
+def parameter_groups(
+    model: nn.Module,
+    targets: dict[str, nn.Parameter],
+    weight_decay: float,
+    options: dict[str, Any],
+) -> list[dict[str, Any]]:
+    """The trained parameters: others with and without weight decay, then the projected ones."""
+    # Static in all but its signature.
+    decayed = set(Trainer.get_decay_parameter_names(None, model))
+    groups: list[dict[str, Any]] = [
+        {"params": [], "weight_decay": weight_decay},
+        {"params": [], "weight_decay": 0.0},
+        {"params": list(targets.values()), "weight_decay": weight_decay, **options},
+    ]
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and name not in targets:
+            groups[0 if name in decayed else 1]["params"].append(parameter)
+    return [group for group in groups if group["params"]]
+
+
+def embeddings_apart(model: nn.Module, group: dict[str, Any]) -> list[dict[str, Any]]:
+    """A group, and its embeddings by themselves with 32 bits: few of their rows have gradients."""
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    if "rank" in group:
+        return [group]
+    rest = [each for each in group["params"] if id(each) not in tables]
+    embeddings = [each for each in group["params"] if id(each) in tables]
+    parts = [{**group, "params": rest}, {**group, "params": embeddings, "optim_bits": 32}]
+    return [part for part in parts if part["params"]]
+
+
+def _check_setting(args: Any, model: nn.Module, name: str, layerwise: bool) -> None:
+    if getattr(model, "peft_config", None):
+        raise ValueError(
+            f"optim is {name!r} on a model with an adapter: its matrices are of low rank already. "
+            "Train the whole model (no peft_config), or use another optim, such as adamw_8bit"
+        )
+    if args.fsdp or getattr(args, "deepspeed", None):
+        split = "fsdp" if args.fsdp else "deepspeed"
+        raise ValueError(
+            f"optim is {name!r} with {split}: a projection needs whole matrices. Use DDP, or an "
+            "element-wise optim, such as adamw_8bit"
+        )
+    if not layerwise:
+        return
+    if args.parallel_mode == ParallelMode.DISTRIBUTED:
+        raise NotImplementedError(
+            f"optim is {name!r} on {args.world_size} processes: a layer-wise update would come "
+            f"before the gradients are averaged. Use {name.removesuffix(_LAYERWISE)!r}"
+        )
+    if args.fp16:
+        raise ValueError(
+            f"optim is {name!r} with fp16: the gradients are scaled when a layer-wise update takes "
+            f"them. Use bf16, or {name.removesuffix(_LAYERWISE)!r}"
+        )

@@ -1,0 +1,203 @@
+"""The model of a training run: loaded by name, with its adapter, without dropout."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedModel,
+)
+from transformers.utils import is_peft_available
+
+from ..config import ORPOConfig
+from ..integrations.bitsandbytes_layers import adopt_on_cpu
+
+
+def load_model(name: str, args: ORPOConfig) -> PreTrainedModel:
+    """
+    Load a model by its hub id or folder, with `model_init_kwargs`.
+
+    No `device_map` is added: under a launcher each process has its own device, and without one
+    [`~transformers.Trainer`] places the model.
+
+    Raises:
+        ValueError: If `dtype` in `model_init_kwargs` names no dtype.
+    """
+    kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+    if "torch_dtype" in kwargs:
+        kwargs.setdefault("dtype", kwargs.pop("torch_dtype"))
+    if kwargs.get("dtype") is not None:
+        kwargs["dtype"] = _dtype(kwargs["dtype"])
+    config = kwargs.get("config")
+    if config is None:
+        # What says where and which configuration it is, but not what changes it.
+        where = ("trust_remote_code", "revision", "token", "cache_dir", "subfolder")
+        config = AutoConfig.from_pretrained(
+            name, **{key: kwargs[key] for key in where if key in kwargs}
+        )
+    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    return kind.from_pretrained(name, **kwargs)
+
+
+def _dtype(value: Any) -> Any:
+    dtype = getattr(torch, value, None) if isinstance(value, str) and value != "auto" else value
+    if dtype != "auto" and not isinstance(dtype, torch.dtype):
+        raise ValueError(
+            f"dtype in model_init_kwargs is {value!r}; must be 'auto' or a torch dtype such as "
+            "'bfloat16'"
+        )
+    return dtype
+
+
+def load_processing_class(model: nn.Module, revision: str | None, args: ORPOConfig) -> Any:
+    """
+    Load the tokenizer that a model came with.
+
+    Raises:
+        ValueError: If the model does not say where it came from.
+    """
+    name = getattr(model.config, "_name_or_path", "")
+    if not name:
+        raise ValueError(
+            "processing_class is None and the model was not loaded by name; pass its tokenizer"
+        )
+    return AutoTokenizer.from_pretrained(
+        name, revision=revision, trust_remote_code=args.trust_remote_code
+    )
+
+
+def check_model(model: nn.Module) -> None:
+    """
+    Check that a model has an output head.
+
+    Raises:
+        ValueError: If it has none.
+    """
+    # Before the adapter, which would answer for the model.
+    core = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if isinstance(core, PreTrainedModel) and core.get_output_embeddings() is None:
+        raise ValueError(
+            f"model is a {type(core).__name__}, which has no output head; load it with "
+            "AutoModelForCausalLM (or AutoModelForSeq2SeqLM)"
+        )
+
+
+def vocabulary_size(model: nn.Module) -> int:
+    """Number of token ids that a model takes and scores."""
+    core = model.get_base_model() if hasattr(model, "get_base_model") else model
+    text = core.config.get_text_config() if hasattr(core.config, "get_text_config") else core.config
+    layers = [core.get_input_embeddings(), core.get_output_embeddings()]
+    sizes = [getattr(layers[0], "num_embeddings", None), getattr(layers[1], "out_features", None)]
+    # Quantized or wrapped layers may not tell.
+    known = [size for size in sizes if isinstance(size, int) and size > 0]
+    return min(known) if known else text.vocab_size
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether the weights are held in 8 or 4 bits, by bitsandbytes or by oddsmith."""
+    return any(getattr(model, f"is_loaded_in_{bits}bit", False) for bits in (8, 4))
+
+
+def prepare_model(model: nn.Module, args: ORPOConfig, peft_config: Any) -> tuple[nn.Module, bool]:
+    """
+    Add the adapter, let gradients through to it, and take out dropout.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): The model; changed in place.
+        args ([`ORPOConfig`]): For `gradient_checkpointing`, `bf16` and `disable_dropout`.
+        peft_config (`PeftConfig`, *optional*): The adapter.
+
+    Returns:
+        `tuple`: The model, wrapped if there is an adapter, and whether it has `bfloat16` parts that
+        need autocast in everything it is called for.
+
+    Raises:
+        ImportError: If there is a `peft_config` but no PEFT.
+        TypeError: If `peft_config` is none.
+        ValueError: If the model has an adapter already.
+    """
+    casted = False
+    adopt_on_cpu(model)
+    if peft_config is not None:
+        model, casted = _add_adapter(model, args, peft_config)
+    elif args.gradient_checkpointing:
+        _let_inputs_require_grad(model)
+    if args.disable_dropout:
+        disable_dropout(model)
+    return model, casted
+
+
+def _add_adapter(model: nn.Module, args: ORPOConfig, peft_config: Any) -> tuple[nn.Module, bool]:
+    if not is_peft_available():
+        raise ImportError("peft_config needs the peft library; pip install peft")
+    from peft import PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+
+    if not isinstance(peft_config, PeftConfig):
+        raise TypeError(
+            f"peft_config is a {type(peft_config).__name__}; must be a peft.PeftConfig, such as "
+            "peft.LoraConfig"
+        )
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            "model is a PeftModel already and peft_config is given; leave peft_config out to train "
+            "its adapter, or pass model.merge_and_unload() to train a new one"
+        )
+    quantized = is_quantized(model)
+    if quantized:
+        model = prepare_model_for_kbit_training(
+            model,
+            use_gradient_checkpointing=args.gradient_checkpointing,
+            gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
+        )
+    elif args.gradient_checkpointing:
+        _let_inputs_require_grad(model)
+    kwargs = {}
+    deepspeed = args.deepspeed_plugin
+    if deepspeed is not None and deepspeed.zero_stage == 3 and not quantized:
+        # ZeRO-3 gathers parameters of one dtype only; PEFT would make the adapter float32.
+        kwargs["autocast_adapter_dtype"] = False
+    model = get_peft_model(model, peft_config, **kwargs)
+    casted = bool(args.bf16 and getattr(model, "is_loaded_in_4bit", False))
+    if casted:
+        _cast_to_bf16(model)
+    return model, casted
+
+
+def _cast_to_bf16(model: nn.Module) -> None:
+    """Norms in float32, float32 embeddings and heads in bfloat16, as TRL has them for QLoRA."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.LayerNorm) or "norm" in name:
+            module.to(torch.float32)
+        elif any(part in name for part in ("lm_head", "embed_tokens", "wte", "wpe")):
+            if getattr(getattr(module, "weight", None), "dtype", None) == torch.float32:
+                module.to(torch.bfloat16)
+
+
+def _let_inputs_require_grad(model: nn.Module) -> None:
+    """A checkpoint passes no gradient on to an adapter if no input of it requires one."""
+    if hasattr(model, "enable_input_require_grads"):
+        model.enable_input_require_grads()
+    else:
+        model.get_input_embeddings().register_forward_hook(_require_grad)
+
+
+def _require_grad(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+    output.requires_grad_(True)
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """
+    Set every dropout probability to 0: those of dropout layers, and those that attention layers
+    keep as a number for the functional form.
+    """
+    for module in model.modules():
+        if isinstance(module, _DropoutNd):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if name.endswith("dropout") and isinstance(value, float):
+                setattr(module, name, 0.0)

@@ -1,0 +1,70 @@
+"""Rows of a training run: TRL's hooks for them, and the checks before training starts."""
+
+from typing import Any
+
+from accelerate import PartialState
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..data.dataset import prepare_dataset
+from ..data.vocabulary import check_vocabulary
+from ..inspection.report import report_rows
+from ..inspection.token_stats import needed
+from .overrides import is_overridden
+
+logger = logging.get_logger(__name__)
+
+# A subclass that has one of these of its own makes its rows one by one, through them.
+ROW_HOOKS = ("tokenize_row", "build_tokenized_answer")
+
+
+class RowHooks:
+    """Part of [`~oddsmith.ORPOTrainer`]: how a pair becomes a row. Uses its `_rows`."""
+
+    def build_tokenized_answer(self, prompt: str, answer: str) -> dict[str, list[int]]:
+        """Token ids of a prompt and an answer; see [`RowBuilder`]."""
+        return self._rows.build_tokenized_answer(prompt, answer)
+
+    def tokenize_row(
+        self, feature: dict[str, Any], model: PreTrainedModel | nn.Module | None = None
+    ) -> dict[str, list[int]]:
+        """Token columns of a row of prompt, chosen and rejected text; see [`RowBuilder`]."""
+        own = is_overridden(self, RowHooks, "build_tokenized_answer")
+        return self._rows.tokenize_row(feature, model, self.build_tokenized_answer if own else None)
+
+    def _prepare_rows(self, dataset: Any, name: str) -> Any:
+        own = any(is_overridden(self, RowHooks, hook) for hook in ROW_HOOKS)
+        return prepare_dataset(
+            dataset,
+            self.processing_class,
+            self.tokenize_row if own else self._rows.tokenize_row,
+            num_proc=self.args.dataset_num_proc,
+            overlength=self.args.overlength,
+            name=name,
+            builder=self._rows,
+        )
+
+    def _check_rows(self, train_dataset: Any, eval_dataset: Any, vocabulary: int) -> None:
+        check_vocabulary(train_dataset, vocabulary, name="train_dataset")
+        parts = eval_dataset if isinstance(eval_dataset, dict) else {None: eval_dataset}
+        for key, part in parts.items():
+            if part is not None:
+                name = "eval_dataset" if key is None else f"eval_dataset[{key!r}]"
+                check_vocabulary(part, vocabulary, name=name)
+        if PartialState().is_main_process and self.use_dpo_data_collator:
+            self._report_rows(train_dataset)
+
+    def _report_rows(self, train_dataset: Any) -> None:
+        columns = train_dataset.column_names
+        if columns is not None and not set(needed(columns)) <= set(columns):
+            return  # a tokenize_row of one's own names them otherwise
+        report = report_rows(
+            train_dataset,
+            self.processing_class,
+            max_length=None if self.is_encoder_decoder else self.max_length,
+            batch_size=self.args.per_device_train_batch_size,
+            overlength=self._rows.overlength_counts.get("train_dataset"),
+            policy=self.args.overlength,
+        )
+        logger.warning(str(report))

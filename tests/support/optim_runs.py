@@ -1,0 +1,115 @@
+"""Runs of the trainer with an optimiser by its name, their checkpoints, and runs of two processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from oddsmith import ORPOConfig, ORPOTrainer
+
+from .trainer_runs import arguments, make_model, make_tokenizer, pairs, train_logs
+
+STEPS, SAVED = 6, 4
+
+
+def config(folder: Path, **changed: Any) -> dict[str, Any]:
+    """Other rates at every step, and a checkpoint before the end."""
+    options = {
+        "lr_scheduler_type": "linear",
+        "adam_epsilon": 1e-6,
+        "max_steps": STEPS,
+        "save_strategy": "steps",
+        "save_steps": SAVED,
+        **changed,
+    }
+    return arguments(folder, **options)
+
+
+def run(
+    folder: Path,
+    resume: str | None = None,
+    rows: Any = None,
+    callbacks: list[Any] | None = None,
+    peft_config: Any = None,
+    **changed: Any,
+) -> ORPOTrainer:
+    """The trainer, when it is done."""
+    tokenizer = make_tokenizer()
+    trainer = ORPOTrainer(
+        make_model("mistral", tokenizer),
+        ORPOConfig(**config(folder, **changed)),
+        train_dataset=pairs(16) if rows is None else rows,
+        processing_class=tokenizer,
+        callbacks=callbacks,
+        peft_config=peft_config,
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def checkpoint(folder: Path) -> str:
+    return str(folder / f"checkpoint-{SAVED}")
+
+
+def weights(trainer: ORPOTrainer) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+def sums(trainer: ORPOTrainer) -> dict[str, float]:
+    return {name: p.double().sum().item() for name, p in trainer.model.named_parameters()}
+
+
+def losses(trainer: ORPOTrainer) -> dict[int, tuple[float, float]]:
+    return {log["step"]: (log["loss"], log["grad_norm"]) for log in train_logs(trainer)}
+
+
+def check_same_end(resumed: ORPOTrainer, through: ORPOTrainer) -> None:
+    """The steps behind the checkpoint, and the weights, are equal to the bit."""
+    after = {step: values for step, values in losses(through).items() if step > SAVED}
+    assert len(after) == STEPS - SAVED
+    assert {step: losses(resumed)[step] for step in after} == after
+    for key, weight in weights(through).items():
+        assert torch.equal(weight, weights(resumed)[key]), key
+
+
+class Kill(TrainerCallback):
+    """Ends the process behind the checkpoint, as the system does when memory runs out."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == SAVED + 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed_run(file: str, folder: Path, *arguments: str) -> str:
+    """The checkpoint of a process, `file kill folder ...`, that is killed."""
+    command = [sys.executable, file, "kill", str(folder), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-4000:]
+    return checkpoint(folder)
+
+
+def two_processes(file: str, folder: Path, part: str = "two") -> list[Any]:
+    """What the two processes of `file part folder` have written by [`report`]."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*command, file, part, str(folder)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+def report(folder: str, results: Any) -> None:
+    """Keeps a process's results for the test that has started it."""
+    rank = os.environ["RANK"]
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(results))

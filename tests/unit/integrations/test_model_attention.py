@@ -1,0 +1,282 @@
+"""Packed rows: the same logits and gradients as a padded batch, model by model."""
+
+import pytest
+import torch
+import transformers
+
+from oddsmith.integrations import model_attention
+from oddsmith.packing import attention_cuda
+from oddsmith.packing.attention_cpu import PackedFlash
+from oddsmith.packing.batch import PackedBatch
+
+MODELS = {
+    "Llama": {},
+    "Mistral": {"sliding_window": None},
+    "Mistral-window": {"sliding_window": 4},
+    "Qwen2": {},
+    "Qwen3": {"head_dim": 8, "tie_word_embeddings": True},
+    "Gemma": {"head_dim": 8},
+    "Phi3": {"pad_token_id": 0},
+    "GPTNeoX": {},
+    "Mixtral": {"num_local_experts": 4},
+    "Cohere": {},
+    "Granite": {},
+}
+# Checkpointing is the same code in every model.
+CASES = [(name, None) for name in MODELS] + [
+    (name, {"use_reentrant": reentrant})
+    for name in ("Llama", "Mistral-window")
+    for reentrant in (False, True)
+]
+
+
+def tiny_model(name, attn_implementation="sdpa", **changes):
+    family = name.split("-")[0]
+    options = {
+        "vocab_size": 61,
+        "hidden_size": 32,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "attn_implementation": attn_implementation,
+        **MODELS.get(name, {}),
+        **changes,
+    }
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**options)
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    # The experts' grouped product knows no float64.
+    return model if family == "Mixtral" else model.double()
+
+
+def tolerance(name):
+    return 1e-5 if name == "Mixtral" else 1e-9
+
+
+@pytest.fixture
+def in_double(monkeypatch):
+    """Norms and rotations stay in float64, which the models' code casts to float32."""
+    to, as_float = torch.Tensor.to, torch.Tensor.float
+
+    def keep(x, *args, **kwargs):
+        wide = x.dtype == torch.float64 and torch.float32 in (*args, *kwargs.values())
+        return x if wide else to(x, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "to", keep)
+    monkeypatch.setattr(
+        torch.Tensor, "float", lambda x: x if x.dtype == torch.float64 else as_float(x)
+    )
+
+
+def gemma2():
+    """With softcapped attention, which its own classes only run eagerly."""
+    model = tiny_model("Gemma2", "eager", head_dim=8)
+    model.config._attn_implementation = "sdpa"
+    return model
+
+
+def pairs_of(*lengths, prompts="same", seed=1):
+    """Rows of `(prompt, chosen, rejected)` lengths; the prompts differ in nothing, or at the end."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def tokens(count):
+        return torch.randint(3, 61, (count,), generator=draw).tolist()
+
+    pairs = []
+    for prompt, *answers in lengths:
+        shared, pair = tokens(prompt), {}
+        for side, count in zip(("chosen", "rejected"), answers):
+            if side == "rejected" and prompts == "differ":
+                shared = [*shared[:-1], 2]
+            answer = tokens(count)
+            pair[f"{side}_input_ids"] = shared + answer
+            pair[f"{side}_labels"] = [-100] * prompt + answer
+        pairs.append(pair)
+    return pairs
+
+
+def padded(pairs):
+    """Ids and mask of the padded batch, `(2B, T)`, and where the packed rows are in it."""
+    sides = [pair[f"{side}_input_ids"] for side in ("chosen", "rejected") for pair in pairs]
+    ids = torch.zeros(len(sides), max(map(len, sides)), dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, side in enumerate(sides):
+        ids[row, : len(side)], mask[row, : len(side)] = torch.tensor(side), 1
+    order = [s * len(pairs) + p for p in range(len(pairs)) for s in range(2)]
+    rows = torch.cat([row * ids.shape[1] + torch.arange(len(sides[row]) - 1) for row in order])
+    return ids, mask, rows
+
+
+# Prompts of one token and of nine tenths of the row; an empty answer; a window of 4 is shorter.
+LENGTHS = ((1, 8, 5), (9, 1, 1), (6, 0, 3), (4, 9, 4))
+
+
+# Names that transformers 5.17 has; 5.23 prefers newer ones.
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize(("name", "checkpointing"), CASES)
+def test_packed_equals_padded(name, checkpointing, share, in_double):
+    model = tiny_model(name)
+    pairs = pairs_of(*LENGTHS, prompts="differ" if name == "Qwen2" else "same")
+    ids, mask, rows = padded(pairs)
+    batch = PackedBatch.build(pairs, share)
+    assert share == (batch.input_ids.numel() < mask.sum())
+    weights = torch.randn(len(rows), 61, dtype=model.dtype)
+    close = {"rtol": tolerance(name), "atol": tolerance(name)}
+
+    def run(packed):
+        model.zero_grad()
+        if packed:
+            inputs, where = model_attention.packed_inputs(batch), batch.rows
+        else:
+            inputs, where = {"input_ids": ids, "attention_mask": mask}, rows
+        logits = model(**inputs, use_cache=False).logits.flatten(0, 1)[where]
+        (logits * weights).sum().backward()
+        return logits.detach(), [p.grad for p in model.parameters() if p.grad is not None]
+
+    truth, true_grads = run(packed=False)
+    model_attention.install(model)
+    if checkpointing is not None:
+        model.train()
+        if checkpointing["use_reentrant"]:  # as Trainer does for adapters
+            model.enable_input_require_grads()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpointing)
+    logits, grads = run(packed=True)
+    torch.testing.assert_close(logits, truth, **close)
+    torch.testing.assert_close(grads, true_grads, **close)
+    # Calls that name no segments still go through the padding mask.
+    torch.testing.assert_close(run(packed=False)[0], truth, **close)
+
+
+@pytest.mark.parametrize("heads", [(3, 3), (6, 2)])
+@pytest.mark.parametrize("scale", [None, 0.7])
+def test_flash_has_the_gradient_of_its_value(heads, scale):
+    segments = ((4, 3, 2), (0, 2, 5), (3, 0, 1), (2, 4, 0))
+    count = sum(map(sum, segments))
+    torch.manual_seed(3)
+    shapes = [(1, heads[0], count, 5)] + 2 * [(1, heads[1], count, 5)]
+    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    assert torch.autograd.gradcheck(lambda *x: PackedFlash.apply(*x, segments, scale), inputs)
+
+
+def naive_varlen(query, key, value, plan, scale, window):
+    """What a variable-length kernel computes: block by block, causal at the lower right."""
+    out, groups = [], query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+    bounds = zip(plan.query_bounds, plan.query_bounds[1:], plan.key_bounds, plan.key_bounds[1:])
+    for first, end, first_key, end_key in bounds:
+        assert end - first <= plan.longest_query and end_key - first_key <= plan.longest_key
+        q, k, v = query[first:end], key[first_key:end_key], value[first_key:end_key]
+        scores = torch.einsum("qhd,khd->hqk", q, k).double() * scale
+        distance = torch.arange(len(k) - len(q), len(k))[:, None] - torch.arange(len(k))
+        seen = (distance >= 0) & (distance < (window or len(k)))
+        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        out.append(torch.einsum("hqk,khd->qhd", weights, v.double()).to(q.dtype))
+    return torch.cat(out)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("window", [None, 3])
+def test_the_kernel_on_a_card(window):
+    segments = ((40, 30, 20), (0, 20, 50), (30, 0, 10), (20, 40, 0))
+    count = sum(map(sum, segments))
+    torch.manual_seed(5)
+    inputs = [
+        torch.randn(1, heads, count, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        for heads in (4, 2, 2)
+    ]
+    assert attention_cuda.can_run(inputs[0], 0.0)
+    out = attention_cuda.packed_varlen(*inputs, segments, None, window)
+    exact = [x.detach().double().cpu().requires_grad_() for x in inputs]
+    truth = model_attention._blockwise(*exact, segments, 0.0, None, window)
+    upstream = torch.randn(truth.shape, dtype=torch.float64)
+    grads = torch.autograd.grad(out, inputs, upstream.to(out))
+    true_grads = torch.autograd.grad(truth, exact, upstream)
+    for mine, true in zip((out, *grads), (truth, *true_grads), strict=True):
+        torch.testing.assert_close(mine.double().cpu(), true, rtol=3e-2, atol=3e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 3])
+def test_all_ways_equal_the_definition(dtype, window, monkeypatch):
+    segments = ((4, 3, 2), (0, 2, 5), (3, 0, 1), (2, 4, 0))
+    owner = [
+        (pair, part)
+        for pair, lengths in enumerate(segments)
+        for part, length in enumerate(lengths)
+        for _ in range(length)
+    ]
+    place, seen = [], {}
+    for pair, part in owner:
+        # An answer goes on where the prompt ended.
+        key = (pair, part)
+        start = segments[pair][0] if part else 0
+        place.append(start + seen.get(key, 0))
+        seen[key] = seen.get(key, 0) + 1
+    allowed = torch.tensor(
+        [
+            [
+                a[0] == b[0] and b[1] in (0, a[1]) and 0 <= place[i] - place[j] < (window or 99)
+                for j, b in enumerate(owner)
+            ]
+            for i, a in enumerate(owner)
+        ]
+    )
+    torch.manual_seed(4)
+    q, k, v = (torch.randn(1, heads, len(owner), 8).to(dtype) for heads in (4, 2, 2))
+    truth = torch.nn.functional.scaled_dot_product_attention(
+        *(x.double() for x in (q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1))),
+        attn_mask=allowed,
+        scale=0.6,
+    )
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2e-2}[dtype]
+    ways = [model_attention._blockwise(q, k, v, segments, 0.0, 0.6, window)]
+    if window is None:
+        ways.append(PackedFlash.apply(q, k, v, segments, 0.6))
+    # The kernel itself needs a card; what it is given does not.
+    monkeypatch.setattr(attention_cuda, "_kernel", lambda: naive_varlen)
+    ways.append(attention_cuda.packed_varlen(q, k, v, segments, 0.6, window))
+    for out in ways:
+        torch.testing.assert_close(out.double(), truth, rtol=tolerance, atol=tolerance)
+
+
+def test_generation_and_saving_are_left_alone(tmp_path):
+    model = tiny_model("Llama").float()
+    prompt = torch.tensor([[3, 4, 5]])
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    truth = model.generate(prompt, **options)
+    model_attention.install(model)
+    assert torch.equal(model.generate(prompt, **options), truth)
+    model.save_pretrained(tmp_path)
+    assert model_attention.NAME not in (tmp_path / "config.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: tiny_model("Llama", "eager"), "its attention is 'eager', not 'sdpa'"),
+        (gemma2, "its attention has a softcap"),
+        (
+            lambda: tiny_model("Falcon", "sdpa", alibi=True, new_decoder_architecture=False),
+            "could not be tried out|other results",
+        ),
+    ],
+)
+def test_models_that_cannot_are_left_as_they_were(make, reason):
+    model = make()
+    before = model.config._attn_implementation
+    with pytest.raises(model_attention.CannotPack, match=reason):
+        model_attention.install(model)
+    assert model.config._attn_implementation == before
+    assert model.training
+
+
+def test_modes_of_frozen_parts_survive():
+    model = tiny_model("Llama")
+    model.model.layers[0].eval()
+    model_attention.install(model)
+    assert model.training and not model.model.layers[0].training
