@@ -8,18 +8,7 @@ from datasets import Dataset
 
 from oddsmith.demo.model import build_model, train_tokenizer
 from oddsmith.demo.tasks import make_pairs
-
-
-def ultrafeedback_rows(count: int, seed: int) -> list[dict]:
-    """Rows in the shape of ultrafeedback_binarized: a bare prompt beside whole conversations."""
-    return [
-        {
-            "prompt": row["prompt"][0]["content"],
-            "chosen": row["prompt"] + row["chosen"],
-            "rejected": row["prompt"] + row["rejected"],
-        }
-        for row in make_pairs(count, seed)
-    ]
+from support.ultrafeedback import ultrafeedback_rows
 
 
 @pytest.fixture(scope="session")
@@ -48,6 +37,27 @@ def instruct_folder(tmp_path_factory) -> Path:
     build_model(tokenizer, hidden_size=64, num_hidden_layers=2).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def stand_ins(pairs_folder, instruct_folder) -> dict[str, str]:
+    """Local folders for the hub ids that the pages name."""
+    return {
+        "HuggingFaceTB/SmolLM2-135M-Instruct": str(instruct_folder),
+        "HuggingFaceH4/ultrafeedback_binarized": str(pairs_folder),
+    }
+
+
+@pytest.fixture
+def localized(stand_ins):
+    """Replaces the hub ids of a text."""
+
+    def replace(text: str) -> str:
+        for hub_id, folder in stand_ins.items():
+            text = text.replace(hub_id, folder)
+        return text
+
+    return replace
 
 
 @pytest.fixture(autouse=True)
