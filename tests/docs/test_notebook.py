@@ -70,5 +70,5 @@ def test_the_two_lines_for_another_model(pairs_folder, instruct_folder, tmp_path
     lines = f"model_id = {str(instruct_folder)!r}\ndataset_id = {str(pairs_folder)!r}"
     outputs = execute(tmp_path, model=lines, size="steps = 2")
     assert "M parameters" in printed(outputs, "build_model(tokenizer)")
-    assert printed(outputs, "model.generate(").count("(chosen: ") == 12
+    assert printed(outputs, "model.generate(").count("(chosen: ") == 3
     assert (tmp_path / "orpo-quickstart" / "adapter_config.json").is_file()
