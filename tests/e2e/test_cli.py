@@ -198,6 +198,6 @@ def test_reporting_to_what_is_not_installed(tiny_mistral, tmp_path, capsys, monk
     )
     data = write_jsonl(tmp_path / "pairs.jsonl", string_rows(4, seed=1))
     arguments = ["--model", tiny_mistral, "--dataset", data, "--output_dir", tmp_path / "out"]
-    error = error_of(capsys, *arguments, "--report_to", "tensorboard", "trackio", *QUICK)
+    error = error_of(capsys, *arguments, "--report_to", "trackio", *QUICK)
     assert error.endswith("--report_to trackio: needs the package trackio, which is not installed")
     assert not (tmp_path / "out").exists()
