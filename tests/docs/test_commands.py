@@ -92,6 +92,8 @@ def workplace(tmp_path, monkeypatch, instruct_folder, localized):
     (tmp_path / "examples").mkdir()
     settings = localized((EXAMPLES / "train.yaml").read_text())
     (tmp_path / "examples" / "train.yaml").write_text(settings)
+    monkeypatch.setattr("oddsmith.demo.run.TRAIN_ROWS", 120)  # as in tests/e2e/test_demo.py
+    monkeypatch.setattr("oddsmith.demo.run.TEST_ROWS", 12)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
