@@ -57,6 +57,6 @@ def test_the_readme_is_short():
     page = PAGES[0]
     assert len(page.read_text(encoding="utf-8").splitlines()) <= 220
     assert any(
-        "NF4Config" in code and ".generate(" in code and len(code.splitlines()) <= 27
+        "NF4Config" in code and ".generate(" in code and len(code.splitlines()) <= 25
         for code in blocks(page, "python")
     )
