@@ -21,7 +21,7 @@ def execute(folder: Path, **cells: str) -> dict[str, str]:
             cell.source = cells.pop(tag, cell.source)
     assert not cells, f"the notebook has no cell tagged {', '.join(cells)}"
     client = nbclient.NotebookClient(
-        notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
+        notebook, timeout=3600, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
     )
     client.execute()
     return {
