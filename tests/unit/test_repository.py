@@ -53,10 +53,10 @@ def test_hooks_are_those_of_make_lint():
     config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
     (repo,) = config["repos"]
     assert repo["repo"] == "local"  # nothing is downloaded
-    lines = recipe("lint").replace("$(BIN)", ".venv/bin").replace("$(MAKE)", "make")
+    lines = recipe("lint").replace("$(BIN)/", "").replace("$(MAKE)", "make")
     for hook in repo["hooks"]:
         assert hook["language"] == "system"
-        assert f"\t{hook['entry']}\n" in lines, hook["entry"]
+        assert hook["entry"].removeprefix(".venv/bin/") in lines, hook["entry"]
 
 
 def test_ci_runs_the_lints_and_the_tests():
