@@ -113,7 +113,8 @@ def check_reporting(config: ORPOConfig) -> None:
         UserError: If one is not; transformers would raise a RuntimeError once the model is loaded.
     """
     installed = get_available_reporting_integrations()
-    for name in config.report_to:
+    names = config.report_to if isinstance(config.report_to, list) else []  # as it is by now
+    for name in names:
         if name in INTEGRATION_TO_CALLBACK and name not in installed:
             raise UserError(f"--report_to {name}: needs the package {name}, which is not installed")
 
