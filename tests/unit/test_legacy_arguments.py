@@ -87,5 +87,5 @@ def test_every_name_has_a_field_that_says_what_becomes_of_it():
     fields = {each.name: each.metadata["help"] for each in dataclasses.fields(LegacyArguments)}
     assert fields.keys() == LEGACY_NAMES
     assert fields["no_cuda"] == "Older name; sets `use_cpu`."
-    assert fields["use_ipex"] == "Older name; accepted, has no effect."
-    assert fields["push_to_hub_token"] == "Older name; accepted, has no effect: use hub_token."
+    assert fields["use_ipex"] == "Older name; accepted without effect."
+    assert fields["push_to_hub_token"] == "Older name; accepted without effect: use hub_token."

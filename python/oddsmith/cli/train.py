@@ -5,6 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
+from transformers.integrations import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
 
 from ..config import ORPOConfig
 from ..data.tokenizer import ensure_chat_template, ensure_pad_token
@@ -103,8 +107,22 @@ def checkpoint_to_resume(config: ORPOConfig) -> str | bool | None:
 
 
 def output_folder(config: ORPOConfig) -> Path:
-    """`--output_dir`, which `TrainingArguments` fills in where it is not given."""
+    """`--output_dir`; `TrainingArguments` sets it if it is not given."""
     return Path(config.output_dir or "trainer_output")
+
+
+def check_reporting(config: ORPOConfig) -> None:
+    """Checks that the packages in `--report_to` are installed.
+
+    Raises:
+        UserError: If one is missing; transformers would raise a RuntimeError after loading the
+        model.
+    """
+    installed = get_available_reporting_integrations()
+    names = config.report_to if isinstance(config.report_to, list) else []  # parsed already
+    for name in names:
+        if name in INTEGRATION_TO_CALLBACK and name not in installed:
+            raise UserError(f"--report_to {name}: needs the package {name}, which is not installed")
 
 
 def run_train(run: RunArguments, adapter: AdapterArguments, config: ORPOConfig) -> None:
@@ -123,6 +141,7 @@ def run_train(run: RunArguments, adapter: AdapterArguments, config: ORPOConfig) 
     """
     if run.load_in_4bit and not adapter.use_peft:
         raise UserError("--load_in_4bit needs --use_peft: 4-bit weights cannot be trained")
+    check_reporting(config)
     checkpoint = checkpoint_to_resume(config)
     evaluates = config.eval_strategy != "no" or config.do_eval
     tokenizer = load_tokenizer(run, config)

@@ -113,5 +113,5 @@ def test_bad_rows_stop_or_are_counted():
     with pytest.raises(UserError) as error:
         list(per_record(records, parse, stop=True))
     assert str(error.value) == (
-        "f.jsonl line 2: not JSON (--bad_rows drop leaves such rows out and counts them)"
+        "f.jsonl line 2: not JSON (--bad_rows drop skips such rows and counts them)"
     )

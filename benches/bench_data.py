@@ -1,18 +1,17 @@
-"""Tokenising a preference dataset beside TRL's maps and beside the tokenizer library alone.
+"""Tokenising a preference dataset, beside TRL's maps and the tokenizers library alone.
 
-    python benches/bench_tokenize.py [--rows 20000] [--peer_rows 2000] [--rounds 3]
-    python benches/bench_tokenize.py --memory 1000000
+    python benches/bench_data.py [--rows 20000] [--peer-rows 2000] [--repeats 3] [--record]
+    python benches/bench_data.py --memory 1000000 [--record]
 
-The rows are those of the two files in the folder `data` of `--shared`, repeated with a suffix that
-makes each text another one: conversations (AlpacaEval pairs, through a chat template) and strings
-(HH-RLHF, implicit prompt). The tokenizer is Mistral's, from mistral-common. Each run is a process of
-its own that loads the rows from disk and writes its columns to disk, as a first training run does:
-`oddsmith` is `prepare_dataset`; `trl` the three maps of TRL's trainer, with one process and with two;
-`encode_batch` only encodes the texts that oddsmith encodes, with every core: no template, no rows, no
-disk. TRL runs on the first `--peer_rows` rows, for time.
+The rows are conversations (AlpacaEval pairs, through a chat template) and strings (HH-RLHF, implicit prompt) from two
+files in the folder `data` of `--shared`, repeated with a suffix that makes each text different. Without the folder
+they are made up. The tokenizer is Mistral's, from mistral-common. Each run is a new process that loads the rows
+from disk and writes its columns to disk, as the first run of a training does: `oddsmith` is `prepare_dataset`; `trl` is
+the three maps of TRL's trainer, in one process and in two; `tokenizers` only encodes the texts that oddsmith encodes, on
+all cores, without template, rows and disk. TRL runs on the first `--peer-rows` rows, to save time.
 
-`--memory N` prepares N rows of made-up words, and runs `oddsmith inspect` on a file of them; it prints
-the peaks of resident memory.
+`--memory N` tokenises N made-up rows and runs `oddsmith inspect` on a file of them. It prints the peaks of resident
+memory.
 """
 
 from __future__ import annotations
@@ -31,11 +30,14 @@ import tempfile
 import time
 from pathlib import Path
 
+from results import installed
+from side_by_side import Report, flags, show
+
 FILES = {
     "conversations": "alpacaeval_mistral_orpo.jsonl.gz",
     "strings": "hh_harmless_test_head.jsonl.gz",
 }
-CONTENDERS = ("oddsmith", "encode_batch", "trl", "trl_2")
+CONTENDERS = ("oddsmith", "tokenizers", "trl", "trl_2_processes")
 
 
 def suffixed(value, suffix: str):
@@ -75,7 +77,7 @@ def made_up_columns(count: int) -> dict[str, list[str]]:
 def tokenizer_and_dataset(args: argparse.Namespace):
     from datasets import disable_caching, disable_progress_bars, load_from_disk
 
-    from bench_step import mistral_tokenizer
+    from bench_training import mistral_tokenizer
 
     disable_caching()  # results are still written to disk
     disable_progress_bars()
@@ -106,7 +108,7 @@ def run_trl(tokenizer, dataset, args: argparse.Namespace) -> float:
     trainer.processing_class, trainer.max_length = tokenizer, 1024
     trainer.is_encoder_decoder, trainer.max_completion_length = False, None
     trainer.padding_value = tokenizer.pad_token_id
-    processes = 2 if args.child == "trl_2" else None
+    processes = 2 if args.child == "trl_2_processes" else None
     start = time.perf_counter()
     rows = dataset.map(maybe_extract_prompt, num_proc=processes)
     template = {"processing_class": tokenizer}
@@ -150,13 +152,13 @@ def child(args: argparse.Namespace) -> None:
     tokenizer, dataset = tokenizer_and_dataset(args)
     runs = {
         "oddsmith": run_oddsmith,
-        "encode_batch": run_encode_batch,
+        "tokenizers": run_encode_batch,
         "inspect": run_inspect,
     }
     seconds = runs.get(args.child, run_trl)(tokenizer, dataset, args)
-    from side_by_side import _status
+    from side_by_side import status
 
-    print(json.dumps({"seconds": seconds, "rows": len(dataset), "peak": _status("VmHWM")}))
+    print(json.dumps({"seconds": seconds, "rows": len(dataset), "peak": status("VmHWM")}))
 
 
 def run(contender: str, rows: int, dataset: Path, folder: Path) -> dict:
@@ -171,30 +173,35 @@ def run(contender: str, rows: int, dataset: Path, folder: Path) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def beside_trl(args: argparse.Namespace, form: str, folder: Path) -> None:
+def beside_trl(args: argparse.Namespace, form: str, folder: Path, report: Report) -> None:
     from datasets import Dataset
 
-    from side_by_side import report, versions
-
-    path = args.shared / "data" / FILES[form]
-    dataset = folder / form
-    Dataset.from_list(list(real_rows(path, args.rows))).save_to_disk(dataset)
-    seconds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
-    for index in range(args.rounds):
+    path, dataset = args.shared / "data" / FILES[form], folder / form
+    if path.exists():
+        rows = Dataset.from_list(list(real_rows(path, args.rows)))
+    else:
+        print(f"  {path} is not there: made-up words")
+        rows = Dataset.from_dict(made_up_columns(args.rows))
+        form = f"made_up_{form}"
+    rows.save_to_disk(dataset)
+    contenders = CONTENDERS[: 2 if not installed("trl") else 3 if args.tiny else 4]
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for index in range(args.repeats):
         for name, runs in seconds.items():
-            rows = args.peer_rows if name.startswith("trl") else args.rows
-            done = run(name, rows, dataset, folder)
+            count = args.peer_rows if name.startswith("trl") else args.rows
+            done = run(name, count, dataset, folder)
             runs.append(1000 * done["seconds"] / done["rows"])
             line = f"{name}, {done['rows']} rows: {done['rows'] / done['seconds']:.0f} rows/s"
-            print(f"  round {index + 1}/{args.rounds}: {line}", flush=True)
-    case = f"tokenise, {form}, seconds for 1,000 rows ({args.rows} rows; TRL {args.peer_rows})"
-    used = versions("trl", "transformers", "tokenizers", "datasets", "oddsmith")
-    report("tokenize", case, seconds, {}, "oddsmith", os.cpu_count() or 1, used)
+            print(f"  round {index + 1}/{args.repeats}: {line}", flush=True)
+    case = f"tokenise, {form} ({args.rows} rows; TRL {args.peer_rows})"
+    show(f"{case}, seconds for 1,000 rows", seconds, "oddsmith")
     for name, runs in seconds.items():
-        print(f"  {name:24}{1000 / statistics.median(runs):9.0f} rows/s")
+        rates = [1000 / value for value in runs]
+        print(f"  {name:24}{statistics.median(rates):9.0f} rows/s")
+        report.add(f"tokenize_{form}_{name}_rate", case, name, "rate", "rows/s", rates)
 
 
-def memory(args: argparse.Namespace, folder: Path) -> None:
+def memory(args: argparse.Namespace, folder: Path, report: Report) -> None:
     from datasets import Dataset
 
     dataset = folder / "made_up"
@@ -203,21 +210,23 @@ def memory(args: argparse.Namespace, folder: Path) -> None:
     rows.save_to_disk(dataset)
     rows.to_json(f"{dataset}.jsonl")
     print(f"  {args.memory} rows made in {time.perf_counter() - start:.0f} s", flush=True)
-    for name in ("oddsmith", "inspect"):
+    for name, what in (("oddsmith", "tokenize"), ("inspect", "inspect")):
         done = run(name, args.memory, dataset, folder)
         rate = done["rows"] / done["seconds"]
         print(
-            f"  {name}, {done['rows']} rows: {done['seconds']:.0f} s, {rate:.0f} rows/s, "
+            f"  {what}, {done['rows']} rows: {done['seconds']:.0f} s, {rate:.0f} rows/s, "
             f"peak {done['peak'] / 1e9:.2f} GB",
             flush=True,
         )
+        key, case = f"{what}_{args.memory / 1e6:g}m_rows_oddsmith", f"{what}, {args.memory} rows"
+        report.add(f"{key}_memory", case, "oddsmith", "memory", "MB", [done["peak"] / 1e6])
+        report.add(f"{key}_time", case, "oddsmith", "time", "s", [done["seconds"]])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, default=20_000)
-    parser.add_argument("--peer_rows", type=int, default=2_000, help="rows that TRL runs on")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser = flags(__doc__, repeats=3)
+    parser.add_argument("--rows", type=int, help="rows of each form (default 20,000)")
+    parser.add_argument("--peer-rows", type=int, help="rows that TRL runs on (default 2,000)")
     parser.add_argument("--forms", nargs="+", choices=tuple(FILES), default=list(FILES))
     parser.add_argument(
         "--memory", type=int, default=0, help="rows of the run that measures memory"
@@ -228,15 +237,19 @@ def main() -> None:
     parser.add_argument("--dataset", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    args.rows = args.rows or (60 if args.tiny else 20_000)
+    args.peer_rows = args.peer_rows or (20 if args.tiny else 2_000)
     if args.child:
         child(args)
         return
+    args.threads = os.cpu_count() or 1  # those of the tokenizers
+    report = Report("bench_data", args, ("trl", "transformers", "tokenizers", "datasets"))
     with tempfile.TemporaryDirectory() as folder:
         if args.memory:
-            memory(args, Path(folder))
+            memory(args, Path(folder), report)
             return
         for form in args.forms:
-            beside_trl(args, form, Path(folder))
+            beside_trl(args, form, Path(folder), report)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The trainers that `gpu.py` sets side by side."""
+"""The trainers that `python -m benches.gpu` sets side by side."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 
-from gpu_bench import importable
-from gpu_models import Shape, with_their_layers
+from .bench import importable
+from .models import Shape, with_their_layers
 
 BETA = 0.1
 
@@ -82,7 +82,7 @@ def trainer_kinds(shape: Shape) -> Iterator[tuple[str, Callable, Callable, dict]
     yield "oddsmith, packed", ours, lambda model: model, optim
     yield "oddsmith, padded", ours, lambda model: model, {**optim, "padding_free": False}
     if not shape.nf4:
-        # 4 GB of state through 256 MiB of the card, beside what comes after it.
+        # 4 GB of state pass through 256 MiB of the GPU's memory.
         paged = {"optim": "paged_adamw_32bit", "optim_args": f"device_budget={256 << 20}"}
         yield "oddsmith, packed, paged", ours, lambda model: model, paged
     if not importable("trl"):

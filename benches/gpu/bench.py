@@ -1,24 +1,28 @@
-"""What `gpu.py` measures with: time and memory on a device, a table, a CSV file."""
+"""What `python -m benches.gpu` measures with: time and memory on a device, a table, rows of results.csv."""
 
 from __future__ import annotations
 
 import contextlib
-import csv
-import importlib.metadata
 import importlib.util
 import random
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
-FIELDS = (
-    "case name p20_s p50_s p80_s runs tokens_s gb_s tflop_s of_peak peak_gb extra_gb "
-    "device versions"
-).split()
+from ..results import Recorder, processor, slug
+
+PACKAGES = "oddsmith torch transformers trl bitsandbytes liger-kernel cut-cross-entropy".split()
+# Columns of the table that rows of results.csv hold, with metric and unit. The others follow from the time.
+RECORDED = {
+    "tokens_s": ("rate", "tokens/s"),
+    "of_peak": ("share_of_peak", "%"),
+    "peak_gb": ("memory", "GB"),
+    "extra_gb": ("extra_memory", "GB"),
+}
 
 
 def importable(name: str) -> bool:
@@ -27,11 +31,12 @@ def importable(name: str) -> bool:
 
 @dataclass
 class Bench:
-    """Where it runs, how long it may, and what it has found."""
+    """The device, the deadline, and the rows measured so far."""
 
     device: torch.device
     deadline: float
     repeats: int
+    recorder: Recorder
     rows: list[dict] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
 
@@ -52,7 +57,7 @@ class Bench:
 
     @contextlib.contextmanager
     def survives(self, case: str, name: str) -> Iterator[None]:
-        """A peer that this card, driver or release does not suit leaves a line, and the rest goes on."""
+        """Prints a line if a peer fails on this GPU, driver or release, and goes on with the others."""
         try:
             yield
         except Exception as error:
@@ -89,17 +94,33 @@ class Bench:
                 found[name].append(self.seconds(run, calls[name]))
         return found
 
-    def report(self, case: str, name: str, seconds: list[float], **columns) -> None:
-        ordered = sorted(seconds)
-        p20, p80 = (ordered[min(len(ordered) - 1, int(q * len(ordered)))] for q in (0.2, 0.8))
-        row = dict.fromkeys(FIELDS, "")
-        row |= {"case": case, "name": name, "p20_s": p20, "p50_s": statistics.median(seconds)}
-        row |= {"p80_s": p80, "runs": len(seconds), "device": self.device_name()}
-        self.rows.append(row | {key: value for key, value in columns.items() if value is not None})
+    def report(self, key: str, case: str, name: str, seconds: list[float], **columns) -> None:
+        """A row of the table, and its rows in results.csv: DEVICE_KEY_NAME_time and so on."""
+        row = {"case": case, "name": name, "p50_s": statistics.median(seconds), **columns}
+        self.rows.append({column: value for column, value in row.items() if value is not None})
+        id = f"{device_tag(self.device_name())}_{key}_{slug(name)}"
+        self.recorder.add(f"{id}_time", case, name, "time", "s", seconds)
+        for column, (metric, unit) in RECORDED.items():
+            if columns.get(column) is not None:
+                value = columns[column] * (100 if unit == "%" else 1)
+                self.recorder.add(f"{id}_{metric}", case, name, metric, unit, [value])
+
+
+def device_tag(name: str) -> str:
+    """The first part of a row's id: `h100` for "NVIDIA H100 80GB HBM3"."""
+    model = re.search(r"\b[A-Z]{1,4}\d+\w*\b", name)
+    return slug(model[0] if model else name)
+
+
+def machine(device: torch.device) -> str:
+    if device.type != "cuda":
+        return processor(torch.get_num_threads())
+    memory = torch.cuda.get_device_properties(device).total_memory / 1e9
+    return f"{torch.cuda.get_device_name(device)}, {memory:.0f} GB, CUDA {torch.version.cuda}"
 
 
 def print_table(rows: list[dict]) -> None:
-    """`ours is` says how often the first row of a case fits into the time of the others."""
+    """`ours is` is the time of a row over that of the first row of its case."""
     titles = ["median", "ours is", "tokens/s", "GB/s", "TFLOP/s", "of peak", "peak GB", "extra GB"]
     print(f"{'':30}" + "".join(f"{title:>11}" for title in titles))
     first: dict[str, float] = {}
@@ -110,25 +131,9 @@ def print_table(rows: list[dict]) -> None:
         numbers = [
             f"{row['p50_s'] * 1e3:.3f} ms" if row["p50_s"] < 0.1 else f"{row['p50_s']:.2f} s",
             f"{row['p50_s'] / base:.2f}x",
-            *[f"{row[key]:.0f}" if row[key] != "" else "" for key in ("tokens_s", "gb_s")],
-            f"{row['tflop_s']:.1f}" if row["tflop_s"] != "" else "",
-            f"{row['of_peak']:.0%}" if row["of_peak"] != "" else "",
-            *[f"{row[key]:.2f}" if row[key] != "" else "" for key in ("peak_gb", "extra_gb")],
+            *[f"{row[key]:.0f}" if key in row else "" for key in ("tokens_s", "gb_s")],
+            f"{row['tflop_s']:.1f}" if "tflop_s" in row else "",
+            f"{row['of_peak']:.0%}" if "of_peak" in row else "",
+            *[f"{row[key]:.2f}" if key in row else "" for key in ("peak_gb", "extra_gb")],
         ]
         print(f"  {row['name']:28}" + "".join(f"{number:>11}" for number in numbers))
-
-
-def write_csv(path: Path, rows: list[dict]) -> None:
-    packages = "torch transformers oddsmith trl bitsandbytes liger-kernel cut-cross-entropy".split()
-    used = []
-    for package in packages:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            used.append(f"{package}={importlib.metadata.version(package)}")
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        if new:
-            writer.writeheader()
-        for row in rows:
-            digits = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
-            writer.writerow(digits | {"versions": " ".join(used)})

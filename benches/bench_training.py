@@ -1,18 +1,17 @@
 """A whole training step beside TRL's: time and memory of real trainer runs.
 
-    python benches/bench_step.py [--rounds 5] [--steps 4] [--no-checkpointing] [--lora | --qlora]
-                                 [--data FILE.jsonl.gz | --long-prompts]
+    python benches/bench_training.py [--repeats 5] [--steps 4] [--no-checkpointing] [--lora | --qlora]
+                                     [--data FILE.jsonl.gz | --long-prompts] [--record]
 
-Each run is a process of its own that trains a Mistral-shaped model (8 layers, hidden 512, vocabulary
-32,000, 56 M parameters, `float32`) for a few optimiser steps of two accumulated micro-batches of two
-pairs, `max_length` 1,024; runs of the two trainers alternate. The time of a step is the median over
-the steps after the first; memory is the peak of resident memory above what the process held before
-training began, model and data included, less the gradients and the optimiser's state, which every
-trainer needs. With `--data` the rows are real pairs in the UltraFeedback form and the tokenizer is
-Mistral's (from mistral-common); without, random words of the same lengths, or with --long-prompts
-prompts of about 600 tokens and answers of about 150. With --qlora the base is in NF4, of bitsandbytes
-for TRL (which has to be installed then) and of oddsmith for oddsmith. At the end one more run of oddsmith is profiled:
-the share of its step that is matrix products, and what the rest is.
+Each run is a new process that trains a Mistral-shaped model (8 layers, hidden 512, vocabulary 32,000, 56 M parameters,
+`float32`) for a few optimiser steps of two accumulated micro-batches of two pairs, `max_length` 1,024. Runs of the two
+trainers alternate. The time of a step is the median over the steps after the first. Memory is the peak of resident
+memory above what the process held before training began (model and data), less the gradients and the optimiser's
+state, which every trainer needs. With --data the rows are real pairs in the UltraFeedback form and the tokenizer is
+Mistral's, from mistral-common. Without, they are random words of the same lengths, or with --long-prompts prompts of
+about 600 tokens and answers of about 150. With --qlora the base is in NF4, of bitsandbytes for TRL (which must be
+installed then) and of oddsmith for oddsmith. One more run of oddsmith is profiled at the end: the share of its step that
+is matrix products, and what the rest is.
 """
 
 from __future__ import annotations
@@ -24,6 +23,12 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from results import installed, slug
+from side_by_side import Report, flags
+
+# Of a real run, and with --tiny: no prompt may fill it, for TRL's loss is NaN then.
+MAX_LENGTH = (1024, 256)
 
 TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'user' %}{{ '<s>[INST] ' + m['content'] + ' [/INST]' }}"
@@ -99,7 +104,7 @@ def child(args: argparse.Namespace) -> None:
     from transformers import MistralConfig, MistralForCausalLM, TrainerCallback
     from transformers.utils import logging
 
-    from side_by_side import _status
+    from side_by_side import status
 
     logging.set_verbosity_error()
     torch.set_num_threads(args.threads)
@@ -117,16 +122,11 @@ def child(args: argparse.Namespace) -> None:
         words = [w for w in sorted(tokenizer.get_vocab()) if w.isascii() and w.isalpha()][:4000]
         rows = generated_rows(count, words, args.long_prompts)
     torch.manual_seed(0)
-    model = MistralForCausalLM(
-        MistralConfig(
-            vocab_size=32_000,
-            hidden_size=512,
-            intermediate_size=1_792,
-            num_hidden_layers=8,
-            num_attention_heads=8,
-            num_key_value_heads=4,
-        )
-    )
+    sizes = {"hidden_size": 512, "intermediate_size": 1_792, "num_hidden_layers": 8}
+    if args.tiny:
+        sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4}
+    model = MistralForCausalLM(MistralConfig(vocab_size=32_000, **sizes, **heads))
     if args.qlora:
         model = in_four_bits(model, folder, args.child)
     adapter = None
@@ -153,7 +153,7 @@ def child(args: argparse.Namespace) -> None:
             per_device_train_batch_size=2,
             gradient_accumulation_steps=2,
             max_steps=args.steps,
-            max_length=1024,
+            max_length=MAX_LENGTH[args.tiny],
             learning_rate=1e-5,
             logging_steps=1,
             bf16=False,
@@ -174,9 +174,9 @@ def child(args: argparse.Namespace) -> None:
         return
     trained = sum(p.nbytes for p in trainer.model.parameters() if p.requires_grad)
     Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
+    before = status("VmRSS")
     trainer.train()
-    peak = _status("VmHWM") - before
+    peak = status("VmHWM") - before
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     state = 3 * trained  # gradient and AdamW's two moments
     result = {
@@ -216,11 +216,9 @@ def run(trainer: str, argv: list[str]) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
+def arguments() -> argparse.Namespace:
+    parser = flags(__doc__, repeats=5)
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--data", type=Path, help="gzipped jsonl in the UltraFeedback form")
     parser.add_argument("--long-prompts", action="store_true")
     parser.add_argument("--lora", action="store_true")
@@ -233,47 +231,56 @@ def main() -> None:
     )
     parser.add_argument("--child", choices=("oddsmith", "trl"), help=argparse.SUPPRESS)
     parser.add_argument("--profile", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def names(args: argparse.Namespace) -> tuple[str, str]:
+    """The first part of the ids of a run's rows, and what is measured."""
+    kind = "qlora" if args.qlora else "lora" if args.lora else "step"
+    rows = "long_prompts" if args.long_prompts else "generated"
+    if args.data:  # alpacaeval_mistral_orpo.jsonl.gz is alpacaeval
+        rows = slug(args.data.name.split(".")[0].split("_")[0])
+    key = f"{kind}_{'tiny' if args.tiny else '56m'}_{rows}"
+    key += "" if args.checkpointing else "_no_checkpointing"
+    case = f"step, Mistral shape {'tiny' if args.tiny else '56 M'}, 2 x 2 pairs of up to {MAX_LENGTH[args.tiny]:,} tokens"
+    case += f", float32, {kind}, {'' if args.checkpointing else 'no '}checkpointing, {rows} pairs"
+    return key, case
+
+
+def main() -> None:
+    args = arguments()
     if args.child:
         child(args)
         return
-    from side_by_side import report, versions
-
+    report = Report("bench_training", args, ("trl", "transformers", "peft", "bitsandbytes"))
     argv = [f"--steps={args.steps}", f"--threads={args.threads}"]
     argv += [f"--data={args.data}"] if args.data else []
-    argv += ["--long-prompts"] if args.long_prompts else []
-    argv += ["--lora"] if args.lora else []
-    argv += ["--qlora"] if args.qlora else []
+    for flag in ("tiny", "long_prompts", "lora", "qlora"):
+        argv += [f"--{flag.replace('_', '-')}"] if getattr(args, flag) else []
     argv += ["--checkpointing" if args.checkpointing else "--no-checkpointing"]
-    results: dict[str, list[dict]] = {"oddsmith": [], "trl": []}
-    for index in range(args.rounds):
+    results: dict[str, list[dict]] = {"oddsmith": []} | ({"trl": []} if installed("trl") else {})
+    for index in range(args.repeats):
         for name, runs in results.items():
             runs.append(run(name, argv))
-            print(
-                f"  round {index + 1}/{args.rounds}: {name} {runs[-1]['seconds']:.2f} s", flush=True
-            )
-    ours, theirs = (results[name][0]["losses"] for name in results)
-    worst = max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))
-    print(f"losses agree to {worst:.1e}")
-    case = "step, Mistral shape 56 M, 2 x 2 pairs of up to 1,024 tokens, float32"
-    case += ", LoRA" if args.lora else ", QLoRA" if args.qlora else ""
-    case += ", checkpointing" if args.checkpointing else ", no checkpointing"
-    kind = "long generated prompts" if args.long_prompts else "generated pairs"
-    case += ", real pairs" if args.data else f", {kind}"
-    report(
-        "step",
-        case,
-        {name: [r["seconds"] for r in runs] for name, runs in results.items()},
-        {
-            name: int(statistics.median(r["extra_mb"] for r in runs) * 1e6)
-            for name, runs in results.items()
-        },
-        "oddsmith",
-        args.threads,
-        versions("torch", "trl", "transformers", "oddsmith"),
-    )
+            done = f"  round {index + 1}/{args.repeats}: {name} {runs[-1]['seconds']:.2f} s"
+            print(done, flush=True)
+    ours = results["oddsmith"][0]["losses"]
+    for name, runs in results.items():
+        if name != "oddsmith":
+            pairs = zip(ours, runs[0]["losses"], strict=True)
+            worst = max(abs(a - b) / abs(b) for a, b in pairs)
+            print(f"losses of oddsmith and {name} agree to {worst:.1e}")
+    key, case = names(args)
+    seconds = {name: [r["seconds"] for r in runs] for name, runs in results.items()}
+    extra = {
+        name: int(statistics.median(r["extra_mb"] for r in runs) * 1e6)
+        for name, runs in results.items()
+    }
+    report.case(key, case, seconds, "oddsmith", extra)
     shares = run("oddsmith", [*argv, "--profile"])["shares"]
     print("of a profiled step: " + ", ".join(f"{share:.1%} {op}" for op, share in shares.items()))
+    products = shares["matrix products"] * statistics.median(seconds["oddsmith"])
+    report.add(f"{key}_products_time", case, "products", "time", "s", [products])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Kernels beside their peers, for `gpu.py`."""
+"""Kernels beside their peers, for `python -m benches.gpu`."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from gpu_bench import Bench, importable
-from gpu_trainers import BETA, orpo_loss
+from .bench import Bench, importable
+from .trainers import BETA, orpo_loss
 
 
 @dataclass
 class Peaks:
-    """What the card does in this minute: bytes a second of a copy, flop a second of a product."""
+    """What the GPU reaches in this run: bytes per second of a copy, FLOP per second of a matrix product."""
 
     copy: float
     product: float
@@ -32,16 +32,15 @@ def measure_peaks(bench: Bench, size: int) -> Peaks:
     seconds = bench.interleave(runs)
     copied, product = (statistics.median(seconds[name]) for name in ("copy", "product"))
     peaks = Peaks(2 * source.nbytes / copied, 2 * size**3 / product)
-    case = "the card"
-    bench.report(
-        case, f"copy of {source.nbytes / 1e6:.0f} MB", seconds["copy"], gb_s=peaks.copy / 1e9
-    )
-    name = f"product of {size}^3, {str(dtype).removeprefix('torch.')}"
-    bench.report(case, name, seconds["product"], tflop_s=peaks.product / 1e12)
+    key, case = "peak", "the GPU"
+    name = f"copy of {source.nbytes / 1e6:.0f} MB"
+    bench.report(key, case, name, seconds["copy"], gb_s=peaks.copy / 1e9)
+    name = f"product of {size} cubed, {str(dtype).removeprefix('torch.')}"
+    bench.report(key, case, name, seconds["product"], tflop_s=peaks.product / 1e12)
     return peaks
 
 
-def compare(bench, peaks, case, runs, moved=None, flops=None) -> None:
+def compare(bench, peaks, key, case, runs, moved=None, flops=None) -> None:
     """Rows of a case: `moved` bytes and `flops` are what it cannot do without."""
     extra = {}
     for name, run in runs.items():
@@ -52,6 +51,7 @@ def compare(bench, peaks, case, runs, moved=None, flops=None) -> None:
     for name, values in seconds.items():
         median = statistics.median(values)
         bench.report(
+            key,
             case,
             name,
             values,
@@ -95,15 +95,18 @@ def nf4_kernels(bench: Bench, peaks: Peaks, rows: int, columns: int, tokens: int
         dequantise["bitsandbytes"] = lambda: peer.dequantize_4bit(codes, other)
         decode["bitsandbytes"] = lambda: theirs(token)
         linear["bitsandbytes"] = train(theirs)
-    size = f"{rows} x {columns}, {str(dtype).removeprefix('torch.')}"
+    kind = str(dtype).removeprefix("torch.")
+    size, row = f"{rows} x {columns}, {kind}", f"{rows}x{columns}_{kind}"
     codes_and_scales = packed.nbytes + state.absmax.nbytes
     moved = weight.nbytes + codes_and_scales
-    compare(bench, peaks, f"NF4 quantise, {size}", quantise, moved)
-    compare(bench, peaks, f"NF4 dequantise, {size}", dequantise, moved)
+    compare(bench, peaks, f"nf4_quantize_{row}", f"NF4 quantise, {size}", quantise, moved)
+    compare(bench, peaks, f"nf4_dequantize_{row}", f"NF4 dequantise, {size}", dequantise, moved)
     with torch.no_grad():
-        compare(bench, peaks, f"NF4 times one token, {size}", decode, codes_and_scales)
+        case = f"NF4 times one token, {size}"
+        compare(bench, peaks, f"nf4_linear_1_token_{row}", case, decode, codes_and_scales)
     case = f"NF4 linear, forward and backward, {tokens} tokens, {size}"
-    compare(bench, peaks, case, linear, flops=4 * tokens * weight.numel())
+    key = f"nf4_linear_{tokens}_tokens_{row}"
+    compare(bench, peaks, key, case, linear, flops=4 * tokens * weight.numel())
 
 
 def head_kernels(bench, peaks, rows: int, width: int, vocab: int, trained: bool) -> None:
@@ -115,7 +118,7 @@ def head_kernels(bench, peaks, rows: int, width: int, vocab: int, trained: bool)
     length = rows // count
     weight = torch.randn(vocab, width, device=device, dtype=dtype) * width**-0.5
     tokens = torch.randint(vocab, (count, length), device=device)
-    # A trained model's hidden state points at the next word: peaked logits.
+    # A trained model's hidden state points at the next token: peaked logits.
     hint = F.normalize(weight[tokens].float(), dim=-1)
     hidden = (
         (torch.randn(count, length, width, device=device) + 12 * hint).to(dtype).requires_grad_()
@@ -165,7 +168,8 @@ def head_kernels(bench, peaks, rows: int, width: int, vocab: int, trained: bool)
 
         runs["CCE"] = cut
     scored = int((targets != -100).sum())
-    case = f"head, {'trained' if trained else 'frozen'}, {rows} x {width} x {vocab}"
+    state = "trained" if trained else "frozen"
+    case = f"head, {state}, {rows} x {width} x {vocab}"
     truth = ours()[0].item()
     for name, run in list(runs.items())[1:]:
         with bench.survives(case, name):
@@ -173,7 +177,7 @@ def head_kernels(bench, peaks, rows: int, width: int, vocab: int, trained: bool)
             if not abs(loss - truth) < 0.02 * abs(truth):
                 print(f"  {name}: its loss is {loss:.4f}, ours {truth:.4f}")
     flops = (3 if trained else 2) * 2 * scored * vocab * width
-    compare(bench, peaks, case, runs, flops=flops)
+    compare(bench, peaks, f"head_{rows}x{width}x{vocab}_{state}", case, runs, flops=flops)
 
 
 def optimizer_kernels(bench: Bench, peaks: Peaks, count: int) -> None:
@@ -214,7 +218,9 @@ def optimizer_kernels(bench: Bench, peaks: Peaks, count: int) -> None:
                     parameters[-1].grad = torch.randn_like(parameters[-1])
                 kind = getattr(module, kind)
                 runs[name] = kind(parameters, lr=1e-5, weight_decay=0.01, **options).step
-        compare(bench, peaks, f"{case}, {count / 1e6:.1f} M values", runs, moved * count)
+        bits = "8bit" if "8 bits" in case else "32bit"
+        key = f"adamw{bits}_{count / 1e6:.1f}m"
+        compare(bench, peaks, key, f"{case}, {count / 1e6:.1f} M values", runs, moved * count)
 
 
 def kernels(bench: Bench, tiny: bool) -> None:

@@ -1,4 +1,4 @@
-"""Training steps for `gpu.py`: trainers of one model that share its weights and take turns."""
+"""Training steps for `python -m benches.gpu`: trainers of one model that share its weights and take turns."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import time
 
 import torch
 
-from gpu_bench import Bench, importable
-from gpu_models import Shape, build, draw_lengths, rows_of, twin, word_tokenizer
-from gpu_trainers import BETA, trainer_kinds
+from .bench import Bench, importable
+from .models import Shape, build, draw_lengths, rows_of, twin, word_tokenizer
+from .trainers import BETA, trainer_kinds
 
 MAX_LENGTH = 1024  # the article's, as are LoRA's rank and the batches
 # Its table, for 2,000 steps of 8 pairs on an A100 with 40 GB.
@@ -134,7 +134,7 @@ def steps(bench: Bench, name: str, shape: Shape, scale: float, rounds: int, each
         if bench.cuda:
             columns["extra_gb"] = max(extra) / 1e9
             columns["peak_gb"] = columns["extra_gb"] + resident_bytes(trainer) / 1e9
-        bench.report(case, kind, seconds, **columns)
+        bench.report(f"step_{name}", case, kind, seconds, **columns)
     print("  first losses: " + ", ".join(f"{kind} {loss:.4f}" for kind, loss in losses.items()))
     if name == "mistral-7b":
         measured = {kind: clock.seconds for kind, clock in clocks.items() if clock.seconds}

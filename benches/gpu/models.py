@@ -1,4 +1,4 @@
-"""Models of real shapes with random weights, and pairs of real lengths, for `gpu.py`."""
+"""Models of real shapes with random weights, and pairs of real lengths, for `python -m benches.gpu`."""
 
 from __future__ import annotations
 

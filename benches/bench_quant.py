@@ -1,22 +1,20 @@
-"""NF4 beside bitsandbytes: quantise, dequantise, the 4-bit linear layer, and decoding.
+"""NF4 beside bitsandbytes: quantising, dequantising, the 4-bit linear layer, and decoding one token.
 
-    python benches/bench_nf4.py [--repeats 7] [--threads 2] [--pool] [--only dequantise]
+    python benches/bench_quant.py [--repeats 7] [--threads 2] [--pool] [--only dequantize] [--record]
 
-Weights of 4096 x 4096 and 4096 x 14336, block size 64. The linear layer takes 512 tokens forward and
-backward, beside the same in `float32` with a weight in full. "write" fills a result of that size and
-does nothing else. Decoding is one token at a time; bitsandbytes has two ways: from a dequantised weight,
-which its layer takes whenever a gradient may be asked for, and on processors with bfloat16 units a kernel
-for evaluation that rounds tokens, scales and products to bfloat16.
+Weights of 4096 x 4096 and 4096 x 14336, block size 64. The linear layer takes 512 tokens forward and backward, beside the
+same in `float32` with an unpacked weight. `write` only fills a result of that size. Decoding is one token at a time;
+bitsandbytes has two ways: from a dequantised weight, which its layer takes whenever a gradient may be needed, and, on
+processors with bfloat16 units, an evaluation kernel that rounds tokens, scales and products to bfloat16.
 
-Large results are fresh memory, whose pages the system hands out one by one. --pool takes them from
-oddsmith's pool, as `ORPOTrainer` does while it trains: for every run in the table alike.
+Large results are fresh memory, whose pages the system maps one by one. --pool takes the results of all implementations
+from oddsmith's pool, as `ORPOTrainer` does while it trains.
 
 On a processor with bfloat16 units `ONEDNN_MAX_CPU_ISA=AVX2` shows what happens without them.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 
 import bitsandbytes as bnb
@@ -27,9 +25,10 @@ import torch.nn.functional as F
 from oddsmith import functional
 from oddsmith.nn import Linear4bit
 from oddsmith.training.allocator import pooled_memory
-from side_by_side import interleave, report, versions
+from side_by_side import Report, flags, interleave
 
 SHAPES = ((4096, 4096), (4096, 14336))
+TINY = ((64, 128),)
 TOKENS = 512
 # Calls in a run, where one is too short to time.
 DECODED = 20
@@ -41,7 +40,7 @@ def quantise(weight):
     assert torch.equal(packed, codes) and torch.equal(state.absmax, other.absmax)
     return {
         "oddsmith": lambda: functional.quantize_nf4(weight),
-        "oddsmith, double quant": lambda: functional.quantize_nf4(weight, double_quant=True),
+        "oddsmith_double_quant": lambda: functional.quantize_nf4(weight, double_quant=True),
         "bitsandbytes": lambda: peer.quantize_4bit(weight, quant_type="nf4"),
     }
 
@@ -93,9 +92,9 @@ def linear(weight):
     runs = {
         "oddsmith": lambda: step(ours, x, upstream),
         "bitsandbytes": lambda: step(theirs, x, upstream),
-        "dense float32": lambda: step(lambda x: F.linear(x, full), wide, wide_upstream),
+        "dense_float32": lambda: step(lambda x: F.linear(x, full), wide, wide_upstream),
     }
-    close(runs["oddsmith"](), runs["dense float32"](), weight.dtype)
+    close(runs["oddsmith"](), runs["dense_float32"](), weight.dtype)
     return runs
 
 
@@ -115,7 +114,7 @@ def decode(weight):
         "dense": lambda: each(lambda x: F.linear(x, full)),
     }
     if peer.has_avx512bf16():
-        runs["bitsandbytes, evaluation"] = lambda: each(evaluated.eval())
+        runs["bitsandbytes_evaluation"] = lambda: each(evaluated.eval())
     truth = [F.linear(token.double(), full.double()) for token in tokens]
     for name, run in runs.items():
         worst = max((a.double() - b).abs().max() / b.abs().max() for a, b in zip(run(), truth))
@@ -124,39 +123,47 @@ def decode(weight):
     return runs
 
 
+# What is measured, the id of its rows, and their title.
 CASES = {
-    "quantise": (quantise, "weight {shape} {dtype}"),
-    "dequantise": (dequantise, "weight {shape} to {dtype}"),
-    "linear": (linear, f"weight {{shape}}, {TOKENS} tokens in {{dtype}}, forward and backward"),
-    "decode": (decode, f"weight {{shape}}, {DECODED} times one token in {{dtype}}"),
+    "quantize": (quantise, "quantize", "weight {shape} {dtype}"),
+    "dequantize": (dequantise, "dequantize", "weight {shape} to {dtype}"),
+    "linear": (
+        linear,
+        f"linear_{TOKENS}_tokens",
+        f"weight {{shape}}, {TOKENS} tokens in {{dtype}}, forward and backward",
+    ),
+    "decode": (
+        decode,
+        "linear_1_token",
+        f"weight {{shape}}, {DECODED} times one token in {{dtype}}",
+    ),
 }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=2)
+    parser = flags(__doc__, repeats=7)
     parser.add_argument("--pool", action="store_true", help="memory from oddsmith's pool")
     parser.add_argument("--only", choices=CASES, action="append", help="leave the others out")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], action="append")
     parser.add_argument("--shape", type=int, choices=range(len(SHAPES)), help="one of the shapes")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    used = versions("torch", "bitsandbytes", "oddsmith")
+    report = Report("bench_quant", args, ("bitsandbytes",))
     shapes = SHAPES if args.shape is None else SHAPES[args.shape : args.shape + 1]
     pool = pooled_memory(torch.device("cpu")) if args.pool else contextlib.nullcontext()
     with pool:
-        for case in args.only or CASES:
-            make, title = CASES[case]
-            for shape in shapes:
+        for name in args.only or CASES:
+            make, key, title = CASES[name]
+            for shape in TINY if args.tiny else shapes:
                 for dtype in args.dtype or ["float32", "bfloat16"]:
                     torch.manual_seed(7)
                     weight = (torch.randn(shape) * 0.02).to(getattr(torch, dtype))
-                    text = title.format(shape=" x ".join(map(str, shape)), dtype=dtype)
-                    runs = make(weight)
-                    seconds = interleave(runs, args.repeats)
-                    text = f"{case}: {text}{', pool' if args.pool else ''}"
-                    report("nf4", text, seconds, {}, "oddsmith", args.threads, used)
+                    case = title.format(shape=" x ".join(map(str, shape)), dtype=dtype)
+                    case = f"NF4 {name}: {case}{', reused memory' if args.pool else ''}"
+                    size = "x".join(map(str, shape))
+                    row = f"nf4_{key}_{size}_{dtype}{'_reused' if args.pool else ''}"
+                    seconds = interleave(make(weight), args.repeats)
+                    report.case(row, case, seconds, "oddsmith")
 
 
 if __name__ == "__main__":

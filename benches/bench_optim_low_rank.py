@@ -1,16 +1,14 @@
-"""GaLore beside galore-torch and AdamW: a refresh of the basis, a whole step, and its memory.
+"""GaLore beside galore-torch and AdamW: a refresh of the basis, a whole step, and bytes of state.
 
-    python benches/bench_galore.py [--repeats 5] [--threads 2] [--rank 128] [--skip-svd]
+    python benches/bench_optim_low_rank.py [--repeats 5] [--threads 2] [--rank 128] [--skip-svd] [--record]
 
-Refresh: the randomised range finder, cold and from the last basis, beside the SVD that galore-torch
-takes. Step: GaLoreAdamW8bit on one matrix, beside its two bare projection products, torch's fused
-fp32 AdamW, and galore-torch's GaLoreAdamW where it is installed. `amortised` adds a refresh every
-200 steps. Needs galore-torch and bitsandbytes for the peers; without them they are left out.
+Refresh: the randomised range finder, from the last basis and without one (`cold`), beside the SVD of galore-torch. Step:
+GaLoreAdamW8bit on one matrix, beside its two projection products alone, torch's fused AdamW, and galore-torch's
+GaLoreAdamW. `amortised` adds the time of a refresh every 200 steps. Peers that are not installed are left out.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import statistics
 
@@ -19,10 +17,13 @@ from torch import nn
 
 from oddsmith.optim import AdamW8bit, GaLoreAdamW, GaLoreAdamW8bit, optimizer_bytes
 from oddsmith.optim.low_rank.projection import exact_bases, generator_for, random_bases
-from side_by_side import interleave, report, versions
+from side_by_side import Report, flags, interleave
 
 SHAPES = ((1024, 4096), (4096, 4096))
+TINY = ((24, 96), (96, 96))
 GAP = 200
+# A step with its share of a refresh.
+AMORTISED = "oddsmith_8bit_amortised"
 
 
 def gradient(rows: int, columns: int) -> torch.Tensor:
@@ -43,22 +44,22 @@ def peer(name: str):
         return None
 
 
-def bench_refresh(rows, columns, rank, args, used) -> float:
+def bench_refresh(rows, columns, rank, args, report: Report) -> float:
     """Seconds of a refresh from the last basis."""
     grad = gradient(rows, columns)
     generator = generator_for(grad.device, 1)
     old = random_bases(grad + 0.1 * torch.randn_like(grad), rank, generator)[1]
     runs = {
-        "from the last basis": lambda: random_bases(grad, rank, generator, right=old),
-        "cold": lambda: random_bases(grad, rank, generator),
+        "oddsmith": lambda: random_bases(grad, rank, generator, right=old),
+        "oddsmith_cold": lambda: random_bases(grad, rank, generator),
     }
     seconds = interleave(runs, args.repeats)
     if not args.skip_svd:
         # What galore-torch's get_orthogonal_matrix does; too long to repeat as often.
         svd = interleave({"svd": lambda: exact_bases(grad, rank)}, 1, warm_up=0)
-        seconds["galore-torch's SVD"] = svd["svd"]
+        seconds["galore_torch"] = svd["svd"]
     title = f"refresh, {rows} x {columns}, rank {rank}"
-    report("galore", title, seconds, {}, "from the last basis", args.threads, used)
+    report.case(f"galore_refresh_{rows}x{columns}", title, seconds, "oddsmith")
     # What the basis keeps of the gradient, beside the best there is.
     right = random_bases(grad, rank, generator, right=old)[1]
     kept = (grad @ right.T).norm() / grad.norm()
@@ -67,10 +68,10 @@ def bench_refresh(rows, columns, rank, args, used) -> float:
         best = (grad @ exact_bases(grad, rank)[1].T).norm() / grad.norm()
         print(f", by the SVD {best:.4f}", end="")
     print("\n")
-    return statistics.median(seconds["from the last basis"])
+    return statistics.median(seconds["oddsmith"])
 
 
-def bench_step(rows, columns, rank, refresh, args, used) -> None:
+def bench_step(rows, columns, rank, refresh, args, report: Report) -> None:
     grad = gradient(rows, columns)
     low_rank = {"rank": rank, "update_proj_gap": 10**9}
 
@@ -82,14 +83,14 @@ def bench_step(rows, columns, rank, refresh, args, used) -> None:
         return optimizer
 
     ours = {
-        "GaLoreAdamW8bit": lambda w: GaLoreAdamW8bit([{"params": [w], **low_rank}], lr=1e-3),
-        "GaLoreAdamW": lambda w: GaLoreAdamW([{"params": [w], **low_rank}], lr=1e-3),
+        "oddsmith_8bit": lambda w: GaLoreAdamW8bit([{"params": [w], **low_rank}], lr=1e-3),
+        "oddsmith_32bit": lambda w: GaLoreAdamW([{"params": [w], **low_rank}], lr=1e-3),
     }
-    makers = {**ours, "torch AdamW, fused": lambda w: torch.optim.AdamW([w], lr=1e-3, fused=True)}
-    makers["AdamW8bit"] = lambda w: AdamW8bit([w], lr=1e-3)
+    makers = {**ours, "torch_adamw_fused": lambda w: torch.optim.AdamW([w], lr=1e-3, fused=True)}
+    makers["oddsmith_adamw8bit"] = lambda w: AdamW8bit([w], lr=1e-3)
     if not args.skip_svd and (theirs := peer("GaLoreAdamW")) is not None:
         extra = {**low_rank, "scale": 0.25, "proj_type": "std"}
-        makers["galore-torch AdamW"] = lambda w: theirs(
+        makers["galore_torch"] = lambda w: theirs(
             [{"params": [w], **extra}], lr=1e-3, no_deprecation_warning=True
         )
     optimizers = {name: stepper(make) for name, make in makers.items()}
@@ -97,7 +98,7 @@ def bench_step(rows, columns, rank, refresh, args, used) -> None:
     state = {
         name: optimizer_bytes(optimizer)
         for name, optimizer in optimizers.items()
-        if not name.startswith("galore-torch")
+        if not name.startswith("galore_torch")
     }
     runs = {name: optimizer.step for name, optimizer in optimizers.items()}
     basis = exact_like(rows, columns, rank)
@@ -109,19 +110,17 @@ def bench_step(rows, columns, rank, refresh, args, used) -> None:
         else:
             weight.addmm_(basis, basis.T @ grad, alpha=1e-9)
 
-    runs["two bare products"] = products
+    runs["products"] = products
     seconds = interleave(runs, args.repeats, warm_up=2)
-    seconds["GaLoreAdamW8bit, amortised"] = [
-        each + refresh / GAP for each in seconds["GaLoreAdamW8bit"]
-    ]
+    seconds[AMORTISED] = [each + refresh / GAP for each in seconds["oddsmith_8bit"]]
     title = f"step, {rows} x {columns}, rank {rank}; MB of state"
-    report("galore", title, seconds, state, "GaLoreAdamW8bit, amortised", args.threads, used)
+    report.case(f"galore_step_{rows}x{columns}", title, seconds, AMORTISED, state)
     small, large = sorted((rows, columns))
     formula = 4 * small * rank + 2 * large * rank
     print(f"  state by the formula, fp32 basis and 8-bit moments: {formula / 1e6:.2f} MB")
-    whole = statistics.median(seconds["GaLoreAdamW8bit, amortised"])
-    bare = statistics.median(seconds["two bare products"])
-    for adam in ("AdamW8bit", "torch AdamW, fused"):
+    whole = statistics.median(seconds[AMORTISED])
+    bare = statistics.median(seconds["products"])
+    for adam in ("oddsmith_adamw8bit", "torch_adamw_fused"):
         if adam in seconds:
             other = statistics.median(seconds[adam])
             ratio = whole / (other + bare)
@@ -135,19 +134,18 @@ def exact_like(rows: int, columns: int, rank: int) -> torch.Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rank", type=int, default=128)
+    parser = flags(__doc__, repeats=5)
+    parser.add_argument("--rank", type=int, help="of the projection (default 128)")
     parser.add_argument(
         "--skip-svd", action="store_true", help="leave the SVD out, which takes up to a minute"
     )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    used = versions("torch", "oddsmith")
-    for rows, columns in SHAPES:
-        refresh = bench_refresh(rows, columns, args.rank, args, used)
-        bench_step(rows, columns, args.rank, refresh, args, used)
+    rank = args.rank or (8 if args.tiny else 128)
+    report = Report("bench_optim_low_rank", args, ("galore-torch",))
+    for rows, columns in TINY if args.tiny else SHAPES:
+        refresh = bench_refresh(rows, columns, rank, args, report)
+        bench_step(rows, columns, rank, refresh, args, report)
 
 
 if __name__ == "__main__":
