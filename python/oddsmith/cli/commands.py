@@ -16,13 +16,14 @@ USAGE = """\
 oddsmith: ORPO preference tuning, a drop-in for TRL's ORPOTrainer.
 
   oddsmith demo                            train a small model offline, in about two minutes
-  oddsmith train --model M --dataset D     train a model on preference pairs  oddsmith train
-  run.yaml [--flag value]   settings from a file; flags override them oddsmith prepare DATASET
-  --output FILE   make curated preference pairs from other data oddsmith inspect DATASET --model M
-  check a dataset: lengths, padding, likely mistakes oddsmith quantize MODEL OUT
-  write an NF4 checkpoint in the format of bitsandbytes oddsmith merge BASE ADAPTER OUT
-  merge a LoRA adapter into its base, 4-bit or not oddsmith COMMAND --help                  the
-  flags of a command oddsmith --version
+  oddsmith train --model M --dataset D     train a model on preference pairs
+  oddsmith train run.yaml [--flag value]   settings from a file; flags override them
+  oddsmith prepare DATASET --output FILE   make curated preference pairs from other data
+  oddsmith inspect DATASET --model M       check a dataset: lengths, padding, likely mistakes
+  oddsmith quantize MODEL OUT              write an NF4 checkpoint in the format of bitsandbytes
+  oddsmith merge BASE ADAPTER OUT          merge a LoRA adapter into its base, 4-bit or not
+  oddsmith COMMAND --help                  the flags of a command
+  oddsmith --version
 """
 
 TRAIN_USAGE = """\

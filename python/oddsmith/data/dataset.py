@@ -265,8 +265,7 @@ def _apply_overlength(
             empty = empty[~too_long]
     elif count:
         logger.warning(
-            f"{share} are longer than {_limit(builder)}: truncated; overlength='drop' removes them "
-            "out."
+            f"{share} are longer than {_limit(builder)}: truncated; overlength='drop' removes them."
         )
     _check_completions(empty, builder, name)
     return dataset

@@ -6,7 +6,8 @@ ARGS_DOC = """params (`Iterable`):
             parameters whose moments have 32 bits.
         lr (`float`, *optional*, defaults to 1e-3):
             Learning rate.
-        betas (`tuple[float, float]`, *optional*, defaults to `(0.9, 0.999)`): Decay of the moments.
+        betas (`tuple[float, float]`, *optional*, defaults to `(0.9, 0.999)`):
+            Decay of the moments.
         eps (`float`, *optional*, defaults to 1e-8):
             Added to the root of the second moment, after the bias correction.
         weight_decay (`float`, *optional*, defaults to 1e-2):

@@ -49,7 +49,8 @@ class APOLLOAdamW(LowRankOptimizer):
             Parameters, or groups of them.
         lr (`float`, *optional*, defaults to 1e-3):
             Learning rate.
-        betas (`tuple[float, float]`, *optional*, defaults to `(0.9, 0.999)`): Decay of the moments.
+        betas (`tuple[float, float]`, *optional*, defaults to `(0.9, 0.999)`):
+            Decay of the moments.
         eps (`float`, *optional*, defaults to 1e-6):
             Added to the root of the second moment, before the bias correction.
         weight_decay (`float`, *optional*, defaults to 0.0):
