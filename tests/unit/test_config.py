@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import pickle
+import re
 import warnings
 
 import pytest
@@ -360,6 +361,28 @@ def test_command_line_refuses_an_unknown_choice(capsys):
     with pytest.raises(SystemExit):
         parser.parse_args_into_dataclasses(["--nll_scope", "prompt"])
     assert "nll_scope" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("auto", "auto"), ("true", True), ("True", True), ("false", False), ("False", False)],
+)
+def test_share_prompt_from_a_flag_and_from_yaml(text, value, tmp_path):
+    parser = HfArgumentParser(ORPOConfig)
+    (config,) = parser.parse_args_into_dataclasses(["--share_prompt", text, "--use_cpu"])
+    assert config.share_prompt is value or (config.share_prompt == value == "auto")
+    file = tmp_path / "run.yaml"
+    file.write_text(f"output_dir: out\nuse_cpu: true\nshare_prompt: {text}\n")
+    (config,) = parser.parse_yaml_file(str(file))
+    assert config.share_prompt is value or (config.share_prompt == value == "auto")
+    assert ORPOConfig(share_prompt=config.share_prompt, use_cpu=True).share_prompt == value
+
+
+@pytest.mark.parametrize("value", ["yes", "", 0, 1, None, 0.5, ["auto"]])
+def test_share_prompt_is_nothing_else(value):
+    reason = re.escape(f"share_prompt is {value!r}; must be True, False or 'auto'")
+    with pytest.raises(ValueError, match=reason):
+        ORPOConfig(share_prompt=value, use_cpu=True)
 
 
 def test_yaml(tmp_path):

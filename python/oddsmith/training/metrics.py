@@ -1,9 +1,11 @@
 """MetricStore: metrics of micro-batches, averaged where they are and read back once per log."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
+
+Split = Literal["train", "eval"]
 
 # Keys that are no averages. The private two watch the loss; they never reach a log.
 EMPTY_COMPLETIONS = "empty_completions"
