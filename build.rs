@@ -56,7 +56,7 @@ fn main() {
     if env::var("CARGO_CFG_TARGET_OS").is_ok_and(|system| system == "linux") {
         let mut shim = cc::Build::new();
         shim.cpp(true).std("c++17");
-        for source in ["src/torch/pool.cpp", "src/torch/stream.cpp"] {
+        for source in ["src/torch/allocator/pool.cpp", "src/torch/stream.cpp"] {
             println!("cargo:rerun-if-changed={source}");
             shim.file(source);
         }

@@ -1,7 +1,7 @@
-// The ORPO head around the tiles of head.cu: which rows of a batch are scored, and from their
+// The ORPO head around the tiles of head_tiles.cu: which rows of a batch are scored, and from their
 // statistics to the loss and to the coefficient of each row's gradient. One block takes a batch, so
 // that the host has nothing to wait for. The references are src/head/layout.rs, src/head/scores.rs and
-// src/odds_ratio.rs.
+// src/head/odds_ratio.rs.
 #include "common.cuh"
 
 constexpr int BLOCK = 512;
@@ -126,7 +126,7 @@ SIDE_MEANS(head_side_means_f32, float)
 SIDE_MEANS(head_side_means_bf16, bf16)
 SIDE_MEANS(head_side_means_f16, f16)
 
-// ---- the loss, in double: src/odds_ratio.rs and src/head/scores.rs ----
+// ---- the loss, in double: src/head/odds_ratio.rs and src/head/scores.rs ----
 
 constexpr double SMALLEST = 1.401298464324817e-45;
 constexpr double STEEPEST = 16777216.0;

@@ -1,19 +1,16 @@
 //! The hot path of oddsmith: ORPO (odds-ratio preference optimisation) without the logits.
 //!
-//! Algorithms work on slices and know neither torch nor Python: [`odds_ratio`], [`head`], [`data`],
-//! [`quant`], [`optim`], [`checkpoint`]. Adapters carry them to tensors (`torch`), to NVIDIA's cards (`cuda`)
-//! and to Python (`python`), each behind a cargo feature of its name, so that an import in the wrong
-//! direction does not compile.
+//! Algorithms work on slices and know neither torch nor Python: [`head`], [`data`], [`quant`], [`optim`],
+//! [`checkpoint`], on what they share in [`base`]. Adapters carry them to tensors (`torch`), to NVIDIA GPUs
+//! (`cuda`) and to Python (`python`), each behind a cargo feature of its name, so that an import in the
+//! wrong direction does not compile.
 
-pub mod arena;
+pub mod base;
 pub mod checkpoint;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 pub mod data;
-pub mod error;
 pub mod head;
-mod huge_pages;
-pub mod odds_ratio;
 pub mod optim;
 pub mod quant;
 #[cfg(feature = "torch")]
@@ -21,3 +18,5 @@ pub mod torch;
 
 #[cfg(feature = "python")]
 mod python;
+#[cfg(test)]
+mod rooms;

@@ -5,14 +5,14 @@ use std::borrow::Cow;
 
 use half::{bf16, f16};
 
-use crate::quant::storage::{Dtype, Storage};
+use crate::base::float::{Dtype, Float};
 
 /// A type of which every pattern of bits is a value, stored as this machine does: little-endian, on every
 /// machine that torch runs on.
 ///
 /// # Safety
 /// The type has no padding and no forbidden values.
-pub unsafe trait Plain: Storage {
+pub unsafe trait Plain: Float {
     /// Its name.
     const DTYPE: Dtype;
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use super::file::{Entry, TensorFile};
-use crate::error::{Error, Result};
+use crate::base::error::{Error, Result};
 
 /// A tensor and the file it is in.
 #[derive(Clone, Copy, Debug)]

@@ -5,45 +5,21 @@ use std::path::PathBuf;
 
 use super::bytes::Plain;
 use super::collection::{Collection, Found};
+use super::engine::ConvertEngine;
 use super::file::TensorFile;
-use super::layout::{Item, Layout};
+use super::layout::{Layout, LayoutEntry};
 use super::low_rank::LowRank;
 use super::output::{Disk, Output};
-use super::rule::{Rule, Target};
+use super::rule::{Target, TensorRule};
 use super::sink::{Sink, items};
 use super::source::Source;
 use super::state::PARTS;
-use crate::error::{Error, Result};
-use crate::head::backend::{Gemm, Team};
+use crate::base::error::{Error, Result};
+use crate::base::float::Dtype;
 use crate::quant::BLOCK_SIZES;
-use crate::quant::blockwise8::{Choice, MAP_LEN};
-use crate::quant::storage::Dtype;
 
 /// Bytes that are read before the disk begins to write what became of them.
 const DISK: usize = 128 << 20;
-
-/// What the conversion borrows from its surroundings.
-pub struct Engine<'a> {
-    /// Threads.
-    pub team: &'a dyn Team,
-    /// Matrix products.
-    pub gemm: &'a dyn Gemm<f32>,
-    /// The mean of scales: the order of its additions decides the last bits, and libtorch's is that of
-    /// the format.
-    pub mean: &'a dyn Fn(&[f32]) -> Result<f32>,
-    /// Values of 8-bit codes, ascending.
-    pub map: &'a [f32; MAP_LEN],
-    /// How 8-bit codes are chosen.
-    pub choice: Choice,
-    /// Values that are worked on at a time: a multiple of every block size.
-    pub chunk: usize,
-}
-
-impl std::fmt::Debug for Engine<'_> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Engine").field("choice", &self.choice).finish_non_exhaustive()
-    }
-}
 
 /// What is to be done.
 #[derive(Debug)]
@@ -53,7 +29,7 @@ pub struct Job<'a> {
     /// The adapter, if rules name tensors of one.
     pub adapter: Option<&'a Collection>,
     /// What becomes of tensors; those without a rule are copied, with what belongs to them.
-    pub rules: Vec<Rule>,
+    pub rules: Vec<TensorRule>,
     /// A new file for each file of the base.
     pub outputs: Vec<PathBuf>,
 }
@@ -76,7 +52,11 @@ pub type Progress<'a> = dyn FnMut(usize) -> Result<()> + 'a;
 /// A rule that does not fit its tensor, a value that is not finite where it is quantised or changed, a
 /// damaged file, and what the system reports. Rules are checked before the first file is made; files
 /// that are made stay behind.
-pub fn convert(job: &Job<'_>, engine: &Engine<'_>, progress: &mut Progress<'_>) -> Result<Vec<Written>> {
+pub fn convert(
+    job: &Job<'_>,
+    engine: &ConvertEngine<'_>,
+    progress: &mut Progress<'_>,
+) -> Result<Vec<Written>> {
     let plan = Plan::new(job)?;
     let (disk, mut written) = (Disk::start(), Vec::new());
     for (file, path) in job.base.files().iter().zip(&job.outputs) {
@@ -119,7 +99,7 @@ pub fn size(job: &Job<'_>) -> Result<usize> {
 /// A rule that fits its tensor. Scales of 4-bit tensors are read again when their turn comes: those of
 /// a whole model would fill memory.
 struct Step<'a> {
-    rule: &'a Rule,
+    rule: &'a TensorRule,
     /// Sizes before and after.
     from: Vec<usize>,
     to: Vec<usize>,
@@ -167,14 +147,14 @@ impl<'a> Plan<'a> {
         self.job.adapter.ok_or_else(|| Error::Internal("a rule without its adapter".into()))
     }
 
-    fn source(&self, rule: &Rule) -> Result<Source<'a>> {
+    fn source(&self, rule: &TensorRule) -> Result<Source<'a>> {
         match &rule.replacement {
             None => Source::open(self.job.base, &rule.name),
             Some(name) => Source::open(self.adapter()?, name),
         }
     }
 
-    fn step(&self, rule: &'a Rule, source: &Source<'a>) -> Result<Step<'a>> {
+    fn step(&self, rule: &'a TensorRule, source: &Source<'a>) -> Result<Step<'a>> {
         let from = source.shape().to_vec();
         let mut to = from.clone();
         if rule.transposed {
@@ -197,13 +177,13 @@ impl<'a> Plan<'a> {
         Ok(step)
     }
 
-    fn items(&self, file: &TensorFile, name: &str) -> Vec<Item> {
+    fn items(&self, file: &TensorFile, name: &str) -> Vec<LayoutEntry> {
         match self.steps.get(name) {
             Some(step) => items(name, &step.to, step.rule.target),
             None if self.gone.contains(name) => Vec::new(),
             None => {
                 let entry = &file.entries()[name];
-                vec![Item::new(name.into(), entry.kind, entry.shape.clone())]
+                vec![LayoutEntry::new(name.into(), entry.kind, entry.shape.clone())]
             }
         }
     }
@@ -212,7 +192,7 @@ impl<'a> Plan<'a> {
         &self,
         file: &TensorFile,
         name: &str,
-        engine: &Engine<'_>,
+        engine: &ConvertEngine<'_>,
         output: &mut Output,
         progress: &mut Progress<'_>,
     ) -> Result<()> {
@@ -269,7 +249,7 @@ impl Step<'_> {
     fn write(
         &self,
         plan: &Plan<'_>,
-        engine: &Engine<'_>,
+        engine: &ConvertEngine<'_>,
         output: &mut Output,
         len: usize,
         progress: &mut Progress<'_>,
@@ -297,10 +277,10 @@ impl Step<'_> {
                 direct(&source, (start, size), engine, output, &mut sink)?;
             } else {
                 let mut wide = vec![0.0; size];
-                source.read(engine.team, start, &mut wide)?;
+                source.read(engine.threads, start, &mut wide)?;
                 if let Some(low_rank) = &low_rank {
                     let (_, columns) = self.sizes();
-                    low_rank.apply(engine.team, engine.gemm, start / columns, &mut wide)?;
+                    low_rank.apply(engine.threads, engine.gemm, start / columns, &mut wide)?;
                 }
                 if self.rule.transposed {
                     wide = transpose(&wide, self.sizes().1);
@@ -320,14 +300,14 @@ impl Step<'_> {
 fn direct(
     source: &Source<'_>,
     place: (usize, usize),
-    engine: &Engine<'_>,
+    engine: &ConvertEngine<'_>,
     output: &Output,
     sink: &mut Sink<'_>,
 ) -> Result<()> {
     fn run<T: Plain>(
         source: &Source<'_>,
         (start, size): (usize, usize),
-        engine: &Engine<'_>,
+        engine: &ConvertEngine<'_>,
         output: &Output,
         sink: &mut Sink<'_>,
     ) -> Result<()> {

@@ -14,7 +14,7 @@ use safetensors::SafeTensors;
 pub use safetensors::tensor::Dtype as Kind;
 use safetensors::tensor::SafeTensorError;
 
-use crate::error::{Error, Result};
+use crate::base::error::{Error, Result};
 
 /// Bytes of the length before the header.
 const LENGTH: usize = 8;

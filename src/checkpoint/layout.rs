@@ -10,11 +10,11 @@ use std::collections::HashMap;
 use serde_json::Value;
 
 use super::file::Kind;
-use crate::error::{Error, Result};
+use crate::base::error::{Error, Result};
 
 /// A tensor to be written.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Item {
+pub struct LayoutEntry {
     /// Its name.
     pub name: String,
     /// Its dtype.
@@ -27,7 +27,7 @@ pub struct Item {
     pub text: bool,
 }
 
-impl Item {
+impl LayoutEntry {
     /// A tensor of bits that fill whole bytes.
     #[must_use]
     pub fn new(name: String, kind: Kind, shape: Vec<usize>) -> Self {
@@ -46,7 +46,7 @@ impl Item {
 #[derive(Debug)]
 pub struct Layout {
     /// In the order of the file, texts last.
-    items: Vec<Item>,
+    items: Vec<LayoutEntry>,
     /// First bytes of those that are no texts.
     starts: HashMap<String, usize>,
     header: usize,
@@ -57,7 +57,7 @@ impl Layout {
     ///
     /// # Errors
     /// If two have the same name.
-    pub fn new(mut items: Vec<Item>) -> Result<Self> {
+    pub fn new(mut items: Vec<LayoutEntry>) -> Result<Self> {
         items.sort_by(|a, b| (a.text, b.kind.bitsize(), &a.name).cmp(&(b.text, a.kind.bitsize(), &b.name)));
         let mut names: Vec<_> = items.iter().map(|item| &item.name).collect();
         names.sort();
@@ -108,7 +108,8 @@ impl Layout {
     /// # Errors
     /// If a text is missing or longer than was said.
     pub fn finish(&self, texts: &[(String, String)]) -> Result<(Vec<u8>, u64, Vec<u8>)> {
-        let find = |item: &Item| texts.iter().find(|(name, _)| *name == item.name).map(|(_, text)| text);
+        let find =
+            |item: &LayoutEntry| texts.iter().find(|(name, _)| *name == item.name).map(|(_, text)| text);
         let (mut start, mut all) = (8 + self.header, Vec::new());
         for item in &self.items {
             match find(item) {
@@ -124,7 +125,7 @@ impl Layout {
         Ok((bytes, start as u64, all))
     }
 
-    fn text(&self, len: impl Fn(&Item) -> usize) -> String {
+    fn text(&self, len: impl Fn(&LayoutEntry) -> usize) -> String {
         let (mut at, mut parts) = (0, vec![r#""__metadata__":{"format":"pt"}"#.to_owned()]);
         for item in &self.items {
             let end = at + len(item);
@@ -150,11 +151,11 @@ mod tests {
     #[test]
     fn wide_elements_come_first_and_texts_last() {
         let items = vec![
-            Item::new("codes".into(), Kind::U8, vec![3, 1]),
-            Item::text("state".into(), 40),
-            Item::new("scale".into(), Kind::F32, vec![2]),
-            Item::new("b".into(), Kind::BF16, vec![1, 3]),
-            Item::new("a".into(), Kind::BF16, vec![]),
+            LayoutEntry::new("codes".into(), Kind::U8, vec![3, 1]),
+            LayoutEntry::text("state".into(), 40),
+            LayoutEntry::new("scale".into(), Kind::F32, vec![2]),
+            LayoutEntry::new("b".into(), Kind::BF16, vec![1, 3]),
+            LayoutEntry::new("a".into(), Kind::BF16, vec![]),
         ];
         let layout = Layout::new(items).expect("a layout");
         assert_eq!(layout.names().collect::<Vec<_>>(), ["scale", "a", "b", "codes", "state"]);
@@ -178,14 +179,14 @@ mod tests {
 
     #[test]
     fn names_are_escaped_and_texts_have_to_fit() {
-        let layout = Layout::new(vec![Item::text("a\"\\\n".into(), 3)]).expect("a layout");
+        let layout = Layout::new(vec![LayoutEntry::text("a\"\\\n".into(), 3)]).expect("a layout");
         let (file, _, text) = layout.finish(&[("a\"\\\n".into(), "é".into())]).expect("a header");
         let file = [file, text].concat();
         let read = SafeTensors::deserialize(&file).expect("a whole file");
         assert_eq!(read.tensor("a\"\\\n").expect("it").data(), "é".as_bytes());
         assert!(layout.finish(&[("a\"\\\n".into(), "four".into())]).is_err());
         assert!(layout.finish(&[]).is_err());
-        let twice = || Item::new("x".into(), Kind::U8, vec![1]);
+        let twice = || LayoutEntry::new("x".into(), Kind::U8, vec![1]);
         assert!(Layout::new(vec![twice(), twice()]).is_err());
     }
 }

@@ -6,10 +6,11 @@ use half::{bf16, f16};
 use super::bytes::values;
 use super::collection::Collection;
 use super::file::Kind;
-use super::rule::{Factor, Update};
+use super::rule::{Factor, MergeUpdate};
 use super::source::widen;
-use crate::error::{Error, Result};
-use crate::head::backend::{Dims, Gemm, Team, for_rows};
+use crate::base::error::{Error, Result};
+use crate::base::gemm::{Dims, Gemm};
+use crate::base::threads::{Threads, for_rows};
 
 /// An update in memory.
 #[derive(Debug)]
@@ -36,11 +37,11 @@ fn matrix(from: &Collection, factor: &Factor) -> Result<(Vec<f32>, usize, usize)
     };
     let bytes = found.file.whole(found.entry)?;
     let mut wide = vec![0.0; rows * columns];
-    let team = &crate::head::backend::Portable;
+    let threads = &crate::base::portable::Portable;
     match found.entry.kind {
-        Kind::F32 => widen::<f32>(team, &values(&bytes), &mut wide),
-        Kind::F16 => widen::<f16>(team, &values(&bytes), &mut wide),
-        Kind::BF16 => widen::<bf16>(team, &values(&bytes), &mut wide),
+        Kind::F32 => widen::<f32>(threads, &values(&bytes), &mut wide),
+        Kind::F16 => widen::<f16>(threads, &values(&bytes), &mut wide),
+        Kind::BF16 => widen::<bf16>(threads, &values(&bytes), &mut wide),
         kind => {
             let problem = format!("{} has dtype {kind}; must be F32, F16 or BF16", factor.name);
             return Err(found.file.wrong(problem));
@@ -62,7 +63,7 @@ impl LowRank {
     ///
     /// # Errors
     /// Tensors that are missing, of another shape or dtype, or not finite.
-    pub fn read(from: &Collection, update: &Update, rows: usize, columns: usize) -> Result<Self> {
+    pub fn read(from: &Collection, update: &MergeUpdate, rows: usize, columns: usize) -> Result<Self> {
         let (mut left, got_rows, rank) = matrix(from, &update.left)?;
         let (right, right_rank, got_columns) = match &update.right {
             Some(factor) => matrix(from, factor)?,
@@ -100,7 +101,7 @@ impl LowRank {
     /// What the product reports.
     pub fn apply(
         &self,
-        team: &dyn Team,
+        threads: &dyn Threads,
         gemm: &dyn Gemm<f32>,
         first: usize,
         values: &mut [f32],
@@ -118,7 +119,7 @@ impl LowRank {
             .get(first..first + rows)
             .ok_or_else(|| Error::Internal("lengths of rows".into()))?
             .to_vec();
-        for_rows(team, values, self.columns, &mut lengths, |_, row, length| {
+        for_rows(threads, values, self.columns, &mut lengths, |_, row, length| {
             let norm = row.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>().sqrt() as f32;
             let factor = *length / norm;
             for x in row {

@@ -9,6 +9,7 @@
 pub mod bytes;
 pub mod collection;
 pub mod convert;
+pub mod engine;
 pub mod file;
 pub mod layout;
 pub mod low_rank;

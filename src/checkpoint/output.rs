@@ -6,7 +6,7 @@ use std::sync::mpsc::{SyncSender, sync_channel};
 use std::thread::JoinHandle;
 
 use super::layout::Layout;
-use crate::error::{Error, Result};
+use crate::base::error::{Error, Result};
 
 /// A new file, written at any place. What is there before [`Output::finish`] is no safetensors file.
 #[derive(Debug)]
@@ -133,7 +133,7 @@ fn write_all_at(mut file: &File, bytes: &[u8], start: u64) -> std::io::Result<()
 #[cfg(test)]
 mod tests {
     use super::super::file::{Kind, TensorFile};
-    use super::super::layout::Item;
+    use super::super::layout::LayoutEntry;
     use super::*;
 
     #[test]
@@ -141,9 +141,9 @@ mod tests {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("x.safetensors");
         let items = vec![
-            Item::new("a".into(), Kind::U8, vec![4]),
-            Item::new("b".into(), Kind::BF16, vec![1]),
-            Item::text("t".into(), 9),
+            LayoutEntry::new("a".into(), Kind::U8, vec![4]),
+            LayoutEntry::new("b".into(), Kind::BF16, vec![1]),
+            LayoutEntry::text("t".into(), 9),
         ];
         let layout = || Layout::new(items.clone()).expect("a layout");
         let mut output = Output::create(&path, layout()).expect("a file");

@@ -1,6 +1,6 @@
 //! What becomes of a tensor.
 
-use crate::quant::storage::Dtype;
+use crate::base::float::Dtype;
 
 /// How a tensor is written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,7 +39,7 @@ pub struct Factor {
 
 /// What an adapter adds to a matrix: `scale * left right`.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Update {
+pub struct MergeUpdate {
     /// `(rows, rank)`.
     pub left: Factor,
     /// `(rank, columns)`; a single one for a vector.
@@ -52,13 +52,13 @@ pub struct Update {
 
 /// What becomes of a tensor that is not copied as it is.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Rule {
+pub struct TensorRule {
     /// Its name, before and after.
     pub name: String,
     /// A tensor of the adapter that takes its place.
     pub replacement: Option<String>,
     /// What is added.
-    pub update: Option<Update>,
+    pub update: Option<MergeUpdate>,
     /// Written as its transpose.
     pub transposed: bool,
     /// How it is written.

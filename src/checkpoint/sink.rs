@@ -3,18 +3,18 @@
 use half::{bf16, f16};
 
 use super::bytes::{Plain, bytes};
-use super::convert::Engine;
+use super::engine::ConvertEngine;
 use super::file::Kind;
-use super::layout::Item;
+use super::layout::LayoutEntry;
 use super::output::Output;
 use super::rule::Target;
 use super::source::narrow;
 use super::state::{LONGEST_REPR, NESTED_BLOCKSIZE, json};
-use crate::error::{Error, Result};
+use crate::base::error::{Error, Result};
+use crate::base::float::Dtype;
 use crate::quant::blockwise8::{self, MAP_LEN, Map};
 use crate::quant::codebook::NF4;
 use crate::quant::nf4;
-use crate::quant::storage::Dtype;
 
 fn kind(dtype: Dtype) -> Kind {
     match dtype {
@@ -26,14 +26,15 @@ fn kind(dtype: Dtype) -> Kind {
 
 /// What a tensor of this shape takes in the file.
 #[must_use]
-pub fn items(name: &str, shape: &[usize], target: Target) -> Vec<Item> {
+pub fn items(name: &str, shape: &[usize], target: Target) -> Vec<LayoutEntry> {
     let (dtype, blocksize, double) = match target {
-        Target::Float(dtype) => return vec![Item::new(name.into(), kind(dtype), shape.to_vec())],
+        Target::Float(dtype) => return vec![LayoutEntry::new(name.into(), kind(dtype), shape.to_vec())],
         Target::Nf4 { dtype, blocksize, double } => (dtype, blocksize, double),
     };
     let count: usize = shape.iter().product();
     let blocks = count.div_ceil(blocksize);
-    let part = |end: &str, kind, sizes: &[usize]| Item::new(format!("{name}{end}"), kind, sizes.to_vec());
+    let part =
+        |end: &str, kind, sizes: &[usize]| LayoutEntry::new(format!("{name}{end}"), kind, sizes.to_vec());
     let scales = if double { Kind::U8 } else { Kind::F32 };
     let mut items = vec![
         part("", Kind::U8, &[count.div_ceil(2), 1]),
@@ -46,7 +47,7 @@ pub fn items(name: &str, shape: &[usize], target: Target) -> Vec<Item> {
     }
     let offset = double.then_some(0.0);
     let room = json(shape, dtype, blocksize, offset).len() + LONGEST_REPR;
-    items.push(Item::text(format!("{name}.quant_state.bitsandbytes__nf4"), room));
+    items.push(LayoutEntry::text(format!("{name}.quant_state.bitsandbytes__nf4"), room));
     items
 }
 
@@ -72,7 +73,13 @@ impl<'a> Sink<'a> {
     ///
     /// # Errors
     /// A value that is not finite, and what the system reports.
-    pub fn write(&mut self, engine: &Engine<'_>, output: &Output, at: usize, wide: &[f32]) -> Result<()> {
+    pub fn write(
+        &mut self,
+        engine: &ConvertEngine<'_>,
+        output: &Output,
+        at: usize,
+        wide: &[f32],
+    ) -> Result<()> {
         match self.target.dtype() {
             Dtype::F32 => self.write_as(engine, output, at, wide),
             Dtype::F16 => self.rounded::<f16>(engine, output, at, wide),
@@ -82,13 +89,13 @@ impl<'a> Sink<'a> {
 
     fn rounded<T: Plain>(
         &mut self,
-        engine: &Engine<'_>,
+        engine: &ConvertEngine<'_>,
         output: &Output,
         at: usize,
         wide: &[f32],
     ) -> Result<()> {
         let mut values = vec![T::default(); wide.len()];
-        narrow(engine.team, wide, &mut values);
+        narrow(engine.threads, wide, &mut values);
         if !self.strict && matches!(self.target, Target::Float(_)) {
             self.check(at, &values, |i| wide[i].is_finite())?;
         }
@@ -101,7 +108,7 @@ impl<'a> Sink<'a> {
     /// As [`Sink::write`].
     pub fn write_as<T: Plain>(
         &mut self,
-        engine: &Engine<'_>,
+        engine: &ConvertEngine<'_>,
         output: &Output,
         at: usize,
         values: &[T],
@@ -115,7 +122,7 @@ impl<'a> Sink<'a> {
         let mut packed = vec![0; values.len().div_ceil(2)];
         let done = self.absmax.len();
         self.absmax.resize(done + values.len().div_ceil(blocksize), 0.0);
-        nf4::quantize(engine.team, values, blocksize, &mut packed, &mut self.absmax[done..]);
+        nf4::quantize(engine.threads, values, blocksize, &mut packed, &mut self.absmax[done..]);
         // The largest magnitude of a block shows whether all of it is finite.
         if self.absmax[done..].iter().any(|scale| !scale.is_finite()) {
             self.check(at, values, |_| true)?;
@@ -156,7 +163,7 @@ impl<'a> Sink<'a> {
     ///
     /// # Errors
     /// What the mean or the system reports.
-    pub fn finish(self, engine: &Engine<'_>, output: &mut Output) -> Result<()> {
+    pub fn finish(self, engine: &ConvertEngine<'_>, output: &mut Output) -> Result<()> {
         let Target::Nf4 { dtype, blocksize, double } = self.target else {
             return Ok(());
         };
@@ -169,7 +176,7 @@ impl<'a> Sink<'a> {
             let mut codes = vec![0; centred.len()];
             let mut largest = vec![0.0; centred.len().div_ceil(NESTED_BLOCKSIZE)];
             let map = Map::new(engine.map, engine.choice);
-            blockwise8::quantize(engine.team, &centred, &map, NESTED_BLOCKSIZE, &mut codes, &mut largest);
+            blockwise8::quantize(engine.threads, &centred, &map, NESTED_BLOCKSIZE, &mut codes, &mut largest);
             output.write(&part(".absmax"), 0, &codes)?;
             output.write(&part(".nested_absmax"), 0, bytes(&largest))?;
             output.write(&part(".nested_quant_map"), 0, bytes(engine.map))?;

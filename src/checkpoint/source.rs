@@ -6,12 +6,12 @@ use super::bytes::{Plain, values};
 use super::collection::{Collection, Found};
 use super::file::Kind;
 use super::state::State;
-use crate::error::Result;
-use crate::head::backend::Team;
-use crate::quant::nf4::{self, Packed};
+use crate::base::error::Result;
+use crate::base::float::{Dtype, Float};
+use crate::base::threads::{Threads, for_each};
+use crate::quant::nf4;
+use crate::quant::packed::Packed;
 use crate::quant::scales::Scales;
-use crate::quant::storage::{Dtype, Storage};
-use crate::quant::{for_each, storage};
 
 /// A tensor of floating point values.
 #[derive(Debug)]
@@ -34,17 +34,17 @@ pub fn float(kind: Kind) -> Option<Dtype> {
 }
 
 /// Widens in parallel.
-pub fn widen<T: Storage>(team: &dyn Team, values: &[T], wide: &mut [f32]) {
+pub fn widen<T: Float>(threads: &dyn Threads, values: &[T], wide: &mut [f32]) {
     const PIECE: usize = 16_384;
     let items = values.chunks(PIECE).zip(wide.chunks_mut(PIECE));
-    for_each(team, items, |(values, wide)| T::widen(values, wide));
+    for_each(threads, items, |(values, wide)| T::widen(values, wide));
 }
 
 /// Rounds in parallel.
-pub fn narrow<T: Storage>(team: &dyn Team, wide: &[f32], values: &mut [T]) {
+pub fn narrow<T: Float>(threads: &dyn Threads, wide: &[f32], values: &mut [T]) {
     const PIECE: usize = 16_384;
     let items = wide.chunks(PIECE).zip(values.chunks_mut(PIECE));
-    for_each(team, items, |(wide, values)| {
+    for_each(threads, items, |(wide, values)| {
         let (whole, rest) = wide.as_chunks::<16>();
         let (places, last) = values.as_chunks_mut::<16>();
         for (place, wide) in places.iter_mut().zip(whole) {
@@ -99,7 +99,7 @@ impl<'a> Source<'a> {
     ///
     /// # Errors
     /// What the system reports.
-    pub fn read(&self, team: &dyn Team, start: usize, wide: &mut [f32]) -> Result<()> {
+    pub fn read(&self, threads: &dyn Threads, start: usize, wide: &mut [f32]) -> Result<()> {
         let range = self.bytes(start, wide.len());
         let bytes = self.found.file.window(self.found.entry, range.clone())?;
         self.found.file.prefetch(self.found.entry, range.end..range.end + range.len());
@@ -109,15 +109,15 @@ impl<'a> Source<'a> {
                 bytes: &bytes,
                 scales: Scales::Plain(&scales),
                 blocksize: state.blocksize,
-                via: [state.dtype, storage::Dtype::F32],
+                via: [state.dtype, Dtype::F32],
             };
-            nf4::dequantize(team, &packed, wide);
+            nf4::dequantize(threads, &packed, wide);
             return Ok(());
         }
         match self.dtype() {
-            Dtype::F32 => widen::<f32>(team, &values(&bytes), wide),
-            Dtype::F16 => widen::<f16>(team, &values(&bytes), wide),
-            Dtype::Bf16 => widen::<bf16>(team, &values(&bytes), wide),
+            Dtype::F32 => widen::<f32>(threads, &values(&bytes), wide),
+            Dtype::F16 => widen::<f16>(threads, &values(&bytes), wide),
+            Dtype::Bf16 => widen::<bf16>(threads, &values(&bytes), wide),
         }
         Ok(())
     }

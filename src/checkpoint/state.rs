@@ -9,12 +9,12 @@ use serde_json::{Map, Value};
 use super::bytes::values;
 use super::collection::{Collection, Found};
 use super::file::Kind;
-use crate::error::{Error, Result};
+use crate::base::error::{Error, Result};
+use crate::base::float::Dtype;
 use crate::quant::BLOCK_SIZES;
 use crate::quant::blockwise8::MAP_LEN;
 use crate::quant::codebook::NF4;
 use crate::quant::scales::Scales;
-use crate::quant::storage::Dtype;
 
 /// Scales that share one of their own.
 pub const NESTED_BLOCKSIZE: usize = 256;

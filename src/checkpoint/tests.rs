@@ -8,15 +8,16 @@ use tempfile::TempDir;
 
 use super::bytes::{bytes, values};
 use super::collection::Collection;
-use super::convert::{Engine, Job, convert, size};
-use super::rule::{Factor, Rule, Target, Update};
+use super::convert::{Job, convert, size};
+use super::engine::ConvertEngine;
+use super::rule::{Factor, MergeUpdate, Target, TensorRule};
 use super::state::State;
-use crate::error::{Error, Result};
-use crate::head::backend::Portable;
+use crate::base::error::{Error, Result};
+use crate::base::float::{Dtype, Float};
+use crate::base::portable::Portable;
 use crate::quant::blockwise8::{self, Choice, MAP_LEN, Map};
 use crate::quant::codebook::NF4;
 use crate::quant::nf4;
-use crate::quant::storage::{Dtype, Storage};
 
 mod damage;
 mod fuzz;
@@ -67,15 +68,15 @@ fn mean(values: &[f32]) -> Result<f32> {
 }
 
 /// Runs a job on one file and returns what is in the file that it writes.
-fn run(folder: &Path, base: &[Made], adapter: &[Made], rules: Vec<Rule>) -> Result<Vec<u8>> {
+fn run(folder: &Path, base: &[Made], adapter: &[Made], rules: Vec<TensorRule>) -> Result<Vec<u8>> {
     let base = Collection::open(&[write(folder, "base", base)])?;
     let adapter = Collection::open(&[write(folder, "adapter", adapter)])?;
     let out = folder.join("out");
     let _ = std::fs::remove_file(&out);
     let job = Job { base: &base, adapter: Some(&adapter), rules, outputs: vec![out.clone()] };
     let map = map();
-    let engine = Engine {
-        team: &Portable,
+    let engine = ConvertEngine {
+        threads: &Portable,
         gemm: &Portable,
         mean: &mean,
         map: &map,
@@ -104,20 +105,20 @@ fn data<'a>(file: &'a [u8], name: &str) -> &'a [u8] {
     SafeTensors::deserialize(file).expect("whole").tensor(name).expect(name).data()
 }
 
-fn to_nf4(name: &str, dtype: Dtype, blocksize: usize, double: bool) -> Rule {
+fn to_nf4(name: &str, dtype: Dtype, blocksize: usize, double: bool) -> TensorRule {
     let target = Target::Nf4 { dtype, blocksize, double };
-    Rule { name: name.into(), replacement: None, update: None, transposed: false, target }
+    TensorRule { name: name.into(), replacement: None, update: None, transposed: false, target }
 }
 
-fn to_float(name: &str, dtype: Dtype) -> Rule {
-    Rule { target: Target::Float(dtype), ..to_nf4(name, dtype, 64, false) }
+fn to_float(name: &str, dtype: Dtype) -> TensorRule {
+    TensorRule { target: Target::Float(dtype), ..to_nf4(name, dtype, 64, false) }
 }
 
 fn factor(name: &str, transposed: bool) -> Factor {
     Factor { name: name.into(), transposed }
 }
 
-fn packed<T: Storage>(values: &[T], blocksize: usize) -> (Vec<u8>, Vec<f32>) {
+fn packed<T: Float>(values: &[T], blocksize: usize) -> (Vec<u8>, Vec<f32>) {
     let (mut bytes, mut absmax) =
         (vec![0; values.len().div_ceil(2)], vec![0.0; values.len().div_ceil(blocksize)]);
     nf4::quantize(&Portable, values, blocksize, &mut bytes, &mut absmax);
@@ -183,7 +184,7 @@ fn a_transpose_is_quantised_as_such() {
     let turned: Vec<f32> =
         (0..40).flat_map(|j| (0..24).map(move |i| (i, j))).map(|(i, j)| weight[i * 40 + j]).collect();
     let base = [made("w", Kind::F32, &[24, 40], bytes(&weight))];
-    let rule = Rule { transposed: true, ..to_nf4("w", Dtype::F32, 64, false) };
+    let rule = TensorRule { transposed: true, ..to_nf4("w", Dtype::F32, 64, false) };
     let file = run(folder.path(), &base, &[], vec![rule]).expect("a file");
     assert_eq!(data(&file, "w"), packed(&turned, 64).0);
     assert!(data(&file, "w.quant_state.bitsandbytes__nf4").ends_with(b"\"shape\": [40, 24]}"));
@@ -244,11 +245,15 @@ fn updates_are_added_in_every_form() {
         made("m", Kind::F32, &[rows], bytes(&lengths)),
         made("bias.new", Kind::BF16, &[rows], bytes(&narrow(&bias))),
     ];
-    let update =
-        Update { left: factor("b", false), right: Some(factor("a", false)), scale: 0.7, magnitude: None };
-    let ruled = |update: Update| Rule { update: Some(update), ..to_float("w", Dtype::F32) };
-    let bias_rule = Rule {
-        update: Some(Update { left: factor("m", false), right: None, scale: -2.0, magnitude: None }),
+    let update = MergeUpdate {
+        left: factor("b", false),
+        right: Some(factor("a", false)),
+        scale: 0.7,
+        magnitude: None,
+    };
+    let ruled = |update: MergeUpdate| TensorRule { update: Some(update), ..to_float("w", Dtype::F32) };
+    let bias_rule = TensorRule {
+        update: Some(MergeUpdate { left: factor("m", false), right: None, scale: -2.0, magnitude: None }),
         replacement: Some("bias.new".into()),
         ..to_float("bias", Dtype::F32)
     };
@@ -261,11 +266,11 @@ fn updates_are_added_in_every_form() {
         rounded.iter().zip(&lengths).map(|(x, y)| f64::from(*x) - 2.0 * f64::from(*y)).collect();
     close(data(&file, "bias"), &want);
 
-    let turned = Update { right: Some(factor("turned", true)), ..update.clone() };
+    let turned = MergeUpdate { right: Some(factor("turned", true)), ..update.clone() };
     let file = run(folder.path(), &tensors, &adapter, vec![ruled(turned)]).expect("a file");
     close(data(&file, "w"), &plain);
 
-    let dora = Update { magnitude: Some("m".into()), ..update };
+    let dora = MergeUpdate { magnitude: Some("m".into()), ..update };
     let file = run(folder.path(), &tensors, &adapter, vec![ruled(dora)]).expect("a file");
     close(data(&file, "w"), &merged(&base, (&left, &right, 0.7), columns, Some(&lengths)));
 }
@@ -336,16 +341,24 @@ fn rules_have_to_fit() {
     ];
     let update = |left: &str, right: &str, magnitude: Option<&str>| {
         let magnitude = magnitude.map(Into::into);
-        Some(Update { left: factor(left, false), right: Some(factor(right, false)), scale: 1.0, magnitude })
+        Some(MergeUpdate {
+            left: factor(left, false),
+            right: Some(factor(right, false)),
+            scale: 1.0,
+            magnitude,
+        })
     };
-    let ruled = |update| Rule { update, ..to_float("w", Dtype::F32) };
-    let replaced = |name: &str| Rule { replacement: Some(name.into()), ..to_float("w", Dtype::F32) };
+    let ruled = |update| TensorRule { update, ..to_float("w", Dtype::F32) };
+    let replaced = |name: &str| TensorRule { replacement: Some(name.into()), ..to_float("w", Dtype::F32) };
     let cases = [
         (to_float("x", Dtype::F32), "has no tensor \"x\""),
         (to_float("i", Dtype::F32), "i has dtype I64; must be F32, F16 or BF16"),
         (to_nf4("v", Dtype::F32, 64, false), "shape is [64] of v; must be a matrix with values"),
         (to_nf4("w", Dtype::F32, 48, false), "blocksize is 48 of w; must be 32, 64"),
-        (Rule { transposed: true, ..to_float("v", Dtype::F32) }, "shape is [64] of v; must be a matrix"),
+        (
+            TensorRule { transposed: true, ..to_float("v", Dtype::F32) },
+            "shape is [64] of v; must be a matrix",
+        ),
         (ruled(update("b", "a", None)), "b and its partner make (2, 3) by (4, 64); the base has (2, 64)"),
         (ruled(update("nan", "ones", None)), "nan is NaN at 1 of the flat tensor"),
         (ruled(update("flat", "ones", None)), "flat has shape [2, 1, 1]; must be a matrix"),
@@ -388,9 +401,13 @@ fn values_that_are_not_finite_are_named() {
         made("b", Kind::F32, &[130, 1], bytes(&[1.0f32; 130])),
         made("a", Kind::F32, &[1, 64], bytes(&[1.0f32; 64])),
     ];
-    let update =
-        Update { left: factor("b", false), right: Some(factor("a", false)), scale: 1.0, magnitude: None };
-    let rule = Rule { update: Some(update), ..to_float("w", Dtype::F32) };
+    let update = MergeUpdate {
+        left: factor("b", false),
+        right: Some(factor("a", false)),
+        scale: 1.0,
+        magnitude: None,
+    };
+    let rule = TensorRule { update: Some(update), ..to_float("w", Dtype::F32) };
     let message = problem(run(folder.path(), &base, &adapter, vec![rule]));
     assert!(message.contains("NaN in row 129, column 5 of w; must be finite in float32"), "{message}");
 }
@@ -402,6 +419,7 @@ fn a_caller_may_stop() {
         Collection::open(&[write(folder.path(), "x", &[made("w", Kind::U8, &[9], &[1; 9])])]).expect("it");
     let job = Job { base: &base, adapter: None, rules: vec![], outputs: vec![folder.path().join("y")] };
     let (map, choice) = (map(), Choice::Nearest);
-    let engine = Engine { team: &Portable, gemm: &Portable, mean: &mean, map: &map, choice, chunk: BLOCK };
+    let engine =
+        ConvertEngine { threads: &Portable, gemm: &Portable, mean: &mean, map: &map, choice, chunk: BLOCK };
     assert_eq!(convert(&job, &engine, &mut |_| Err(Error::Stopped)), Err(Error::Stopped));
 }

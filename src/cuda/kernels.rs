@@ -19,18 +19,19 @@ pub static ADAMW: Source = Source { name: "adamw", text: include_str!("../../ker
 pub static BLOCKWISE8: Source =
     Source { name: "blockwise8", text: include_str!("../../kernels/blockwise8.cu") };
 
-/// The ORPO head: softmax and gradient on tiles of logits.
-pub static HEAD: Source = Source { name: "head", text: include_str!("../../kernels/head.cu") };
-
 /// The ORPO head: rows of a batch, and their loss.
 pub static HEAD_BATCH: Source =
     Source { name: "head_batch", text: include_str!("../../kernels/head_batch.cu") };
+
+/// The ORPO head: softmax and gradient on tiles of logits.
+pub static HEAD_TILES: Source =
+    Source { name: "head_tiles", text: include_str!("../../kernels/head_tiles.cu") };
 
 /// NF4: quantise, dequantise, multiply.
 pub static NF4: Source = Source { name: "nf4", text: include_str!("../../kernels/nf4.cu") };
 
 /// All sources.
-pub static ALL: [&Source; 5] = [&ADAMW, &BLOCKWISE8, &HEAD, &HEAD_BATCH, &NF4];
+pub static ALL: [&Source; 5] = [&ADAMW, &BLOCKWISE8, &HEAD_BATCH, &HEAD_TILES, &NF4];
 
 #[cfg(test)]
 mod tests {

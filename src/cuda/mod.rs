@@ -19,7 +19,7 @@ pub mod nvrtc;
 use std::ffi::c_void;
 use std::sync::atomic::{AtomicU8, Ordering};
 
-use crate::error::{Error, Result};
+use crate::base::error::{Error, Result};
 use driver::driver;
 use kernels::Source;
 

@@ -5,7 +5,7 @@ use std::{mem, process};
 
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
-use crate::error::{Error, Result};
+use crate::base::error::{Error, Result};
 
 /// A pool of threads, started at first use in each process: a forked process (a worker of a
 /// `DataLoader`) inherits the pool's memory without its threads, and would wait for them for ever.

@@ -1,6 +1,6 @@
 //! Columns of text, as Arrow has them.
 
-use crate::error::{Error, Result};
+use crate::base::error::{Error, Result};
 
 /// Strings end to end.
 #[derive(Debug)]

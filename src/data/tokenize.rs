@@ -15,7 +15,7 @@ use super::text::Texts;
 use super::triplet::{Columns, Marks, Row, SIDES, Triplet};
 use super::truncate::Limits;
 use super::words::{Memory, Words, are_separate};
-use crate::error::{Error, Result};
+use crate::base::error::{Error, Result};
 
 /// Text of a batch of rows.
 #[derive(Debug)]
@@ -194,11 +194,11 @@ impl RowEncoder {
 #[cfg(test)]
 mod tests {
     use super::{Batch, RowEncoder};
+    use crate::base::error::{Error, Result};
     use crate::data::text::Texts;
     use crate::data::triplet::{Columns, Marks};
     use crate::data::truncate::{Keep, Limits};
     use crate::data::words::Memory;
-    use crate::error::{Error, Result};
 
     const MARKS: Marks = Marks { bos: Some(1), eos: Some(2), label_pad: -100 };
     const LIMITS: Limits = Limits { max_length: 20, max_prompt_length: None, keep: Keep::End };

@@ -12,12 +12,13 @@
 
 use std::ops::Range;
 
-use super::backend::{Dims, Gemm, Team, for_rows};
-use super::real::Real;
 use super::row;
 use super::weight::{Head, Matrix};
-use crate::error::Result;
-use crate::huge_pages;
+use crate::base::error::Result;
+use crate::base::gemm::{Dims, Gemm};
+use crate::base::huge_pages;
+use crate::base::real::Real;
+use crate::base::threads::{Threads, for_rows};
 
 /// Elements of a tile of logits: small enough to be read back from the cache by the pass that
 /// follows the product, large enough for the product to run at full speed. Tests cut their small
@@ -39,7 +40,7 @@ pub struct Rows<T> {
 impl<T: Real> Rows<T> {
     /// Gathers the rows `index` of `hidden`.
     pub fn gather(
-        team: &dyn Team,
+        threads: &dyn Threads,
         head: &Head<'_, T>,
         hidden: Matrix<'_, T>,
         index: &[usize],
@@ -47,7 +48,7 @@ impl<T: Real> Rows<T> {
     ) -> Self {
         let width = head.width();
         let mut rows = vec![T::ZERO; index.len() * width];
-        for_rows(team, &mut rows, width, &mut vec![(); index.len()], |i, row, ()| {
+        for_rows(threads, &mut rows, width, &mut vec![(); index.len()], |i, row, ()| {
             hidden.read(index[i] * width..(index[i] + 1) * width, row);
             if head.logit_scale() != T::ONE {
                 row::scale(row, head.logit_scale());
@@ -191,7 +192,7 @@ pub struct Engine<'a, T> {
     /// Matrix products.
     pub gemm: &'a dyn Gemm<T>,
     /// Threads.
-    pub team: &'a dyn Team,
+    pub threads: &'a dyn Threads,
 }
 
 impl<T: Real> Engine<'_, T> {
@@ -212,7 +213,7 @@ impl<T: Real> Engine<'_, T> {
             kept.clear();
         }
         for tile in self.tiles(rows.len()) {
-            let weight = self.head.tile(self.team, tile.clone(), &mut widened);
+            let weight = self.head.tile(self.threads, tile.clone(), &mut widened);
             let size = rows.len() * tile.len();
             let place = keep.as_deref_mut().and_then(|kept| kept.push(size));
             let logits = place.unwrap_or_else(|| room(&mut scratch, size));
@@ -237,7 +238,7 @@ impl<T: Real> Engine<'_, T> {
         let softcap = self.head.softcap();
         out.fill(T::ZERO);
         for tile in self.tiles(rows.len()) {
-            let weight = self.head.tile(self.team, tile.clone(), &mut widened);
+            let weight = self.head.tile(self.threads, tile.clone(), &mut widened);
             let logits = room(&mut scratch, rows.len() * tile.len());
             self.logits(rows, weight, &tile, logits, &mut stats, |x, shift| {
                 let Some(shift) = shift else {
@@ -247,7 +248,7 @@ impl<T: Real> Engine<'_, T> {
                 row::exp_in_place(x, shift, softcap)
             })?;
             if tile.start > 0 && stats.iter().any(|s| s.rescale != 1.0) {
-                for_rows(self.team, out, width, &mut stats, |_, row, s| {
+                for_rows(self.threads, out, width, &mut stats, |_, row, s| {
                     if s.rescale != 1.0 {
                         row::scale(row, T::from_f64(s.rescale));
                     }
@@ -255,7 +256,7 @@ impl<T: Real> Engine<'_, T> {
             }
             self.gemm.d_hidden(self.dims(rows.len(), &tile), logits, weight, out)?;
         }
-        for_rows(self.team, out, width, &mut stats, |i, row, s| {
+        for_rows(self.threads, out, width, &mut stats, |i, row, s| {
             let Some(word) = rows.targets[i] else {
                 return row.fill(T::ZERO);
             };
@@ -290,7 +291,7 @@ impl<T: Real> Engine<'_, T> {
         let ones = if grads.bias.is_some() { vec![self.head.logit_scale(); rows.len()] } else { vec![] };
         for (index, tile) in self.tiles(rows.len()).enumerate() {
             let dims = self.dims(rows.len(), &tile);
-            let weight = self.head.tile(self.team, tile.clone(), &mut widened);
+            let weight = self.head.tile(self.threads, tile.clone(), &mut widened);
             let logits = if let Some(logits) = kept.as_deref_mut().and_then(|kept| kept.tile(index)) {
                 logits
             } else {
@@ -298,7 +299,7 @@ impl<T: Real> Engine<'_, T> {
                 self.logits(rows, weight, &tile, logits, &mut labels, |_, _| 0.0)?;
                 logits
             };
-            for_rows(self.team, logits, tile.len(), &mut labels, |i, x, _| {
+            for_rows(self.threads, logits, tile.len(), &mut labels, |i, x, _| {
                 let column = rows.targets[i].and_then(|word| word.checked_sub(tile.start));
                 let label = column.filter(|&c| c < x.len()).map(|c| (c, x[c].to_f64()));
                 if scale[i] == 0.0 {
@@ -350,7 +351,7 @@ impl<T: Real> Engine<'_, T> {
         let dims = self.dims(rows.len(), tile);
         self.gemm.logits(dims, &rows.hidden, weight, logits)?;
         let transform = self.head.transform(tile.clone());
-        for_rows(self.team, logits, dims.tile, stats, |i, x, s| {
+        for_rows(self.threads, logits, dims.tile, stats, |i, x, s| {
             let max = row::to_logits(x, transform).to_f64();
             let target = rows.targets[i];
             let column = target.and_then(|word| word.checked_sub(tile.start));

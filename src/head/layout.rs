@@ -1,6 +1,6 @@
 //! Which rows of a batch play which part in the loss.
 
-use crate::odds_ratio::NllScope;
+use super::odds_ratio::NllScope;
 
 /// A batch of pairs as the caller names it: one entry a row that predicts a token.
 #[derive(Clone, Copy, Debug)]

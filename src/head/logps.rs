@@ -3,9 +3,9 @@
 use std::ops::Range;
 
 use super::engine::{Engine, Gradients, MAX_ROWS, Rows};
-use super::real::Real;
 use super::weight::Matrix;
-use crate::error::Result;
+use crate::base::error::Result;
+use crate::base::real::Real;
 
 /// Log-probabilities, one a row; rows without a target have zeros.
 #[derive(Debug, Default)]
@@ -54,7 +54,7 @@ pub fn forward<T: Real>(
     let width = engine.head.width();
     let mut out = Logps { logps: vec![0.0; targets.len()], lse: vec![0.0; targets.len()] };
     for index in blocks(targets) {
-        let rows = Rows::gather(engine.team, engine.head, hidden, &index, words(targets, &index));
+        let rows = Rows::gather(engine.threads, engine.head, hidden, &index, words(targets, &index));
         let stats = if let Some(expectation) = expectation.as_deref_mut() {
             let mut block = vec![T::ZERO; rows.len() * width];
             let stats = engine.expectation(&rows, &mut block)?;
@@ -85,7 +85,7 @@ pub fn backward<T: Real>(
 ) -> Result<()> {
     let width = engine.head.width();
     for index in blocks(targets) {
-        let rows = Rows::gather(engine.team, engine.head, hidden, &index, words(targets, &index));
+        let rows = Rows::gather(engine.threads, engine.head, hidden, &index, words(targets, &index));
         let pick = |x: &[f64], sign: f64| index.iter().map(|&i| sign * x[i]).collect::<Vec<_>>();
         let mut block = vec![T::ZERO; if grads.hidden.is_some() { rows.len() * width } else { 0 }];
         let mut part = Gradients {

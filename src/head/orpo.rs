@@ -9,22 +9,22 @@
 //! rejected           a =         (beta / B) * d_rejected / len(rejected)
 //! ```
 //!
-//! `N` tokens in the negative log-likelihood, `B` pairs, slopes from [`crate::odds_ratio`]. So the
+//! `N` tokens in the negative log-likelihood, `B` pairs, slopes from [`super::odds_ratio`]. So the
 //! coefficient can be applied after the fact, and what the variants of [`super::plan`] differ in is
 //! how they wait for it.
 
 use std::iter::zip;
 
-use super::backend::for_rows;
 use super::engine::{Engine, Gradients, Kept, MAX_ROWS, Rows, Stats};
 use super::layout::{Batch, Role};
 use super::logps::{ranges, scatter, zero_if_untouched};
 use super::plan::{self, Variant};
-use super::real::Real;
 use super::row;
 use super::scores::{Objective, Outcome, Scores};
 use super::weight::Matrix;
-use crate::error::Result;
+use crate::base::error::Result;
+use crate::base::real::Real;
+use crate::base::threads::for_rows;
 
 /// A computation under way.
 struct Run<'a, 'e, T> {
@@ -85,7 +85,7 @@ impl<T: Real> Run<'_, '_, T> {
             _ => usize::try_from(self.batch.targets[row]).ok(),
         };
         let targets = index.iter().map(target).collect();
-        let mut rows = Rows::gather(self.engine.team, head, self.hidden, index, targets);
+        let mut rows = Rows::gather(self.engine.threads, head, self.hidden, index, targets);
         if head.softcap().is_none() && std::mem::take(&mut self.sums_pending) {
             rows.hidden.extend(self.side_sums());
             rows.targets.extend([None, None]);
@@ -97,7 +97,7 @@ impl<T: Real> Run<'_, '_, T> {
     fn side_sums(&self) -> Vec<T> {
         let width = self.width();
         let mut sums = vec![0f64; 2 * width];
-        for_rows(self.engine.team, &mut sums, width, &mut [0, 1], |_, sums, side| {
+        for_rows(self.engine.threads, &mut sums, width, &mut [0, 1], |_, sums, side| {
             let mut hidden = vec![T::ZERO; width];
             for (row, &sequence) in self.batch.sequence.iter().enumerate() {
                 if (sequence >= self.batch.pairs as i64) == (*side == 1) {
@@ -302,7 +302,7 @@ impl<T: Real> Run<'_, '_, T> {
                 let add = |to: Option<&mut [T]>, from: &[T], width: usize| {
                     if let Some(to) = to {
                         let mut rows: Vec<&[T]> = from.chunks_exact(width).collect();
-                        for_rows(self.engine.team, to, width, &mut rows, |_, to, from| {
+                        for_rows(self.engine.threads, to, width, &mut rows, |_, to, from| {
                             row::axpy(to, T::from_f64(a), from);
                         });
                     }

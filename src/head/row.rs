@@ -5,7 +5,7 @@
 //! A row of a tile is a few kilobytes, so passes after the first read it from the L1 cache.
 #![allow(unsafe_code)] // calls of #[target_feature] functions, each behind its run-time check
 
-use super::real::Real;
+use crate::base::real::Real;
 
 /// Accumulators that a reduction runs in parallel: one AVX-512 register of `f32`, and enough
 /// independent chains to hide the latency of an addition.

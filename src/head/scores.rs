@@ -1,7 +1,7 @@
 //! From log-probabilities to the loss: what is left when the vocabulary has been swept.
 
 use super::layout::{Batch, Layout, Role};
-use crate::odds_ratio::{self, Link, NllScope, Pair};
+use super::odds_ratio::{self, Link, NllScope, Pair};
 
 /// Hyperparameters of the loss.
 #[derive(Clone, Copy, Debug)]

@@ -1,14 +1,15 @@
 //! The head against a naive one that materialises every logit, in `f64`.
 
-use super::backend::{Gemm, Portable};
 use super::engine::{Engine, Gradients};
 use super::layout::Batch;
 use super::logps;
+use super::odds_ratio::{self, Link, NllScope};
 use super::orpo::orpo;
-use super::real::Real;
 use super::scores::{Objective, Outcome};
 use super::weight::{Head, Matrix};
-use crate::odds_ratio::{self, Link, NllScope};
+use crate::base::gemm::Gemm;
+use crate::base::portable::Portable;
+use crate::base::real::Real;
 
 const SCOPES: [NllScope; 2] = [NllScope::Full, NllScope::Completion];
 const LINKS: [Link; 2] = [Link::LogSigmoid, Link::Identity];
@@ -149,7 +150,7 @@ where
     let bias_view = bias.as_deref().map(Matrix::Native);
     let head =
         Head::new(Matrix::Native(&weight), bias_view, case.softcap, case.logit_scale, case.vocab, case.width);
-    let engine = Engine { head: &head, gemm: &Portable, team: &Portable };
+    let engine = Engine { head: &head, gemm: &Portable, threads: &Portable };
     let mut d_hidden = vec![T::ZERO; hidden.len()];
     let mut d_weight = vec![T::from_f64(f64::NAN); weight.len()];
     let mut d_bias = vec![T::from_f64(f64::NAN); case.vocab];
@@ -332,7 +333,7 @@ fn half_precision_weights_are_widened_exactly() {
     let objective = objective(NllScope::Full, Link::LogSigmoid, 1 << 20);
     let truth = run::<f32>(&widened, objective, true);
     let head = Head::new(Matrix::Bf16(&stored), None, None, 1.0, case.vocab, case.width);
-    let engine = Engine::<f32> { head: &head, gemm: &Portable, team: &Portable };
+    let engine = Engine::<f32> { head: &head, gemm: &Portable, threads: &Portable };
     let (mut d_hidden, mut d_weight) = (vec![0.0; case.hidden.len()], vec![0.0; case.weight.len()]);
     let mut grads =
         Gradients { hidden: Some(&mut d_hidden), weight: Some(&mut d_weight), bias: None, accumulate: false };
@@ -353,7 +354,7 @@ fn log_probabilities_and_their_gradients() {
             case.vocab,
             case.width,
         );
-        let engine = Engine::<f64> { head: &head, gemm: &Portable, team: &Portable };
+        let engine = Engine::<f64> { head: &head, gemm: &Portable, threads: &Portable };
         let hidden = Matrix::Native(&case.hidden[..]);
         let upstream = noise(case.targets.len(), 9);
         let mut expectation = vec![0.0; case.hidden.len()];

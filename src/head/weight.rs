@@ -5,9 +5,9 @@ use std::ops::Range;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
-use super::backend::{Team, for_rows};
-use super::real::Real;
 use super::row::{self, Transform};
+use crate::base::real::Real;
+use crate::base::threads::{Threads, for_rows};
 
 /// A row-major matrix in the type it is stored in.
 #[derive(Clone, Copy, Debug)]
@@ -142,14 +142,14 @@ impl<'a, T: Real> Head<'a, T> {
     }
 
     /// Weight rows of the words in `tile`; `scratch` holds them if they have to be widened.
-    pub fn tile<'s>(&'s self, team: &dyn Team, tile: Range<usize>, scratch: &'s mut Vec<T>) -> &'s [T] {
+    pub fn tile<'s>(&'s self, threads: &dyn Threads, tile: Range<usize>, scratch: &'s mut Vec<T>) -> &'s [T] {
         let (first, width) = (tile.start, self.width);
         if let Matrix::Native(weight) = self.weight {
             return &weight[first * width..tile.end * width];
         }
         scratch.resize(tile.len() * width, T::ZERO);
         let mut none = vec![(); tile.len()];
-        for_rows(team, scratch, width, &mut none, |row, out, ()| self.word(first + row, out));
+        for_rows(threads, scratch, width, &mut none, |row, out, ()| self.word(first + row, out));
         scratch
     }
 

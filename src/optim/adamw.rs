@@ -3,8 +3,8 @@
 //! Where it says fused multiply-add it is one on every processor, and elsewhere every operation rounds by
 //! itself, so that all vector code and the CUDA kernel have the same bits.
 
-use crate::quant::level::on_levels;
-use crate::quant::storage::{Dtype, Storage};
+use crate::base::float::{Dtype, Float};
+use crate::base::simd::on_levels;
 
 /// Elements of a block: 8-bit moments share a scale, and the passes work on one at a time.
 pub const BLOCK: usize = 256;
@@ -36,7 +36,7 @@ pub struct Rule {
 ///
 /// Of the second moment the root comes too.
 #[inline(always)]
-pub(super) fn element(rule: &Rule, value: f32, grad: f32, m: f32, v: f32) -> Update {
+pub(super) fn element(rule: &Rule, value: f32, grad: f32, m: f32, v: f32) -> AdamUpdate {
     let square = grad * grad;
     // All bits, or none: a mask, for a branch would end the vector code. NaN compares as false too.
     let finite = u32::from(square < f32::INFINITY).wrapping_neg();
@@ -48,12 +48,12 @@ pub(super) fn element(rule: &Rule, value: f32, grad: f32, m: f32, v: f32) -> Upd
     // stored in some lanes only is a masked store, and those take tens of cycles on some processors.
     let keep = f32::from_bits((rule.keep.to_bits() & finite) | (1.0f32.to_bits() & !finite));
     let value = rule.step_size.mul_add(m / (root + rule.eps), value) * keep;
-    Update { value, m, v, root, bad: finite.wrapping_add(1) }
+    AdamUpdate { value, m, v, root, bad: finite.wrapping_add(1) }
 }
 
 /// See [`element`].
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Update {
+pub(super) struct AdamUpdate {
     pub value: f32,
     pub m: f32,
     pub v: f32,
@@ -66,7 +66,7 @@ pub(super) struct Update {
 /// With a seed, `bf16` is rounded up with the probability that leaves the mean where it is. What is
 /// drawn depends on seed and place alone, so that a run can be repeated.
 #[inline(always)]
-pub(super) fn store<T: Storage>(wide: &[f32; BLOCK], seed: Option<u32>, first: u64, values: &mut [T]) {
+pub(super) fn store<T: Float>(wide: &[f32; BLOCK], seed: Option<u32>, first: u64, values: &mut [T]) {
     if let (Some(seed), Dtype::Bf16) = (seed, T::DTYPE) {
         let start = (first as u32) ^ ((first >> 32) as u32).wrapping_mul(0x9e37_79b9);
         for (i, (value, wide)) in values.iter_mut().zip(wide).enumerate() {
@@ -107,7 +107,7 @@ on_levels! {
     ///
     /// # Panics
     /// If the slices are not equally long.
-    pub fn update<P: Storage, G: Storage>(
+    pub fn update<P: Float, G: Float>(
         rule: &Rule,
         first: u64,
         values: &mut [P],
@@ -118,7 +118,7 @@ on_levels! {
 }
 
 #[inline(always)]
-fn blocks<P: Storage, G: Storage, const LEVEL: u8>(
+fn blocks<P: Float, G: Float, const LEVEL: u8>(
     rule: &Rule,
     first: u64,
     values: &mut [P],
@@ -160,7 +160,7 @@ pub(super) mod tests {
     use half::bf16;
 
     use super::*;
-    use crate::quant::level::Level;
+    use crate::base::simd::Level;
 
     /// The rule of step `t` with values of its own everywhere.
     pub fn rule(t: i32) -> Rule {

@@ -7,8 +7,8 @@ use super::adamw::{BLOCK, Rule, element, store};
 use super::octave::{
     SIGNED_ZERO, pack, root_code, root_inverse, root_value, signed_code, signed_inverse, signed_value,
 };
-use crate::quant::level::on_levels;
-use crate::quant::storage::Storage;
+use crate::base::float::Float;
+use crate::base::simd::on_levels;
 
 /// Codes and scales of some blocks.
 #[derive(Debug)]
@@ -41,7 +41,7 @@ on_levels! {
     ///
     /// # Panics
     /// If the lengths do not fit.
-    pub fn update<P: Storage, G: Storage>(
+    pub fn update<P: Float, G: Float>(
         rule: &Rule,
         first: u64,
         values: &mut [P],
@@ -51,7 +51,7 @@ on_levels! {
 }
 
 #[inline(always)]
-fn blocks<P: Storage, G: Storage, const LEVEL: u8>(
+fn blocks<P: Float, G: Float, const LEVEL: u8>(
     rule: &Rule,
     first: u64,
     values: &mut [P],
@@ -158,8 +158,8 @@ mod tests {
 
     use super::super::adamw::tests::{rule, wave};
     use super::*;
+    use crate::base::simd::Level;
     use crate::optim::adamw;
-    use crate::quant::level::Level;
 
     struct Moments {
         m: Vec<u8>,
@@ -226,7 +226,7 @@ mod tests {
         }
     }
 
-    fn four_steps<P: Storage, G: Storage>(level: Level, n: usize, seed: Option<u32>) -> (Vec<P>, Moments) {
+    fn four_steps<P: Float, G: Float>(level: Level, n: usize, seed: Option<u32>) -> (Vec<P>, Moments) {
         let narrow = |wide: Vec<f32>| -> Vec<P> { wide.into_iter().map(P::narrow_one).collect() };
         let (mut values, mut moments) = (narrow(wave(n, 0.0)), Moments::new(n));
         for t in 1..5 {
@@ -237,7 +237,7 @@ mod tests {
         (values, moments)
     }
 
-    fn same_on_all_levels<P: Storage + PartialEq + std::fmt::Debug, G: Storage>(seed: Option<u32>) {
+    fn same_on_all_levels<P: Float + PartialEq + std::fmt::Debug, G: Float>(seed: Option<u32>) {
         let (values, moments) = four_steps::<P, G>(Level::Baseline, 700, seed);
         for &level in Level::available() {
             let (others, theirs) = four_steps::<P, G>(level, 700, seed);

@@ -17,7 +17,7 @@
 //! small beside its block's would otherwise be left with a first moment over a second of zero.
 
 use super::adamw::BLOCK;
-use crate::quant::level::Level;
+use crate::base::simd::Level;
 
 /// Bits of a magnitude beside a sign.
 const SIGNED: u32 = 7;

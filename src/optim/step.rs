@@ -6,10 +6,9 @@ use half::{bf16, f16};
 
 use super::adamw::{self, BLOCK, Rule};
 use super::adamw8bit::{self, Codes};
-use crate::head::backend::Team;
-use crate::quant::for_each;
-use crate::quant::level::Level;
-use crate::quant::storage::Storage;
+use crate::base::float::Float;
+use crate::base::simd::Level;
+use crate::base::threads::{Threads, for_each};
 
 /// Elements of a task: whole blocks, and enough of them to be worth a queue's while.
 const GRAIN: usize = 64 * BLOCK;
@@ -65,11 +64,11 @@ pub struct Parameter<'a> {
 ///
 /// # Panics
 /// If a parameter's slices are not equally long.
-pub fn step(team: &dyn Team, parameters: Vec<Parameter<'_>>) -> u64 {
+pub fn step(threads: &dyn Threads, parameters: Vec<Parameter<'_>>) -> u64 {
     let bad = AtomicU64::new(0);
     let level = Level::best();
     let pieces: Vec<_> = parameters.into_iter().flat_map(pieces).collect();
-    for_each(team, pieces.into_iter(), |piece| {
+    for_each(threads, pieces.into_iter(), |piece| {
         let first = piece.first;
         let found = match piece.values {
             Values::F32(values, grads) => update(level, &piece.rule, first, values, grads, piece.moments),
@@ -87,7 +86,7 @@ pub fn step(team: &dyn Team, parameters: Vec<Parameter<'_>>) -> u64 {
     bad.into_inner()
 }
 
-fn update<P: Storage, G: Storage>(
+fn update<P: Float, G: Float>(
     level: Level,
     rule: &Rule,
     first: u64,
@@ -144,7 +143,7 @@ mod tests {
     use super::super::adamw::tests::{rule, wave};
     use super::super::octave::SIGNED_ZERO;
     use super::*;
-    use crate::head::backend::Portable;
+    use crate::base::portable::Portable;
 
     #[test]
     fn pieces_are_the_whole() {

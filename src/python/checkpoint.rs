@@ -8,12 +8,12 @@ use pyo3::prelude::*;
 
 use super::error::detached;
 use super::tensor::PyTensor;
+use crate::base::error::Error;
 use crate::checkpoint::collection::Collection;
 use crate::checkpoint::convert::{Job, size};
 use crate::checkpoint::file::TensorFile;
-use crate::checkpoint::rule::{Factor, Rule, Target, Update};
+use crate::checkpoint::rule::{Factor, MergeUpdate, Target, TensorRule};
 use crate::checkpoint::state::{State, dtype_name, dtype_of};
-use crate::error::Error;
 use crate::quant::blockwise8::Choice;
 use crate::torch::checkpoint::run;
 
@@ -52,14 +52,14 @@ impl From<FactorParts> for Factor {
     }
 }
 
-impl From<UpdateParts> for Update {
+impl From<UpdateParts> for MergeUpdate {
     fn from(parts: UpdateParts) -> Self {
         let (left, right) = (parts.left.into(), parts.right.map(Into::into));
         Self { left, right, scale: parts.scale as f32, magnitude: parts.magnitude }
     }
 }
 
-fn rules(parts: Vec<RuleParts>) -> PyResult<Vec<Rule>> {
+fn rules(parts: Vec<RuleParts>) -> PyResult<Vec<TensorRule>> {
     let rule = |parts: RuleParts| {
         let RuleParts { name, replacement, update, transposed, quantize, dtype, blocksize, double_quant } =
             parts;
@@ -72,7 +72,7 @@ fn rules(parts: Vec<RuleParts>) -> PyResult<Vec<Rule>> {
         } else {
             Target::Float(dtype)
         };
-        Ok(Rule { name, replacement, update: update.map(Into::into), transposed, target })
+        Ok(TensorRule { name, replacement, update: update.map(Into::into), transposed, target })
     };
     parts.into_iter().map(rule).collect()
 }
@@ -110,7 +110,7 @@ fn checkpoint_states(py: Python<'_>, base: Vec<PathBuf>, names: Vec<String>) -> 
 
 fn with_job<R>(
     (base, adapter): (Vec<PathBuf>, Option<PathBuf>),
-    rules: Vec<Rule>,
+    rules: Vec<TensorRule>,
     outputs: Vec<PathBuf>,
     f: impl FnOnce(&Job<'_>) -> Result<R, Error>,
 ) -> Result<R, Error> {

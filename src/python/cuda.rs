@@ -5,8 +5,8 @@ use std::collections::HashMap;
 use pyo3::prelude::*;
 
 use super::error::detached;
+use crate::base::error::Error;
 use crate::cuda::{self, kernels, nvrtc::nvrtc};
-use crate::error::Error;
 
 /// Names of the sources of kernels.
 #[pyfunction]

@@ -5,7 +5,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use pyo3::exceptions::{PyOSError, PyRuntimeError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 
-use crate::error::{Error, Result};
+use crate::base::error::{Error, Result};
 
 impl From<Error> for PyErr {
     fn from(error: Error) -> Self {
@@ -45,7 +45,7 @@ mod tests {
     use pyo3::prelude::*;
 
     use super::detached;
-    use crate::error::Error;
+    use crate::base::error::Error;
 
     /// The Python exception that `run` ends in.
     fn raised(py: Python<'_>, run: impl FnOnce() -> Result<(), Error> + Send) -> Bound<'_, PyException> {

@@ -6,10 +6,11 @@ use tch::Tensor;
 
 use super::error::detached;
 use super::tensor::PyTensor;
+use crate::head::odds_ratio::{Link, NllScope};
 use crate::head::scores::Objective;
-use crate::odds_ratio::{Link, NllScope};
-use crate::torch::head::{self, Args, Pairs, Wants};
-use crate::torch::head_cuda;
+use crate::torch::device;
+use crate::torch::head;
+use crate::torch::head::args::{Args, Pairs, Wants};
 
 /// The tensors and numbers that every op of the head starts with.
 struct Inputs {
@@ -130,13 +131,13 @@ fn linear_orpo(
 /// `gradient *= factor` in place, on a card; false where nothing has been done.
 #[pyfunction]
 fn scale_gradient(py: Python<'_>, gradient: PyTensor, factor: PyTensor) -> PyResult<bool> {
-    detached(py, move || head_cuda::scale(&gradient.0, &factor.0))
+    detached(py, move || head::cuda::scale(&gradient.0, &factor.0))
 }
 
 /// Makes CPU tensors take the path of other devices, for tests.
 #[pyfunction]
 fn use_tensor_ops(on: bool) {
-    head::use_tensor_ops(on);
+    device::use_tensor_ops(on);
 }
 
 /// Adds the head's functions to the module.

@@ -1,12 +1,12 @@
 //! The Python module `oddsmith._core`: conversions and thin functions.
 
+mod allocator;
 mod checkpoint;
 mod cuda;
 mod data;
 mod error;
 mod head;
 mod optim;
-mod pool;
 mod quant;
 mod tensor;
 
@@ -18,7 +18,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add("TORCH_BUILD_VERSION", env!("TORCH_BUILD_VERSION"))?;
     data::register(module)?;
-    pool::register(module)?;
+    allocator::register(module)?;
     head::register(module)?;
     quant::register(module)?;
     optim::register(module)?;

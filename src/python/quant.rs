@@ -1,4 +1,4 @@
-//! Thin functions around [`crate::torch::quant`] and [`crate::torch::linear4bit`].
+//! Thin functions around [`crate::torch::quant`].
 
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
@@ -7,8 +7,9 @@ use tch::Kind;
 use super::error::detached;
 use super::tensor::PyTensor;
 use crate::quant::blockwise8::Choice;
-use crate::torch::linear4bit::{self, Size};
-use crate::torch::quant::{self, Nested, Weight};
+use crate::torch::quant;
+use crate::torch::quant::args::{Nested, Size, Weight};
+use crate::torch::quant::linear;
 
 /// The parts of quantised scales: absmax, map, offset, block size.
 type NestedParts = (PyTensor, PyTensor, PyTensor, i64);
@@ -83,7 +84,7 @@ fn linear_nf4(
 ) -> PyResult<PyTensor> {
     let weight = weight("linear_nf4", packed, absmax, nested, blocksize);
     let size = Size { rows: shape.0, columns: shape.1 };
-    let run = move || linear4bit::forward(weight, size, &x.0, bias.as_ref().map(|bias| &bias.0));
+    let run = move || linear::forward(weight, size, &x.0, bias.as_ref().map(|bias| &bias.0));
     Ok(PyTensor(detached(py, run)?))
 }
 
@@ -103,7 +104,7 @@ fn linear_nf4_input_gradient(
     let kind = kind(OP, weight_dtype)?;
     let weight = weight(OP, packed, absmax, nested, blocksize);
     let size = Size { rows: shape.0, columns: shape.1 };
-    Ok(PyTensor(detached(py, move || linear4bit::input_gradient(weight, size, &grad.0, kind))?))
+    Ok(PyTensor(detached(py, move || linear::input_gradient(weight, size, &grad.0, kind))?))
 }
 
 #[pyfunction]

@@ -3,9 +3,9 @@
 //! Dettmers et al. 2022 (arXiv 2110.02861). The dynamic maps of that paper are built from libtorch's
 //! `linspace`, whose bits differ between processors, so a map is always an argument here.
 
-use super::storage::Storage;
-use super::{GRAIN, for_each};
-use crate::head::backend::Team;
+use super::GRAIN;
+use crate::base::float::Float;
+use crate::base::threads::{Threads, for_each};
 
 /// Values of a map.
 pub const MAP_LEN: usize = 256;
@@ -80,8 +80,8 @@ impl Map {
 ///
 /// # Panics
 /// If `codes` or `absmax` are not as long as `values` asks for.
-pub fn quantize<T: Storage>(
-    team: &dyn Team,
+pub fn quantize<T: Float>(
+    threads: &dyn Threads,
     values: &[T],
     map: &Map,
     blocksize: usize,
@@ -92,7 +92,7 @@ pub fn quantize<T: Storage>(
     let blocks = (GRAIN / blocksize).max(1);
     let grain = blocks * blocksize;
     let items = values.chunks(grain).zip(codes.chunks_mut(grain)).zip(absmax.chunks_mut(blocks));
-    for_each(team, items, |((values, codes), absmax)| {
+    for_each(threads, items, |((values, codes), absmax)| {
         let mut wide = vec![0.0; blocksize];
         let blocks = values.chunks(blocksize).zip(codes.chunks_mut(blocksize)).zip(absmax);
         for ((values, codes), absmax) in blocks {
@@ -107,8 +107,8 @@ pub fn quantize<T: Storage>(
 ///
 /// # Panics
 /// If `values` or `absmax` are not as long as `codes` asks for.
-pub fn dequantize<T: Storage>(
-    team: &dyn Team,
+pub fn dequantize<T: Float>(
+    threads: &dyn Threads,
     codes: &[u8],
     map: &[f32; MAP_LEN],
     absmax: &[f32],
@@ -119,7 +119,7 @@ pub fn dequantize<T: Storage>(
     let blocks = (GRAIN / blocksize).max(1);
     let grain = blocks * blocksize;
     let items = codes.chunks(grain).zip(values.chunks_mut(grain)).zip(absmax.chunks(blocks));
-    for_each(team, items, |((codes, values), absmax)| {
+    for_each(threads, items, |((codes, values), absmax)| {
         let blocks = codes.chunks(blocksize).zip(values.chunks_mut(blocksize)).zip(absmax);
         for ((codes, values), absmax) in blocks {
             for (value, &code) in values.iter_mut().zip(codes) {
@@ -132,7 +132,7 @@ pub fn dequantize<T: Storage>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::head::backend::Portable;
+    use crate::base::portable::Portable;
 
     /// Uneven, ascending, with zero and one, as the dynamic maps are.
     fn map() -> [f32; MAP_LEN] {

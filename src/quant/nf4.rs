@@ -6,15 +6,13 @@
 //! codes NaN and 15, hence every value of it NaN; infinity makes the scale infinite, the finite values
 //! zero codes (and so NaN, `0 * inf`) and both infinities code 15.
 
-use super::codebook::{MIDPOINTS, NF4, ZERO, nearest};
-use super::level::Level;
-use super::scales::Scales;
-use super::storage::{Dtype, Storage};
-use super::{GRAIN, expand, for_each, pick};
-use crate::head::backend::Team;
-
-/// Below this a scale has no inverse that is worth anything.
-pub(super) const LEAST: f32 = 1e-38;
+use super::codebook::{MIDPOINTS, ZERO, nearest};
+use super::pack::LEAST;
+use super::packed::Packed;
+use super::{BLOCK_SIZES, GRAIN, pack, unpack};
+use crate::base::float::Float;
+use crate::base::simd::Level;
+use crate::base::threads::{Threads, for_each};
 
 /// Longest block.
 const LONGEST: usize = 4096;
@@ -24,30 +22,24 @@ const LONGEST: usize = 4096;
 /// # Panics
 /// If `blocksize` is none of [`super::BLOCK_SIZES`], or `packed` or `absmax` are not as long as
 /// `values` asks for.
-pub fn quantize<T: Storage>(
-    team: &dyn Team,
+pub fn quantize<T: Float>(
+    threads: &dyn Threads,
     values: &[T],
     blocksize: usize,
     packed: &mut [u8],
     absmax: &mut [f32],
 ) {
-    assert!(super::BLOCK_SIZES.contains(&blocksize));
+    assert!(BLOCK_SIZES.contains(&blocksize));
     assert!(packed.len() == values.len().div_ceil(2) && absmax.len() == values.len().div_ceil(blocksize));
     let level = Level::best();
     let items =
         values.chunks(GRAIN).zip(packed.chunks_mut(GRAIN / 2)).zip(absmax.chunks_mut(GRAIN / blocksize));
-    for_each(team, items, |((values, packed), absmax)| {
+    for_each(threads, items, |((values, packed), absmax)| {
         blocks_at(level, values, blocksize, packed, absmax);
     });
 }
 
-fn blocks_at<T: Storage>(
-    level: Level,
-    values: &[T],
-    blocksize: usize,
-    packed: &mut [u8],
-    absmax: &mut [f32],
-) {
+fn blocks_at<T: Float>(level: Level, values: &[T], blocksize: usize, packed: &mut [u8], absmax: &mut [f32]) {
     match level {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: a level is only ever one that this machine has.
@@ -63,29 +55,29 @@ fn blocks_at<T: Storage>(
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-fn blocks_avx512<T: Storage>(values: &[T], blocksize: usize, packed: &mut [u8], absmax: &mut [f32]) {
+fn blocks_avx512<T: Float>(values: &[T], blocksize: usize, packed: &mut [u8], absmax: &mut [f32]) {
     blocks(Level::Avx512, values, blocksize, packed, absmax);
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn blocks_avx2<T: Storage>(values: &[T], blocksize: usize, packed: &mut [u8], absmax: &mut [f32]) {
+fn blocks_avx2<T: Float>(values: &[T], blocksize: usize, packed: &mut [u8], absmax: &mut [f32]) {
     blocks(Level::Avx2, values, blocksize, packed, absmax);
 }
 
 #[inline(always)]
-fn blocks<T: Storage>(level: Level, values: &[T], blocksize: usize, packed: &mut [u8], absmax: &mut [f32]) {
+fn blocks<T: Float>(level: Level, values: &[T], blocksize: usize, packed: &mut [u8], absmax: &mut [f32]) {
     let blocks = values.chunks(blocksize).zip(packed.chunks_mut(blocksize / 2)).zip(absmax);
     for ((values, packed), absmax) in blocks {
         let whole = values.len() == blocksize;
-        let quick = if whole { pick::whole_block(level, values, packed) } else { None };
+        let quick = if whole { pack::whole_block(level, values, packed) } else { None };
         *absmax = quick.unwrap_or_else(|| any_block(values, whole, packed));
     }
 }
 
 /// A block of any length, NaN and infinity among its values, and its scale.
 #[inline(never)]
-fn any_block<T: Storage>(values: &[T], whole: bool, packed: &mut [u8]) -> f32 {
+fn any_block<T: Float>(values: &[T], whole: bool, packed: &mut [u8]) -> f32 {
     let mut wide = [0.0f32; LONGEST];
     let wide = &mut wide[..values.len()];
     T::widen(values, wide);
@@ -134,37 +126,14 @@ fn pack_any(scaled: &[f32], packed: &mut [u8]) {
     }
 }
 
-/// A flat 4-bit tensor.
-#[derive(Clone, Copy, Debug)]
-pub struct Packed<'a> {
-    /// Two codes a byte.
-    pub bytes: &'a [u8],
-    /// A scale a block.
-    pub scales: Scales<'a>,
-    /// Values in a block.
-    pub blocksize: usize,
-    /// Dtypes that a product of code and scale is rounded to before the element type, in this order.
-    pub via: [Dtype; 2],
-}
-
-impl Packed<'_> {
-    /// The 16 values of a block.
-    #[inline]
-    pub(super) fn table<T: Storage>(&self, block: usize) -> [T; 16] {
-        let scale = self.scales.get(block);
-        let values = NF4.map(|code| code * scale);
-        T::narrow(&self.via[1].round(self.via[0].round(values)))
-    }
-}
-
 /// All values: `f32(code * scale)`, rounded to the element type.
 ///
 /// # Panics
 /// If `packed` has too few bytes or scales.
-pub fn dequantize<T: Storage>(team: &dyn Team, packed: &Packed<'_>, values: &mut [T]) {
+pub fn dequantize<T: Float>(threads: &dyn Threads, packed: &Packed<'_>, values: &mut [T]) {
     let level = Level::best();
-    for_each(team, values.chunks_mut(GRAIN).enumerate(), |(i, values)| {
-        expand::read(level, packed, i * GRAIN, values);
+    for_each(threads, values.chunks_mut(GRAIN).enumerate(), |(i, values)| {
+        unpack::read(level, packed, i * GRAIN, values);
     });
 }
 
@@ -185,14 +154,14 @@ pub struct Tile {
 ///
 /// # Panics
 /// If the tile is not within the matrix.
-pub fn dequantize_tile<T: Storage>(team: &dyn Team, packed: &Packed<'_>, tile: Tile, values: &mut [T]) {
+pub fn dequantize_tile<T: Float>(threads: &dyn Threads, packed: &Packed<'_>, tile: Tile, values: &mut [T]) {
     let level = Level::best();
     // Strips are narrow: several rows make a task.
     let rows = (GRAIN / tile.columns).max(1);
-    for_each(team, values.chunks_mut(rows * tile.columns).enumerate(), |(i, values)| {
+    for_each(threads, values.chunks_mut(rows * tile.columns).enumerate(), |(i, values)| {
         for (j, values) in values.chunks_exact_mut(tile.columns).enumerate() {
             let start = (tile.row + i * rows + j) * tile.width + tile.column;
-            expand::read(level, packed, start, values);
+            unpack::read(level, packed, start, values);
         }
     });
 }

@@ -4,10 +4,10 @@
 //! product. Here a weight is looked up in a register and multiplied at once.
 #![allow(unsafe_code)] // vector instructions, behind their run-time check, on pointers of checked length
 
-use super::level::Level;
-use super::nf4::Packed;
-use super::{expand, for_each};
-use crate::head::backend::Team;
+use super::packed::Packed;
+use super::unpack;
+use crate::base::simd::Level;
+use crate::base::threads::{Threads, for_each};
 
 /// Most tokens.
 pub const FEW: usize = 32;
@@ -37,7 +37,7 @@ const STEP: usize = 128;
 ///
 /// # Panics
 /// If there are more tokens, or lengths that do not belong together.
-pub fn few_tokens(team: &dyn Team, weight: &Packed<'_>, width: usize, x: &[f32], out: &mut [f32]) {
+pub fn few_tokens(threads: &dyn Threads, weight: &Packed<'_>, width: usize, x: &[f32], out: &mut [f32]) {
     let tokens = x.len() / width;
     assert!((1..=FEW).contains(&tokens) && x.len() == tokens * width && out.len().is_multiple_of(tokens));
     let rows = out.len() / tokens;
@@ -49,7 +49,7 @@ pub fn few_tokens(team: &dyn Team, weight: &Packed<'_>, width: usize, x: &[f32],
     let turned = if from_codes { turn(x, width, padded) } else { Vec::new() };
     // The products of a row of the matrix lie apart in `out`, so they are collected transposed.
     let mut columns = vec![0.0f32; out.len()];
-    for_each(team, columns.chunks_mut(ROWS * tokens).enumerate(), |(task, columns)| {
+    for_each(threads, columns.chunks_mut(ROWS * tokens).enumerate(), |(task, columns)| {
         if from_codes {
             #[cfg(target_arch = "x86_64")]
             few_rows(weight, width, task * ROWS, &turned, tokens, columns);
@@ -57,7 +57,7 @@ pub fn few_tokens(team: &dyn Team, weight: &Packed<'_>, width: usize, x: &[f32],
         }
         let mut row_values = vec![0.0f32; width];
         for (i, sums) in columns.chunks_exact_mut(tokens).enumerate() {
-            expand::read(level, weight, (task * ROWS + i) * width, &mut row_values);
+            unpack::read(level, weight, (task * ROWS + i) * width, &mut row_values);
             for (sum, x) in sums.iter_mut().zip(x.chunks_exact(width)) {
                 *sum = dot(level, x, &row_values);
             }
@@ -271,10 +271,10 @@ mod x86 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::head::backend::Portable;
+    use crate::base::float::Dtype;
+    use crate::base::portable::Portable;
     use crate::quant::nf4;
     use crate::quant::scales::Scales;
-    use crate::quant::storage::Dtype;
 
     #[test]
     fn products_equal_those_with_the_unpacked_matrix() {

@@ -3,12 +3,13 @@
 use tch::{Kind, Tensor};
 
 use super::gemm::LibTorch;
-use super::quant;
-use super::team::Torch;
+use super::quant::args::map;
+use super::threads::TorchThreads;
 use super::view::borrow;
+use crate::base::error::Result;
 use crate::checkpoint::CHUNK;
-use crate::checkpoint::convert::{Engine, Job, Progress, Written, convert};
-use crate::error::Result;
+use crate::checkpoint::convert::{Job, Progress, Written, convert};
+use crate::checkpoint::engine::ConvertEngine;
 use crate::quant::blockwise8::Choice;
 
 /// The mean of scales, as `Tensor.mean` of the flat tensor computes it.
@@ -28,7 +29,14 @@ pub fn run(
     progress: &mut Progress<'_>,
 ) -> Result<Vec<Written>> {
     let _guard = tch::no_grad_guard();
-    let map = quant::map("convert_checkpoint", code)?;
-    let engine = Engine { team: &Torch, gemm: &LibTorch, mean: &mean, map: &map, choice, chunk: CHUNK };
+    let map = map("convert_checkpoint", code)?;
+    let engine = ConvertEngine {
+        threads: &TorchThreads,
+        gemm: &LibTorch,
+        mean: &mean,
+        map: &map,
+        choice,
+        chunk: CHUNK,
+    };
     convert(job, &engine, progress)
 }

@@ -1,9 +1,9 @@
 //! libtorch's matrix products on slices.
 
 use super::view::{Element, borrow};
-use crate::error::Result;
-use crate::head::backend::{Dims, Gemm};
-use crate::head::real::Real;
+use crate::base::error::Result;
+use crate::base::gemm::{Dims, Gemm};
+use crate::base::real::Real;
 
 /// Products through libtorch: on the CPU that is the BLAS it was built with.
 #[derive(Clone, Copy, Debug)]

@@ -1,22 +1,16 @@
-//! The algorithms on libtorch's tensors: checks, views, and one file per op.
+//! The algorithms on libtorch's tensors: checks, views, and a room for the ops of each room of algorithms.
+//!
+//! A room has its arguments in `args`, below all of its backends; `mod` checks them and picks the backend:
+//! slices on the CPU, kernels on NVIDIA GPUs (`cuda`), libtorch's ops elsewhere (`ops`).
 
-pub mod adamw;
-mod adamw_cuda;
-mod blockwise8_cuda;
+pub mod allocator;
 pub mod checkpoint;
-pub mod cuda;
+pub mod device;
+pub mod dtype;
 pub mod gemm;
 pub mod head;
-mod head_batch;
-pub mod head_cuda;
-mod head_kernels;
-pub mod head_ops;
-pub mod linear4bit;
-mod nf4_cuda;
-pub mod pages;
-#[cfg(target_os = "linux")]
-pub mod pool;
+pub mod large;
+pub mod optim;
 pub mod quant;
-pub mod quant_ops;
-pub mod team;
+pub mod threads;
 pub mod view;

@@ -4,7 +4,7 @@
 use half::{bf16, f16};
 use tch::{Device, Kind, Tensor};
 
-use crate::error::{Error, Result};
+use crate::base::error::{Error, Result};
 
 /// An element type that a tensor's storage can be viewed as.
 pub trait Element: Copy {

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# As in the Rust core (src/odds_ratio.rs): a probability of one has infinite odds, and its slope is
+# As in the Rust core (src/head/odds_ratio.rs): a probability of one has infinite odds, and its slope is
 # not resolved in single precision.
 _SMALLEST = 1.401298464324817e-45
 _STEEPEST = 16777216.0

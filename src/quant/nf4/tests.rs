@@ -1,14 +1,17 @@
 use half::{bf16, f16};
 
+use super::super::codebook::NF4;
+use super::super::scales::Scales;
 use super::*;
-use crate::head::backend::Portable;
+use crate::base::float::Dtype;
+use crate::base::portable::Portable;
 use crate::quant::BLOCK_SIZES;
 
 fn wave(n: usize) -> Vec<f32> {
     (0..n).map(|i| (i as f32 * 0.71).sin() * (0.02 + (i % 13) as f32)).collect()
 }
 
-fn quantized<T: Storage>(values: &[T], blocksize: usize) -> (Vec<u8>, Vec<f32>) {
+fn quantized<T: Float>(values: &[T], blocksize: usize) -> (Vec<u8>, Vec<f32>) {
     let mut packed = vec![0; values.len().div_ceil(2)];
     let mut absmax = vec![0.0; values.len().div_ceil(blocksize)];
     quantize(&Portable, values, blocksize, &mut packed, &mut absmax);
@@ -64,7 +67,7 @@ fn codes_equal_the_naive_ones() {
 
 #[test]
 fn every_level_picks_the_same_codes() {
-    fn check<T: Storage>(values: &[T], wide: &[f32]) {
+    fn check<T: Float>(values: &[T], wide: &[f32]) {
         let levels = Level::available().iter();
         for (&level, blocksize) in levels.flat_map(|level| [32, 64, 4096].map(|size| (level, size))) {
             let (mut packed, mut absmax) =
@@ -83,12 +86,12 @@ fn every_level_picks_the_same_codes() {
 
 #[test]
 fn every_level_rounds_alike() {
-    fn check<T: Storage + PartialEq + std::fmt::Debug>(packed: &Packed<'_>) {
+    fn check<T: Float + PartialEq + std::fmt::Debug>(packed: &Packed<'_>) {
         let mut truth = vec![T::default(); 1001];
-        expand::read(Level::Baseline, packed, 0, &mut truth);
+        unpack::read(Level::Baseline, packed, 0, &mut truth);
         for &level in Level::available() {
             let mut values = vec![T::default(); 1001];
-            expand::read(level, packed, 0, &mut values);
+            unpack::read(level, packed, 0, &mut values);
             assert_eq!(values, truth, "{level:?} {:?}", packed.via);
         }
     }
@@ -143,13 +146,13 @@ fn any_range_reads_the_same_values() {
     for &level in Level::available() {
         for (start, end) in ranges {
             let mut part = vec![0.0f32; end - start];
-            expand::read(level, &packed, start, &mut part);
+            unpack::read(level, &packed, start, &mut part);
             assert_eq!(part, truth[start..end], "{level:?} {start}..{end}");
             let mut half = vec![bf16::ZERO; end - start];
-            expand::read(level, &packed, start, &mut half);
+            unpack::read(level, &packed, start, &mut half);
             assert!(half.iter().zip(&part).all(|(a, &b)| *a == bf16::from_f32(b)));
             let mut half = vec![f16::ZERO; end - start];
-            expand::read(level, &packed, start, &mut half);
+            unpack::read(level, &packed, start, &mut half);
             assert!(half.iter().zip(&part).all(|(a, &b)| *a == f16::from_f32(b)));
         }
     }

@@ -1,0 +1,90 @@
+//! Which vector instructions there are.
+
+/// Instruction sets that the vector code of quantisation is written for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Level {
+    /// AVX-512 with byte and word instructions.
+    Avx512,
+    /// AVX2 with fused multiply-add and half-precision conversions.
+    Avx2,
+    /// Plain loops.
+    Baseline,
+}
+
+/// Defines a function from its body, an `#[inline(always)]` one, compiled for every level: it comes first
+/// among the function's arguments, and last among the body's parameters, as a number.
+macro_rules! on_levels {
+    (
+        $(#[$doc:meta])*
+        $vis:vis fn $name:ident<$($generic:ident: $bound:ident),*>($($arg:ident: $ty:ty),* $(,)?) -> $ret:ty
+            = $body:ident
+    ) => {
+        $(#[$doc])*
+        $vis fn $name<$($generic: $bound),*>(level: $crate::base::simd::Level, $($arg: $ty),*) -> $ret {
+            use $crate::base::simd::Level;
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+            fn avx512<$($generic: $bound),*>($($arg: $ty),*) -> $ret {
+                $body::<$($generic,)* { Level::Avx512 as u8 }>($($arg),*)
+            }
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx2,fma,f16c")]
+            fn avx2<$($generic: $bound),*>($($arg: $ty),*) -> $ret {
+                $body::<$($generic,)* { Level::Avx2 as u8 }>($($arg),*)
+            }
+            match level {
+                #[cfg(target_arch = "x86_64")]
+                // SAFETY: a level is only ever one that this machine has.
+                #[allow(unsafe_code)]
+                Level::Avx512 => unsafe { avx512($($arg),*) },
+                #[cfg(target_arch = "x86_64")]
+                // SAFETY: as above.
+                #[allow(unsafe_code)]
+                Level::Avx2 => unsafe { avx2($($arg),*) },
+                _ => $body::<$($generic,)* { Level::Baseline as u8 }>($($arg),*),
+            }
+        }
+    };
+}
+pub(crate) use on_levels;
+
+impl Level {
+    /// The best that this machine has; no better than `ATEN_CPU_CAPABILITY`, by which libtorch lets its
+    /// own vector code be limited to `avx2` or `default`.
+    #[must_use]
+    pub fn best() -> Self {
+        #[cfg(target_arch = "x86_64")]
+        {
+            use std::sync::OnceLock;
+            static LEVEL: OnceLock<Level> = OnceLock::new();
+            *LEVEL.get_or_init(|| {
+                let avx2 = is_x86_feature_detected!("avx2")
+                    && is_x86_feature_detected!("fma")
+                    && is_x86_feature_detected!("f16c");
+                let avx512 = is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512bw")
+                    && is_x86_feature_detected!("avx512dq")
+                    && is_x86_feature_detected!("avx512vl");
+                let limit = std::env::var("ATEN_CPU_CAPABILITY").unwrap_or_default();
+                match (avx2, avx512, limit.as_str()) {
+                    (_, _, "default") | (false, ..) => Level::Baseline,
+                    (_, false, _) | (_, _, "avx2") => Level::Avx2,
+                    _ => Level::Avx512,
+                }
+            })
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        Level::Baseline
+    }
+
+    /// Every level that this machine has.
+    #[cfg(test)]
+    #[must_use]
+    pub fn available() -> &'static [Level] {
+        match Self::best() {
+            Level::Avx512 => &[Level::Avx512, Level::Avx2, Level::Baseline],
+            Level::Avx2 => &[Level::Avx2, Level::Baseline],
+            Level::Baseline => &[Level::Baseline],
+        }
+    }
+}

@@ -1,0 +1,29 @@
+//! What a conversion borrows from its surroundings.
+
+use crate::base::error::Result;
+use crate::base::gemm::Gemm;
+use crate::base::threads::Threads;
+use crate::quant::blockwise8::{Choice, MAP_LEN};
+
+/// Threads and arithmetic of a conversion.
+pub struct ConvertEngine<'a> {
+    /// Threads.
+    pub threads: &'a dyn Threads,
+    /// Matrix products.
+    pub gemm: &'a dyn Gemm<f32>,
+    /// The mean of scales: the order of its additions decides the last bits, and libtorch's is that of
+    /// the format.
+    pub mean: &'a dyn Fn(&[f32]) -> Result<f32>,
+    /// Values of 8-bit codes, ascending.
+    pub map: &'a [f32; MAP_LEN],
+    /// How 8-bit codes are chosen.
+    pub choice: Choice,
+    /// Values that are worked on at a time: a multiple of every block size.
+    pub chunk: usize,
+}
+
+impl std::fmt::Debug for ConvertEngine<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ConvertEngine").field("choice", &self.choice).finish_non_exhaustive()
+    }
+}

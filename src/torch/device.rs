@@ -1,0 +1,112 @@
+//! Which GPU a tensor is on, which path it takes, and tensors as arguments of kernels.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use tch::{Device, Kind, Tensor};
+
+use super::dtype::dtype_name;
+use crate::base::error::{Error, Result};
+use crate::cuda::{self, Arg};
+
+/// The card that kernels for this tensor run on, and the stream that is current there on this thread;
+/// `None` if it is on none. While a card is emulated, tensors on the CPU are on it.
+///
+/// # Errors
+/// A stream that libtorch does not give.
+pub fn of(tensor: &Tensor) -> Result<Option<cuda::Device>> {
+    match tensor.device() {
+        Device::Cuda(index) if cuda::is_available() => {
+            let ordinal = i32::try_from(index).map_err(|error| Error::Internal(error.to_string()))?;
+            Ok(Some(cuda::Device { ordinal, stream: current_stream(ordinal)? }))
+        }
+        Device::Cpu if cuda::is_emulated() => Ok(Some(cuda::Device { ordinal: 0, stream: 0 })),
+        _ => Ok(None),
+    }
+}
+
+#[cfg(target_os = "linux")]
+fn current_stream(ordinal: i32) -> Result<u64> {
+    #[allow(unsafe_code)] // the C++ side
+    unsafe extern "C" {
+        fn oddsmith_current_stream(device: i8, stream: *mut u64) -> bool;
+    }
+    let mut stream = 0;
+    // SAFETY: writes a number.
+    #[allow(unsafe_code)]
+    let there = unsafe { oddsmith_current_stream(ordinal as i8, &raw mut stream) };
+    there.then_some(stream).ok_or_else(|| Error::Torch(format!("no current stream of cuda:{ordinal}")))
+}
+
+#[cfg(not(target_os = "linux"))]
+fn current_stream(ordinal: i32) -> Result<u64> {
+    Err(Error::Torch(format!("no current stream of cuda:{ordinal} on this system")))
+}
+
+/// The first element of a contiguous tensor, for a kernel that takes it as this dtype.
+///
+/// # Errors
+/// If the tensor is strided or of another dtype: a mistake of the caller.
+pub fn pointer(tensor: &Tensor, kind: Kind) -> Result<Arg> {
+    if !tensor.is_contiguous() || tensor.f_kind()? != kind {
+        return Err(Error::Internal(format!("a pointer to {} on a tensor {tensor:?}", dtype_name(kind))));
+    }
+    Ok(Arg::ptr(tensor.data_ptr() as u64))
+}
+
+/// As many blocks as `items` ask for, `each` of them a block.
+///
+/// # Errors
+/// If a card does not count that far: for tensors larger than the memory of any.
+pub fn grid(items: i64, each: i64) -> Result<[u32; 3]> {
+    let blocks = (items as u64).div_ceil(each as u64);
+    let blocks =
+        i32::try_from(blocks).map_err(|error| Error::Internal(format!("{blocks} blocks: {error}")))?;
+    Ok([blocks as u32, 1, 1])
+}
+
+/// Checks that arguments are where the first is, whose memory the kernel reaches.
+///
+/// # Errors
+/// The first argument that is elsewhere, by name.
+pub fn check_devices(op: &'static str, first: &Tensor, others: &[(&'static str, &Tensor)]) -> Result<()> {
+    let device = first.device();
+    for (argument, tensor) in others {
+        if tensor.device() != device {
+            let (expected, got) = (format!("on {device:?}"), format!("on {:?}", tensor.device()));
+            return Err(Error::Value { op, argument, expected, got });
+        }
+    }
+    Ok(())
+}
+
+/// Makes CPU tensors take the path of other devices, so that a machine without one can test it.
+static TENSOR_OPS: AtomicBool = AtomicBool::new(false);
+
+/// Switches the path of other devices on or off for CPU tensors, for tests.
+pub fn use_tensor_ops(on: bool) {
+    TENSOR_OPS.store(on, Ordering::Relaxed);
+}
+
+/// True while CPU tensors take the path of other devices.
+#[must_use]
+pub fn tensor_ops() -> bool {
+    TENSOR_OPS.load(Ordering::Relaxed)
+}
+
+/// True if values can be read without waiting for a device.
+#[must_use]
+pub fn on_host(tensor: &Tensor) -> bool {
+    tensor.device() == Device::Cpu && !cuda::is_emulated()
+}
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use super::current_stream;
+
+    #[test]
+    fn a_card_that_is_not_there_is_an_error() {
+        // libtorch throws: not through Rust.
+        let error = current_stream(120).expect_err("no machine has so many");
+        assert_eq!(error.to_string(), "libtorch: no current stream of cuda:120");
+    }
+}

@@ -1,0 +1,246 @@
+//! Arguments and results of the head's ops: below all backends, which take them as they are here.
+
+use tch::{Device, Kind, Tensor};
+
+use crate::base::error::{Error, Result};
+use crate::head::odds_ratio::NllScope;
+use crate::head::scores::{Objective, Outcome};
+use crate::torch::device::on_host;
+use crate::torch::dtype::dtype_name;
+use crate::torch::view::slice;
+
+/// The label that means "no row".
+pub const IGNORE: i64 = -100;
+
+/// The arguments that every op of the head shares.
+#[derive(Debug)]
+pub struct Args<'a> {
+    /// Name of the op, for messages.
+    pub op: &'static str,
+    /// `(N, D)`.
+    pub hidden: &'a Tensor,
+    /// `(V, D)`, same dtype.
+    pub weight: &'a Tensor,
+    /// `(V,)`, same dtype.
+    pub bias: Option<&'a Tensor>,
+    /// `(N,)` int64: words, or [`IGNORE`].
+    pub targets: &'a Tensor,
+    /// Bound on the logits.
+    pub softcap: Option<f64>,
+    /// Factor on the raw products.
+    pub logit_scale: f64,
+}
+
+/// Which gradients are wanted.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Wants {
+    /// Of the hidden states.
+    pub hidden: bool,
+    /// Of the weight.
+    pub weight: bool,
+    /// Of the bias.
+    pub bias: bool,
+}
+
+impl Args<'_> {
+    fn shape(&self, argument: &'static str, tensor: &Tensor, expected: &str, fits: bool) -> Result<()> {
+        if fits {
+            return Ok(());
+        }
+        Err(Error::Shape {
+            op: self.op,
+            argument,
+            expected: expected.into(),
+            got: format!("{:?}", tensor.size()),
+        })
+    }
+
+    fn like_hidden(&self, argument: &'static str, tensor: &Tensor, kind: Option<Kind>) -> Result<()> {
+        let expected = kind.map_or_else(|| self.hidden.f_kind(), Ok)?;
+        if tensor.f_kind()? != expected {
+            let expected = match kind {
+                Some(kind) => dtype_name(kind).to_owned(),
+                None => format!("the dtype of hidden, {}", dtype_name(expected)),
+            };
+            return Err(Error::Dtype {
+                op: self.op,
+                argument,
+                expected,
+                got: dtype_name(tensor.f_kind()?).into(),
+            });
+        }
+        Ok(())
+    }
+
+    /// Checks shapes, dtypes and values, before anything is allocated. (Devices are checked in Python,
+    /// before dispatch.)
+    ///
+    /// # Errors
+    /// The first argument that does not fit, by name.
+    pub fn check(&self) -> Result<()> {
+        let kind = self.hidden.f_kind()?;
+        if !matches!(kind, Kind::Float | Kind::Double | Kind::BFloat16 | Kind::Half) {
+            let expected = "float32, bfloat16, float16 or float64".into();
+            return Err(Error::Dtype {
+                op: self.op,
+                argument: "hidden",
+                expected,
+                got: dtype_name(kind).into(),
+            });
+        }
+        self.shape("hidden", self.hidden, "(rows, hidden size)", self.hidden.dim() == 2)?;
+        let (rows, width) = self.hidden.size2()?;
+        let columns = format!("(vocabulary, {width}), with the columns of hidden");
+        let fits = self.weight.dim() == 2 && self.weight.size()[1] == width && self.weight.size()[0] > 0;
+        self.shape("weight", self.weight, &columns, fits && width > 0)?;
+        self.like_hidden("weight", self.weight, None)?;
+        let vocab = self.weight.size()[0];
+        if let Some(bias) = self.bias {
+            self.shape("bias", bias, &format!("({vocab},)"), bias.size() == [vocab])?;
+            self.like_hidden("bias", bias, None)?;
+        }
+        self.row_argument("targets", self.targets, rows, Kind::Int64)?;
+        self.range(
+            "targets",
+            self.targets,
+            vocab,
+            &format!("words in 0..{vocab}, or {IGNORE} for no row"),
+            true,
+        )?;
+        self.positive("softcap", self.softcap.unwrap_or(1.0))?;
+        if !self.logit_scale.is_finite() {
+            return Err(self.value("logit_scale", "a finite number", self.logit_scale.to_string()));
+        }
+        Ok(())
+    }
+
+    /// Checks an argument with one entry a row.
+    fn row_argument(&self, argument: &'static str, tensor: &Tensor, rows: i64, kind: Kind) -> Result<()> {
+        self.shape(
+            argument,
+            tensor,
+            &format!("({rows},), a value a row of hidden"),
+            tensor.size() == [rows],
+        )?;
+        self.like_hidden(argument, tensor, Some(kind))
+    }
+
+    /// Checks that values lie in `0..end`. Only on the CPU: elsewhere the check would make the
+    /// host wait for the device.
+    fn range(
+        &self,
+        argument: &'static str,
+        tensor: &Tensor,
+        end: i64,
+        expected: &str,
+        ignore: bool,
+    ) -> Result<()> {
+        if !on_host(tensor) {
+            return Ok(());
+        }
+        let values = tensor.f_contiguous()?;
+        let right = |x: i64| (0..end).contains(&x) || (ignore && x == IGNORE);
+        match slice::<i64>(&values)?.iter().find(|&&x| !right(x)) {
+            Some(wrong) => Err(self.value(argument, expected, wrong.to_string())),
+            None => Ok(()),
+        }
+    }
+
+    fn positive(&self, argument: &'static str, value: f64) -> Result<()> {
+        if value.is_finite() && value > 0.0 {
+            return Ok(());
+        }
+        Err(self.value(argument, "a positive finite number", value.to_string()))
+    }
+
+    fn value(&self, argument: &'static str, expected: &str, got: String) -> Error {
+        Error::Value { op: self.op, argument, expected: expected.into(), got }
+    }
+}
+
+/// Who is who in the batch.
+#[derive(Debug)]
+pub struct Pairs<'a> {
+    /// `(N,)` int64 in `0..2 * count`.
+    pub sequence: &'a Tensor,
+    /// `(N,)` bool.
+    pub completion: &'a Tensor,
+    /// Number of pairs; none: as many as `sequence` names.
+    pub count: Option<i64>,
+    /// Number of rows in the loss; none: those that there are.
+    pub scored: Option<i64>,
+}
+
+impl Pairs<'_> {
+    /// Checks the batch against the rows and returns the number of pairs.
+    ///
+    /// # Errors
+    /// The first argument that does not fit, by name.
+    pub fn check(&self, args: &Args<'_>, objective: Objective) -> Result<i64> {
+        let rows = args.hidden.size()[0];
+        args.row_argument("sequence", self.sequence, rows, Kind::Int64)?;
+        args.row_argument("completion", self.completion, rows, Kind::Bool)?;
+        args.positive("beta", objective.beta)?;
+        let pairs = match self.count {
+            Some(count) if count > 0 => count,
+            Some(count) => return Err(args.value("num_pairs", "a positive number", count.to_string())),
+            None if rows == 0 => 0,
+            None => self.sequence.f_max()?.f_int64_value(&[])? / 2 + 1,
+        };
+        args.range("sequence", self.sequence, 2 * pairs, &format!("sequences in 0..{}", 2 * pairs), false)?;
+        self.check_scored(args, pairs, objective.scope)?;
+        Ok(pairs)
+    }
+
+    /// As [`Args::range`]: elsewhere the loss is NaN if the number is not that of the rows.
+    fn check_scored(&self, args: &Args<'_>, pairs: i64, scope: NllScope) -> Result<()> {
+        let Some(scored) = self.scored else { return Ok(()) };
+        let rows = args.hidden.size()[0];
+        if !(0..=rows).contains(&scored) {
+            return Err(args.value("num_scored", &format!("in 0..={rows}"), scored.to_string()));
+        }
+        if !on_host(self.sequence) {
+            return Ok(());
+        }
+        let in_loss = self.sequence.f_lt(pairs)?.f_logical_and_(&Tensor::from(scope == NllScope::Full))?;
+        let found = in_loss.f_logical_or(self.completion)?.f_logical_and(&args.targets.f_ge(0)?)?;
+        let found = found.f_sum(Kind::Int64)?.f_int64_value(&[])?;
+        if found == scored {
+            return Ok(());
+        }
+        Err(args.value("num_scored", &format!("{found}, the rows in the loss"), scored.to_string()))
+    }
+}
+
+/// What [`super::orpo`] returns, as tensors: loss, nll, chosen and rejected log-probabilities, log odds,
+/// their log-sigmoid, mean logits of both sides, pairs with an empty side; then the gradients of
+/// hidden, weight and bias, empty where not wanted.
+pub type Report = [Tensor; 12];
+
+/// The outcome as tensors.
+///
+/// # Errors
+/// What libtorch reports.
+pub fn report(outcome: &Outcome, kind: Kind, device: Device, grads: [Tensor; 3]) -> Result<Report> {
+    let many = |values: &[f64]| -> Result<Tensor> {
+        Ok(Tensor::f_from_slice(values)?.f_to_kind(kind)?.f_to_device(device)?)
+    };
+    let one = |value: f64| -> Result<Tensor> { Ok(many(&[value])?.f_squeeze()?) };
+    let log_odds: Vec<f64> = outcome.pairs.iter().map(|pair| pair.log_odds).collect();
+    let log_sigmoid: Vec<f64> = outcome.pairs.iter().map(|pair| pair.log_sigmoid).collect();
+    let [d_hidden, d_weight, d_bias] = grads;
+    Ok([
+        one(outcome.loss)?,
+        one(outcome.nll)?,
+        many(&outcome.chosen)?,
+        many(&outcome.rejected)?,
+        many(&log_odds)?,
+        many(&log_sigmoid)?,
+        one(outcome.mean_logits[0])?,
+        one(outcome.mean_logits[1])?,
+        Tensor::f_from_slice(&[outcome.empty as i64])?.f_squeeze()?.f_to_device(device)?,
+        d_hidden,
+        d_weight,
+        d_bias,
+    ])
+}

@@ -1,0 +1,361 @@
+//! A head on a card: tiles of products by libtorch, and the kernels of `kernels/head_tiles.cu` on them.
+//!
+//! Products come out in `f32` whatever is multiplied. Logits that are rounded to `bf16` would save a
+//! third of the passes' traffic, and cost what the loss is made of: over 16,000 words, with logits of a
+//! spread of 8, the log-probability of a token is off by up to 0.1 then, and by 4e-6 as it is; the
+//! gradient of a row is off by 8e-3 of its length, and by 3e-4.
+
+use std::ops::Range;
+
+use tch::{Device, Kind, Tensor};
+
+use super::args::Args;
+use crate::base::error::Result;
+use crate::cuda::{self, Arg, Launch, kernels};
+use crate::torch::device::pointer;
+use crate::torch::dtype::{named, names};
+
+/// Columns that a thread has of a row, threads of a block at most, and so the widest tile: as
+/// `kernels/head_tiles.cu`.
+const COLUMNS: i64 = 16;
+const MAX_THREADS: i64 = 512;
+const MAX_COLUMNS: i64 = COLUMNS * MAX_THREADS;
+
+/// Threads of the kernels that take a whole batch: as `kernels/head_batch.cu`.
+const BLOCK: u32 = 512;
+
+/// `gradient *= factor` in place, without reading the factor.
+pub(super) fn scale(device: cuda::Device, gradient: &Tensor, factor: &Tensor) -> Result<()> {
+    const BLOCKS: u32 = 8; // of a multiprocessor: as many threads as it takes
+    let kind = gradient.f_kind()?;
+    let kernel = named(kind, names!("head_scale"));
+    let count = gradient.numel() as i64;
+    let enough = round_up(count, COLUMNS * 256) / (COLUMNS * 256);
+    let grid = [(BLOCKS * device.multiprocessors()?).min(enough as u32), 1, 1];
+    let args = [pointer(gradient, kind)?, Arg::i64(count), pointer(factor, Kind::Float)?];
+    device
+        .launch(&Launch { source: &kernels::HEAD_TILES, kernel, grid, block: [256, 1, 1], shared: 0 }, &args)
+}
+
+pub(super) fn round_up(x: i64, step: i64) -> i64 {
+    (x + step - 1) / step * step
+}
+
+/// The head's parameters, ready for kernels.
+#[derive(Debug)]
+pub(super) struct GpuHead<'a> {
+    args: &'a Args<'a>,
+    device: cuda::Device,
+    /// `(N, D)`.
+    pub hidden: Tensor,
+    /// `(V, D)`.
+    pub weight: Tensor,
+    /// `(V,)` in `f32`.
+    bias: Option<Tensor>,
+    /// Dtype of hidden and weight.
+    pub kind: Kind,
+    /// Whether libtorch multiplies halves into `f32` here: on cards, `bf16` from Ampere on.
+    mixed: bool,
+}
+
+/// Rows that go through the vocabulary together.
+#[derive(Debug)]
+pub(super) struct Rows {
+    /// `(R, D)`.
+    pub hidden: Tensor,
+    /// `(R,)`; negative in rows of which only the logits' sum is wanted.
+    pub targets: Tensor,
+}
+
+impl Rows {
+    pub fn len(&self) -> i64 {
+        self.targets.size()[0]
+    }
+
+    /// The first `len` rows.
+    pub fn first(&self, len: i64) -> Result<Self> {
+        Ok(Self { hidden: self.hidden.f_narrow(0, 0, len)?, targets: self.targets.f_narrow(0, 0, len)? })
+    }
+}
+
+/// What sweeps find out about rows, each `(R,)`.
+#[derive(Debug)]
+pub(super) struct Stats {
+    /// `f32`.
+    pub max: Tensor,
+    /// `sum(exp(logit - max))`, `f64`.
+    pub sum: Tensor,
+    /// The target's logit, `f32`.
+    pub label: Tensor,
+    /// Sum of the logits, `f64`, under a softcap and in rows without a target.
+    pub total: Tensor,
+}
+
+impl Stats {
+    pub fn new(rows: i64, device: Device) -> Result<Self> {
+        let new = |kind| Tensor::f_empty([rows], (kind, device));
+        Ok(Self {
+            max: new(Kind::Float)?,
+            sum: new(Kind::Double)?,
+            label: new(Kind::Float)?,
+            total: new(Kind::Double)?,
+        })
+    }
+
+    /// Those of `len` rows.
+    pub fn part(&self, first: i64, len: i64) -> Result<Self> {
+        let part = |x: &Tensor| x.f_narrow(0, first, len);
+        Ok(Self {
+            max: part(&self.max)?,
+            sum: part(&self.sum)?,
+            label: part(&self.label)?,
+            total: part(&self.total)?,
+        })
+    }
+
+    pub fn args(&self) -> Result<[Arg; 4]> {
+        Ok([
+            pointer(&self.max, Kind::Float)?,
+            pointer(&self.sum, Kind::Double)?,
+            pointer(&self.label, Kind::Float)?,
+            pointer(&self.total, Kind::Double)?,
+        ])
+    }
+}
+
+/// Room for tiles of the same rows, `(R, stride)` in `f32`.
+#[derive(Debug)]
+pub(super) struct Room(Tensor);
+
+impl Room {
+    pub fn new(rows: i64, columns: i64, device: Device) -> Result<Self> {
+        Ok(Self(Tensor::f_empty([rows, columns], (Kind::Float, device))?))
+    }
+
+    /// The room of the first `len` rows, or of all if it has fewer.
+    pub fn first(&self, len: i64) -> Result<Self> {
+        Ok(Self(self.0.f_narrow(0, 0, len.min(self.0.size()[0]))?))
+    }
+
+    /// What a kernel has left in the rows: elements of the head's dtype, from their beginning.
+    fn results(&self, kind: Kind, columns: i64) -> Result<Tensor> {
+        let elements =
+            if kind == Kind::Float { self.0.shallow_clone() } else { self.0.f_view_dtype(kind)? };
+        Ok(elements.f_narrow(1, 0, columns)?)
+    }
+}
+
+impl<'a> GpuHead<'a> {
+    pub fn new(args: &'a Args<'a>, device: cuda::Device) -> Result<Self> {
+        let bias = args.bias.map(|bias| bias.f_detach()?.f_to_kind(Kind::Float)?.f_contiguous());
+        let kind = args.hidden.f_kind()?;
+        let on_card = matches!(args.hidden.device(), Device::Cuda(_));
+        Ok(Self {
+            args,
+            device,
+            hidden: args.hidden.f_detach()?.f_contiguous()?,
+            weight: args.weight.f_detach()?.f_contiguous()?,
+            bias: bias.transpose()?,
+            kind,
+            mixed: on_card && (kind == Kind::Half || device.capability()?.0 >= 8),
+        })
+    }
+
+    /// Where its tensors are.
+    pub fn place(&self) -> Device {
+        self.hidden.device()
+    }
+
+    pub fn vocab(&self) -> i64 {
+        self.weight.size()[0]
+    }
+
+    pub fn width(&self) -> i64 {
+        self.weight.size()[1]
+    }
+
+    /// Rows that the means of the two sides take. A half has 8 or 11 bits, and what it loses becomes a
+    /// row of its own.
+    pub fn side_rows(&self) -> i64 {
+        if self.kind == Kind::Float { 2 } else { 4 }
+    }
+
+    /// Sum of the scaled bias, `()` in `f32`.
+    pub fn bias_sum(&self) -> Result<Option<Tensor>> {
+        let sum = |bias: &Tensor| bias.f_sum(Kind::Float)?.f_mul_scalar(self.args.logit_scale);
+        Ok(self.bias.as_ref().map(sum).transpose()?)
+    }
+
+    /// A gradient that is not wanted.
+    pub fn nothing(&self) -> Result<Tensor> {
+        Ok(Tensor::f_empty([0], (self.kind, self.place()))?)
+    }
+
+    pub fn name(&self, names: [&'static str; 3]) -> &'static str {
+        named(self.kind, names)
+    }
+
+    fn launch(&self, kernel: &'static str, blocks: i64, threads: i64, args: &[Arg]) -> Result<()> {
+        let (grid, block) = ([blocks as u32, 1, 1], [threads as u32, 1, 1]);
+        self.device.launch(&Launch { source: &kernels::HEAD_TILES, kernel, grid, block, shared: 0 }, args)
+    }
+
+    /// Launches a kernel of `kernels/head_batch.cu`.
+    pub fn launch_batch(&self, kernel: &'static str, blocks: i64, args: &[Arg]) -> Result<()> {
+        let (grid, block) = ([blocks as u32, 1, 1], [BLOCK, 1, 1]);
+        self.device.launch(&Launch { source: &kernels::HEAD_BATCH, kernel, grid, block, shared: 0 }, args)
+    }
+
+    /// Columns of a tile of `rows` rows and about `elements` elements.
+    pub fn columns(&self, rows: i64, elements: i64) -> i64 {
+        // The matrix products like whole blocks of their own; kernels need a multiple of 8.
+        let columns = (elements / rows.max(1)).clamp(128, MAX_COLUMNS) & !127;
+        columns.min(round_up(self.vocab(), 8))
+    }
+
+    /// The vocabulary, cut.
+    pub fn tiles(&self, columns: i64) -> impl Iterator<Item = Range<i64>> + use<> {
+        let vocab = self.vocab();
+        (0..vocab).step_by(columns as usize).map(move |first| first..(first + columns).min(vocab))
+    }
+
+    fn words(&self, tile: &Range<i64>) -> Result<Tensor> {
+        Ok(self.weight.f_narrow(0, tile.start, tile.end - tile.start)?)
+    }
+
+    /// `out (+)= a b`, with `out` in `f32`.
+    fn product(&self, out: &Tensor, a: &Tensor, b: &Tensor, accumulate: bool) -> Result<()> {
+        let _ = match (self.kind, accumulate) {
+            (Kind::Float, false) => a.f_mm_out(out, b)?,
+            (Kind::Float, true) => out.f_addmm_out(out, a, b)?,
+            (_, false) if self.mixed => a.f_mm_dtype_out(out, b, Kind::Float)?,
+            (_, true) if self.mixed => out.f_addmm_dtype_out(out, a, b, Kind::Float)?,
+            (_, accumulate) => {
+                let (a, b) = (a.f_to_kind(Kind::Float)?, b.f_to_kind(Kind::Float)?);
+                if accumulate { out.f_addmm_out(out, &a, &b)? } else { a.f_mm_out(out, &b)? }
+            }
+        };
+        Ok(())
+    }
+
+    /// Computes the products of a tile.
+    pub fn products(&self, rows: &Rows, tile: &Range<i64>, room: &Room) -> Result<()> {
+        let out = room.0.f_narrow(1, 0, tile.end - tile.start)?;
+        self.product(&out, &rows.hidden, &self.words(tile)?.f_tr()?, false)
+    }
+
+    fn transform(&self) -> [Arg; 2] {
+        [Arg::f32(self.args.logit_scale as f32), Arg::f32(self.args.softcap.unwrap_or(0.0) as f32)]
+    }
+
+    /// What every kernel on a tile begins with.
+    fn tile_args(&self, rows: &Rows, tile: &Range<i64>, room: &Room) -> Result<Vec<Arg>> {
+        let bias = match &self.bias {
+            Some(bias) => pointer(&bias.f_narrow(0, tile.start, tile.end - tile.start)?, Kind::Float)?,
+            None => Arg::ptr(0),
+        };
+        let mut args = vec![
+            pointer(&room.0, Kind::Float)?,
+            Arg::i64(room.0.size()[1]),
+            Arg::i64(tile.start),
+            Arg::i32((tile.end - tile.start) as i32),
+            bias,
+        ];
+        args.extend(self.transform());
+        args.push(pointer(&rows.targets, Kind::Int64)?);
+        Ok(args)
+    }
+
+    /// Runs a kernel on every row of a tile.
+    fn on_tile(&self, kernel: &'static str, rows: &Rows, tile: &Range<i64>, args: &[Arg]) -> Result<()> {
+        let threads = round_up(tile.end - tile.start, 32 * COLUMNS) / COLUMNS;
+        self.launch(kernel, rows.len(), threads, args)
+    }
+
+    /// Adds a tile of products to the statistics.
+    pub fn forward(&self, rows: &Rows, tile: &Range<i64>, room: &Room, stats: &Stats) -> Result<()> {
+        let mut args = self.tile_args(rows, tile, room)?;
+        args.extend(stats.args()?);
+        self.on_tile("head_forward", rows, tile, &args)
+    }
+
+    /// Statistics, and `sum(exp(logit - max) * slope * w)` of every row, `(R, D)` with rows as long as
+    /// a multiple of 4: two products a tile.
+    pub fn expectation(&self, rows: &Rows, columns: i64, stats: &Stats) -> Result<Tensor> {
+        let room = Room::new(rows.len(), columns, self.place())?;
+        let size = [rows.len(), round_up(self.width(), 4)];
+        let accumulated = Tensor::f_empty(size, (Kind::Float, self.place()))?;
+        let out = accumulated.f_narrow(1, 0, self.width())?;
+        for tile in self.tiles(columns) {
+            self.products(rows, &tile, &room)?;
+            let mut args = self.tile_args(rows, &tile, &room)?;
+            args.extend(stats.args()?);
+            args.extend([pointer(&accumulated, Kind::Float)?, Arg::i64(size[1])]);
+            self.on_tile(self.name(names!("head_expectation")), rows, &tile, &args)?;
+            let powers = room.results(self.kind, tile.end - tile.start)?;
+            self.product(&out, &powers, &self.words(&tile)?, tile.start > 0)?;
+        }
+        Ok(accumulated)
+    }
+
+    /// Turns a tile of products into gradients, in place; returns them, `(R, columns)`.
+    pub fn gradient(
+        &self,
+        rows: &Rows,
+        tile: &Range<i64>,
+        room: &Room,
+        stats: &Stats,
+        coefficients: &Tensor,
+    ) -> Result<Tensor> {
+        let mut args = self.tile_args(rows, tile, room)?;
+        args.extend(&stats.args()?[..2]);
+        args.push(pointer(coefficients, Kind::Float)?);
+        self.on_tile(self.name(names!("head_gradient")), rows, tile, &args)?;
+        room.results(self.kind, tile.end - tile.start)
+    }
+
+    /// `d_hidden (+)= gradients words`, in `f32`.
+    pub fn d_hidden(&self, out: &Tensor, gradients: &Tensor, tile: &Range<i64>) -> Result<()> {
+        self.product(out, gradients, &self.words(tile)?, tile.start > 0)
+    }
+
+    /// Writes `coefficient * (E_softmax[w] - w_target)` into the rows `index` of `d_hidden`, from what
+    /// [`Self::expectation`] returned. Without coefficients they are one.
+    pub fn finish(
+        &self,
+        accumulated: &Tensor,
+        rows: &Rows,
+        index: &Tensor,
+        stats: &Stats,
+        coefficients: Option<&Tensor>,
+        d_hidden: &Tensor,
+    ) -> Result<()> {
+        let mut args = vec![
+            pointer(accumulated, Kind::Float)?,
+            Arg::i64(accumulated.size()[1]),
+            pointer(&self.weight, self.kind)?,
+            Arg::i64(self.width()),
+        ];
+        args.extend(self.transform());
+        let [_, sum, label, _] = stats.args()?;
+        args.extend([pointer(&rows.targets, Kind::Int64)?, pointer(index, Kind::Int64)?, sum, label]);
+        args.push(coefficients.map_or_else(|| Ok(Arg::ptr(0)), |a| pointer(a, Kind::Float))?);
+        args.push(pointer(d_hidden, self.kind)?);
+        self.launch(self.name(names!("head_finish")), index.size()[0], self.row_threads(), &args)
+    }
+
+    /// Multiplies the rows `index` of `d_hidden` by their coefficients.
+    pub fn scale_rows(&self, d_hidden: &Tensor, index: &Tensor, coefficients: &Tensor) -> Result<()> {
+        let args = [
+            pointer(d_hidden, self.kind)?,
+            Arg::i64(self.width()),
+            pointer(index, Kind::Int64)?,
+            pointer(coefficients, Kind::Float)?,
+        ];
+        self.launch(self.name(names!("head_scale_rows")), index.size()[0], self.row_threads(), &args)
+    }
+
+    fn row_threads(&self) -> i64 {
+        round_up(self.width(), 32).min(256)
+    }
+}

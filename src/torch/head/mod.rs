@@ -1,0 +1,71 @@
+//! The ORPO head on tensors: checks the arguments, picks the path, returns tensors.
+//!
+//! On the CPU [`slices`] runs the algorithm of [`crate::head`] on views of the tensors. On NVIDIA GPUs
+//! [`cuda`] runs the same chunks through kernels; on any other device, and there for `f64`, [`ops`] does
+//! through libtorch's ops.
+
+pub mod args;
+pub mod cuda;
+mod cuda_batch;
+mod cuda_tiles;
+pub mod ops;
+pub mod slices;
+
+use tch::{Device, Tensor};
+
+use super::device::tensor_ops;
+use crate::base::error::Result;
+use crate::head::scores::Objective;
+use args::{Args, Pairs, Report, Wants};
+
+fn on_cpu(args: &Args<'_>) -> bool {
+    args.hidden.device() == Device::Cpu && !tensor_ops()
+}
+
+/// Log-probabilities of the targets: `(N,)` logps, `(N,)` log-sum-exps, and the expectation
+/// `-d logps / d hidden` `(N, D)`, empty unless asked for. Statistics are `float32` (`float64` for
+/// `float64`), the expectation has the dtype of `hidden`.
+///
+/// # Errors
+/// Arguments that do not fit, and what libtorch reports.
+pub fn logps(args: &Args<'_>, expectation: bool) -> Result<[Tensor; 3]> {
+    args.check()?;
+    if let Some(device) = cuda::device(args)? {
+        return cuda::logps(args, device, expectation);
+    }
+    if !on_cpu(args) {
+        return ops::logps(args, expectation);
+    }
+    slices::logps(args, expectation)
+}
+
+/// Gradients of `sum(upstream * logps)`: of hidden, weight and bias, empty where not wanted.
+///
+/// # Errors
+/// Arguments that do not fit, and what libtorch reports.
+pub fn logps_backward(args: &Args<'_>, lse: &Tensor, upstream: &Tensor, wants: Wants) -> Result<[Tensor; 3]> {
+    args.check()?;
+    if let Some(device) = cuda::device(args)? {
+        return cuda::logps_backward(args, device, lse, upstream, wants);
+    }
+    if !on_cpu(args) {
+        return ops::logps_backward(args, lse, upstream, wants);
+    }
+    slices::logps_backward(args, lse, upstream, wants)
+}
+
+/// The fused loss.
+///
+/// # Errors
+/// Arguments that do not fit, and what libtorch reports.
+pub fn orpo(args: &Args<'_>, pairs: &Pairs<'_>, objective: Objective, wants: Wants) -> Result<Report> {
+    args.check()?;
+    let count = pairs.check(args, objective)?;
+    if let Some(device) = cuda::device(args)? {
+        return cuda::orpo(args, device, pairs, count, objective, wants);
+    }
+    if !on_cpu(args) {
+        return ops::orpo(args, pairs, count, objective, wants);
+    }
+    slices::orpo(args, pairs, count, objective, wants)
+}

@@ -1,0 +1,74 @@
+//! A step of `AdamW` on tensors: checks all parameters, then updates them in place.
+
+mod adamw_cuda;
+pub mod args;
+
+use tch::{Device, Kind, Tensor};
+
+use super::device::{self, check_devices};
+use super::dtype::check_kind;
+use super::threads::TorchThreads;
+use super::view::{slice, slice_in_place};
+use crate::base::error::{Error, Result};
+use crate::optim::adamw8bit::Codes;
+use crate::optim::octave;
+use crate::optim::step::{Moments, Parameter, Values, step};
+use args::{Item, OP};
+
+fn parameter(item: &mut Item) -> Result<Parameter<'_>> {
+    let Item { value, grad, moments: [m, v], absmax, first, rule } = item;
+    let moments = match absmax {
+        None => Moments::Full(slice_in_place(m)?, slice_in_place(v)?),
+        Some([m_absmax, v_absmax]) => Moments::Eight(Codes {
+            m: slice_in_place(m)?,
+            m_absmax: slice_in_place(m_absmax)?,
+            v: slice_in_place(v)?,
+            v_absmax: slice_in_place(v_absmax)?,
+        }),
+    };
+    let values = match (value.f_kind()?, grad.f_kind()?) {
+        (Kind::BFloat16, Kind::BFloat16) => Values::Bf16(slice_in_place(value)?, slice(grad)?),
+        (Kind::BFloat16, _) => Values::Bf16WithF32(slice_in_place(value)?, slice(grad)?),
+        (Kind::Half, Kind::Half) => Values::F16(slice_in_place(value)?, slice(grad)?),
+        (Kind::Half, _) => Values::F16WithF32(slice_in_place(value)?, slice(grad)?),
+        _ => Values::F32(slice_in_place(value)?, slice(grad)?),
+    };
+    Ok(Parameter { values, moments, rule: *rule, first: *first as u64 })
+}
+
+/// Updates values and moments in place, and adds to `bad`, `(1,)` int64 on their device, how many
+/// elements had a gradient that is not finite.
+///
+/// # Errors
+/// The first argument that does not fit, before anything has changed.
+pub fn adamw_step(mut items: Vec<Item>, bad: &Tensor) -> Result<()> {
+    check_kind(OP, "bad", bad.f_kind()?, &[Kind::Int64])?;
+    for item in &items {
+        item.check()?;
+    }
+    let _guard = tch::no_grad_guard();
+    let Some(first) = items.first() else { return Ok(()) };
+    if let Some(card) = device::of(&first.value)? {
+        let others: Vec<_> = items.iter().map(|item| ("value", &item.value)).collect();
+        check_devices(OP, bad, &others)?;
+        return items.iter().try_for_each(|item| adamw_cuda::update(card, item, bad));
+    }
+    if first.value.device() != Device::Cpu {
+        let got = format!("{:?}", first.value.device());
+        return Err(Error::Value { op: OP, argument: "device", expected: "the CPU or CUDA".into(), got });
+    }
+    let parameters = items.iter_mut().map(parameter).collect::<Result<Vec<_>>>()?;
+    let found = step(&TorchThreads, parameters);
+    if found > 0 {
+        let _ = bad.f_detach()?.f_add_scalar_(found as i64)?;
+    }
+    Ok(())
+}
+
+/// The values that 8-bit moments stand for: the first, and the second.
+///
+/// # Errors
+/// What libtorch reports.
+pub fn maps() -> Result<[Tensor; 2]> {
+    Ok([Tensor::f_from_slice(&octave::signed_map())?, Tensor::f_from_slice(&octave::square_map())?])
+}

@@ -1,0 +1,175 @@
+//! Quantisation of tensors: checks the arguments and picks the path.
+//!
+//! On the CPU the slice algorithms of [`crate::quant`] run on views of the tensors, on NVIDIA's GPUs the
+//! kernels of [`nf4_cuda`] and [`blockwise8_cuda`]; on any other device [`ops`] does the same through libtorch's ops.
+
+pub mod args;
+mod blockwise8_cuda;
+pub mod linear;
+mod nf4_cuda;
+mod ops;
+
+use half::{bf16, f16};
+use tch::{Device, Kind, Tensor};
+
+use super::device::{self, tensor_ops};
+use super::dtype::{FLOATS, check_kind};
+use super::large;
+use super::threads::TorchThreads;
+use super::view::{Element, slice, slice_mut};
+use crate::base::error::{Error, Result};
+use crate::base::float::{Dtype, Float};
+use crate::quant::blockwise8::{self, Choice, Map};
+use crate::quant::{codebook, nf4};
+use args::{Weight, blocks_of, check_blocksize, check_len, check_map, count, map};
+
+/// The 16 values of the code.
+///
+/// # Errors
+/// What libtorch reports.
+pub fn code() -> Result<Tensor> {
+    Ok(Tensor::f_from_slice(&codebook::NF4)?)
+}
+
+/// Packed codes `((n + 1) / 2, 1)` and scales, one a block of the flat tensor.
+///
+/// # Errors
+/// A dtype or block size that does not fit, and what libtorch reports.
+pub fn quantize_nf4(x: &Tensor, blocksize: i64) -> Result<[Tensor; 2]> {
+    const OP: &str = "quantize_nf4";
+    check_kind(OP, "tensor", x.f_kind()?, &FLOATS)?;
+    let block = check_blocksize(OP, blocksize)?;
+    let _guard = tch::no_grad_guard();
+    let x = x.f_contiguous()?;
+    if let Some(device) = device::of(&x)? {
+        return nf4_cuda::quantize(device, &x, blocksize);
+    }
+    if x.device() != Device::Cpu || tensor_ops() {
+        return ops::quantize_nf4(&x, blocksize);
+    }
+    match x.f_kind()? {
+        Kind::BFloat16 => quantize_as::<bf16>(&x, block),
+        Kind::Half => quantize_as::<f16>(&x, block),
+        _ => quantize_as::<f32>(&x, block),
+    }
+}
+
+fn quantize_as<T: Float + Element>(x: &Tensor, blocksize: usize) -> Result<[Tensor; 2]> {
+    let n = x.numel();
+    let mut packed = large::empty(&[n.div_ceil(2) as i64, 1], Kind::Uint8)?;
+    let mut absmax = large::empty(&[n.div_ceil(blocksize) as i64], Kind::Float)?;
+    nf4::quantize(&TorchThreads, slice::<T>(x)?, blocksize, slice_mut(&mut packed)?, slice_mut(&mut absmax)?);
+    Ok([packed, absmax])
+}
+
+/// The values, `f32(code * scale)` rounded to `kind`, in `shape`.
+///
+/// # Errors
+/// Arguments that do not fit, and what libtorch reports.
+pub fn dequantize_nf4(weight: Weight, shape: &[i64], kind: Kind) -> Result<Tensor> {
+    check_kind(weight.op, "dtype", kind, &FLOATS)?;
+    let count = count(weight.op, shape)?;
+    let _guard = tch::no_grad_guard();
+    let weight = weight.checked(count)?;
+    if let Some(device) = device::of(&weight.packed)? {
+        return nf4_cuda::dequantize(device, &weight, shape, kind);
+    }
+    if weight.packed.device() != Device::Cpu || tensor_ops() {
+        return ops::dequantize_nf4(&weight, shape, kind);
+    }
+    let mut values = large::empty(shape, kind)?;
+    let view = weight.view([Dtype::F32; 2])?;
+    match kind {
+        Kind::BFloat16 => nf4::dequantize::<bf16>(&TorchThreads, &view, slice_mut(&mut values)?),
+        Kind::Half => nf4::dequantize::<f16>(&TorchThreads, &view, slice_mut(&mut values)?),
+        _ => nf4::dequantize::<f32>(&TorchThreads, &view, slice_mut(&mut values)?),
+    }
+    Ok(values)
+}
+
+/// A byte a value, in the shape of `x`, and the largest magnitude a block. On a card the values of `code`
+/// are waited for, to see that they ascend.
+///
+/// # Errors
+/// Arguments that do not fit, and what libtorch reports.
+pub fn quantize_blockwise(x: &Tensor, code: &Tensor, blocksize: i64, choice: Choice) -> Result<[Tensor; 2]> {
+    const OP: &str = "quantize_blockwise";
+    check_kind(OP, "tensor", x.f_kind()?, &FLOATS)?;
+    if blocksize <= 0 {
+        return Err(Error::value(OP, "blocksize", "a positive number", &blocksize));
+    }
+    let map = Map::new(&map(OP, code)?, choice);
+    let _guard = tch::no_grad_guard();
+    let device = x.device();
+    if let (Choice::Nearest, Some(card)) = (choice, device::of(x)?) {
+        let code = code.f_to_device(device)?.f_contiguous()?;
+        return blockwise8_cuda::quantize(card, &x.f_contiguous()?, &code, blocksize);
+    }
+    // Scales are few: other devices send them here.
+    let x = x.f_to_device(Device::Cpu)?.f_contiguous()?;
+    let blocks = blocks_of(x.numel() as i64, blocksize);
+    let mut codes = Tensor::f_empty(x.size(), (Kind::Uint8, Device::Cpu))?;
+    let mut absmax = Tensor::f_empty([blocks], (Kind::Float, Device::Cpu))?;
+    let (block, out, largest) = (blocksize as usize, slice_mut(&mut codes)?, slice_mut(&mut absmax)?);
+    match x.f_kind()? {
+        Kind::BFloat16 => blockwise8::quantize::<bf16>(&TorchThreads, slice(&x)?, &map, block, out, largest),
+        Kind::Half => blockwise8::quantize::<f16>(&TorchThreads, slice(&x)?, &map, block, out, largest),
+        _ => blockwise8::quantize::<f32>(&TorchThreads, slice(&x)?, &map, block, out, largest),
+    }
+    Ok([codes.f_to_device(device)?, absmax.f_to_device(device)?])
+}
+
+/// `code[x] * absmax`, rounded to `kind`, in the shape of `codes`.
+///
+/// # Errors
+/// Arguments that do not fit, and what libtorch reports.
+pub fn dequantize_blockwise(
+    codes: &Tensor,
+    absmax: &Tensor,
+    code: &Tensor,
+    blocksize: i64,
+    kind: Kind,
+) -> Result<Tensor> {
+    const OP: &str = "dequantize_blockwise";
+    check_kind(OP, "codes", codes.f_kind()?, &[Kind::Uint8])?;
+    check_kind(OP, "absmax", absmax.f_kind()?, &[Kind::Float])?;
+    check_kind(OP, "dtype", kind, &FLOATS)?;
+    if blocksize <= 0 {
+        return Err(Error::value(OP, "blocksize", "a positive number", &blocksize));
+    }
+    let count = codes.numel() as i64;
+    check_len(OP, "absmax", absmax, blocks_of(count, blocksize), &format!("for {count} codes"))?;
+    let _guard = tch::no_grad_guard();
+    let device = codes.device();
+    if let Some(card) = device::of(codes)? {
+        // Whether the values ascend is not asked: the answer would have to be waited for.
+        check_map(OP, code)?;
+        let (codes, absmax) = (codes.f_contiguous()?, absmax.f_contiguous()?);
+        let code = code.f_to_device(device)?.f_contiguous()?;
+        return blockwise8_cuda::dequantize(card, &codes, &absmax, &code, blocksize, kind);
+    }
+    let map = map(OP, code)?;
+    let host = |tensor: &Tensor| -> Result<Tensor> { Ok(tensor.f_to_device(Device::Cpu)?.f_contiguous()?) };
+    let (codes, absmax) = (host(codes)?, host(absmax)?);
+    let mut values = large::empty(&codes.size(), kind)?;
+    let (codes, absmax, block) = (slice::<u8>(&codes)?, slice::<f32>(&absmax)?, blocksize as usize);
+    match kind {
+        Kind::BFloat16 => {
+            blockwise8::dequantize::<bf16>(
+                &TorchThreads,
+                codes,
+                &map,
+                absmax,
+                block,
+                slice_mut(&mut values)?,
+            );
+        }
+        Kind::Half => {
+            blockwise8::dequantize::<f16>(&TorchThreads, codes, &map, absmax, block, slice_mut(&mut values)?);
+        }
+        _ => {
+            blockwise8::dequantize::<f32>(&TorchThreads, codes, &map, absmax, block, slice_mut(&mut values)?);
+        }
+    }
+    Ok(values.f_to_device(device)?)
+}

@@ -1,0 +1,160 @@
+//! NF4 on a card: the kernels of kernels/nf4.cu on tensors whose arguments were checked.
+
+use tch::{Kind, Tensor};
+
+use super::args::{Size, Weight};
+use super::ops;
+use crate::base::error::Result;
+use crate::cuda::kernels::NF4;
+use crate::cuda::{Arg, Device, Launch};
+use crate::torch::device::{check_devices, grid, pointer};
+use crate::torch::dtype::named;
+
+// Sizes that the source has too.
+const WARP: i64 = 32;
+const QUANTIZE_THREADS: u32 = 256;
+const DEQUANTIZE_THREADS: u32 = 256;
+const DEQUANTIZE_STEPS: i64 = 4;
+const MULTIPLY_THREADS: u32 = 128;
+const MULTIPLY_ROWS: i64 = 2;
+
+/// Most tokens that are multiplied straight from the codes. A product by the library reads and writes
+/// the weight in full besides, eight times the bytes of the codes, whatever the number of tokens.
+const FEW: i64 = 8;
+
+/// As [`super::quantize_nf4`], of a contiguous tensor.
+pub(super) fn quantize(device: Device, x: &Tensor, blocksize: i64) -> Result<[Tensor; 2]> {
+    let (count, kind) = (x.numel() as i64, x.f_kind()?);
+    let blocks = (count as u64).div_ceil(blocksize as u64) as i64;
+    let packed = Tensor::f_empty([(count + 1) / 2, 1], (Kind::Uint8, x.device()))?;
+    let absmax = Tensor::f_empty([blocks], (Kind::Float, x.device()))?;
+    let launch = Launch {
+        source: &NF4,
+        kernel: named(kind, ["nf4_quantize_f32", "nf4_quantize_bf16", "nf4_quantize_f16"]),
+        grid: grid(blocks, i64::from(QUANTIZE_THREADS) / WARP)?,
+        block: [QUANTIZE_THREADS, 1, 1],
+        shared: 0,
+    };
+    let args = [
+        pointer(x, kind)?,
+        pointer(&packed, Kind::Uint8)?,
+        pointer(&absmax, Kind::Float)?,
+        Arg::i64(count),
+        Arg::i32(blocksize as i32),
+    ];
+    device.launch(&launch, &args)?;
+    Ok([packed, absmax])
+}
+
+/// Codes and scales as every kernel takes them, and `log2` of the size of a block, which comes last.
+struct Arguments {
+    parts: [Arg; 6],
+    block_shift: Arg,
+    /// Scales that the pointers lead to, where they had to be made.
+    _scales: Option<Tensor>,
+}
+
+fn shift(size: i64) -> Arg {
+    Arg::i32(size.trailing_zeros() as i32)
+}
+
+fn arguments(weight: &Weight) -> Result<Arguments> {
+    let packed = pointer(&weight.packed, Kind::Uint8)?;
+    let block_shift = shift(weight.blocksize);
+    let plain = |scales: Option<Tensor>, absmax: Arg| {
+        let none = Arg::ptr(0);
+        Arguments { parts: [packed, absmax, none, none, none, Arg::i32(0)], block_shift, _scales: scales }
+    };
+    let Some(nested) = &weight.nested else {
+        check_devices(weight.op, &weight.packed, &[("absmax", &weight.absmax)])?;
+        return Ok(plain(None, pointer(&weight.absmax, Kind::Float)?));
+    };
+    let parts = [
+        ("absmax", &weight.absmax),
+        ("nested absmax", &nested.absmax),
+        ("nested code", &nested.map),
+        ("offset", &nested.offset),
+    ];
+    check_devices(weight.op, &weight.packed, &parts)?;
+    if !(nested.blocksize as u64).is_power_of_two() {
+        // No writer makes these; kernels that divide would be slower for all.
+        let scales = ops::scales(weight)?;
+        let absmax = pointer(&scales, Kind::Float)?;
+        return Ok(plain(Some(scales), absmax));
+    }
+    let parts = [
+        packed,
+        pointer(&weight.absmax, Kind::Uint8)?,
+        pointer(&nested.map, Kind::Float)?,
+        pointer(&nested.absmax, Kind::Float)?,
+        pointer(&nested.offset, Kind::Float)?,
+        shift(nested.blocksize),
+    ];
+    Ok(Arguments { parts, block_shift, _scales: None })
+}
+
+/// As [`super::dequantize_nf4`], in memory of torch's allocator.
+pub(super) fn dequantize(device: Device, weight: &Weight, shape: &[i64], kind: Kind) -> Result<Tensor> {
+    let arguments = arguments(weight)?;
+    let values = Tensor::f_empty(shape, (kind, weight.packed.device()))?;
+    let count = values.numel() as i64;
+    let group = 16 / kind.elt_size_in_bytes() as i64;
+    let launch = Launch {
+        source: &NF4,
+        kernel: named(kind, ["nf4_dequantize_f32", "nf4_dequantize_bf16", "nf4_dequantize_f16"]),
+        grid: grid(count, i64::from(DEQUANTIZE_THREADS) * DEQUANTIZE_STEPS * group)?,
+        block: [DEQUANTIZE_THREADS, 1, 1],
+        shared: 0,
+    };
+    let rest = [pointer(&values, kind)?, Arg::i64(count), arguments.block_shift];
+    device.launch(&launch, &[&arguments.parts[..], &rest].concat())?;
+    Ok(values)
+}
+
+/// `x weight^T + bias` of `(tokens, columns)`, straight from the codes, for at most [`FEW`] tokens;
+/// `None` for more, or where rows are not whole words of codes.
+pub(super) fn few_tokens(
+    device: Device,
+    weight: &Weight,
+    size: Size,
+    x: &Tensor,
+    bias: Option<&Tensor>,
+) -> Result<Option<Tensor>> {
+    let (tokens, kind) = (x.size()[0], x.f_kind()?);
+    let (Ok(rows), Ok(columns)) = (i32::try_from(size.rows), i32::try_from(size.columns)) else {
+        return Ok(None);
+    };
+    if !(1..=FEW).contains(&tokens) || columns % 8 != 0 {
+        return Ok(None);
+    }
+    let x = x.f_contiguous()?;
+    let aligned = |tensor: &Tensor, bytes: usize| (tensor.data_ptr() as usize).is_multiple_of(bytes);
+    if !aligned(&x, 16) || !aligned(&weight.packed, 4) {
+        return Ok(None);
+    }
+    let kernels = match tokens {
+        1 => ["nf4_multiply1_f32", "nf4_multiply1_bf16", "nf4_multiply1_f16"],
+        2..=4 => ["nf4_multiply4_f32", "nf4_multiply4_bf16", "nf4_multiply4_f16"],
+        _ => ["nf4_multiply8_f32", "nf4_multiply8_bf16", "nf4_multiply8_f16"],
+    };
+    let arguments = arguments(weight)?;
+    let bias = bias.map(|bias| bias.f_to_kind(kind)?.f_contiguous()).transpose()?;
+    let out = Tensor::f_empty([tokens, size.rows], (kind, x.device()))?;
+    let launch = Launch {
+        source: &NF4,
+        kernel: named(kind, kernels),
+        grid: grid(size.rows, i64::from(MULTIPLY_THREADS) / WARP * MULTIPLY_ROWS)?,
+        block: [MULTIPLY_THREADS, 1, 1],
+        shared: 0,
+    };
+    let rest = [
+        bias.as_ref().map_or_else(|| Ok(Arg::ptr(0)), |bias| pointer(bias, kind))?,
+        pointer(&out, kind)?,
+        Arg::i32(tokens as i32),
+        Arg::i32(rows),
+        Arg::i32(columns),
+        arguments.block_shift,
+    ];
+    device.launch(&launch, &[&[pointer(&x, kind)?], &arguments.parts[..], &rest].concat())?;
+    Ok(Some(out))
+}

@@ -1,0 +1,67 @@
+//! NF4 through libtorch's ops, on any device.
+
+use tch::{Kind, Tensor};
+
+use super::args::{Nested, Weight};
+use crate::base::error::Result;
+use crate::quant::codebook::{MIDPOINTS, NF4};
+
+/// As [`crate::quant::nf4::quantize`].
+pub(super) fn quantize_nf4(x: &Tensor, blocksize: i64) -> Result<[Tensor; 2]> {
+    const LEAST: f64 = 1e-38;
+    let flat = x.f_reshape([-1])?.f_to_kind(Kind::Float)?;
+    let n = flat.size()[0];
+    let whole = n - n % blocksize;
+    let blocks = flat.f_narrow(0, 0, whole)?.f_view([whole / blocksize, blocksize])?;
+    // NaN wins in amax and passes through clamp_min.
+    let mut absmax = blocks.f_abs()?.f_amax([1], false)?;
+    let inverse = absmax.f_clamp_min(LEAST)?.f_reciprocal()?;
+    let mut scaled = blocks.f_mul(&inverse.f_unsqueeze(1)?)?.f_reshape([-1])?;
+    if whole < n {
+        let rest = flat.f_narrow(0, whole, n - whole)?;
+        let largest = rest.f_abs()?.f_amax([0], true)?.f_clamp_min(LEAST)?;
+        scaled = Tensor::f_cat(&[scaled, rest.f_div(&largest)?], 0)?;
+        absmax = Tensor::f_cat(&[absmax, largest], 0)?;
+    }
+    if n % 2 == 1 {
+        scaled = scaled.f_constant_pad_nd([0, 1])?;
+    }
+    let midpoints = Tensor::f_from_slice(&MIDPOINTS)?.f_to_device(x.device())?;
+    let codes = scaled.f_bucketize(&midpoints, true, false)?.f_to_kind(Kind::Uint8)?.f_view([-1, 2])?;
+    let high = codes.f_select(1, 0)?.f_bitwise_left_shift_tensor_scalar(4)?;
+    let packed = high.f_bitwise_or_tensor(&codes.f_select(1, 1)?)?.f_unsqueeze(1)?;
+    Ok([packed, absmax])
+}
+
+/// As [`crate::quant::nf4::dequantize`].
+pub(super) fn dequantize_nf4(weight: &Weight, shape: &[i64], kind: Kind) -> Result<Tensor> {
+    let device = weight.packed.device();
+    let code = Tensor::f_from_slice(&NF4)?.f_to_device(device)?;
+    let bytes = weight.packed.f_reshape([-1])?;
+    let pairs = [bytes.f_bitwise_right_shift_tensor_scalar(4)?, bytes.f_bitwise_and(15)?];
+    let codes = Tensor::f_stack(&pairs, 1)?.f_reshape([-1])?.f_to_kind(Kind::Int)?;
+    let n: i64 = shape.iter().product();
+    let values = code.f_index_select(0, &codes.f_narrow(0, 0, n)?)?;
+    let scales = scales(weight)?;
+    let whole = n - n % weight.blocksize;
+    let blocks = whole / weight.blocksize;
+    let first = values.f_narrow(0, 0, whole)?.f_view([blocks, weight.blocksize])?;
+    let mut out = first.f_mul(&scales.f_narrow(0, 0, blocks)?.f_unsqueeze(1)?)?.f_reshape([-1])?;
+    if whole < n {
+        let rest = values.f_narrow(0, whole, n - whole)?.f_mul(&scales.f_narrow(0, blocks, 1)?)?;
+        out = Tensor::f_cat(&[out, rest], 0)?;
+    }
+    Ok(out.f_to_kind(kind)?.f_reshape(shape)?)
+}
+
+/// The scales in `f32`, one a block.
+pub(super) fn scales(weight: &Weight) -> Result<Tensor> {
+    let absmax = weight.absmax.f_reshape([-1])?;
+    let Some(Nested { absmax: nested, map, offset, blocksize }) = &weight.nested else {
+        return Ok(absmax);
+    };
+    let codes = absmax.f_to_kind(Kind::Int)?;
+    let spread = nested.f_repeat_interleave_self_int(*blocksize, 0, None)?;
+    let spread = spread.f_narrow(0, 0, codes.size()[0])?;
+    Ok(map.f_index_select(0, &codes)?.f_mul(&spread)?.f_add(&offset.f_reshape([1])?)?)
+}

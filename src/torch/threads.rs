@@ -1,0 +1,90 @@
+//! The threads that libtorch's own kernels run on.
+//!
+//! After a matrix product the members of libgomp's team keep spinning for the next parallel
+//! section. A second pool (rayon) would have to compete with them: on two cores it gains nothing at
+//! all. So the passes between products run on the same threads.
+
+use crate::base::threads::Threads;
+
+/// libtorch's intra-op threads.
+#[derive(Clone, Copy, Debug)]
+pub struct TorchThreads;
+
+impl Threads for TorchThreads {
+    fn size(&self) -> usize {
+        usize::try_from(tch::get_num_threads()).unwrap_or(1).max(1)
+    }
+
+    fn run(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
+        let threads = self.size().min(tasks);
+        if threads <= 1 || forked() {
+            (0..tasks).for_each(task);
+        } else {
+            parallel(threads, tasks, task);
+        }
+    }
+}
+
+/// True in a child of the process that loaded the library. A parallel section there waits for
+/// threads that `fork` did not copy.
+fn forked() -> bool {
+    use std::sync::OnceLock;
+    static LOADED_IN: OnceLock<u32> = OnceLock::new();
+    *LOADED_IN.get_or_init(std::process::id) != std::process::id()
+}
+
+#[cfg(target_os = "linux")]
+mod openmp {
+    #![allow(unsafe_code)] // libgomp's C interface
+
+    use std::any::Any;
+    use std::ffi::{c_int, c_uint, c_void};
+    use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+    use std::sync::Mutex;
+
+    unsafe extern "C" {
+        fn GOMP_parallel(body: extern "C" fn(*mut c_void), data: *mut c_void, threads: c_uint, flags: c_uint);
+        fn omp_get_thread_num() -> c_int;
+        fn omp_get_num_threads() -> c_int;
+    }
+
+    struct Section<'a> {
+        tasks: usize,
+        task: &'a (dyn Fn(usize) + Sync),
+        panic: Mutex<Option<Box<dyn Any + Send>>>,
+    }
+
+    extern "C" fn body(section: *mut c_void) {
+        // SAFETY: `data` is the `Section` on the stack of `parallel`, which waits for the threads.
+        let section = unsafe { &*section.cast::<Section<'_>>() };
+        // SAFETY: plain queries, valid anywhere.
+        let (member, size) = unsafe { (omp_get_thread_num(), omp_get_num_threads()) };
+        let (member, size) = (member.max(0) as usize, size.max(1) as usize);
+        // The team may be smaller than asked for, so members take every size-th task. Unwinding
+        // through libgomp's frames is undefined: catch here, resume in `parallel`.
+        let run = || (member..section.tasks).step_by(size).for_each(section.task);
+        if let (Err(panic), Ok(mut slot)) = (catch_unwind(AssertUnwindSafe(run)), section.panic.lock()) {
+            *slot = Some(panic);
+        }
+    }
+
+    /// Runs the tasks on libgomp's threads, which libtorch has already loaded.
+    pub fn parallel(threads: usize, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
+        let mut section = Section { tasks, task, panic: Mutex::new(None) };
+        let data = (&raw mut section).cast::<c_void>();
+        // SAFETY: `body` has the C signature libgomp calls, and `section` outlives the call.
+        unsafe { GOMP_parallel(body, data, threads as c_uint, 0) };
+        if let Ok(Some(panic)) = section.panic.into_inner() {
+            resume_unwind(panic);
+        }
+    }
+}
+
+#[cfg(target_os = "linux")]
+use openmp::parallel;
+
+/// Elsewhere libtorch brings another OpenMP, without this interface.
+#[cfg(not(target_os = "linux"))]
+fn parallel(_threads: usize, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
+    crate::base::portable::Portable.run(tasks, task);
+}
