@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+
 from ..quant.modules import Linear4bit, Params4bit
 from ..quant.state import QuantState
 from .parameter_count import COUNT

@@ -32,7 +32,8 @@ class ParameterCount(Patch):
 
     def _change(self) -> None:
         self._owner = find(_NAME.rpartition(".")[0])
-        theirs = self._theirs = vars(self._owner)["num_parameters"]
+        self._inherits = "num_parameters" not in vars(self._owner)
+        theirs = self._theirs = self._owner.num_parameters
 
         def num_parameters(
             self: Any, only_trainable: bool = False, exclude_embeddings: bool = False, **more: Any
@@ -55,7 +56,11 @@ class ParameterCount(Patch):
         self._owner.num_parameters = num_parameters
 
     def _restore(self) -> None:
-        if vars(self._owner).get("num_parameters") is self._ours:
+        if vars(self._owner).get("num_parameters") is not self._ours:
+            return
+        if self._inherits:
+            del self._owner.num_parameters
+        else:
             self._owner.num_parameters = self._theirs
 
 
