@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from oddsmith.integrations.model_head import FusedBatch, fused_loss
+from oddsmith.integrations.model_head import check as check_head
 from support.trainer_runs import make_model, make_tokenizer
 
 
@@ -57,6 +58,7 @@ def check(shard, model, head_apart):
     mask[1, 9:], labels[1, 9:] = 0, -100
     objective = {"nll_scope": "full", "odds_ratio_link": "logsigmoid", "logits_budget": None}
     batch = FusedBatch.build(ids, mask, labels, beta=0.5, **objective)
+    check_head(model)
     inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
 
     whole = copy.deepcopy(model)

@@ -162,7 +162,7 @@ class SdpaAttention(Patch):
     tested = "transformers 5.17 to 5.24"
     fallback = "batches go through models with their padding"
     needs = (
-        "transformers:AttentionInterface.register",
+        "transformers:AttentionInterface",
         "transformers.integrations.sdpa_attention:sdpa_attention_forward",
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+from contextlib import suppress
 from threading import RLock
 from typing import Any, ClassVar
 
@@ -95,11 +96,12 @@ class Patch:
         for name in self.needs:
             find(name)
         self._check()
-        self._change()
         try:
+            self._change()
             self._try_out()
         except BaseException:
-            self._restore()
+            with suppress(Exception):  # it may have been changed in part
+                self._restore()
             raise
 
     def _say(self, error: Exception) -> None:
