@@ -39,6 +39,9 @@ __all__ = [
 # The attention that ours stands in for.
 NAME = "sdpa"
 
+_INTERFACE = "transformers.modeling_utils:AttentionInterface"
+_SDPA_FORWARD = "transformers.integrations.sdpa_attention:sdpa_attention_forward"
+
 # Keyword that carries a packed row through the model to `attend`.
 ROW = "oddsmith_row"
 
@@ -162,13 +165,13 @@ class SdpaAttention(Patch):
     tested = "transformers 5.17 to 5.24"
     fallback = "batches go through models with their padding"
     needs = (
-        "transformers:AttentionInterface",
-        "transformers.integrations.sdpa_attention:sdpa_attention_forward",
+        _INTERFACE,
+        _SDPA_FORWARD,
     )
 
     def _check(self) -> None:
         self.theirs = _registered()
-        if self.theirs is not find(self.needs[1]):
+        if self.theirs is not find(_SDPA_FORWARD):
             raise Unsupported("another library has registered its own function")
 
     def _change(self) -> None:
@@ -184,15 +187,11 @@ class SdpaAttention(Patch):
 
 
 def _registered() -> Any:
-    from transformers import AttentionInterface
-
-    return AttentionInterface()[NAME]
+    return find(_INTERFACE)()[NAME]
 
 
 def _register(function: Any) -> None:
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(NAME, function)
+    find(_INTERFACE).register(NAME, function)
 
 
 SDPA = SdpaAttention()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
+
+from .module_forward import ModuleForward
 
 __all__ = ["core_of", "observed"]
 
@@ -32,8 +34,11 @@ def observed(core: nn.Module) -> Iterator[None]:
         # gradient through after it. Nothing in them depends on the mode otherwise.
         if not type(module).__module__.startswith("bitsandbytes."):
             module.training = False
+    # Of a run before, accelerate may have left its mixed precision around the forward, which rounds.
+    own = vars(core).get("_original_forward")
+    plain = nullcontext() if own is None else ModuleForward(core, own, under_hooks=False)
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=list(devices)):
+        with torch.no_grad(), torch.random.fork_rng(devices=list(devices)), plain:
             yield
     finally:
         for module, training in modes.items():

@@ -8,10 +8,10 @@ which versions it was tested and what happens where it does not fit; see
 from __future__ import annotations
 
 from .bitsandbytes_layers import AdoptedLayers
+from .checkpointing import Checkpointing
 from .cpu_memory import CpuMemoryPool
 from .dropout import NoDropout
 from .import_hook import ImportHook
-from .input_gradients import InputGradients
 from .model_attention import SdpaAttention
 from .module_forward import ModuleForward
 from .parameter_count import ParameterCount
@@ -33,7 +33,7 @@ PATCHES: tuple[type[Patch], ...] = (
     # A model, for as long as it is trained.
     ModuleForward,
     NoDropout,
-    InputGradients,
+    Checkpointing,
     AdoptedLayers,
     # The process, for as long as it trains.
     CpuMemoryPool,

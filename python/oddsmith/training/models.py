@@ -15,8 +15,8 @@ from transformers.utils import is_peft_available
 
 from ..config import ORPOConfig
 from ..integrations.bitsandbytes_layers import AdoptedLayers, on_cpu
+from ..integrations.checkpointing import Checkpointing
 from ..integrations.dropout import NoDropout
-from ..integrations.input_gradients import InputGradients
 from ..integrations.patch import Patch
 
 
@@ -141,11 +141,9 @@ def run_patches(model: nn.Module, args: ORPOConfig) -> list[Patch]:
     patches: list[Patch] = []
     if on_cpu(model):
         patches.append(AdoptedLayers(model))
-    # Checkpoints that are not reentrant need no help.
-    if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get(
-        "use_reentrant", True
-    ):
-        patches.append(InputGradients(model))
+    if args.gradient_checkpointing:
+        options = args.gradient_checkpointing_kwargs or {}
+        patches.append(Checkpointing(model, options.get("use_reentrant", True)))
     if args.disable_dropout:
         patches.append(NoDropout(model))
     return patches

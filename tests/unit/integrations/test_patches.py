@@ -19,10 +19,10 @@ import oddsmith
 from oddsmith import _core
 from oddsmith.integrations import patch as patch_module
 from oddsmith.integrations.bitsandbytes_layers import AdoptedLayers
+from oddsmith.integrations.checkpointing import Checkpointing
 from oddsmith.integrations.cpu_memory import POOL, CpuMemoryPool
 from oddsmith.integrations.dropout import NoDropout
 from oddsmith.integrations.import_hook import HOOK, ImportHook
-from oddsmith.integrations.input_gradients import InputGradients
 from oddsmith.integrations.model_attention import SDPA, CannotPack, PackedRow, SdpaAttention
 from oddsmith.integrations.module_forward import ModuleForward
 from oddsmith.integrations.parameter_count import COUNT, ParameterCount
@@ -114,7 +114,7 @@ CASES = {
     LoraDispatch: lambda _: shared_case(DISPATCH, lambda: dict(vars(peft_model))),
     ModuleForward: lambda _: module_case(ModuleForward, nn.Linear(2, 2), lambda x: x),
     NoDropout: lambda _: module_case(NoDropout, dropout_model()),
-    InputGradients: lambda _: module_case(InputGradients, make_model("mistral", make_tokenizer())),
+    Checkpointing: lambda _: module_case(Checkpointing, make_model("mistral", make_tokenizer())),
     AdoptedLayers: lambda _: module_case(AdoptedLayers, adoptable_model()),
     CpuMemoryPool: pool_case,
     NoProgressBars: lambda _: (
@@ -238,7 +238,7 @@ def fake_table(monkeypatch):
 
 
 def fake_table_kind(monkeypatch):
-    monkeypatch.setattr(auto, "AUTO_QUANTIZER_MAPPING", [METHOD])
+    monkeypatch.setattr(auto, "AUTO_QUANTIZER_MAPPING", {METHOD: "a name, to be imported later"})
 
 
 def fake_merge(monkeypatch):
