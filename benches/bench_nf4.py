@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 from oddsmith import functional
 from oddsmith.nn import Linear4bit
-from oddsmith.training.allocator import pooled_memory
+from oddsmith.integrations.cpu_memory import pooled_memory
 from side_by_side import interleave, report, versions
 
 SHAPES = ((4096, 4096), (4096, 14336))

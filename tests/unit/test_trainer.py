@@ -8,10 +8,16 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 from torch import nn
-from transformers import LlamaForSequenceClassification, LlamaModel, TrainingArguments
+from transformers import (
+    LlamaForSequenceClassification,
+    LlamaModel,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from oddsmith import ORPOConfig, ORPOTrainer
-from oddsmith.training.models import disable_dropout, load_model
+from oddsmith.integrations.dropout import NoDropout
+from oddsmith.training.models import load_model
 from support.trainer_runs import arguments, make_model, make_tokenizer, pairs
 
 # PEFT reads an older name of transformers'.
@@ -263,22 +269,31 @@ def test_encoder_decoder_by_name(make, tmp_path):
     assert trainer._plain_because == "it is an encoder-decoder model"
 
 
-def test_dropout_is_off_in_the_adapter_too(make, model):
+class NotesDropout(TrainerCallback):
+    """The rates of dropout within a run."""
+
+    def on_step_begin(self, args, state, control, model, **kwargs):
+        self.rates = {m.p for m in model.modules() if isinstance(m, nn.Dropout)}
+
+
+@pytest.mark.parametrize(("off", "within"), [(True, {0.0}), (False, {0.3})])
+def test_dropout_is_off_in_the_adapter_too(make, off, within):
     from peft import LoraConfig
 
     config = LoraConfig(r=2, lora_dropout=0.3, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    trainer = make(model=copy.deepcopy(model), peft_config=config)
-    rates = [m.p for m in trainer.model.modules() if isinstance(m, nn.Dropout)]
-    assert rates and set(rates) == {0.0}
-    trainer = make(model=model, peft_config=config, config={"disable_dropout": False})
-    assert 0.3 in [m.p for m in trainer.model.modules() if isinstance(m, nn.Dropout)]
+    notes = NotesDropout()
+    trainer = make(peft_config=config, config={"disable_dropout": off}, callbacks=[notes])
+    trainer.train()
+    assert notes.rates == within
+    assert {m.p for m in trainer.model.modules() if isinstance(m, nn.Dropout)} == {0.3}
 
 
 def test_disable_dropout_reaches_functional_ones():
     layer = nn.Module()
     layer.attention_dropout, layer.scale, layer.inner = 0.1, 0.5, nn.Dropout1d(0.2)
-    disable_dropout(layer)
-    assert (layer.attention_dropout, layer.scale, layer.inner.p) == (0.0, 0.5, 0.0)
+    with NoDropout(layer):
+        assert (layer.attention_dropout, layer.scale, layer.inner.p) == (0.0, 0.5, 0.0)
+    assert (layer.attention_dropout, layer.scale, layer.inner.p) == (0.1, 0.5, 0.2)
 
 
 def test_gradients_reach_an_adapter_under_checkpointing(make):
