@@ -361,6 +361,10 @@ class ORPOConfig(LegacyArguments, TrainingArguments):
             done = 0.5 - 0.5 * math.cos(math.pi * done)
         return self.beta + (self.beta_end - self.beta) * done
 
+    def model_kwargs(self) -> dict[str, Any]:
+        """`model_init_kwargs`, empty if there are none."""
+        return self.model_init_kwargs if isinstance(self.model_init_kwargs, dict) else {}
+
     def to_dict(self) -> dict[str, Any]:
         """All arguments as JSON-able values, without the older names, which are None here."""
         kept = self.model_init_kwargs

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import PartialState
@@ -21,9 +21,9 @@ from .integrations.model_core import core_of
 from .training.adamw_names import ADAMW_NAMES, adamw_optimizer
 from .training.batch_hooks import BatchHooks
 from .training.evaluation_hooks import EvaluationHooks
-from .training.loss_hooks import LossHooks, Split
+from .training.loss_hooks import LossHooks
 from .training.low_rank_names import LOW_RANK_NAMES, low_rank_optimizer
-from .training.metrics import EMPTY_COMPLETIONS, FIRST_NON_FINITE, NON_FINITE, MetricStore
+from .training.metrics import EMPTY_COMPLETIONS, FIRST_NON_FINITE, NON_FINITE, MetricStore, Split
 from .training.model_card import CITATION, model_card
 from .training.model_loan import ModelLoan
 from .training.models import (
@@ -92,7 +92,7 @@ class ORPOTrainer(ModelLoan, RowHooks, BatchHooks, LossHooks, EvaluationHooks, T
         self,
         model: PreTrainedModel | nn.Module | str | None = None,
         args: ORPOConfig | None = None,
-        data_collator: Callable | None = None,
+        data_collator: Callable[..., Any] | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Dataset | IterableDataset | dict[str, Any] | None = None,
         processing_class: Any = None,
@@ -101,7 +101,7 @@ class ORPOTrainer(ModelLoan, RowHooks, BatchHooks, LossHooks, EvaluationHooks, T
         optimizers: tuple[Any, Any] = (None, None),
         preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
         peft_config: Any = None,
-        compute_metrics: Callable[[Any], dict] | None = None,
+        compute_metrics: Callable[[Any], dict[str, Any]] | None = None,
         tokenizer: Any = None,
     ):
         if args is None:
@@ -115,7 +115,7 @@ class ORPOTrainer(ModelLoan, RowHooks, BatchHooks, LossHooks, EvaluationHooks, T
         self._peft_has_been_casted_to_bf16 = False
         # The adapter's weights are random: they have to come from the seed too.
         set_seed(args.seed)
-        revision = (args.model_init_kwargs or {}).get("revision")
+        revision = args.model_kwargs().get("revision")
         if isinstance(model, str):
             model = load_model(model, args)
         if model_init is None:
@@ -157,12 +157,13 @@ class ORPOTrainer(ModelLoan, RowHooks, BatchHooks, LossHooks, EvaluationHooks, T
                 eval_dataset = self._prepare_rows(eval_dataset, "eval_dataset")
         self._check_rows(train_dataset, eval_dataset, vocabulary_size(model))
 
-        if args.accelerator_config.dispatch_batches is None:
+        accelerator_config = cast(Any, args.accelerator_config)
+        if accelerator_config.dispatch_batches is None:
             # By default one process would collate a stream's batches for all, and accelerate could
             # neither slice their strings nor join batches of different lengths.
             parts = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
             if any(isinstance(part, IterableDataset) for part in (train_dataset, *parts)):
-                args.accelerator_config.dispatch_batches = False
+                accelerator_config.dispatch_batches = False
 
         self._stored_metrics = MetricStore()
         self._warned_of_non_finite: set[str] = set()
@@ -172,8 +173,8 @@ class ORPOTrainer(ModelLoan, RowHooks, BatchHooks, LossHooks, EvaluationHooks, T
             model=model if model_init is None else None,
             args=args,
             data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
+            train_dataset=cast(Any, train_dataset),
+            eval_dataset=cast(Any, eval_dataset),
             processing_class=processing_class,
             model_init=model_init,
             compute_metrics=compute_metrics,
@@ -183,8 +184,8 @@ class ORPOTrainer(ModelLoan, RowHooks, BatchHooks, LossHooks, EvaluationHooks, T
         )
         # What loss_is_scaled_for_ga says to transformers before 5.19.
         self.model_accepts_loss_kwargs = False
-        if hasattr(self.model, "add_model_tags"):
-            self.model.add_model_tags(self._tag_names)
+        if callable(add_tags := getattr(self.model, "add_model_tags", None)):
+            add_tags(self._tag_names)
         self._announce_path()
 
     # ---- Start ----
@@ -199,7 +200,7 @@ class ORPOTrainer(ModelLoan, RowHooks, BatchHooks, LossHooks, EvaluationHooks, T
         first, self._first_model = getattr(self, "_first_model", None), None
         return self._take_model(super().call_model_init(trial)) if first is None else first
 
-    def _take_model(self, model: nn.Module) -> nn.Module:
+    def _take_model(self, model: Any) -> nn.Module:
         check_model(model)
         model, casted = prepare_model(model, self.args, self._peft_config)
         self._peft_has_been_casted_to_bf16 = casted
@@ -207,7 +208,7 @@ class ORPOTrainer(ModelLoan, RowHooks, BatchHooks, LossHooks, EvaluationHooks, T
         self._plain_because = self._check_fused_head(model)
         return model
 
-    def _check_fused_head(self, model: nn.Module) -> str | None:
+    def _check_fused_head(self, model: Any) -> str | None:
         """Why the loss has to go through logits, or None."""
         if not self.args.use_fused_head:
             return "use_fused_head is False"
@@ -286,7 +287,7 @@ class ORPOTrainer(ModelLoan, RowHooks, BatchHooks, LossHooks, EvaluationHooks, T
             return low_rank_optimizer(args, model)
         if args.optim in ADAMW_NAMES:
             return adamw_optimizer(args, model)
-        return Trainer.get_optimizer_cls_and_kwargs(args, model)
+        return Trainer.get_optimizer_cls_and_kwargs(args, cast(Any, model))
 
     def _own_optimizer(self) -> Any:
         optimizer = getattr(self, "optimizer", None)
@@ -360,8 +361,9 @@ class ORPOTrainer(ModelLoan, RowHooks, BatchHooks, LossHooks, EvaluationHooks, T
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Of both sides of a batch; Trainer would look for `input_ids`."""
-        ids = [inputs.get(f"{side}_input_ids") for side in ("chosen", "rejected")]
-        if not all(map(torch.is_tensor, ids)):
+        sides = [inputs.get(f"{side}_input_ids") for side in ("chosen", "rejected")]
+        ids = [side for side in sides if isinstance(side, Tensor)]
+        if len(ids) < 2:
             return 0
         name = getattr(self.model, "main_input_name", "input_ids")
         tokens = torch.empty(sum(side.numel() for side in ids), device="meta")
@@ -374,7 +376,8 @@ class ORPOTrainer(ModelLoan, RowHooks, BatchHooks, LossHooks, EvaluationHooks, T
 
     # ---- Saving ----
 
-    def create_model_card(
+    # The arguments are those of TRL.
+    def create_model_card(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         model_name: str | None = None,
         dataset_name: str | None = None,
@@ -394,13 +397,15 @@ class ORPOTrainer(ModelLoan, RowHooks, BatchHooks, LossHooks, EvaluationHooks, T
         base = base if base and not Path(base).is_dir() else None
         tags = [tags] if isinstance(tags, str) else tags or []
         text = model_card(self.args, model_name, base, dataset_name, {*tags, *self._tag_names})
-        path = Path(self.args.output_dir) / "README.md"
+        path = Path(self.args.output_dir or ".") / "README.md"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         hub = self.args.hub_model_id
-        self.create_model_card(hub.split("/")[-1] if hub else Path(self.args.output_dir).name)
+        self.create_model_card(
+            hub.split("/")[-1] if hub else Path(self.args.output_dir or ".").name
+        )
         super()._save_checkpoint(model, trial)
 
 

@@ -48,7 +48,7 @@ def model_init_kwargs(run: RunArguments, config: ORPOConfig) -> dict[str, Any]:
         "quantization_config": quantization(run),
     }
     return {
-        **(config.model_init_kwargs if isinstance(config.model_init_kwargs, dict) else {}),
+        **config.model_kwargs(),
         **{name: value for name, value in flags.items() if value is not None},
     }
 

@@ -32,8 +32,8 @@ class _Before:
             for module in core.modules()
         }
         # The parts of a model for images and text have embeddings of their own.
-        layers = {id(layer): layer for layer in map(_embeddings, self.flags)}
-        layers.pop(id(None), None)
+        found = map(_embeddings, self.flags)
+        layers = {id(layer): layer for layer in found if layer is not None}
         self.hooks = {layer: set(layer._forward_hooks) for layer in layers.values()}
 
     def bring_back(self) -> None:
@@ -90,7 +90,7 @@ class Checkpointing(Patch):
             before.bring_back()
 
 
-def _embeddings(module: nn.Module) -> nn.Module | None:
+def _embeddings(module: Any) -> nn.Module | None:
     try:
         layer = module.get_input_embeddings()
     except (AttributeError, NotImplementedError):

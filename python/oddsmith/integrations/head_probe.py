@@ -38,7 +38,7 @@ class LogitMap(NamedTuple):
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
 
-def find_head(core: nn.Module) -> nn.Linear:
+def find_head(core: Any) -> nn.Linear:
     """
     The linear layer that makes a model's logits, out of its wrappers.
 
@@ -67,7 +67,7 @@ def find_head(core: nn.Module) -> nn.Linear:
     return head
 
 
-def probe_head(core: nn.Module) -> LogitMap:
+def probe_head(core: Any) -> LogitMap:
     """
     Find out how a model makes logits of its head's output, by giving it one that is known.
 
@@ -106,7 +106,7 @@ def probe_head(core: nn.Module) -> LogitMap:
     raise HeadMismatch("it changes its head's output by more than the known softcap or scale")
 
 
-def _candidates(core: nn.Module) -> Iterator[LogitMap]:
+def _candidates(core: Any) -> Iterator[LogitMap]:
     config = core.config
     configs = [config, config.get_text_config()] if hasattr(config, "get_text_config") else [config]
 
@@ -120,7 +120,7 @@ def _candidates(core: nn.Module) -> Iterator[LogitMap]:
             yield LogitMap(softcap, scale)
 
 
-class _Body(tuple):
+class _Body(tuple[Tensor]):
     """Output of a model's body: the hidden states by position or name, None by any other name."""
 
     def __getattr__(self, name: str) -> Any:
@@ -130,9 +130,9 @@ class _Body(tuple):
 
 
 @torch.no_grad()
-def _logits_for(core: nn.Module, head: nn.Linear, known: Tensor, stubbed: bool) -> Tensor:
+def _logits_for(core: Any, head: nn.Linear, known: Tensor, stubbed: bool) -> Tensor:
     """The model's logits where its head's output is `known`."""
-    calls: list[tuple] = []
+    calls: list[tuple[int, ...]] = []
 
     def forward(hidden: Tensor) -> Tensor:
         calls.append(tuple(hidden.shape))

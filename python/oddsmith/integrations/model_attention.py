@@ -219,7 +219,7 @@ class PackedRow:
 
 
 @torch.no_grad()
-def check(core: nn.Module) -> None:
+def check(core: Any) -> None:
     """
     Tries out whether a model gives on a packed row what it gives on a padded batch. Nothing is changed.
 
@@ -240,7 +240,7 @@ def check(core: nn.Module) -> None:
         raise CannotPack(reason)
 
 
-def _try_out(core: nn.Module) -> str | None:
+def _try_out(core: Any) -> str | None:
     """Compares two short pairs packed and padded; what is wrong, or None."""
     device = core.get_input_embeddings().weight.device
     if device.type == "meta":

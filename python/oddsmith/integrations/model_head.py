@@ -69,8 +69,9 @@ class FusedBatch:
         sequence = torch.arange(real.shape[0], device=real.device)[:, None].expand_as(real)
         rows = predicts.flatten().nonzero()[:, 0]
         columns = (input_ids.roll(-1, dims=1), sequence, completion)
-        picked = (column.flatten()[rows] for column in columns)
-        return cls._of(rows, *picked, real.numel(), real.shape[0] // 2, None, objective)
+        successors, sequence, completion = (column.flatten()[rows] for column in columns)
+        counts = (real.numel(), real.shape[0] // 2, None)
+        return cls._of(rows, successors, sequence, completion, *counts, objective)
 
     @classmethod
     def of_packed(cls, batch: PackedBatch, **objective: Any) -> "FusedBatch":

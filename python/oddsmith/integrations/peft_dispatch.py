@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -37,7 +37,7 @@ class LoraDispatch(Patch):
         self._module = find(f"{_MODULE}:__dict__")
         theirs = self._theirs = self._module[_NAME]
 
-        def dispatch(target: nn.Module, *args: Any, **kwargs: Any) -> nn.Module | None:
+        def dispatch(target: Any, *args: Any, **kwargs: Any) -> nn.Module | None:
             base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
             kind = LoraLinear4bit if isinstance(base, Linear4bit) else theirs
             return kind(target, *args, **kwargs)
@@ -57,13 +57,13 @@ class LoraDispatch(Patch):
         with torch.random.fork_rng(devices=[]):
             model = nn.Sequential(Linear4bit.from_linear(nn.Linear(64, 64, device="cpu")))
             adapter = LoraConfig(r=2, lora_alpha=3, target_modules=["0"], init_lora_weights=False)
-            layer = get_peft_model(model, adapter).get_base_model()[0]
+            layer = cast(Any, get_peft_model(cast(Any, model), adapter).get_base_model())[0]
             x = torch.randn(3, 64)
         if not isinstance(layer, LoraLinear4bit):
             raise Unsupported(f"peft made a {type(layer).__name__}")
-        base = layer.get_base_layer()
+        base: Any = cast(Any, layer.get_base_layer())
         weight = dequantize_nf4(base.weight, base.weight.quant_state)
-        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        a, b = (cast(nn.Linear, each["default"]).weight for each in (layer.lora_A, layer.lora_B))
         expected = nn.functional.linear(x, weight, base.bias) + 1.5 * x @ a.T @ b.T
         if not torch.allclose(layer(x), expected, rtol=1e-4, atol=1e-4):
             raise Unsupported("an adapter on a 4-bit layer gave another result")

@@ -13,7 +13,7 @@ Checkpoints are those of bitsandbytes, and move both ways.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +67,7 @@ class NF4Quantizer(Bnb4BitHfQuantizer):
     ) -> None:
         config = self.quantization_config
         self.modules_to_not_convert = self.get_modules_to_not_convert(
-            model, config.llm_int8_skip_modules, model._keep_in_fp32_modules
+            model, config.llm_int8_skip_modules, list(model._keep_in_fp32_modules or ())
         )
         replaced = 0
         for name, module in list(model.named_modules()):
@@ -96,16 +96,21 @@ class NF4Quantizer(Bnb4BitHfQuantizer):
                 f"first is {left[0]}; load the model with bitsandbytes, or with the transformers that "
                 "oddsmith was tested with"
             )
-        model.is_loaded_in_4bit = True
+        cast(Any, model).is_loaded_in_4bit = True
         COUNT.ensure()
         serve_peft()
         return model
 
-    def get_quantize_ops(self) -> ConversionOps:
+    # The base class names the operations of bitsandbytes.
+    def get_quantize_ops(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+    ) -> ConversionOps:
         """What a weight in full precision goes through."""
         return Quantize(self)
 
-    def get_load_operations(self) -> dict[str, type[ConversionOps]]:
+    def get_load_operations(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+    ) -> dict[str, type[ConversionOps]]:
         """What the entries of a quantised checkpoint go through."""
         return {"deserialize": Deserialize}
 
@@ -118,15 +123,16 @@ class NF4Quantizer(Bnb4BitHfQuantizer):
         return [converter] if self.pre_quantized else []
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> Any:
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        wanted: torch.dtype | None = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         for name, layer in list(model.named_modules()):
-            if isinstance(layer, Linear4bit):
-                weight = dequantize_nf4(layer.weight, layer.weight.quant_state, dtype)
+            state = layer.weight.quant_state if isinstance(layer, Linear4bit) else None
+            if isinstance(layer, Linear4bit) and state is not None:
+                weight = dequantize_nf4(layer.weight, state, wanted)
                 size = layer.in_features, layer.out_features
                 plain = nn.Linear(*size, bias=False, device="meta")
                 plain.weight, plain.bias = nn.Parameter(weight), layer.bias
                 model.set_submodule(name, plain.train(layer.training))
-        model.is_loaded_in_4bit = False
+        cast(Any, model).is_loaded_in_4bit = False
         return model
 
 
@@ -160,18 +166,19 @@ class Quantize(ConversionOps):
     def __init__(self, hf_quantizer: NF4Quantizer) -> None:
         self.hf_quantizer = hf_quantizer
 
-    def convert(
-        self, input_dict: dict[str, Any], model: nn.Module | None = None, **kwargs: Any
+    # transformers gives by name what it has, and takes tensors without a list around them.
+    def convert(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, input_dict: dict[str, Any], model: Any = None, **kwargs: Any
     ) -> dict[str, Tensor]:
         """Of `{name: tensor}`."""
         result = {}
         for name, value in input_dict.items():
             value = value[0] if isinstance(value, list) else value
-            module, _ = get_module_from_name(model, name)
+            module: Any = get_module_from_name(model, name)[0]
             if module.is_transposed:
                 value = value.T.contiguous()
             try:
-                result[name] = module.weight._with(value, None).quantize_()
+                result[name] = module.weight.with_data(value, None).quantize_()
             except (ValueError, TypeError) as error:
                 raise type(error)(f"{name}: {error}") from error
             module._is_hf_initialized = True
@@ -189,11 +196,12 @@ class Deserialize(ConversionOps):
     def __init__(self, hf_quantizer: NF4Quantizer) -> None:
         self.hf_quantizer = hf_quantizer
 
-    def convert(
+    # As in [`Quantize`].
+    def convert(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         input_dict: dict[str, Any],
-        model: nn.Module | None = None,
-        full_layer_name: str | None = None,
+        model: Any = None,
+        full_layer_name: str = "",
         **kwargs: Any,
     ) -> dict[str, Tensor]:
         """Of `{"weight": codes, "weight.absmax": ..}`; of a weight alone, itself."""
@@ -204,7 +212,7 @@ class Deserialize(ConversionOps):
         if set(entries) == {"weight"}:
             return entries
         codes = entries.pop("weight")
-        module, _ = get_module_from_name(model, full_layer_name)
+        module: Any = get_module_from_name(model, full_layer_name)[0]
         try:
             weight = Params4bit.from_prequantized(codes, entries, device=codes.device)
         except (ValueError, TypeError) as error:
@@ -219,7 +227,9 @@ class Deserialize(ConversionOps):
 
 
 class _Same(Deserialize):
-    def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+    def convert(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, input_dict: dict[str, Any], **kwargs: Any
+    ) -> dict[str, Any]:
         return input_dict
 
 
@@ -236,12 +246,14 @@ def _check(config: BitsAndBytesConfig) -> None:
         )
 
 
-def _empty_layer(module: nn.Module, config: BitsAndBytesConfig, pre_quantized: bool) -> Linear4bit:
+def _empty_layer(module: Any, config: BitsAndBytesConfig, pre_quantized: bool) -> Linear4bit:
     """A 4-bit layer on the meta device in place of a plain one."""
     transposed = isinstance(module, Conv1D)
     shape = module.weight.shape if transposed else module.weight.shape[::-1]
-    layer = Linear4bit(
-        *shape,
+    in_features, out_features = shape
+    layer: Any = Linear4bit(
+        in_features,
+        out_features,
         bias=module.bias is not None,
         compute_dtype=config.bnb_4bit_compute_dtype,
         compress_statistics=config.bnb_4bit_use_double_quant,

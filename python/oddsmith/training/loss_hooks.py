@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,16 +12,15 @@ from ..data.collator import PairBatch
 from ..head import logits as plain
 from ..integrations import model_attention, model_head
 from ..packing.batch import PackedBatch
-from .metrics import PairScores, batch_share, pair_metrics
+from .metrics import PairScores, Split, batch_share, pair_metrics
 from .overrides import is_overridden
-
-Split = Literal["train", "eval"]
+from .trainer_parts import TrainerParts
 
 # A subclass that has one of these of its own gets the loss through them.
 LOSS_HOOKS = ("concatenated_forward", "get_batch_logps", "odds_ratio_loss")
 
 
-class LossHooks:
+class LossHooks(TrainerParts):
     """
     Part of [`~oddsmith.ORPOTrainer`]: how a batch becomes a loss.
 
@@ -42,7 +41,7 @@ class LossHooks:
 
     @staticmethod
     def concatenated_inputs(
-        batch: dict[str, list | Tensor],
+        batch: dict[str, Any],
         is_encoder_decoder: bool = False,
         padding_value: int = 0,
         device: torch.device | None = None,
@@ -82,7 +81,7 @@ class LossHooks:
             self.beta * logps.detach().float().to(self.accelerator.device)
             for logps in (policy_chosen_logps, policy_rejected_logps)
         )
-        means = (each.mean().float() for each in (ratio, log_odds))
+        means = ratio.mean().float(), log_odds.mean().float()
         return (self.beta * linked).float(), chosen, rejected, *means
 
     @staticmethod
@@ -116,9 +115,7 @@ class LossHooks:
             logits, labels = logits[:, :-1], labels[:, 1:]
         return plain.sequence_logps(logits, labels, average_log_prob)
 
-    def concatenated_forward(
-        self, model: nn.Module, batch: dict[str, list | Tensor]
-    ) -> tuple[Tensor, ...]:
+    def concatenated_forward(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, ...]:
         """
         Run the model on both sides of a batch at once, with logits.
 
@@ -151,7 +148,7 @@ class LossHooks:
         return (*scores, outputs.aux_loss) if self.aux_loss_enabled else scores
 
     def get_batch_loss_metrics(
-        self, model: nn.Module, batch: dict[str, list | Tensor], train_eval: Split = "train"
+        self, model: nn.Module, batch: dict[str, Any], train_eval: Split = "train"
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """
         Loss and metrics of a batch.
@@ -172,12 +169,12 @@ class LossHooks:
         prefix = "eval_" if train_eval == "eval" else ""
         loss = scores.loss
         if self.aux_loss_enabled:
-            loss = loss + self.aux_loss_coef * scores.aux_loss
+            loss = loss + self.aux_loss_coef * cast(Tensor, scores.aux_loss)
         return loss, {f"{prefix}{name}": value for name, value in metrics.items()}
 
     # ---- The two ways to the scores ----
 
-    def _concatenated(self, batch: dict[str, list | Tensor]) -> dict[str, Tensor]:
+    def _concatenated(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         inputs = self.concatenated_inputs(
             batch,
             is_encoder_decoder=self.is_encoder_decoder,
@@ -198,7 +195,7 @@ class LossHooks:
             **extra,
         )
 
-    def _fused_scores(self, model: nn.Module, batch: dict[str, list | Tensor]) -> PairScores:
+    def _fused_scores(self, model: nn.Module, batch: dict[str, Any]) -> PairScores:
         objective = {
             "beta": self.beta,
             "nll_scope": self.args.nll_scope,
@@ -236,7 +233,7 @@ class LossHooks:
             aux_loss=out.aux_loss,
         )
 
-    def _plain_scores(self, model: nn.Module, batch: dict[str, list | Tensor]) -> PairScores:
+    def _plain_scores(self, model: nn.Module, batch: dict[str, Any]) -> PairScores:
         chosen, rejected, chosen_logits, rejected_logits, nll, *aux = self.concatenated_forward(
             model, batch
         )

@@ -12,9 +12,10 @@ from torch import nn
 from ..integrations.cpu_memory import pooled_memory
 from ..integrations.patch import Patch
 from .models import run_patches
+from .trainer_parts import TrainerParts
 
 
-class ModelLoan:
+class ModelLoan(TrainerParts):
     """
     Part of [`~oddsmith.ORPOTrainer`]: dropout, gradients of embeddings and layers of bitsandbytes are
     those of a run within `train`, `evaluate` and `predict`, and the model's own after them.

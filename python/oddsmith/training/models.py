@@ -11,7 +11,7 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
 )
-from transformers.utils import is_peft_available
+from transformers.utils.import_utils import is_peft_available
 
 from ..config import ORPOConfig
 from ..integrations.bitsandbytes_layers import AdoptedLayers, on_cpu
@@ -30,7 +30,7 @@ def load_model(name: str, args: ORPOConfig) -> PreTrainedModel:
     Raises:
         ValueError: If `dtype` in `model_init_kwargs` names no dtype.
     """
-    kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+    kwargs = {"trust_remote_code": args.trust_remote_code, **args.model_kwargs()}
     if "torch_dtype" in kwargs:
         kwargs.setdefault("dtype", kwargs.pop("torch_dtype"))
     if kwargs.get("dtype") is not None:
@@ -56,7 +56,7 @@ def _dtype(value: Any) -> Any:
     return dtype
 
 
-def load_processing_class(model: nn.Module, revision: str | None, args: ORPOConfig) -> Any:
+def load_processing_class(model: Any, revision: str | None, args: ORPOConfig) -> Any:
     """
     Load the tokenizer that a model came with.
 
@@ -73,7 +73,7 @@ def load_processing_class(model: nn.Module, revision: str | None, args: ORPOConf
     )
 
 
-def check_model(model: nn.Module) -> None:
+def check_model(model: Any) -> None:
     """
     Check that a model has an output head.
 
@@ -89,7 +89,7 @@ def check_model(model: nn.Module) -> None:
         )
 
 
-def vocabulary_size(model: nn.Module) -> int:
+def vocabulary_size(model: Any) -> int:
     """Number of token ids that a model takes and scores."""
     core = model.get_base_model() if hasattr(model, "get_base_model") else model
     text = core.config.get_text_config() if hasattr(core.config, "get_text_config") else core.config
@@ -142,7 +142,8 @@ def run_patches(model: nn.Module, args: ORPOConfig) -> list[Patch]:
     if on_cpu(model):
         patches.append(AdoptedLayers(model))
     if args.gradient_checkpointing:
-        options = args.gradient_checkpointing_kwargs or {}
+        options = args.gradient_checkpointing_kwargs
+        options = options if isinstance(options, dict) else {}
         patches.append(Checkpointing(model, options.get("use_reentrant", True)))
     if args.disable_dropout:
         patches.append(NoDropout(model))
@@ -168,7 +169,7 @@ def _add_adapter(model: nn.Module, args: ORPOConfig, peft_config: Any) -> tuple[
     if quantized:
         # Trainer switches checkpointing on, and only while it trains.
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    kwargs = {}
+    kwargs: dict[str, Any] = {}
     deepspeed = args.deepspeed_plugin
     if deepspeed is not None and deepspeed.zero_stage == 3 and not quantized:
         # ZeRO-3 gathers parameters of one dtype only; PEFT would make the adapter float32.

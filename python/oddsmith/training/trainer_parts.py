@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     class TrainerParts(Trainer):
         """
-        Base of [`RowHooks`], [`BatchHooks`], [`LossHooks`] and [`EvaluationHooks`].
+        Base of [`ModelLoan`], [`RowHooks`], [`BatchHooks`], [`LossHooks`] and [`EvaluationHooks`].
 
         Each is a part of [`~oddsmith.ORPOTrainer`] and comes before `Trainer` there: it may use what
         is listed here, and call `super()`. No protocol, for a protocol has nothing to call.
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
         use_dpo_data_collator: bool
         _rows: RowBuilder
         _stored_metrics: MetricStore
+        _metric_weight: float
 
         # ---- What one part does for another ----
 
@@ -54,6 +55,10 @@ if TYPE_CHECKING:
         def store_metrics(self, metrics: dict[str, Any], train_eval: Split = "train") -> None: ...
 
         def _take_metrics(self, split: Split) -> dict[str, float]: ...
+
+        def _borrow(self) -> None: ...
+
+        def _own_optimizer(self) -> Any: ...
 
         def _autocast(self) -> AbstractContextManager[Any]: ...
 

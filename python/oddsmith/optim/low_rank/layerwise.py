@@ -81,10 +81,11 @@ class LayerwiseHooks:
         self.attached = False
         for group in self._groups():
             for parameter in group["params"]:
-                owner, handle = _HANDLES.get(parameter, (None, None))
-                if owner is not None and owner() is self:
-                    del _HANDLES[parameter]
-                    handle.remove()
+                if parameter in _HANDLES:
+                    owner, handle = _HANDLES[parameter]
+                    if owner() is self:
+                        del _HANDLES[parameter]
+                        handle.remove()
 
     def _groups(self) -> list[dict[str, Any]]:
         optimizer = self._optimizer()
