@@ -225,7 +225,7 @@ class ORPOConfig(LegacyArguments, TrainingArguments):
         default=None, metadata={"help": "Bytes the fused head may use for logits at a time."}
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self._read_numbers()
         resolve_legacy(self)
         self._resolve_checkpointing()
@@ -272,7 +272,7 @@ class ORPOConfig(LegacyArguments, TrainingArguments):
         if missing:
             logger.warning_once("This hardware has no bfloat16: falling back to fp32.")
             wanted = False
-            self.bf16_full_eval = self.bf16_full_eval and self.use_cpu
+            self.bf16_full_eval: bool = self.bf16_full_eval and self.use_cpu
         # `bool` in the base class; here it was None if nobody asked for it.
         self.bf16 = wanted  # pyright: ignore[reportIncompatibleVariableOverride]
 

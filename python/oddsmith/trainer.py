@@ -257,7 +257,7 @@ class ORPOTrainer(ModelLoan, RowHooks, BatchHooks, LossHooks, EvaluationHooks, T
     def _read_config(self, config: Any) -> None:
         args = self.args
         self.beta = args.beta
-        self.max_length = args.max_length
+        self.max_length = cast(int, args.max_length)  # the configuration fills in a None
         self.max_prompt_length = args.max_prompt_length
         self.truncation_mode = args.truncation_mode
         self.label_pad_token_id = args.label_pad_token_id

@@ -12,7 +12,7 @@ from typing import Any
 
 from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import PrinterCallback, TrainerCallback, set_seed
+from transformers import PrinterCallback, TrainerCallback, TrainerState, set_seed
 
 from ..config import ORPOConfig
 from ..integrations.progress_bars import NoProgressBars
@@ -32,9 +32,9 @@ class CompactProgress(TrainerCallback):
     """A progress bar that carries loss, reward margin and accuracy, and nothing else."""
 
     def __init__(self) -> None:
-        self.bar: tqdm | None = None
+        self.bar: tqdm[Any] | None = None
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         # A file or a pipe gets a line now and then instead of ten a second.
         interval = 0.2 if sys.stderr.isatty() else 15.0
         self.bar = tqdm(
@@ -46,11 +46,18 @@ class CompactProgress(TrainerCallback):
             "[{elapsed}<{remaining}{postfix}]",
         )
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(
+        self,
+        args: Any,
+        state: TrainerState,
+        control: Any,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         if self.bar is None or logs is None or "rewards/margins" not in logs:
             return
         shown = {
@@ -60,7 +67,7 @@ class CompactProgress(TrainerCallback):
         }
         self.bar.set_postfix(shown, refresh=False)
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if self.bar is not None:
             self.bar.close()
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..checks import is_positive
 from .item import Item
-from .optimizer import LowRankOptimizer
+from .optimizer import GroupOptions, LowRankOptimizer
 from .projection import generator_for, random_matrix, sides
 from .rules import AdamWCore, decay_parameter
 
@@ -77,7 +77,7 @@ class APOLLOAdamW(LowRankOptimizer):
 
     adds_up_projected = False
 
-    group_options = {
+    group_options: GroupOptions = {
         **LowRankOptimizer.group_options,
         "scale": (1.0, lambda value: is_positive(value), "a positive number"),
         "proj_type": (
