@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from os import PathLike
+from typing import final
 
 from torch import Tensor
 
@@ -10,10 +11,9 @@ from .checkpoint.rules import TensorRule
 __version__: str
 TORCH_BUILD_VERSION: str
 
+@final
 class RowEncoder:
-    """A tokenizer's JSON together with the rules for rows; see
-    [`oddsmith.data.rust_rows.FastRows`].
-    """
+    """A tokenizer's JSON together with the rules for rows; see [`oddsmith.data.rust_rows.FastRows`]."""
 
     def __new__(
         cls,

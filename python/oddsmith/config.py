@@ -224,7 +224,7 @@ class ORPOConfig(LegacyArguments, TrainingArguments):
         default=None, metadata={"help": "Most bytes of logits that the fused head may hold."}
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self._read_numbers()
         resolve_legacy(self)
         self._resolve_checkpointing()
@@ -271,7 +271,7 @@ class ORPOConfig(LegacyArguments, TrainingArguments):
         if missing:
             logger.warning_once("This hardware has no bfloat16: falling back to fp32.")
             wanted = False
-            self.bf16_full_eval = self.bf16_full_eval and self.use_cpu
+            self.bf16_full_eval: bool = self.bf16_full_eval and self.use_cpu
         # `bool` in the base class; here None means not given.
         self.bf16 = wanted  # pyright: ignore[reportIncompatibleVariableOverride]
 
@@ -359,6 +359,10 @@ class ORPOConfig(LegacyArguments, TrainingArguments):
         if self.beta_schedule == "cosine":
             done = 0.5 - 0.5 * math.cos(math.pi * done)
         return self.beta + (self.beta_end - self.beta) * done
+
+    def model_kwargs(self) -> dict[str, Any]:
+        """`model_init_kwargs`, empty if there are none."""
+        return self.model_init_kwargs if isinstance(self.model_init_kwargs, dict) else {}
 
     def to_dict(self) -> dict[str, Any]:
         """All arguments as JSON values, without the older names, which are None here."""

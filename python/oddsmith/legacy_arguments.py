@@ -6,8 +6,8 @@ them; [`resolve_legacy`] then moves the values to the new names.
 """
 
 import math
-from dataclasses import field, make_dataclass
-from typing import Any
+from dataclasses import dataclass, field, make_dataclass
+from typing import TYPE_CHECKING, Any
 
 from transformers.utils import logging
 
@@ -80,21 +80,61 @@ def _legacy_field(name: str, kind: Any, help: str) -> tuple[str, Any, Any]:
 
 
 # A mixin made from the tables. None means "not given", whatever the old default was.
-LegacyArguments = make_dataclass(
-    "LegacyArguments",
-    [
-        _legacy_field(name, kind, f"Older name; sets `{successor}`.")
-        for name, (kind, successor) in RENAMED.items()
-    ]
-    + [
-        _legacy_field(
-            name, kind, "Older name; accepted without effect" + (f": {hint}." if hint else ".")
-        )
-        for name, (kind, hint) in IGNORED.items()
-    ],
-)
-LegacyArguments.__module__ = __name__  # before Python 3.12 it is "types"
-LegacyArguments.__doc__ = "Arguments of older releases of transformers, all None unless given."
+if TYPE_CHECKING:
+    # For the type checker, which cannot read tables; a test compares them.
+    @dataclass
+    class LegacyArguments:
+        """Arguments of older releases of transformers, all None unless given."""
+
+        evaluation_strategy: str | None = None
+        no_cuda: bool | None = None
+        warmup_ratio: float | None = None
+        group_by_length: bool | None = None
+        include_inputs_for_metrics: bool | None = None
+        overwrite_output_dir: bool | None = None
+        logging_dir: str | None = None
+        save_safetensors: bool | None = None
+        per_gpu_train_batch_size: int | None = None
+        per_gpu_eval_batch_size: int | None = None
+        fp16_backend: str | None = None
+        half_precision_backend: str | None = None
+        fp16_opt_level: str | None = None
+        include_tokens_per_second: bool | None = None
+        push_to_hub_model_id: str | None = None
+        push_to_hub_organization: str | None = None
+        push_to_hub_token: str | None = None
+        use_mps_device: bool | None = None
+        ray_scope: str | None = None
+        past_index: int | None = None
+        jit_mode_eval: bool | None = None
+        tpu_num_cores: int | None = None
+        tpu_metrics_debug: bool | None = None
+        fsdp_min_num_params: int | None = None
+        fsdp_transformer_layer_cls_to_wrap: str | None = None
+        dispatch_batches: bool | None = None
+        split_batches: bool | None = None
+        use_ipex: bool | None = None
+        torchdynamo: str | None = None
+        adafactor: bool | None = None
+        mp_parameters: str | None = None
+        use_legacy_prediction_loop: bool | None = None
+
+else:
+    LegacyArguments = make_dataclass(
+        "LegacyArguments",
+        [
+            _legacy_field(name, kind, f"Older name; sets `{successor}`.")
+            for name, (kind, successor) in RENAMED.items()
+        ]
+        + [
+            _legacy_field(
+                name, kind, "Older name; accepted without effect" + (f": {hint}." if hint else ".")
+            )
+            for name, (kind, hint) in IGNORED.items()
+        ],
+    )
+    LegacyArguments.__module__ = __name__  # before Python 3.12 it is "types"
+    LegacyArguments.__doc__ = "Arguments of older releases of transformers, all None unless given."
 
 LEGACY_NAMES = frozenset(RENAMED) | frozenset(IGNORED)
 

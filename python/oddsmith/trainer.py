@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import PartialState
@@ -17,14 +17,15 @@ from .data.collator import PreferenceCollator
 from .data.rows import RowBuilder
 from .data.tokenizer import ensure_pad_token
 from .integrations import model_attention, model_head
+from .integrations.model_core import core_of
 from .training.adamw_names import ADAMW_NAMES, adamw_optimizer
-from .training.allocator import pooled_memory
 from .training.batch_hooks import BatchHooks
 from .training.evaluation_hooks import EvaluationHooks
-from .training.loss_hooks import LossHooks, Split
+from .training.loss_hooks import LossHooks
 from .training.low_rank_names import LOW_RANK_NAMES, low_rank_optimizer
-from .training.metrics import EMPTY_COMPLETIONS, FIRST_NON_FINITE, NON_FINITE, MetricStore
+from .training.metrics import EMPTY_COMPLETIONS, FIRST_NON_FINITE, NON_FINITE, MetricStore, Split
 from .training.model_card import CITATION, model_card
+from .training.model_loan import ModelLoan
 from .training.models import (
     check_model,
     load_model,
@@ -37,7 +38,7 @@ from .training.row_hooks import RowHooks
 logger = logging.get_logger(__name__)
 
 
-class ORPOTrainer(RowHooks, BatchHooks, LossHooks, EvaluationHooks, Trainer):
+class ORPOTrainer(ModelLoan, RowHooks, BatchHooks, LossHooks, EvaluationHooks, Trainer):
     r"""
     Trains a model on preference pairs with ORPO (Hong et al. 2024, arXiv 2403.07691).
 
@@ -91,7 +92,7 @@ class ORPOTrainer(RowHooks, BatchHooks, LossHooks, EvaluationHooks, Trainer):
         self,
         model: PreTrainedModel | nn.Module | str | None = None,
         args: ORPOConfig | None = None,
-        data_collator: Callable | None = None,
+        data_collator: Callable[..., Any] | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Dataset | IterableDataset | dict[str, Any] | None = None,
         processing_class: Any = None,
@@ -100,7 +101,7 @@ class ORPOTrainer(RowHooks, BatchHooks, LossHooks, EvaluationHooks, Trainer):
         optimizers: tuple[Any, Any] = (None, None),
         preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
         peft_config: Any = None,
-        compute_metrics: Callable[[Any], dict] | None = None,
+        compute_metrics: Callable[[Any], dict[str, Any]] | None = None,
         tokenizer: Any = None,
     ):
         if args is None:
@@ -114,7 +115,7 @@ class ORPOTrainer(RowHooks, BatchHooks, LossHooks, EvaluationHooks, Trainer):
         self._peft_has_been_casted_to_bf16 = False
         # The adapter's weights are random, so the seed must be set before.
         set_seed(args.seed)
-        revision = (args.model_init_kwargs or {}).get("revision")
+        revision = args.model_kwargs().get("revision")
         if isinstance(model, str):
             model = load_model(model, args)
         if model_init is None:
@@ -156,12 +157,13 @@ class ORPOTrainer(RowHooks, BatchHooks, LossHooks, EvaluationHooks, Trainer):
                 eval_dataset = self._prepare_rows(eval_dataset, "eval_dataset")
         self._check_rows(train_dataset, eval_dataset, vocabulary_size(model))
 
-        if args.accelerator_config.dispatch_batches is None:
+        accelerator_config = cast(Any, args.accelerator_config)
+        if accelerator_config.dispatch_batches is None:
             # By default one process collates a stream's batches for all, but accelerate cannot
             # slice their strings or join batches of different lengths.
             parts = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
             if any(isinstance(part, IterableDataset) for part in (train_dataset, *parts)):
-                args.accelerator_config.dispatch_batches = False
+                accelerator_config.dispatch_batches = False
 
         self._stored_metrics = MetricStore()
         self._warned_of_non_finite: set[str] = set()
@@ -171,8 +173,8 @@ class ORPOTrainer(RowHooks, BatchHooks, LossHooks, EvaluationHooks, Trainer):
             model=model if model_init is None else None,
             args=args,
             data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
+            train_dataset=cast(Any, train_dataset),
+            eval_dataset=cast(Any, eval_dataset),
             processing_class=processing_class,
             model_init=model_init,
             compute_metrics=compute_metrics,
@@ -182,8 +184,8 @@ class ORPOTrainer(RowHooks, BatchHooks, LossHooks, EvaluationHooks, Trainer):
         )
         # The form of loss_is_scaled_for_ga before transformers 5.19.
         self.model_accepts_loss_kwargs = False
-        if hasattr(self.model, "add_model_tags"):
-            self.model.add_model_tags(self._tag_names)
+        if callable(add_tags := getattr(self.model, "add_model_tags", None)):
+            add_tags(self._tag_names)
         self._announce_path()
 
     # ---- Start ----
@@ -194,18 +196,19 @@ class ORPOTrainer(RowHooks, BatchHooks, LossHooks, EvaluationHooks, Trainer):
         return self.processing_class
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
-        """A new model from `model_init`, with its adapter and without dropout."""
+        """A new model from `model_init`, with its adapter."""
         first, self._first_model = getattr(self, "_first_model", None), None
         return self._take_model(super().call_model_init(trial)) if first is None else first
 
-    def _take_model(self, model: nn.Module) -> nn.Module:
+    def _take_model(self, model: Any) -> nn.Module:
         check_model(model)
         model, casted = prepare_model(model, self.args, self._peft_config)
         self._peft_has_been_casted_to_bf16 = casted
-        self._plain_because = self._install_fused_head(model)
+        self._lend(model)
+        self._plain_because = self._check_fused_head(model)
         return model
 
-    def _install_fused_head(self, model: nn.Module) -> str | None:
+    def _check_fused_head(self, model: Any) -> str | None:
         """Why the loss must be computed from logits, or None."""
         if not self.args.use_fused_head:
             return "use_fused_head is False"
@@ -214,10 +217,10 @@ class ORPOTrainer(RowHooks, BatchHooks, LossHooks, EvaluationHooks, Trainer):
         if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
             return "its adapter consists of virtual tokens"
         try:
-            model_head.install(model)
+            model_head.check(model)
         except model_head.HeadMismatch as mismatch:
             return str(mismatch)
-        self._padded_because = self._install_packing(model)
+        self._padded_because = self._check_packing(model)
         return None
 
     def _packs(self) -> bool:
@@ -225,7 +228,7 @@ class ORPOTrainer(RowHooks, BatchHooks, LossHooks, EvaluationHooks, Trainer):
         from_logits = self._plain_because is not None or bool(self._own_loss_hooks())
         return self._padded_because is None and not from_logits
 
-    def _install_packing(self, model: nn.Module) -> str | None:
+    def _check_packing(self, model: nn.Module) -> str | None:
         """Why batches need padding, or None."""
         if not self.args.padding_free:
             return "padding_free is False"
@@ -233,9 +236,8 @@ class ORPOTrainer(RowHooks, BatchHooks, LossHooks, EvaluationHooks, Trainer):
             return "torch_compile would recompile for the lengths of every batch"
         if getattr(model.config, "output_router_logits", False):
             return "its auxiliary loss is computed on a padded batch"
-        core = model.get_base_model() if hasattr(model, "get_base_model") else model
         try:
-            model_attention.install(core)
+            model_attention.check(core_of(model))
         except model_attention.CannotPack as cannot:
             return str(cannot)
         return None
@@ -255,7 +257,7 @@ class ORPOTrainer(RowHooks, BatchHooks, LossHooks, EvaluationHooks, Trainer):
     def _read_config(self, config: Any) -> None:
         args = self.args
         self.beta = args.beta
-        self.max_length = args.max_length
+        self.max_length = cast(int, args.max_length)  # the configuration fills in a None
         self.max_prompt_length = args.max_prompt_length
         self.truncation_mode = args.truncation_mode
         self.label_pad_token_id = args.label_pad_token_id
@@ -272,18 +274,6 @@ class ORPOTrainer(RowHooks, BatchHooks, LossHooks, EvaluationHooks, Trainer):
                 "auxiliary loss has no effect; set the coefficient."
             )
 
-    # ---- Run ----
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """See [`~transformers.Trainer.train`]."""
-        with pooled_memory(self.args.device):
-            return super().train(*args, **kwargs)
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """See [`~transformers.Trainer.evaluate`]."""
-        with pooled_memory(self.args.device):
-            return super().evaluate(*args, **kwargs)
-
     # ---- Optimizer ----
 
     @staticmethod
@@ -297,10 +287,11 @@ class ORPOTrainer(RowHooks, BatchHooks, LossHooks, EvaluationHooks, Trainer):
             return low_rank_optimizer(args, model)
         if args.optim in ADAMW_NAMES:
             return adamw_optimizer(args, model)
-        return Trainer.get_optimizer_cls_and_kwargs(args, model)
+        return Trainer.get_optimizer_cls_and_kwargs(args, cast(Any, model))
 
     def _own_optimizer(self) -> Any:
-        return getattr(self.optimizer, "optimizer", self.optimizer)  # without accelerate's wrapper
+        optimizer = getattr(self, "optimizer", None)
+        return getattr(optimizer, "optimizer", optimizer)  # without accelerate's wrapper
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         optimizer = self._own_optimizer()
@@ -366,8 +357,9 @@ class ORPOTrainer(RowHooks, BatchHooks, LossHooks, EvaluationHooks, Trainer):
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Tokens of both sides of a batch; Trainer would use `input_ids`."""
-        ids = [inputs.get(f"{side}_input_ids") for side in ("chosen", "rejected")]
-        if not all(map(torch.is_tensor, ids)):
+        sides = [inputs.get(f"{side}_input_ids") for side in ("chosen", "rejected")]
+        ids = [side for side in sides if isinstance(side, Tensor)]
+        if len(ids) < 2:
             return 0
         name = getattr(self.model, "main_input_name", "input_ids")
         tokens = torch.empty(sum(side.numel() for side in ids), device="meta")
@@ -380,7 +372,8 @@ class ORPOTrainer(RowHooks, BatchHooks, LossHooks, EvaluationHooks, Trainer):
 
     # ---- Saving ----
 
-    def create_model_card(
+    # The arguments are those of TRL.
+    def create_model_card(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         model_name: str | None = None,
         dataset_name: str | None = None,
@@ -400,13 +393,15 @@ class ORPOTrainer(RowHooks, BatchHooks, LossHooks, EvaluationHooks, Trainer):
         base = base if base and not Path(base).is_dir() else None
         tags = [tags] if isinstance(tags, str) else tags or []
         text = model_card(self.args, model_name, base, dataset_name, {*tags, *self._tag_names})
-        path = Path(self.args.output_dir) / "README.md"
+        path = Path(self.args.output_dir or ".") / "README.md"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         hub = self.args.hub_model_id
-        self.create_model_card(hub.split("/")[-1] if hub else Path(self.args.output_dir).name)
+        self.create_model_card(
+            hub.split("/")[-1] if hub else Path(self.args.output_dir or ".").name
+        )
         super()._save_checkpoint(model, trial)
 
 

@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftConfig
 from peft.utils.other import get_pattern_key
 
 from ..errors import UserError
-from .folder import read_tensors
+from .folder import Tensor, read_tensors
 from .rules import Factor, MergeUpdate
 
 _FILE = "adapter_model.safetensors"
@@ -60,13 +60,14 @@ class Adapter:
     def __init__(self, folder: Path):
         if not (folder / "adapter_config.json").is_file():
             raise UserError(f"{folder}: has no adapter_config.json")
-        self.folder, self.file = folder, folder / _FILE
-        self.config = self._read_config()
+        self.folder: Path = folder
+        self.file: Path = folder / _FILE
+        self.config: LoraConfig = self._read_config()
         if not self.file.is_file():
             pickled = (folder / "adapter_model.bin").is_file()
             hint = "; adapter_model.bin is not a safetensors file" if pickled else ""
             raise UserError(f"{folder}: has no {_FILE}{hint}")
-        self.tensors = read_tensors(self.file)
+        self.tensors: dict[str, Tensor] = read_tensors(self.file)
         self.modules: dict[str, dict[str, str]] = {}
         self.replacements: dict[str, str] = {}
         for key in self.tensors:

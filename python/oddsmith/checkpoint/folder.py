@@ -116,10 +116,10 @@ class Checkpoint:
         self.path = path
         if not path.is_dir():
             raise UserError(f"{path}: no such folder")
-        self.config = read_json(path / "config.json")
+        self.config: dict[str, Any] = read_json(path / "config.json")
         self.index: dict[str, Any] | None = None
         if (path / WEIGHTS).is_file():
-            self.shards = [path / WEIGHTS]
+            self.shards: list[Path] = [path / WEIGHTS]
         elif (path / INDEX).is_file():
             self.index = read_json(path / INDEX)
             self.shards = self._indexed(self.index)

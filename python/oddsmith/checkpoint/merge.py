@@ -81,9 +81,12 @@ class Merge:
     """
 
     def __init__(self, source: Checkpoint, adapter: Adapter, names: Names, dtype: str | None):
-        self.source, self.adapter, self.names, self.dtype = source, adapter, names, dtype
-        self.states = states_of(source)
-        self.tied = names.tied()
+        self.source: Checkpoint = source
+        self.adapter: Adapter = adapter
+        self.names: Names = names
+        self.dtype: str | None = dtype
+        self.states: dict[str, State] = states_of(source)
+        self.tied: dict[str, str] = names.tied()
 
     def _key(self, parameter: str, why: str) -> str:
         if parameter in self.tied:

@@ -52,7 +52,7 @@ def model_init_kwargs(run: RunArguments, config: ORPOConfig) -> dict[str, Any]:
         "quantization_config": quantization(run),
     }
     return {
-        **(config.model_init_kwargs if isinstance(config.model_init_kwargs, dict) else {}),
+        **config.model_kwargs(),
         **{name: value for name, value in flags.items() if value is not None},
     }
 
@@ -61,7 +61,7 @@ def quantization(run: RunArguments) -> Any:
     """The configuration of 4-bit weights, or `None` without `--load_in_4bit`."""
     if not run.load_in_4bit:
         return None
-    from ..integrations.transformers_quantizer import NF4Config
+    from ..integrations.nf4_config import NF4Config
 
     return NF4Config(
         compute_dtype=None if run.dtype in (None, "auto") else run.dtype,

@@ -5,7 +5,7 @@ import json
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import yaml
 from transformers import HfArgumentParser
@@ -144,7 +144,7 @@ class TrainParser(HfArgumentParser):
 
     def __init__(self) -> None:
         super().__init__(
-            (RunArguments, AdapterArguments, ORPOConfig),
+            cast(Any, (RunArguments, AdapterArguments, ORPOConfig)),
             prog="oddsmith train",
             usage="oddsmith train [SETTINGS.yaml|.json] [--flag value ...]",
             # Accepting "--lora" for "--lora_r" would hide a mistyped flag.

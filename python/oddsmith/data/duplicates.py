@@ -225,7 +225,7 @@ class NearDuplicates:
         self._index = KeyIndex(folder)
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed in close()
         self._unwritten: list[bytes] = []
-        self.count = 0
+        self.count: int = 0
 
     def find(self, sketches: np.ndarray) -> np.ndarray:
         """

@@ -61,10 +61,12 @@ class TokenBatches(Sampler[list[int]]):
             raise ValueError(f"max_tokens is {max_tokens}; must be positive")
         if len(lengths) < num_processes:
             raise ValueError(f"{len(lengths)} pairs are too few for {num_processes} processes")
-        self.seed, self.epoch = seed, 0
-        self.num_processes, self.process_index = num_processes, process_index
+        self.seed: int = seed
+        self.epoch: int = 0
+        self.num_processes: int = num_processes
+        self.process_index: int = process_index
         order = torch.randperm(len(lengths), generator=self._generator()).tolist()
-        self.batches = _filled(order, lengths, max_tokens)
+        self.batches: list[list[int]] = _filled(order, lengths, max_tokens)
         # Every process takes the same number of steps: the longest lists are halved until they do.
         while len(self.batches) % num_processes:
             longest = max(range(len(self.batches)), key=lambda index: len(self.batches[index]))

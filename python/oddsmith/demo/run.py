@@ -7,18 +7,15 @@ Mistral-shaped model on them, and writes model, pairs, metrics and curves to a f
 import json
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import datasets
 from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import PrinterCallback, TrainerCallback, set_seed
-from transformers.utils import logging as transformers_logging
+from transformers import PrinterCallback, TrainerCallback, TrainerState, set_seed
 
 from ..config import ORPOConfig
+from ..integrations.progress_bars import NoProgressBars
 from ..trainer import ORPOTrainer
 from ..training.curves import save_curves
 from .model import build_model, train_tokenizer
@@ -35,9 +32,9 @@ class CompactProgress(TrainerCallback):
     """A progress bar that shows only loss, reward margin and accuracy."""
 
     def __init__(self) -> None:
-        self.bar: tqdm | None = None
+        self.bar: tqdm[Any] | None = None
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         # A file or a pipe gets a line from time to time instead of ten per second.
         interval = 0.2 if sys.stderr.isatty() else 15.0
         self.bar = tqdm(
@@ -49,11 +46,18 @@ class CompactProgress(TrainerCallback):
             "[{elapsed}<{remaining}{postfix}]",
         )
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(
+        self,
+        args: Any,
+        state: TrainerState,
+        control: Any,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         if self.bar is None or logs is None or "rewards/margins" not in logs:
             return
         shown = {
@@ -63,25 +67,9 @@ class CompactProgress(TrainerCallback):
         }
         self.bar.set_postfix(shown, refresh=False)
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if self.bar is not None:
             self.bar.close()
-
-
-@contextmanager
-def no_other_bars() -> Iterator[None]:
-    """Hides the progress bars of datasets and transformers, which take less than a second here."""
-    datasets_silent = datasets.are_progress_bars_disabled()
-    transformers_shown = transformers_logging.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if not datasets_silent:
-            datasets.enable_progress_bars()
-        if transformers_shown:
-            transformers_logging.enable_progress_bar()
 
 
 def make_config(output_dir: Path, steps: int, seed: int) -> ORPOConfig:
@@ -192,7 +180,7 @@ def run_demo(output_dir: str | Path, steps: int = STEPS, seed: int = 0) -> dict[
 
     config = make_config(output_dir / "model", steps, seed)
     before = score(model, tokenizer, test_rows, config.beta)
-    with no_other_bars():
+    with NoProgressBars():
         trainer = ORPOTrainer(
             model=model,
             args=config,

@@ -166,7 +166,7 @@ class TokenStats:
     repeated: Finding = field(default_factory=Finding)
     similar: Finding = field(default_factory=Finding)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self._lengths: list[np.ndarray] = []
         self._prompts = KeyIndex()
         self._near = NearDuplicates(NEAR) if self.near_duplicates else None

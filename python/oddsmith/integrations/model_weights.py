@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import transformers
@@ -27,7 +28,9 @@ def empty_model(folder: Path, trust_remote_code: bool) -> PreTrainedModel:
         UserError: If transformers cannot build it.
     """
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config: Any = cast(
+            Any, AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        )
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         names = config.architectures or [""]
@@ -121,7 +124,7 @@ class Names:
         """
         skip, model = list(skip), self.model
         kept = HfQuantizer.get_modules_to_not_convert(
-            model, skip or None, model._keep_in_fp32_modules, add_default_skips=True
+            model, skip or None, list(model._keep_in_fp32_modules or ()), add_default_skips=True
         )
         weights, left = {}, []
         for name, module in self._linear().items():

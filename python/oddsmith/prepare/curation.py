@@ -74,7 +74,7 @@ class Rules:
     duplicates: bool = False
     near_duplicates: float | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not (math.isfinite(self.min_gap) and self.min_gap >= 0):
             raise ValueError(f"min_gap is {self.min_gap}; must be at least 0 and finite")
         if not 0 <= self.min_agreement <= 1:

@@ -51,7 +51,7 @@ class ReadOptions:
     columns: Columns = field(default_factory=Columns)
     folder: Path | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.format != "auto" and self.format not in FORMATS:
             raise ValueError(f"format is {self.format!r}; must be auto, {', '.join(FORMATS)}")
         if self.pairing not in PAIRINGS:

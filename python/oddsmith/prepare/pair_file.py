@@ -102,7 +102,7 @@ class PairFile(AbstractContextManager):
             writer.write_table(pa.Table.from_pylist(self._rows, writer.schema))
         self._rows = []
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         try:
             if kind is None:
                 self._finish()

@@ -123,7 +123,8 @@ class Params4bit(nn.Parameter):
         names = ("blocksize", "compress_statistics", "quant_type", "quant_storage")
         return {name: getattr(self, name) for name in names}
 
-    def _with(self, data: Tensor, state: QuantState | None) -> Params4bit:
+    def with_data(self, data: Tensor, state: QuantState | None) -> Params4bit:
+        """A parameter like this one with other data: codes if there is a `state`."""
         return type(self)(data, self.requires_grad, state, **self._settings())
 
     def quantize_(self, device: torch.device | str | None = None) -> Params4bit:
@@ -146,11 +147,11 @@ class Params4bit(nn.Parameter):
         if self.quant_state is None:
             if device is not None and device.type != "meta":
                 return self.quantize_(device)
-            return self._with(self.data.to(device, dtype, non_blocking=non_blocking), None)
+            return self.with_data(self.data.to(device, dtype, non_blocking=non_blocking), None)
         if device is None:
             return self
         moved = self.data.to(device, non_blocking=non_blocking)
-        return self._with(moved, self.quant_state.to(device))
+        return self.with_data(moved, self.quant_state.to(device))
 
     def cpu(self, memory_format: torch.memory_format = torch.preserve_format) -> Tensor:
         return self.to(device="cpu")
@@ -166,7 +167,7 @@ class Params4bit(nn.Parameter):
     def __deepcopy__(self, memo: dict[int, Any]) -> Params4bit:
         if id(self) not in memo:
             state = copy.deepcopy(self.quant_state, memo)
-            memo[id(self)] = self._with(self.data.clone(), state)
+            memo[id(self)] = self.with_data(self.data.clone(), state)
         return memo[id(self)]
 
     def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
@@ -282,7 +283,7 @@ class Linear4bit(nn.Linear):
         """
         size = linear.in_features, linear.out_features
         layer = cls(*size, bias=linear.bias is not None, device="meta", **options)
-        layer.weight = layer.weight._with(linear.weight.data, None).quantize_()
+        layer.weight = layer.weight.with_data(linear.weight.data, None).quantize_()
         layer.bias = linear.bias
         return layer.train(linear.training)
 
@@ -377,7 +378,7 @@ class Linear4bit(nn.Linear):
                 raise ValueError(f"has shape {tuple(data.shape)}; must be {tuple(shape)}")
             data = data.detach()
             if weight.quant_state is not None:
-                fresh = weight._with(data, None).quantize_(device)
+                fresh = weight.with_data(data, None).quantize_(device)
                 self._replace_weight(fresh.data, fresh.quant_state)
             elif device is None:
                 self._replace_weight(data.clone(), None)

@@ -74,8 +74,8 @@ class FileRecords:
 
     def __init__(self, path: Path):
         self.path = path
-        self.size = path.stat().st_size
-        self.done = 0
+        self.size: int = path.stat().st_size
+        self.done: int = 0
 
     def __iter__(self) -> Iterator[Record]:
         """

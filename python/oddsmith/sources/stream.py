@@ -39,7 +39,7 @@ class RecordStream:
             raise UserError(f"dataset {name}: no such file or folder")
         else:
             self._rows = _open_hub(name, config, split)
-        self.size = sum(file.size for file in self._files) if self._files else None
+        self.size: int | None = sum(file.size for file in self._files) if self._files else None
 
     @property
     def done(self) -> int:

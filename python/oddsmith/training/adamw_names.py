@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
-from transformers import Trainer
 
 from ..optim.adamw.adamw_8bit import AdamW8bit
 from ..optim.adamw.optimizer import BlockAdamW
 from ..optim.adamw.paged import PagedAdamW8bit, PagedAdamW32bit
-from .optim_args import parse_optim_args, yes_or_no
+from .optim_args import decayed_names, parse_optim_args, yes_or_no
 
 _CLASSES: dict[str, type[BlockAdamW]] = {
     "adamw_8bit": AdamW8bit,
@@ -65,8 +64,7 @@ def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     Parameters with and without weight decay, as in transformers. Empty groups are kept, because the
     saved state of a run with bitsandbytes refers to group numbers.
     """
-    # A method, but does not use self.
-    decayed = set(Trainer.get_decay_parameter_names(None, model))
+    decayed = decayed_names(model)
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     trained = [(name, each) for name, each in model.named_parameters() if each.requires_grad]
     groups = []

@@ -67,13 +67,13 @@ def log_completions(
     logger.warning("\n".join([f"Completions at step {step}, also in {path}:", *lines]))
 
     if "wandb" in report_to and is_wandb_available():
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]  # the user has it
 
         if wandb.run is not None:
             table = wandb.Table(columns=list(COLUMNS), data=[list(row) for row in rows])
             wandb.log({"game_log": table})
     if "comet_ml" in report_to and is_comet_available():
-        import comet_ml
+        import comet_ml  # pyright: ignore[reportMissingImports]  # likewise
 
         experiment = comet_ml.get_running_experiment()
         if experiment is not None:

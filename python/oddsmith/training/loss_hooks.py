@@ -1,6 +1,8 @@
 """The loss and metrics of a batch: the hooks of TRL's trainer that subclasses override."""
 
-from typing import Any, Literal
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,16 +12,15 @@ from ..data.collator import PairBatch
 from ..head import logits as plain
 from ..integrations import model_attention, model_head
 from ..packing.batch import PackedBatch
-from .metrics import PairScores, batch_share, pair_metrics
+from .metrics import PairScores, Split, batch_share, pair_metrics
 from .overrides import is_overridden
-
-Split = Literal["train", "eval"]
+from .trainer_parts import TrainerParts
 
 # If a subclass overrides one of these, the loss is computed through them.
 LOSS_HOOKS = ("concatenated_forward", "get_batch_logps", "odds_ratio_loss")
 
 
-class LossHooks:
+class LossHooks(TrainerParts):
     """
     Part of [`~oddsmith.ORPOTrainer`]: how a batch becomes a loss.
 
@@ -40,7 +41,7 @@ class LossHooks:
 
     @staticmethod
     def concatenated_inputs(
-        batch: dict[str, list | Tensor],
+        batch: dict[str, Any],
         is_encoder_decoder: bool = False,
         padding_value: int = 0,
         device: torch.device | None = None,
@@ -80,7 +81,7 @@ class LossHooks:
             self.beta * logps.detach().float().to(self.accelerator.device)
             for logps in (policy_chosen_logps, policy_rejected_logps)
         )
-        means = (each.mean().float() for each in (ratio, log_odds))
+        means = ratio.mean().float(), log_odds.mean().float()
         return (self.beta * linked).float(), chosen, rejected, *means
 
     @staticmethod
@@ -114,9 +115,7 @@ class LossHooks:
             logits, labels = logits[:, :-1], labels[:, 1:]
         return plain.sequence_logps(logits, labels, average_log_prob)
 
-    def concatenated_forward(
-        self, model: nn.Module, batch: dict[str, list | Tensor]
-    ) -> tuple[Tensor, ...]:
+    def concatenated_forward(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, ...]:
         """
         Run the model on both sides of a batch at once, with logits.
 
@@ -149,7 +148,7 @@ class LossHooks:
         return (*scores, outputs.aux_loss) if self.aux_loss_enabled else scores
 
     def get_batch_loss_metrics(
-        self, model: nn.Module, batch: dict[str, list | Tensor], train_eval: Split = "train"
+        self, model: nn.Module, batch: dict[str, Any], train_eval: Split = "train"
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """
         Loss and metrics of a batch.
@@ -158,6 +157,7 @@ class LossHooks:
             `tuple`: The loss, and the metrics as 0-dim tensors on the device, with the prefix
             `eval_` in an evaluation.
         """
+        self._borrow()
         if self.args.beta_schedule != "constant" and self.state.max_steps > 0:
             self.beta = self.args.beta_at(self.state.global_step, self.state.max_steps)
         uses_logits = self._plain_because is not None or bool(self._own_loss_hooks())
@@ -169,12 +169,12 @@ class LossHooks:
         prefix = "eval_" if train_eval == "eval" else ""
         loss = scores.loss
         if self.aux_loss_enabled:
-            loss = loss + self.aux_loss_coef * scores.aux_loss
+            loss = loss + self.aux_loss_coef * cast(Tensor, scores.aux_loss)
         return loss, {f"{prefix}{name}": value for name, value in metrics.items()}
 
     # ---- Scores: fused head or logits ----
 
-    def _concatenated(self, batch: dict[str, list | Tensor]) -> dict[str, Tensor]:
+    def _concatenated(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         inputs = self.concatenated_inputs(
             batch,
             is_encoder_decoder=self.is_encoder_decoder,
@@ -185,7 +185,7 @@ class LossHooks:
         labels = inputs["concatenated_labels"]
         return {**inputs, "concatenated_labels": torch.where(labels < 0, -100, labels)}
 
-    def _run(self, model: nn.Module, inputs: dict[str, Tensor], **extra: Any) -> Any:
+    def _run(self, model: Callable[..., Any], inputs: dict[str, Tensor], **extra: Any) -> Any:
         if self.aux_loss_enabled:
             extra["output_router_logits"] = True
         return model(
@@ -195,7 +195,7 @@ class LossHooks:
             **extra,
         )
 
-    def _fused_scores(self, model: nn.Module, batch: dict[str, list | Tensor]) -> PairScores:
+    def _fused_scores(self, model: nn.Module, batch: dict[str, Any]) -> PairScores:
         objective = {
             "beta": self.beta,
             "nll_scope": self.args.nll_scope,
@@ -209,14 +209,15 @@ class LossHooks:
             packed = packed.to(self.accelerator.device)
             rows = model_head.FusedBatch.of_packed(packed, **objective)
             inputs = model_attention.packed_inputs(packed)
-            out = model(**inputs, use_cache=False, oddsmith_batch=rows)
+            out = model_head.fused_loss(model, rows, **inputs, use_cache=False)
+            model_attention.check_seen(inputs)
         else:
             inputs = self._concatenated(batch)
             columns = ("input_ids", "attention_mask", "labels")
             rows = model_head.FusedBatch.build(
                 *(inputs[f"concatenated_{column}"] for column in columns), **objective
             )
-            out = self._run(model, inputs, oddsmith_batch=rows)
+            out = self._run(partial(model_head.fused_loss, model, rows), inputs)
         return PairScores(
             loss=out.loss,
             nll_loss=out.nll_loss,
@@ -232,7 +233,7 @@ class LossHooks:
             aux_loss=out.aux_loss,
         )
 
-    def _plain_scores(self, model: nn.Module, batch: dict[str, list | Tensor]) -> PairScores:
+    def _plain_scores(self, model: nn.Module, batch: dict[str, Any]) -> PairScores:
         chosen, rejected, chosen_logits, rejected_logits, nll, *aux = self.concatenated_forward(
             model, batch
         )

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, cast
 
 from accelerate.state import GradientState
 from torch import nn
-from transformers import Trainer
 from transformers.trainer_utils import check_target_module_exists
 from transformers.training_args import ParallelMode
 from transformers.utils import logging
@@ -16,7 +15,7 @@ from ..optim.low_rank.apollo import APOLLOAdamW
 from ..optim.low_rank.galore import GaLoreAdafactor, GaLoreAdamW
 from ..optim.low_rank.galore_8bit import GaLoreAdamW8bit
 from ..optim.low_rank.optimizer import LowRankOptimizer, check_matrix
-from .optim_args import parse_optim_args, readers
+from .optim_args import decayed_names, parse_optim_args, readers
 
 logger = logging.get_logger(__name__)
 
@@ -67,9 +66,10 @@ def target_parameters(model: nn.Module, targets: Any, where: str) -> dict[str, n
     names = set()
     for name, module in model.named_modules():
         try:
-            found, is_regex = check_target_module_exists(targets, name, return_is_regex=True)
+            matched = check_target_module_exists(targets, name, return_is_regex=True)
         except re.error as error:
             raise ValueError(f"optim_target_modules is {targets!r}: {error}") from None
+        found, is_regex = cast(tuple[bool, bool], matched)
         if isinstance(module, nn.Linear):
             if found or all_linear:
                 names.add(f"{name}.weight")
@@ -147,8 +147,7 @@ def parameter_groups(
     options: dict[str, Any],
 ) -> list[dict[str, Any]]:
     """The trained parameters: others with and without weight decay, then the projected ones."""
-    # A method, but does not use self.
-    decayed = set(Trainer.get_decay_parameter_names(None, model))
+    decayed = decayed_names(model)
     groups: list[dict[str, Any]] = [
         {"params": [], "weight_decay": weight_decay},
         {"params": [], "weight_decay": 0.0},

@@ -1,9 +1,11 @@
 """MetricStore: averages metrics of micro-batches on their device and reads them once per log."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
+
+Split = Literal["train", "eval"]
 
 # Keys that are not averages. The two private ones track the loss and are not logged.
 EMPTY_COMPLETIONS = "empty_completions"

@@ -1,10 +1,9 @@
-"""Prepares the model of a training run: loads it by name, adds its adapter, removes dropout."""
+"""Prepares the model of a training run: loads it by name, adds its adapter, lists its patches."""
 
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.dropout import _DropoutNd
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -12,10 +11,13 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
 )
-from transformers.utils import is_peft_available
+from transformers.utils.import_utils import is_peft_available
 
 from ..config import ORPOConfig
-from ..integrations.bitsandbytes_layers import adopt_on_cpu
+from ..integrations.bitsandbytes_layers import AdoptedLayers, on_cpu
+from ..integrations.checkpointing import Checkpointing
+from ..integrations.dropout import NoDropout
+from ..integrations.patch import Patch
 
 
 def load_model(name: str, args: ORPOConfig) -> PreTrainedModel:
@@ -28,7 +30,7 @@ def load_model(name: str, args: ORPOConfig) -> PreTrainedModel:
     Raises:
         ValueError: If `dtype` in `model_init_kwargs` is not the name of a dtype.
     """
-    kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+    kwargs = {"trust_remote_code": args.trust_remote_code, **args.model_kwargs()}
     if "torch_dtype" in kwargs:
         kwargs.setdefault("dtype", kwargs.pop("torch_dtype"))
     if kwargs.get("dtype") is not None:
@@ -54,7 +56,7 @@ def _dtype(value: Any) -> Any:
     return dtype
 
 
-def load_processing_class(model: nn.Module, revision: str | None, args: ORPOConfig) -> Any:
+def load_processing_class(model: Any, revision: str | None, args: ORPOConfig) -> Any:
     """
     Load the tokenizer from a model's hub id or folder.
 
@@ -71,7 +73,7 @@ def load_processing_class(model: nn.Module, revision: str | None, args: ORPOConf
     )
 
 
-def check_model(model: nn.Module) -> None:
+def check_model(model: Any) -> None:
     """
     Check that a model has an output head.
 
@@ -87,7 +89,7 @@ def check_model(model: nn.Module) -> None:
         )
 
 
-def vocabulary_size(model: nn.Module) -> int:
+def vocabulary_size(model: Any) -> int:
     """Number of token ids in a model's embeddings and output head."""
     core = model.get_base_model() if hasattr(model, "get_base_model") else model
     text = core.config.get_text_config() if hasattr(core.config, "get_text_config") else core.config
@@ -105,11 +107,11 @@ def is_quantized(model: nn.Module) -> bool:
 
 def prepare_model(model: nn.Module, args: ORPOConfig, peft_config: Any) -> tuple[nn.Module, bool]:
     """
-    Add the adapter, enable gradients for it, and remove dropout.
+    Add the adapter. Without one the model is not changed.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`): The model; changed in place.
-        args ([`ORPOConfig`]): For `gradient_checkpointing`, `bf16` and `disable_dropout`.
+        args ([`ORPOConfig`]): For `bf16`.
         peft_config (`PeftConfig`, *optional*): The adapter.
 
     Returns:
@@ -121,15 +123,31 @@ def prepare_model(model: nn.Module, args: ORPOConfig, peft_config: Any) -> tuple
         TypeError: If `peft_config` is not a `PeftConfig`.
         ValueError: If the model already has an adapter.
     """
-    casted = False
-    adopt_on_cpu(model)
-    if peft_config is not None:
-        model, casted = _add_adapter(model, args, peft_config)
-    elif args.gradient_checkpointing:
-        _let_inputs_require_grad(model)
+    if peft_config is None:
+        return model, False
+    if on_cpu(model):
+        AdoptedLayers(model).apply()  # not undone, because the adapter is created for these layers
+    return _add_adapter(model, args, peft_config)
+
+
+def run_patches(model: nn.Module, args: ORPOConfig) -> list[Patch]:
+    """
+    The patches of a model while it is trained or evaluated, which are undone at the end.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): The model, with its adapter.
+        args ([`ORPOConfig`]): For `gradient_checkpointing` and `disable_dropout`.
+    """
+    patches: list[Patch] = []
+    if on_cpu(model):
+        patches.append(AdoptedLayers(model))
+    if args.gradient_checkpointing:
+        options = args.gradient_checkpointing_kwargs
+        options = options if isinstance(options, dict) else {}
+        patches.append(Checkpointing(model, options.get("use_reentrant", True)))
     if args.disable_dropout:
-        disable_dropout(model)
-    return model, casted
+        patches.append(NoDropout(model))
+    return patches
 
 
 def _add_adapter(model: nn.Module, args: ORPOConfig, peft_config: Any) -> tuple[nn.Module, bool]:
@@ -149,14 +167,9 @@ def _add_adapter(model: nn.Module, args: ORPOConfig, peft_config: Any) -> tuple[
         )
     quantized = is_quantized(model)
     if quantized:
-        model = prepare_model_for_kbit_training(
-            model,
-            use_gradient_checkpointing=args.gradient_checkpointing,
-            gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
-        )
-    elif args.gradient_checkpointing:
-        _let_inputs_require_grad(model)
-    kwargs = {}
+        # Trainer switches checkpointing on, and only while it trains.
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    kwargs: dict[str, Any] = {}
     deepspeed = args.deepspeed_plugin
     if deepspeed is not None and deepspeed.zero_stage == 3 and not quantized:
         # ZeRO-3 gathers parameters of only one dtype; PEFT would make the adapter float32.
@@ -176,28 +189,3 @@ def _cast_to_bf16(model: nn.Module) -> None:
         elif any(part in name for part in ("lm_head", "embed_tokens", "wte", "wpe")):
             if getattr(getattr(module, "weight", None), "dtype", None) == torch.float32:
                 module.to(torch.bfloat16)
-
-
-def _let_inputs_require_grad(model: nn.Module) -> None:
-    """Makes inputs require gradients: otherwise gradient checkpointing gives an adapter none."""
-    if hasattr(model, "enable_input_require_grads"):
-        model.enable_input_require_grads()
-    else:
-        model.get_input_embeddings().register_forward_hook(_require_grad)
-
-
-def _require_grad(module: nn.Module, args: Any, output: torch.Tensor) -> None:
-    output.requires_grad_(True)
-
-
-def disable_dropout(model: nn.Module) -> None:
-    """
-    Set every dropout probability to 0: those of dropout layers, and the numbers that attention
-    layers pass to functional dropout.
-    """
-    for module in model.modules():
-        if isinstance(module, _DropoutNd):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if name.endswith("dropout") and isinstance(value, float):
-                setattr(module, name, 0.0)

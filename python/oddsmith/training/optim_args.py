@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
+
+from torch import nn
+from transformers import Trainer
 
 from ..optim.low_rank.optimizer import LowRankOptimizer
 
@@ -14,6 +17,12 @@ def yes_or_no(value: str) -> bool:
     if value.lower() not in answers:
         raise ValueError("must be true or false")
     return answers[value.lower()]
+
+
+def decayed_names(model: nn.Module) -> set[str]:
+    """Names of the parameters that transformers lets decay."""
+    # Static in all but its signature.
+    return set(Trainer.get_decay_parameter_names(cast(Trainer, None), model))
 
 
 # Options in optim_args that are not strings.

@@ -12,6 +12,7 @@ from ..data.vocabulary import check_vocabulary
 from ..inspection.report import report_rows
 from ..inspection.token_stats import needed
 from .overrides import is_overridden
+from .trainer_parts import TrainerParts
 
 logger = logging.get_logger(__name__)
 
@@ -19,7 +20,7 @@ logger = logging.get_logger(__name__)
 ROW_HOOKS = ("tokenize_row", "build_tokenized_answer")
 
 
-class RowHooks:
+class RowHooks(TrainerParts):
     """Part of [`~oddsmith.ORPOTrainer`]: how a pair becomes a row. Uses its `_rows`."""
 
     def build_tokenized_answer(self, prompt: str, answer: str) -> dict[str, list[int]]:

@@ -144,3 +144,12 @@ def test_ids_and_labels_must_match():
     row["rejected_labels"] = [-100]
     with pytest.raises(ValueError, match="pair 0 of the batch: rejected_input_ids has 2 tokens"):
         PackedBatch.build([row], share_prompt=False)
+
+
+@pytest.mark.parametrize("value", ["yes", "true", 0, 1, None])
+def test_share_prompt_is_true_false_or_auto(value):
+    reason = f"share_prompt is {value!r}; must be True, False or 'auto'"
+    with pytest.raises(ValueError, match=reason):
+        PackedBatch.build([pair([1, 2], [1, 3], 1)], value)
+    with pytest.raises(ValueError, match=reason):
+        PreferenceCollator(0, share_prompt=value)

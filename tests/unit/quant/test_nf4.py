@@ -213,6 +213,28 @@ def test_a_state_that_does_not_fit_is_refused(path, changes, message):
         functional.linear_nf4(x, packed, state)
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("shape", "quant_state: shape missing"),
+        ("blocksize", "quant_state: blocksize missing"),
+        ("dtype", "quant_state: dtype missing"),
+        ("offset", "quant_state: state2, its code and blocksize, or offset missing"),
+    ],
+)
+def test_a_state_that_lacks_a_part_is_refused(name, message):
+    packed, state = functional.quantize_nf4(torch.ones(64, 64), double_quant=True)
+    setattr(state, name, None)
+    x = torch.ones(1, 64)
+    for use in (
+        lambda: functional.dequantize_nf4(packed, state),
+        lambda: functional.linear_nf4(x, packed, state),
+        state.as_dict,
+    ):
+        with pytest.raises(ValueError, match=message):
+            use()
+
+
 def test_codes_that_do_not_fit_are_refused(path):
     packed, state = functional.quantize_nf4(heavy_tailed(5, 128))
     with pytest.raises(ValueError, match=r"packed has shape \[319, 1\]; must be 320 elements"):

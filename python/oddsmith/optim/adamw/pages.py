@@ -65,7 +65,7 @@ class FilePages:
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None = None):
-        self.folder = Path(tempfile.gettempdir() if folder is None else folder)
+        self.folder: Path = Path(tempfile.gettempdir() if folder is None else folder)
         try:
             tempfile.TemporaryFile(dir=self.folder).close()
         except OSError as error:

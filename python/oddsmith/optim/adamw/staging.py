@@ -108,7 +108,7 @@ class Staged:
     """
 
     def __init__(self, device: torch.device, budget: int):
-        self.capacity = slot_capacity(budget)
+        self.capacity: int = slot_capacity(budget)
         self._device = device
         self._slots = [
             torch.empty(self.capacity, dtype=torch.uint8, device=device) for _ in range(_SLOTS)

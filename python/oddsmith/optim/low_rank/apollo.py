@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..checks import is_positive
-from .optimizer import LowRankOptimizer
+from .optimizer import GroupOptions, LowRankOptimizer
 from .projection import generator_for, random_matrix, sides
 from .rules import AdamWCore, decay_parameter
 from .step import LowRankStep
@@ -78,7 +78,7 @@ class APOLLOAdamW(LowRankOptimizer):
 
     adds_up_projected = False
 
-    group_options = {
+    group_options: GroupOptions = {
         **LowRankOptimizer.group_options,
         "scale": (1.0, lambda value: is_positive(value), "a positive number"),
         "proj_type": (

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..checks import is_count, is_positive
-from .optimizer import LowRankOptimizer
+from .optimizer import GroupOptions, LowRankOptimizer
 from .projection import add_back, exact_bases, generator_for, overlap, random_bases, sides
 from .rules import AdafactorCore, AdamWCore, decay_parameter
 from .step import LowRankStep
@@ -65,7 +65,7 @@ class GaLoreOptimizer(LowRankOptimizer):
     numbers.
     """
 
-    group_options = {
+    group_options: GroupOptions = {
         **LowRankOptimizer.group_options,
         "svd": ("random", lambda value: value in SVD, f"one of {SVD}"),
         "refresh_on": ("all", lambda value: value in REFRESH_ON, f"one of {REFRESH_ON}"),

@@ -17,7 +17,7 @@ from .rules import AdamWCore, Group, State
 class AdamW8bitCore(AdamWCore):
     """AdamW with moments as 8-bit codes, see [`oddsmith.optim.adamw.moments`]."""
 
-    names = (*AdamWCore.names, "state1")
+    names: tuple[str, ...] = (*AdamWCore.names, "state1")
 
     def __init__(self) -> None:
         # Gradients that are not finite were removed before.

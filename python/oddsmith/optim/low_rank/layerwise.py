@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .optimizer import LowRankOptimizer
     from .step import LowRankStep
 
-# Parameter -> the handle of its hook: a second optimiser on a model replaces the first.
+# Parameter -> whose hook it has, and its handle: a second optimiser on a model replaces the first.
 _HANDLES = WeakTensorKeyDictionary()
 
 
@@ -48,6 +48,7 @@ class LayerwiseHooks:
         self._low: dict[int, Tensor] = {}
         self.norms: list[Tensor] = []
         self._places: dict[int, tuple[dict[str, Any], int]] = {}
+        self.attached = False
         for group in optimizer.param_groups:
             self.add(group)
 
@@ -62,17 +63,32 @@ class LayerwiseHooks:
         for parameter in group["params"]:
             self._places[id(parameter)] = (group, len(self._places))
             if parameter in _HANDLES:
-                _HANDLES[parameter].remove()
+                _HANDLES.pop(parameter)[1].remove()
             if parameter.requires_grad:
-                _HANDLES[parameter] = parameter.register_post_accumulate_grad_hook(hook)
+                handle = parameter.register_post_accumulate_grad_hook(hook)
+                _HANDLES[parameter] = hooks, handle
+        self.attached = True
 
-    def close(self) -> None:
-        """Removes the hooks."""
-        optimizer = self._optimizer()
-        for group in optimizer.param_groups if optimizer is not None else ():
+    def attach(self) -> None:
+        """Adds the hooks again after [`detach`]."""
+        if not self.attached:
+            for group in self._groups():
+                self.add(group)
+
+    def detach(self) -> None:
+        """Removes the hooks; those of another optimiser on the same parameters are kept."""
+        self.attached = False
+        for group in self._groups():
             for parameter in group["params"]:
                 if parameter in _HANDLES:
-                    _HANDLES.pop(parameter).remove()
+                    owner, handle = _HANDLES[parameter]
+                    if owner() is self:
+                        del _HANDLES[parameter]
+                        handle.remove()
+
+    def _groups(self) -> list[dict[str, Any]]:
+        optimizer = self._optimizer()
+        return [] if optimizer is None else optimizer.param_groups
 
     def forget(self) -> None:
         """Drops the accumulated gradients of an unfinished update."""

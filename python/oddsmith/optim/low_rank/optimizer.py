@@ -24,6 +24,10 @@ logger = logging.getLogger(__name__)
 _BUCKET = 1 << 24
 
 
+# Option of a projected group -> its default, a test of what is allowed, and what that is in words.
+GroupOptions = dict[str, tuple[Any, Callable[[Any], bool], str]]
+
+
 class LowRankOptimizer(Optimizer):
     """
     Base of the optimisers with moments of a projected gradient.
@@ -58,7 +62,7 @@ class LowRankOptimizer(Optimizer):
     adds_up_projected = True
 
     # Option of a projected group -> its default and a test of what is allowed.
-    group_options: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
+    group_options: GroupOptions = {
         "rank": (None, lambda value: is_count(value), "a positive integer"),
         "update_proj_gap": (200, lambda value: is_count(value), "a positive integer"),
         "scale": (0.25, lambda value: is_positive(value), "a positive number"),
@@ -90,7 +94,7 @@ class LowRankOptimizer(Optimizer):
         self.core = core
         self.seed = seed
         self.max_grad_norm = max_grad_norm
-        self.skipped = 0
+        self.skipped: int = 0
         self._hooks: LayerwiseHooks | None = None
         super().__init__(params, defaults)
         if layerwise:
@@ -105,10 +109,15 @@ class LowRankOptimizer(Optimizer):
         """In layer-wise mode, the norm of all gradients since the last call, before clipping."""
         return 0.0 if self._hooks is None else self._hooks.pop_norm()
 
+    @property
+    def layerwise_hooks(self) -> LayerwiseHooks | None:
+        """The hooks of the layer-wise mode."""
+        return self._hooks
+
     def close(self) -> None:
         """Removes the hooks of the layer-wise mode from the parameters."""
         if self._hooks is not None:
-            self._hooks.close()
+            self._hooks.detach()
 
     # ---- Groups ----
 

@@ -33,7 +33,7 @@ class AdamWCore:
     """
 
     decay_first = False
-    names = ("exp_avg", "exp_avg_sq")
+    names: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
 
     def init(self, state: State, like: Tensor, group: Group) -> None:
         """Adds the moments for a gradient of the shape of `like`."""
@@ -119,7 +119,7 @@ class AdafactorCore:
     """Adafactor (Shazeer and Stern 2018, arXiv 1804.04235), with transformers' options."""
 
     decay_first = True
-    names = ("exp_avg", "exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_sq")
+    names: tuple[str, ...] = ("exp_avg", "exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_sq")
 
     def init(self, state: State, like: Tensor, group: Group) -> None:
         """Adds the row and column means, or the second moment if it is not a matrix."""

@@ -1,4 +1,4 @@
-"""pooled_memory: tensors outlive it, forked processes work, and it fragments less than glibc."""
+"""pooled_memory: tensors survive it, forked processes too, and it fragments less than glibc."""
 
 import subprocess
 import sys
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from oddsmith import _core
-from oddsmith.training.allocator import pooled_memory
+from oddsmith.integrations.cpu_memory import pooled_memory
 
 CPU = torch.device("cpu")
 
@@ -21,7 +21,7 @@ def test_tensors_outlive_the_pool():
             inner = torch.arange(300_000)
         still = torch.full((300_000,), 7.0)
     outside = torch.ones(300_000)
-    # Adjacent in the pool's range; the C library's memory is elsewhere.
+    # Neighbours in the pool's range; the C library's memory is elsewhere.
     assert abs(inner.data_ptr() - still.data_ptr()) < 1 << 30
     assert abs(inner.data_ptr() - outside.data_ptr()) > 1 << 30
     assert int(inner.sum()) == 300_000 * 299_999 // 2
@@ -47,7 +47,7 @@ def test_it_is_taken_out_after_an_error(monkeypatch):
 
 FORKED = """
 import os, torch
-from oddsmith.training.allocator import pooled_memory
+from oddsmith.integrations.cpu_memory import pooled_memory
 torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
 with pooled_memory(torch.device("cpu")):
     before = torch.full((500_000,), 3.0)
@@ -66,7 +66,7 @@ with pooled_memory(torch.device("cpu")):
 
 HELD = """
 import sys, torch
-from oddsmith.training.allocator import pooled_memory
+from oddsmith.integrations.cpu_memory import pooled_memory
 
 def resident():
     with open("/proc/self/statm") as file:
