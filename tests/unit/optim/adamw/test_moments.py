@@ -8,7 +8,7 @@ import torch
 import reference
 from oddsmith.optim.adamw import step as adamw_step
 from oddsmith.optim.adamw.moments import BLOCKSIZE, blocks_of, decode, encode, layout, maps
-from oddsmith.optim.adamw.step import NonFinite, Update, numbers
+from oddsmith.optim.adamw.step import AdamUpdate, NonFinite, rule_of
 from support.gradients import randn
 
 CPU = torch.device("cpu")
@@ -111,7 +111,7 @@ def stepped(bits, dtype, shape, steps=5):
         if step == 3:
             grad.view(-1)[[0, 5, 900]] = torch.tensor([math.nan, math.inf, -math.inf], dtype=dtype)
         group = {"lr": 0.03, "betas": (0.8, 0.93), "eps": 1e-5, "weight_decay": 0.2}
-        adamw_step.adamw_step([Update(value, grad, state, numbers(group, step))], bad)
+        adamw_step.adamw_step([AdamUpdate(value, grad, state, rule_of(group, step))], bad)
     return value, state, bad.total()
 
 
