@@ -10,7 +10,8 @@ optimizer = GaLoreAdamW([{"params": vectors}, {"params": matrices, **low_rank}],
 ```
 """
 
-from .adamw.optimizer import AdamW8bit, PagedAdamW8bit, PagedAdamW32bit
+from .adamw.adamw_8bit import AdamW8bit
+from .adamw.paged import PagedAdamW8bit, PagedAdamW32bit
 from .low_rank.apollo import APOLLOAdamW
 from .low_rank.galore import GaLoreAdafactor, GaLoreAdamW, optimizer_bytes
 from .low_rank.galore_8bit import GaLoreAdamW8bit

@@ -7,7 +7,9 @@ from typing import Any
 from torch import nn
 from transformers import Trainer
 
-from ..optim.adamw.optimizer import AdamW8bit, BlockAdamW, PagedAdamW8bit, PagedAdamW32bit
+from ..optim.adamw.adamw_8bit import AdamW8bit
+from ..optim.adamw.optimizer import BlockAdamW
+from ..optim.adamw.paged import PagedAdamW8bit, PagedAdamW32bit
 from .optim_args import parse_optim_args, yes_or_no
 
 _CLASSES: dict[str, type[BlockAdamW]] = {

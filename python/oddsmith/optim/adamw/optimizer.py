@@ -1,9 +1,8 @@
-"""AdamW with moments of 8 bits, and its paged forms."""
+"""BlockAdamW: what AdamW with 8-bit and with paged moments share, from steps to saved state."""
 
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch.optim import Optimizer
 from ..checks import check_adam, is_count
 from . import saved_state
 from .fsdp import gathered, local, split
-from .moments import MIN_8BIT_SIZE, is_8bit, layout, maps
+from .moments import is_8bit, layout, maps
 from .pages import FilePages, PinnedPages
 from .staging import Staged, slot_capacity
 from .step import AdamUpdate, NonFinite, adamw_step, rule_of
@@ -26,32 +25,6 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Options of a group that come from a saved state. How many bits moments have does not: a run may go on
 # under the name of another of these optimisers.
 _LOADED = ("lr", "betas", "eps", "weight_decay", "stochastic_rounding", "initial_lr")
-
-_ARGS_DOC = """params (`Iterable`):
-            Parameters, or groups of them; `fp32`, `bf16` or `fp16`. A group may have `optim_bits`,
-            `min_8bit_size` and `stochastic_rounding` of its own, and `full_precision`: the places of
-            parameters in it whose moments have 32 bits.
-        lr (`float`, *optional*, defaults to 1e-3):
-            Learning rate.
-        betas (`tuple[float, float]`, *optional*, defaults to `(0.9, 0.999)`):
-            Of the moments.
-        eps (`float`, *optional*, defaults to 1e-8):
-            Added to the root of the second moment, after the correction of its bias.
-        weight_decay (`float`, *optional*, defaults to 1e-2):
-            Decoupled, after the update."""
-
-_REST_DOC = """stochastic_rounding (`bool`, *optional*, defaults to `False`):
-            Round `bf16` parameters up or down by chance, so that small updates are not lost.
-        seed (`int`, *optional*, defaults to 0):
-            Of that chance: with it and the step, a run can be repeated.
-
-    Raises:
-        ValueError: If an option is unknown or out of range, or a parameter is of another dtype."""
-
-_PAGES_DOC = """page_dir (`str` or `Path`, *optional*):
-            Folder for the state of parameters on a CPU; that of temporary files by default.
-        device_budget (`int`, *optional*, defaults to 256 MiB):
-            Bytes of a GPU's memory through which the state of parameters there passes."""
 
 
 class BlockAdamW(Optimizer):
@@ -351,105 +324,3 @@ class BlockAdamW(Optimizer):
         self._synchronize()
         for parameter, state in zip(parameters, placed):
             self.state[parameter] = state
-
-
-class AdamW8bit(BlockAdamW):
-    __doc__ = f"""
-    AdamW with moments of 8 bits: two bytes a parameter, and a scale for every 256.
-
-    After Dettmers et al. 2022 (arXiv 2110.02861). Moments of fewer than `min_8bit_size` elements, and
-    of groups with `optim_bits=32` (which is what embeddings should have), are `fp32`. Needs no
-    bitsandbytes. See [`BlockAdamW`] for what happens to NaN, and for saved state.
-
-    Args:
-        {_ARGS_DOC}
-        optim_bits (`int`, *optional*, defaults to 8):
-            8 or 32.
-        min_8bit_size (`int`, *optional*, defaults to 4096):
-            Elements from which on moments have 8 bits.
-        {_REST_DOC}
-    """
-
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        *,
-        optim_bits: int = 8,
-        min_8bit_size: int = MIN_8BIT_SIZE,
-        stochastic_rounding: bool = False,
-        seed: int = 0,
-        **private: Any,
-    ):
-        defaults = {
-            "lr": lr,
-            "betas": tuple(betas),
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "optim_bits": optim_bits,
-            "min_8bit_size": min_8bit_size,
-            "stochastic_rounding": stochastic_rounding,
-            "full_precision": (),
-        }
-        super().__init__(params, defaults, seed=seed, **private)
-
-
-class PagedAdamW8bit(AdamW8bit):
-    __doc__ = f"""
-    [`AdamW8bit`] with its state in pages.
-
-    On a CPU the state is in a file that is mapped into memory, and may be larger than the memory. On a
-    GPU it is in the host's pinned memory, and comes and goes while the parts before and behind are
-    updated. Either way it goes with the optimiser.
-
-    Args:
-        {_ARGS_DOC}
-        {_PAGES_DOC}
-        optim_bits (`int`, *optional*, defaults to 8):
-            8 or 32.
-        min_8bit_size (`int`, *optional*, defaults to 4096):
-            Elements from which on moments have 8 bits.
-        {_REST_DOC}
-        OSError: In a step or in `load_state_dict`, if `page_dir` has no room; nothing is changed then.
-    """
-
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        *,
-        page_dir: str | os.PathLike[str] | None = None,
-        device_budget: int = 256 << 20,
-        **options: Any,
-    ):
-        super().__init__(
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            pages=FilePages(page_dir),
-            device_budget=device_budget,
-            **options,
-        )
-
-
-class PagedAdamW32bit(PagedAdamW8bit):
-    __doc__ = f"""
-    AdamW with `fp32` moments in pages; see [`PagedAdamW8bit`].
-
-    Args:
-        {_ARGS_DOC}
-        {_PAGES_DOC}
-        {_REST_DOC}
-        OSError: In a step or in `load_state_dict`, if `page_dir` has no room; nothing is changed then.
-    """
-
-    def __init__(self, params: Iterable[Any], *args: Any, **options: Any):
-        super().__init__(params, *args, **{**options, "optim_bits": 32})
