@@ -69,7 +69,8 @@ sanitize: test-build ## The same under compute-sanitizer: accesses out of bounds
 lint: test-build ## Formatting and lints, Rust and Python
 	cargo fmt --check
 	cargo clippy --all-targets -- --deny warnings
-	cargo clippy --all-targets --features lint --target-dir $(CARGO_TARGET_DIR)-lint -- --deny warnings
+	for features in lint lint,testing; do \
+		cargo clippy --all-targets --features $$features --target-dir $(CARGO_TARGET_DIR)-lint -- --deny warnings || exit 1; done
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 

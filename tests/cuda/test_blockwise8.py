@@ -82,7 +82,7 @@ def test_arguments_are_checked_before_a_launch(emulated_driver):
     x, code = values(64, torch.float32), MAPS["signed"]
     codes, absmax = torch.zeros(64, dtype=torch.uint8), torch.ones(2)
     with pytest.raises(ValueError, match="code is not; must be in ascending order"):
-        _core.quantize_blockwise(x, code.flip(0), 32, False)
+        _core.quantize_blockwise(x, code.flip(0), 32)
     with pytest.raises(ValueError, match="blocksize is 0"):
         _core.quantize_blockwise(x, code, 0)
     with pytest.raises(ValueError, match="absmax has shape"):
