@@ -17,14 +17,15 @@ from .data.collator import PreferenceCollator
 from .data.rows import RowBuilder
 from .data.tokenizer import ensure_pad_token
 from .integrations import model_attention, model_head
+from .integrations.model_core import core_of
 from .training.adamw_names import ADAMW_NAMES, adamw_optimizer
-from .training.allocator import pooled_memory
 from .training.batch_hooks import BatchHooks
 from .training.evaluation_hooks import EvaluationHooks
 from .training.loss_hooks import LossHooks, Split
 from .training.low_rank_names import LOW_RANK_NAMES, low_rank_optimizer
 from .training.metrics import EMPTY_COMPLETIONS, FIRST_NON_FINITE, NON_FINITE, MetricStore
 from .training.model_card import CITATION, model_card
+from .training.model_loan import ModelLoan
 from .training.models import (
     check_model,
     load_model,
@@ -37,7 +38,7 @@ from .training.row_hooks import RowHooks
 logger = logging.get_logger(__name__)
 
 
-class ORPOTrainer(RowHooks, BatchHooks, LossHooks, EvaluationHooks, Trainer):
+class ORPOTrainer(ModelLoan, RowHooks, BatchHooks, LossHooks, EvaluationHooks, Trainer):
     r"""
     Trains a model on preference pairs with ORPO (Hong et al. 2024, arXiv 2403.07691).
 
@@ -194,7 +195,7 @@ class ORPOTrainer(RowHooks, BatchHooks, LossHooks, EvaluationHooks, Trainer):
         return self.processing_class
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
-        """A fresh model from `model_init`, with its adapter and without dropout."""
+        """A fresh model from `model_init`, with its adapter."""
         first, self._first_model = getattr(self, "_first_model", None), None
         return self._take_model(super().call_model_init(trial)) if first is None else first
 
@@ -202,10 +203,11 @@ class ORPOTrainer(RowHooks, BatchHooks, LossHooks, EvaluationHooks, Trainer):
         check_model(model)
         model, casted = prepare_model(model, self.args, self._peft_config)
         self._peft_has_been_casted_to_bf16 = casted
-        self._plain_because = self._install_fused_head(model)
+        self._lend(model)
+        self._plain_because = self._check_fused_head(model)
         return model
 
-    def _install_fused_head(self, model: nn.Module) -> str | None:
+    def _check_fused_head(self, model: nn.Module) -> str | None:
         """Why the loss has to go through logits, or None."""
         if not self.args.use_fused_head:
             return "use_fused_head is False"
@@ -214,10 +216,10 @@ class ORPOTrainer(RowHooks, BatchHooks, LossHooks, EvaluationHooks, Trainer):
         if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
             return "its adapter is made of virtual tokens"
         try:
-            model_head.install(model)
+            model_head.check(model)
         except model_head.HeadMismatch as mismatch:
             return str(mismatch)
-        self._padded_because = self._install_packing(model)
+        self._padded_because = self._check_packing(model)
         return None
 
     def _packs(self) -> bool:
@@ -225,7 +227,7 @@ class ORPOTrainer(RowHooks, BatchHooks, LossHooks, EvaluationHooks, Trainer):
         from_logits = self._plain_because is not None or bool(self._own_loss_hooks())
         return self._padded_because is None and not from_logits
 
-    def _install_packing(self, model: nn.Module) -> str | None:
+    def _check_packing(self, model: nn.Module) -> str | None:
         """Why batches have to keep their pads, or None."""
         if not self.args.padding_free:
             return "padding_free is False"
@@ -233,9 +235,8 @@ class ORPOTrainer(RowHooks, BatchHooks, LossHooks, EvaluationHooks, Trainer):
             return "torch_compile would compile again for the lengths of every batch"
         if getattr(model.config, "output_router_logits", False):
             return "its auxiliary loss is computed on a padded batch"
-        core = model.get_base_model() if hasattr(model, "get_base_model") else model
         try:
-            model_attention.install(core)
+            model_attention.check(core_of(model))
         except model_attention.CannotPack as cannot:
             return str(cannot)
         return None
@@ -272,18 +273,6 @@ class ORPOTrainer(RowHooks, BatchHooks, LossHooks, EvaluationHooks, Trainer):
                 "auxiliary loss has no effect; set the coefficient."
             )
 
-    # ---- Run ----
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """See [`~transformers.Trainer.train`]."""
-        with pooled_memory(self.args.device):
-            return super().train(*args, **kwargs)
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """See [`~transformers.Trainer.evaluate`]."""
-        with pooled_memory(self.args.device):
-            return super().evaluate(*args, **kwargs)
-
     # ---- Optimizer ----
 
     @staticmethod
@@ -300,7 +289,8 @@ class ORPOTrainer(RowHooks, BatchHooks, LossHooks, EvaluationHooks, Trainer):
         return Trainer.get_optimizer_cls_and_kwargs(args, model)
 
     def _own_optimizer(self) -> Any:
-        return getattr(self.optimizer, "optimizer", self.optimizer)  # in accelerate's wrapper
+        optimizer = getattr(self, "optimizer", None)
+        return getattr(optimizer, "optimizer", optimizer)  # in accelerate's wrapper
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         optimizer = self._own_optimizer()

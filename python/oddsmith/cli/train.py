@@ -61,7 +61,7 @@ def quantization(run: RunArguments) -> Any:
     """The configuration of 4-bit weights, or `None` without `--load_in_4bit`."""
     if not run.load_in_4bit:
         return None
-    from ..integrations.transformers_quantizer import NF4Config
+    from ..integrations.nf4_config import NF4Config
 
     return NF4Config(
         compute_dtype=None if run.dtype in (None, "auto") else run.dtype,

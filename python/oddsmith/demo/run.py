@@ -7,18 +7,15 @@ Mistral-shaped model on them, and leaves model, pairs, metrics and curves in a f
 import json
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import datasets
 from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, TrainerCallback, set_seed
-from transformers.utils import logging as transformers_logging
 
 from ..config import ORPOConfig
+from ..integrations.progress_bars import NoProgressBars
 from ..trainer import ORPOTrainer
 from ..training.curves import save_curves
 from .model import build_model, train_tokenizer
@@ -64,22 +61,6 @@ class CompactProgress(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()
-
-
-@contextmanager
-def no_other_bars() -> Iterator[None]:
-    """Hides the progress bars of datasets and transformers, each shorter than a second here."""
-    datasets_silent = datasets.are_progress_bars_disabled()
-    transformers_shown = transformers_logging.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if not datasets_silent:
-            datasets.enable_progress_bars()
-        if transformers_shown:
-            transformers_logging.enable_progress_bar()
 
 
 def make_config(output_dir: Path, steps: int, seed: int) -> ORPOConfig:
@@ -190,7 +171,7 @@ def run_demo(output_dir: str | Path, steps: int = STEPS, seed: int = 0) -> dict[
 
     config = make_config(output_dir / "model", steps, seed)
     before = score(model, tokenizer, test_rows, config.beta)
-    with no_other_bars():
+    with NoProgressBars():
         trainer = ORPOTrainer(
             model=model,
             args=config,

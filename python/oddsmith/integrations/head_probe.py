@@ -1,11 +1,13 @@
 """What a model does between its head's input and its logits, found by trying it out."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from .model_core import observed
+from .module_forward import ModuleForward
 
 # Names under which the configurations of transformers keep a bound on the logits, or a factor. Some
 # models multiply by what others divide by, or use it elsewhere: the probe decides, not the name.
@@ -34,26 +36,6 @@ class LogitMap(NamedTuple):
     def __call__(self, z: Tensor) -> Tensor:
         z = self.scale * z
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
-
-
-@contextmanager
-def swapped(module: nn.Module, name: str, value: Any) -> Iterator[None]:
-    """For the duration, an attribute of an instance."""
-    own = vars(module)
-    had, before = name in own, own.get(name)
-    own[name] = value
-    try:
-        yield
-    finally:
-        if had:
-            own[name] = before
-        else:
-            own.pop(name, None)
-
-
-def head_forward_name(head: nn.Module) -> str:
-    """Attribute to swap so that accelerate's hooks, which move the weights, still run."""
-    return "_old_forward" if "_old_forward" in vars(head) else "forward"
 
 
 def find_head(core: nn.Module) -> nn.Linear:
@@ -159,31 +141,21 @@ def _logits_for(core: nn.Module, head: nn.Linear, known: Tensor, stubbed: bool) 
     # Low ids: the high ones of multimodal models stand for images.
     ids = torch.arange(_POSITIONS, device=known.device)[None] % head.out_features
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
-    with swapped(head, head_forward_name(head), forward):
+    with ModuleForward(head, forward):
         if stubbed:
             body = getattr(core, "base_model", core)
             if body is core:
                 raise TypeError("the model has no body of its own")
             width = getattr(core.config.get_text_config(), "hidden_size", head.in_features)
             hidden = torch.zeros(1, _POSITIONS, width, device=known.device, dtype=head.weight.dtype)
-            with swapped(body, "forward", lambda *args, **kwargs: _Body((hidden,))):
+            stub = ModuleForward(body, lambda *args, **kwargs: _Body((hidden,)), under_hooks=False)
+            with stub:
                 outputs = core(**inputs)
         else:
-            with _evaluating(core):
+            with observed(core):
                 outputs = core(**inputs)
     if calls != [(1, _POSITIONS, head.in_features)]:
         raise HeadMismatch(
             f"it called its head with {calls or 'nothing'}; must be once with all positions"
         )
     return outputs[0] if isinstance(outputs, tuple) else outputs.logits
-
-
-@contextmanager
-def _evaluating(core: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in core.modules()}
-    core.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training

@@ -2,31 +2,48 @@
 
 A [`~oddsmith.packing.batch.PackedBatch`] is one row of real tokens, `[prompt | chosen | rejected]` for
 each pair. The chosen answer sees the prompt and itself, so does the rejected one, and no pair sees
-another: no pads, and no prompt twice. The function is registered with transformers'
-`AttentionInterface` under a name of its own, and stands for `sdpa` wherever a call names no
-segments (generation, a batch that was not packed).
+another: no padding, and no prompt twice.
+
+The row travels through the model as a keyword argument to the attention function that transformers
+registers as `sdpa`. In its place stands ours for as long as there is such a row: it computes those,
+and hands every other call on. Neither the model nor its configuration is changed, and a layer that
+is computed again in the backward pass, from the arguments that its checkpoint keeps, finds what it
+found before.
 """
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
 from ..packing.attention_cpu import PackedFlash, Segments, blocks
 from ..packing.attention_cuda import can_run, packed_varlen
 from ..packing.batch import PackedBatch
+from .model_core import observed
+from .patch import Patch, Unsupported, find
 
-# No part of it may be a name that transformers looks for, such as "sdpa" or "flash".
-NAME = "oddsmith_packed"
+__all__ = [
+    "SDPA",
+    "CannotPack",
+    "PackedRow",
+    "SdpaAttention",
+    "check",
+    "check_seen",
+    "packed_inputs",
+]
 
-# Keyword that carries the segments of a packed row through the model to `attend`.
-SEGMENTS = "oddsmith_segments"
+# The attention that ours stands in for.
+NAME = "sdpa"
+
+_INTERFACE = "transformers.modeling_utils:AttentionInterface"
+_SDPA_FORWARD = "transformers.integrations.sdpa_attention:sdpa_attention_forward"
+
+# Keyword that carries a packed row through the model to `attend`.
+ROW = "oddsmith_row"
 
 # What some models hand to their attention and this one does not compute.
 _UNKNOWN = ("softcap", "position_bias", "s_aux")
@@ -59,8 +76,7 @@ def attend(
         dropout (`float`, *optional*): Rate of dropout on the attention weights.
         scaling (`float`, *optional*): Factor on the products; one over the root of d if not given.
         sliding_window (`int`, *optional*): Positions that a token sees, itself included.
-        kwargs: `oddsmith_segments`, those of a [`~oddsmith.packing.batch.PackedBatch`]; without it the
-            call goes to transformers' `sdpa`.
+        kwargs: `oddsmith_row`, a [`PackedRow`]; without it the call goes to what `sdpa` was before.
 
     Returns:
         `tuple`: `(1, N, heads, d)`, and None for the weights.
@@ -68,11 +84,15 @@ def attend(
     Raises:
         [`CannotPack`]: If the layer asks for something that is not computed here.
     """
-    segments = kwargs.pop(SEGMENTS, None)
-    if segments is None:
-        return sdpa_attention_forward(
+    row = kwargs.pop(ROW, None)
+    if row is None:
+        if sliding_window is not None:
+            kwargs["sliding_window"] = sliding_window
+        return SDPA.theirs(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
+    row.seen = True
+    segments = row.segments
     unknown = [name for name in _UNKNOWN if kwargs.get(name) is not None]
     if unknown:
         raise CannotPack(f"its attention has a {', '.join(unknown)}")
@@ -137,44 +157,86 @@ def _band(queries: int, keys: int, window: int, device: torch.device) -> Tensor:
     return (distance >= 0) & (distance < window)
 
 
-def register() -> None:
-    """Make the implementation known to transformers. Idempotent."""
-    AttentionInterface.register(NAME, attend)
-    # Without an entry of its own, transformers would drop the padding mask of other calls.
-    AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+class SdpaAttention(Patch):
+    """[`attend`] as what transformers calls `sdpa`."""
+
+    target = 'transformers.AttentionInterface, entry "sdpa"'
+    purpose = "Attention over packed rows; every other call goes to what was registered before."
+    tested = "transformers 5.17 to 5.24"
+    fallback = "batches go through models with their padding"
+    needs = (
+        _INTERFACE,
+        _SDPA_FORWARD,
+    )
+
+    def _check(self) -> None:
+        self.theirs = _registered()
+        if self.theirs is not find(_SDPA_FORWARD):
+            raise Unsupported("another library has registered its own function")
+
+    def _change(self) -> None:
+        _register(attend)
+
+    def _restore(self) -> None:
+        if _registered() is attend:  # nobody has registered another one since
+            _register(self.theirs)
+
+    def _try_out(self) -> None:
+        if _registered() is not attend:
+            raise Unsupported("what is registered is not what is called")
+
+
+def _registered() -> Any:
+    return find(_INTERFACE)()[NAME]
+
+
+def _register(function: Any) -> None:
+    find(_INTERFACE).register(NAME, function)
+
+
+SDPA = SdpaAttention()
+
+
+class PackedRow:
+    """
+    The segments of a packed row on their way to [`attend`], which is registered while there is one.
+
+    No tuple and no dataclass, for what wraps models makes new ones of those.
+
+    Args:
+        segments (`tuple`): Those of a [`~oddsmith.packing.batch.PackedBatch`].
+
+    Raises:
+        [`CannotPack`]: If transformers' table does not take the function.
+    """
+
+    def __init__(self, segments: Segments):
+        self.segments = segments
+        self.seen = False  # by an attention layer
+        if not SDPA.apply():
+            raise CannotPack("transformers' table of attention functions is another one")
+        weakref.finalize(self, SDPA.undo).atexit = False
 
 
 @torch.no_grad()
-def install(core: nn.Module) -> None:
+def check(core: nn.Module) -> None:
     """
-    Let a model attend within packed sequences, if that gives what it gives on a padded batch.
-
-    Changes only which attention the configuration names.
+    Tries out whether a model gives on a packed row what it gives on a padded batch. Nothing is changed.
 
     Raises:
-        [`CannotPack`]: With the reason. The model is as it was.
+        [`CannotPack`]: With the reason, if not.
     """
-    config = core.config
-    before = config._attn_implementation
-    if before == NAME:
-        return
-    if before != "sdpa":
-        raise CannotPack(f"its attention is {before!r}, not 'sdpa'")
-    register()
-    training = {module: module.training for module in core.modules()}
-    core.eval()
-    config._attn_implementation = NAME
+    implementation = getattr(core.config, "_attn_implementation", None)
+    if implementation != NAME:
+        raise CannotPack(f"its attention is {implementation!r}, not {NAME!r}")
     try:
-        reason = _try_out(core)
+        with observed(core):
+            reason = _try_out(core)
     except CannotPack as cannot:
         reason = str(cannot)
     except Exception as error:  # whatever a model's own code may raise
         reason = f"a packed row could not be tried out ({type(error).__name__}: {error})"
-    finally:
-        for module, mode in training.items():
-            module.training = mode
     if reason is not None:
-        config._attn_implementation = before
         raise CannotPack(reason)
 
 
@@ -201,7 +263,10 @@ def _try_out(core: nn.Module) -> str | None:
     for row, sequence in enumerate((*chosen, *rejected)):
         ids[row, : len(sequence)] = torch.tensor(sequence)
         mask[row, : len(sequence)] = 1
-    packed = core(**packed_inputs(batch), use_cache=False).logits[0, batch.rows]
+    inputs = packed_inputs(batch)
+    packed = core(**inputs, use_cache=False).logits[0, batch.rows]
+    if not inputs[ROW].seen:
+        return "its attention does not get the packed row"
     padded = core(input_ids=ids, attention_mask=mask, use_cache=False).logits
     # Each row that predicts, in the order of the batch: chosen and rejected of each pair.
     order = [0, 2, 1, 3]
@@ -219,5 +284,19 @@ def packed_inputs(batch: PackedBatch) -> dict[str, Any]:
         "position_ids": batch.position_ids,
         # Four dimensions: transformers takes it for a finished mask and makes none.
         "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids.device),
-        SEGMENTS: batch.segments,
+        ROW: PackedRow(batch.segments),
     }
+
+
+def check_seen(inputs: dict[str, Any]) -> None:
+    """
+    After a model has run on [`packed_inputs`].
+
+    Raises:
+        RuntimeError: If none of its layers has got the packed row.
+    """
+    if not inputs[ROW].seen:
+        raise RuntimeError(
+            "the model's attention did not get the packed row: it is another one than when the trainer "
+            'was made; set attn_implementation="sdpa" again, or padding_free=False'
+        )

@@ -8,15 +8,13 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import layer as peft_layer
-from peft.tuners.lora import model as peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..quant.linear import linear_nf4_lora
 from ..quant.modules import Linear4bit
 from ..quant.nf4 import dequantize_nf4
 
-__all__ = ["LoraLinear4bit", "register"]
+__all__ = ["LoraLinear4bit"]
 
 # Beginnings of an adapter that change the base, which 4-bit weights cannot follow.
 _CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -122,21 +120,3 @@ def _check(config: Any) -> None:
             f"LoraConfig: init_lora_weights is {begin!r}, which changes the base; 4-bit layers of oddsmith "
             'take True, False, "gaussian", "orthogonal" and "eva"'
         )
-
-
-def register() -> None:
-    """Lets peft put [`LoraLinear4bit`] on 4-bit layers, in new models and in loaded ones."""
-    theirs = peft_model.dispatch_default
-    if getattr(theirs, "knows_oddsmith", False):
-        return
-
-    def dispatch(
-        target: nn.Module, adapter_name: str, config: Any, **kwargs: Any
-    ) -> nn.Module | None:
-        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        if isinstance(base, Linear4bit):
-            return LoraLinear4bit(target, adapter_name, config=config, **kwargs)
-        return theirs(target, adapter_name, config=config, **kwargs)
-
-    dispatch.knows_oddsmith = True
-    peft_model.dispatch_default = dispatch

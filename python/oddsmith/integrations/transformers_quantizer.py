@@ -13,7 +13,6 @@ Checkpoints are those of bitsandbytes, and move both ways.
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import torch
@@ -21,59 +20,21 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
-from transformers.utils import logging
 
 from ..quant.modules import Linear4bit, Params4bit
 from ..quant.nf4 import dequantize_nf4
 from ..quant.state import PACKED_KEY
-from .import_hook import METHOD
+from .parameter_count import COUNT
+from .patch import Unsupported
+from .peft_dispatch import serve_peft
 
-__all__ = ["NF4Config", "NF4Quantizer", "use_for_bitsandbytes"]
-
-logger = logging.get_logger(__name__)
+__all__ = ["NF4Quantizer", "check_base"]
 
 # Entries of a weight in a checkpoint, beside its codes.
 _ENTRIES = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", PACKED_KEY)
-
-
-def NF4Config(
-    compute_dtype: torch.dtype | str | None = None,
-    double_quant: bool = False,
-    skip_modules: list[str] | None = None,
-    **kwargs: Any,
-) -> BitsAndBytesConfig:
-    """
-    Settings that load a model with NF4 weights (Dettmers et al. 2023), whether bitsandbytes is installed
-    or not.
-
-    A function and no class of its own: transformers compares the class with that of a checkpoint.
-
-    Args:
-        compute_dtype (`torch.dtype` or `str`, *optional*, defaults to `torch.float32`):
-            Dtype that the inputs of linear layers are cast to.
-        double_quant (`bool`, *optional*, defaults to `False`):
-            Quantise the scales too, which saves 0.4 bits a value.
-        skip_modules (`list[str]`, *optional*):
-            Layers that stay as they are; the output head if not given.
-        kwargs:
-            Further arguments of `BitsAndBytesConfig`.
-
-    Returns:
-        `BitsAndBytesConfig`: For `from_pretrained`, and what a checkpoint says.
-    """
-    settings = {
-        "load_in_4bit": True,
-        "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_compute_dtype": compute_dtype,
-        "bnb_4bit_use_double_quant": double_quant,
-        "llm_int8_skip_modules": skip_modules,
-    }
-    use_for_bitsandbytes()
-    return BitsAndBytesConfig(**{**settings, **kwargs})
 
 
 class NF4Quantizer(Bnb4BitHfQuantizer):
@@ -123,7 +84,20 @@ class NF4Quantizer(Bnb4BitHfQuantizer):
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
+        left = [
+            name
+            for name, layer in model.named_modules()
+            if isinstance(layer, Linear4bit) and layer.weight.quant_state is None
+            if layer.weight.device.type != "meta"
+        ]
+        if left:
+            raise RuntimeError(
+                f"{type(model).__name__}: {len(left)} layers were loaded without being quantised, the "
+                f"first is {left[0]}; load the model with bitsandbytes, or with the transformers that "
+                "oddsmith was tested with"
+            )
         model.is_loaded_in_4bit = True
+        COUNT.ensure()
         serve_peft()
         return model
 
@@ -154,6 +128,30 @@ class NF4Quantizer(Bnb4BitHfQuantizer):
                 model.set_submodule(name, plain.train(layer.training))
         model.is_loaded_in_4bit = False
         return model
+
+
+# What of the base class is filled in here; each is asked for in one of the releases that are known.
+_HOOKS = (
+    "validate_environment",
+    "param_needs_quantization",
+    "_process_model_before_weight_loading",
+    "_process_model_after_weight_loading",
+    "get_quantize_ops",
+    "get_weight_conversions",
+    "_dequantize",
+)
+
+
+def check_base() -> None:
+    """
+    Whether transformers still asks a quantizer what [`NF4Quantizer`] answers.
+
+    Raises:
+        [`Unsupported`]: If it does not.
+    """
+    missing = [name for name in _HOOKS if not hasattr(Bnb4BitHfQuantizer, name)]
+    if missing:
+        raise Unsupported(f"its quantizers have no {', '.join(missing)}")
 
 
 class Quantize(ConversionOps):
@@ -255,54 +253,3 @@ def _empty_layer(module: nn.Module, config: BitsAndBytesConfig, pre_quantized: b
         layer.weight.data = layer.weight.data.to(config.bnb_4bit_quant_storage)
     layer.is_transposed = transposed
     return layer.requires_grad_(False)
-
-
-def use_for_bitsandbytes(on: bool = True) -> None:
-    """
-    Load 4-bit models with oddsmith from now on, also where bitsandbytes is installed; where it is not,
-    `import oddsmith` has done so.
-
-    Args:
-        on (`bool`, *optional*, defaults to `True`): `False` gives them back to bitsandbytes.
-    """
-    auto.AUTO_QUANTIZER_MAPPING[METHOD] = NF4Quantizer if on else Bnb4BitHfQuantizer
-    count_parameters(on)
-
-
-_theirs = PreTrainedModel.num_parameters
-
-
-def _num_parameters(
-    self: PreTrainedModel, only_trainable: bool = False, exclude_embeddings: bool = False
-) -> int:
-    """Transformers' own, which imports bitsandbytes to know a 4-bit weight."""
-    kept = {p: p.quant_state.shape.numel() for p in self.parameters() if _is_ours(p)}
-    if not kept:
-        return _theirs(self, only_trainable, exclude_embeddings)
-    left_out = {
-        module.weight
-        for module in self.modules()
-        if exclude_embeddings and isinstance(module, nn.Embedding)
-    }
-    return sum(
-        kept.get(p, p.numel())
-        for p in self.parameters()
-        if p not in left_out and (p.requires_grad or not only_trainable)
-    )
-
-
-def _is_ours(parameter: nn.Parameter) -> bool:
-    return isinstance(parameter, Params4bit) and parameter.quant_state is not None
-
-
-def count_parameters(on: bool) -> None:
-    """Lets `PreTrainedModel.num_parameters` know our weights, or gives it back."""
-    PreTrainedModel.num_parameters = _num_parameters if on else _theirs
-
-
-def serve_peft() -> None:
-    """Lets peft know our layers, where it is installed."""
-    if importlib.util.find_spec("peft") is not None:
-        from .peft_lora import register
-
-        register()

@@ -1,5 +1,7 @@
 """The loss and metrics of a batch: the hooks of TRL's trainer that subclasses override."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -158,6 +160,7 @@ class LossHooks:
             `tuple`: The loss, and the metrics as 0-dim tensors on the device, those of an
             evaluation with `eval_` before their names.
         """
+        self._borrow()
         if self.args.beta_schedule != "constant" and self.state.max_steps > 0:
             self.beta = self.args.beta_at(self.state.global_step, self.state.max_steps)
         uses_logits = self._plain_because is not None or bool(self._own_loss_hooks())
@@ -185,7 +188,7 @@ class LossHooks:
         labels = inputs["concatenated_labels"]
         return {**inputs, "concatenated_labels": torch.where(labels < 0, -100, labels)}
 
-    def _run(self, model: nn.Module, inputs: dict[str, Tensor], **extra: Any) -> Any:
+    def _run(self, model: Callable[..., Any], inputs: dict[str, Tensor], **extra: Any) -> Any:
         if self.aux_loss_enabled:
             extra["output_router_logits"] = True
         return model(
@@ -209,14 +212,15 @@ class LossHooks:
             packed = packed.to(self.accelerator.device)
             rows = model_head.FusedBatch.of_packed(packed, **objective)
             inputs = model_attention.packed_inputs(packed)
-            out = model(**inputs, use_cache=False, oddsmith_batch=rows)
+            out = model_head.fused_loss(model, rows, **inputs, use_cache=False)
+            model_attention.check_seen(inputs)
         else:
             inputs = self._concatenated(batch)
             columns = ("input_ids", "attention_mask", "labels")
             rows = model_head.FusedBatch.build(
                 *(inputs[f"concatenated_{column}"] for column in columns), **objective
             )
-            out = self._run(model, inputs, oddsmith_batch=rows)
+            out = self._run(partial(model_head.fused_loss, model, rows), inputs)
         return PairScores(
             loss=out.loss,
             nll_loss=out.nll_loss,

@@ -1,10 +1,9 @@
-"""The model of a training run: loaded by name, with its adapter, without dropout."""
+"""The model of a training run: loaded by name, with its adapter, and what changes while it is trained."""
 
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.dropout import _DropoutNd
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -15,7 +14,10 @@ from transformers import (
 from transformers.utils import is_peft_available
 
 from ..config import ORPOConfig
-from ..integrations.bitsandbytes_layers import adopt_on_cpu
+from ..integrations.bitsandbytes_layers import AdoptedLayers, on_cpu
+from ..integrations.checkpointing import Checkpointing
+from ..integrations.dropout import NoDropout
+from ..integrations.patch import Patch
 
 
 def load_model(name: str, args: ORPOConfig) -> PreTrainedModel:
@@ -105,11 +107,11 @@ def is_quantized(model: nn.Module) -> bool:
 
 def prepare_model(model: nn.Module, args: ORPOConfig, peft_config: Any) -> tuple[nn.Module, bool]:
     """
-    Add the adapter, let gradients through to it, and take out dropout.
+    Add the adapter. Without one the model stays as it is.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`): The model; changed in place.
-        args ([`ORPOConfig`]): For `gradient_checkpointing`, `bf16` and `disable_dropout`.
+        args ([`ORPOConfig`]): For `bf16`.
         peft_config (`PeftConfig`, *optional*): The adapter.
 
     Returns:
@@ -121,15 +123,30 @@ def prepare_model(model: nn.Module, args: ORPOConfig, peft_config: Any) -> tuple
         TypeError: If `peft_config` is none.
         ValueError: If the model has an adapter already.
     """
-    casted = False
-    adopt_on_cpu(model)
-    if peft_config is not None:
-        model, casted = _add_adapter(model, args, peft_config)
-    elif args.gradient_checkpointing:
-        _let_inputs_require_grad(model)
+    if peft_config is None:
+        return model, False
+    if on_cpu(model):
+        AdoptedLayers(model).apply()  # the adapter is made for the layer under it, so this stays
+    return _add_adapter(model, args, peft_config)
+
+
+def run_patches(model: nn.Module, args: ORPOConfig) -> list[Patch]:
+    """
+    What is changed in a model while it is trained or evaluated, and undone at the end.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): The model, with its adapter.
+        args ([`ORPOConfig`]): For `gradient_checkpointing` and `disable_dropout`.
+    """
+    patches: list[Patch] = []
+    if on_cpu(model):
+        patches.append(AdoptedLayers(model))
+    if args.gradient_checkpointing:
+        options = args.gradient_checkpointing_kwargs or {}
+        patches.append(Checkpointing(model, options.get("use_reentrant", True)))
     if args.disable_dropout:
-        disable_dropout(model)
-    return model, casted
+        patches.append(NoDropout(model))
+    return patches
 
 
 def _add_adapter(model: nn.Module, args: ORPOConfig, peft_config: Any) -> tuple[nn.Module, bool]:
@@ -149,13 +166,8 @@ def _add_adapter(model: nn.Module, args: ORPOConfig, peft_config: Any) -> tuple[
         )
     quantized = is_quantized(model)
     if quantized:
-        model = prepare_model_for_kbit_training(
-            model,
-            use_gradient_checkpointing=args.gradient_checkpointing,
-            gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
-        )
-    elif args.gradient_checkpointing:
-        _let_inputs_require_grad(model)
+        # Trainer switches checkpointing on, and only while it trains.
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     kwargs = {}
     deepspeed = args.deepspeed_plugin
     if deepspeed is not None and deepspeed.zero_stage == 3 and not quantized:
@@ -176,28 +188,3 @@ def _cast_to_bf16(model: nn.Module) -> None:
         elif any(part in name for part in ("lm_head", "embed_tokens", "wte", "wpe")):
             if getattr(getattr(module, "weight", None), "dtype", None) == torch.float32:
                 module.to(torch.bfloat16)
-
-
-def _let_inputs_require_grad(model: nn.Module) -> None:
-    """A checkpoint passes no gradient on to an adapter if no input of it requires one."""
-    if hasattr(model, "enable_input_require_grads"):
-        model.enable_input_require_grads()
-    else:
-        model.get_input_embeddings().register_forward_hook(_require_grad)
-
-
-def _require_grad(module: nn.Module, args: Any, output: torch.Tensor) -> None:
-    output.requires_grad_(True)
-
-
-def disable_dropout(model: nn.Module) -> None:
-    """
-    Set every dropout probability to 0: those of dropout layers, and those that attention layers
-    keep as a number for the functional form.
-    """
-    for module in model.modules():
-        if isinstance(module, _DropoutNd):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if name.endswith("dropout") and isinstance(value, float):
-                setattr(module, name, 0.0)

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from .item import Item
     from .optimizer import LowRankOptimizer
 
-# Parameter -> the handle of its hook: a second optimiser on a model takes the place of the first.
+# Parameter -> whose hook it has, and its handle: a second optimiser on a model takes the place of the
+# first.
 _HANDLES = WeakTensorKeyDictionary()
 
 
@@ -48,6 +49,7 @@ class LayerwiseHooks:
         self._low: dict[int, Tensor] = {}
         self.norms: list[Tensor] = []
         self._places: dict[int, tuple[dict[str, Any], int]] = {}
+        self.attached = False
         for group in optimizer.param_groups:
             self.add(group)
 
@@ -62,17 +64,31 @@ class LayerwiseHooks:
         for parameter in group["params"]:
             self._places[id(parameter)] = (group, len(self._places))
             if parameter in _HANDLES:
-                _HANDLES[parameter].remove()
+                _HANDLES.pop(parameter)[1].remove()
             if parameter.requires_grad:
-                _HANDLES[parameter] = parameter.register_post_accumulate_grad_hook(hook)
+                handle = parameter.register_post_accumulate_grad_hook(hook)
+                _HANDLES[parameter] = hooks, handle
+        self.attached = True
 
-    def close(self) -> None:
-        """Takes the hooks off."""
-        optimizer = self._optimizer()
-        for group in optimizer.param_groups if optimizer is not None else ():
+    def attach(self) -> None:
+        """Puts the hooks back after [`detach`]."""
+        if not self.attached:
+            for group in self._groups():
+                self.add(group)
+
+    def detach(self) -> None:
+        """Takes the hooks off; those of another optimiser on the same parameters stay."""
+        self.attached = False
+        for group in self._groups():
             for parameter in group["params"]:
-                if parameter in _HANDLES:
-                    _HANDLES.pop(parameter).remove()
+                owner, handle = _HANDLES.get(parameter, (None, None))
+                if owner is not None and owner() is self:
+                    del _HANDLES[parameter]
+                    handle.remove()
+
+    def _groups(self) -> list[dict[str, Any]]:
+        optimizer = self._optimizer()
+        return [] if optimizer is None else optimizer.param_groups
 
     def forget(self) -> None:
         """Drops what has been added up of an update that will not come."""

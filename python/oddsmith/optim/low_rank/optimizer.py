@@ -105,10 +105,15 @@ class LowRankOptimizer(Optimizer):
         """Layer-wise mode: norm of all gradients since the last call, before clipping."""
         return 0.0 if self._hooks is None else self._hooks.pop_norm()
 
+    @property
+    def layerwise_hooks(self) -> LayerwiseHooks | None:
+        """The hooks of the layer-wise mode."""
+        return self._hooks
+
     def close(self) -> None:
         """Takes the hooks of the layer-wise mode off the parameters."""
         if self._hooks is not None:
-            self._hooks.close()
+            self._hooks.detach()
 
     # ---- Groups ----
 

@@ -1,0 +1,45 @@
+"""A model out of its wrappers, and tried out without a trace."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from torch import nn
+
+from .module_forward import ModuleForward
+
+__all__ = ["core_of", "observed"]
+
+
+def core_of(model: Any) -> Any:
+    """The model of transformers within what DDP, FSDP, DeepSpeed, torch.compile and PEFT put around it."""
+    model = extract_model_from_parallel(model, keep_torch_compile=False)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@contextmanager
+def observed(core: nn.Module) -> Iterator[None]:
+    """
+    For a forward pass whose only effect is its result: no gradient, no dropout; modes and the state of
+    the random generators are as before at the end.
+    """
+    modes = {module: module.training for module in core.modules()}
+    devices = {each.device for each in core.parameters() if each.device.type == "cuda"}
+    for module in modes:
+        # On a CPU, layers of bitsandbytes lay out their codes anew in evaluation, for good, and let no
+        # gradient through after it. Nothing in them depends on the mode otherwise.
+        if not type(module).__module__.startswith("bitsandbytes."):
+            module.training = False
+    # Of a run before, accelerate may have left its mixed precision around the forward, which rounds.
+    own = vars(core).get("_original_forward")
+    plain = nullcontext() if own is None else ModuleForward(core, own, under_hooks=False)
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=list(devices)), plain:
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training

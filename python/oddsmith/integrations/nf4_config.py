@@ -1,0 +1,77 @@
+"""Who computes a model with 4-bit weights: what asks for oddsmith, on one configuration or on all."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .quantizer_table import MERGE, TABLE, NF4ByOddsmith, serve_all
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import BitsAndBytesConfig
+
+__all__ = ["NF4Config", "use_for_bitsandbytes"]
+
+
+def NF4Config(
+    compute_dtype: torch.dtype | str | None = None,
+    double_quant: bool = False,
+    skip_modules: list[str] | None = None,
+    **kwargs: Any,
+) -> BitsAndBytesConfig:
+    """
+    Settings that load a model with NF4 weights (Dettmers et al. 2023) of oddsmith, whether bitsandbytes
+    is installed or not. Models that are loaded with other settings are not concerned.
+
+    A function and no class of its own: transformers compares the class with that of a checkpoint. That
+    oddsmith is asked for is kept in its `bnb_4bit_quant_type`, a string equal to `"nf4"`; copies and
+    `from_dict(config.to_dict())` have it too. A saved checkpoint says `"nf4"` and nothing of oddsmith.
+
+    Args:
+        compute_dtype (`torch.dtype` or `str`, *optional*, defaults to `torch.float32`):
+            Dtype that the inputs of linear layers are cast to.
+        double_quant (`bool`, *optional*, defaults to `False`):
+            Quantise the scales too, which saves 0.4 bits a value.
+        skip_modules (`list[str]`, *optional*):
+            Layers that stay as they are; the output head if not given.
+        kwargs:
+            Further arguments of `BitsAndBytesConfig`.
+
+    Returns:
+        `BitsAndBytesConfig`: For `from_pretrained`, and what a checkpoint says.
+
+    Raises:
+        ValueError: If `kwargs` ask for another type of weights.
+    """
+    from transformers import BitsAndBytesConfig
+
+    settings = {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_compute_dtype": compute_dtype,
+        "bnb_4bit_use_double_quant": double_quant,
+        "llm_int8_skip_modules": skip_modules,
+        **kwargs,
+    }
+    kind = settings["bnb_4bit_quant_type"]
+    if kind != "nf4" or settings.get("load_in_8bit"):
+        found = "load_in_8bit=True" if kind == "nf4" else f"bnb_4bit_quant_type={kind!r}"
+        raise ValueError(
+            f'NF4Config: got {found}; must be bnb_4bit_quant_type="nf4". For other weights, which '
+            "bitsandbytes computes, use transformers.BitsAndBytesConfig"
+        )
+    settings["bnb_4bit_quant_type"] = NF4ByOddsmith("nf4")
+    TABLE.ensure()
+    MERGE.ensure()
+    return BitsAndBytesConfig(**settings)
+
+
+def use_for_bitsandbytes(on: bool = True) -> None:
+    """
+    Load all models with NF4 weights by oddsmith from now on, also where bitsandbytes is installed; where
+    it is not, `import oddsmith` has done so. Other weights of 4 or 8 bits stay with bitsandbytes.
+
+    Args:
+        on (`bool`, *optional*, defaults to `True`): `False` gives them back to bitsandbytes.
+    """
+    serve_all(on)

@@ -1,0 +1,146 @@
+"""One change to another library: how it is applied, undone, checked, and left out where it does not fit."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from contextlib import suppress
+from threading import RLock
+from typing import Any, ClassVar
+
+__all__ = ["Patch", "Unsupported"]
+
+logger = logging.getLogger(__name__)
+
+# One lock for all: a patch may apply another one. Reentrant, for the garbage collector may undo a patch
+# in the middle of any line.
+_lock = RLock()
+_said: set[tuple[type, str]] = set()
+
+
+class Unsupported(Exception):
+    """A patch does not fit the installed version of its target. The message is the reason."""
+
+
+class Patch:
+    """
+    One change to another library, to a model or to the process.
+
+    It is counted: as many calls of [`undo`] as of [`apply`] put back what was there. `with patch:` is
+    one of each. A patch that does not fit what is installed changes nothing, says so once in the log,
+    and never raises.
+
+    Subclasses have `_change` and `_restore`; `_check`, which raises [`Unsupported`] before anything is
+    changed; and `_try_out`, which does so with the change in place.
+    """
+
+    #: What is changed.
+    target: ClassVar[str]
+    #: Why.
+    purpose: ClassVar[str]
+    #: The versions with which the tests have run.
+    tested: ClassVar[str]
+    #: What happens without the change, as the end of a sentence.
+    fallback: ClassVar[str]
+    #: Names that the change relies on, as `"module:attribute"`. Their absence is [`Unsupported`].
+    needs: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self) -> None:
+        self._users = 0
+
+    def apply(self) -> bool:
+        """
+        Makes the change, or counts one more user of it.
+
+        Returns:
+            `bool`: Whether the change is in place.
+        """
+        with _lock:
+            if not self.is_applied():
+                try:
+                    self._put_in_place()
+                except Exception as error:  # whatever other libraries' code may raise
+                    self._say(error)
+                    return False
+            self._users += 1
+            return True
+
+    def ensure(self) -> bool:
+        """[`apply`], unless it is applied already."""
+        with _lock:
+            return self.is_applied() or self.apply()
+
+    def undo(self) -> None:
+        """Puts back what was there once the last user is gone; does nothing without one."""
+        with _lock:
+            if self._users == 0:
+                return
+            self._users -= 1
+            if self._users == 0:
+                self._restore()
+
+    def is_applied(self) -> bool:
+        """Whether the change is in place."""
+        with _lock:
+            if self._users and not self._is_there():
+                self._users = 0
+            return self._users > 0
+
+    def __enter__(self) -> bool:
+        return self.apply()
+
+    def __exit__(self, *error: Any) -> None:
+        self.undo()
+
+    def _put_in_place(self) -> None:
+        for name in self.needs:
+            find(name)
+        self._check()
+        try:
+            self._change()
+            self._try_out()
+        except BaseException:
+            with suppress(Exception):  # it may have been changed in part
+                self._restore()
+            raise
+
+    def _say(self, error: Exception) -> None:
+        reason = (
+            str(error) if isinstance(error, Unsupported) else f"{type(error).__name__}: {error}"
+        )
+        if (type(self), reason) not in _said:
+            _said.add((type(self), reason))
+            logger.warning(f"{self.target} is left as it is ({reason}): {self.fallback}.")
+
+    def _check(self) -> None:
+        """Raises [`Unsupported`] if the change cannot be made."""
+
+    def _change(self) -> None:
+        raise NotImplementedError
+
+    def _restore(self) -> None:
+        raise NotImplementedError
+
+    def _try_out(self) -> None:
+        """Raises [`Unsupported`] if the change, now in place, does not do what it is for."""
+
+    def _is_there(self) -> bool:
+        """Whether what was changed is still what is used; not where its module has been reloaded."""
+        return True
+
+
+def find(name: str) -> Any:
+    """
+    What `"module:attribute"` names.
+
+    Raises:
+        [`Unsupported`]: If it is not there.
+    """
+    module, _, path = name.partition(":")
+    try:
+        found: Any = importlib.import_module(module)
+        for part in path.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise Unsupported(f"{name.replace(':', '.')} is not there") from error
+    return found
