@@ -93,12 +93,12 @@ class ORPOConfig(LegacyArguments, TrainingArguments):
         generate_during_eval (`bool`, *optional*, defaults to `False`):
             Log completions of the model with each evaluation.
         is_encoder_decoder (`bool`, *optional*):            Whether `model_init` returns an
-        encoder-decoder model.
+            encoder-decoder model.
         model_init_kwargs (`dict[str, Any]` or `str`, *optional*):
             Keyword arguments, or a JSON object of them, for `from_pretrained` if the model is a
             string.
         trust_remote_code (`bool`, *optional*, defaults to `False`):            Allow models with
-        Python code in their repository.
+            Python code in their repository.
         dataset_num_proc (`int`, *optional*):
             Processes that prepare the data. The tokenizer uses all cores even with one process.
         padding_free (`bool`, *optional*, defaults to `True`):

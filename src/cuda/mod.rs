@@ -16,6 +16,7 @@ mod module;
 pub mod nvrtc;
 
 use std::ffi::c_void;
+#[cfg(feature = "testing")]
 use std::sync::atomic::{AtomicU8, Ordering};
 
 use crate::base::error::{Error, Result};
@@ -165,10 +166,12 @@ pub fn is_available() -> bool {
 }
 
 /// Whether CPU tensors take the path of a GPU: 0 not asked yet, 1 no, 2 yes.
+#[cfg(feature = "testing")]
 static EMULATED: AtomicU8 = AtomicU8::new(0);
 
-/// True if CPU tensors take the path of a GPU, through a driver that emulates one: if `ODDSMITH_CUDA_DRIVER`
-/// was set at the first call, or as set by [`emulate`].
+/// True while CPU tensors take the path of a GPU, through a driver that emulates one: if
+/// `ODDSMITH_CUDA_DRIVER` was set when this was first asked, or as [`emulate`] says.
+#[cfg(feature = "testing")]
 #[must_use]
 pub fn is_emulated() -> bool {
     match EMULATED.load(Ordering::Relaxed) {
@@ -181,7 +184,15 @@ pub fn is_emulated() -> bool {
     }
 }
 
-/// Switches the emulation on or off, for tests. The driver is opened once per process.
+/// Never without the feature `testing`.
+#[cfg(not(feature = "testing"))]
+#[must_use]
+pub fn is_emulated() -> bool {
+    false
+}
+
+/// Switches the emulation on or off. The driver itself is opened once a process.
+#[cfg(feature = "testing")]
 pub fn emulate(on: bool) {
     EMULATED.store(1 + u8::from(on), Ordering::Relaxed);
 }

@@ -2,13 +2,14 @@
 
 mod allocator;
 mod checkpoint;
-mod cuda;
 mod data;
 mod error;
 mod head;
 mod optim;
 mod quant;
 mod tensor;
+#[cfg(feature = "testing")]
+mod testing;
 
 use pyo3::prelude::*;
 
@@ -24,5 +25,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     quant::register(module)?;
     optim::register(module)?;
     checkpoint::register(module)?;
-    cuda::register(module)
+    #[cfg(feature = "testing")]
+    testing::register(module)?;
+    Ok(())
 }

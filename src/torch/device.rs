@@ -1,5 +1,6 @@
 //! Which GPU a tensor is on, which path it takes, and tensors as arguments of kernels.
 
+#[cfg(feature = "testing")]
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use tch::{Device, Kind, Tensor};
@@ -98,9 +99,11 @@ pub fn check_devices<'a>(
 }
 
 /// Makes CPU tensors take the path of other devices, so that a machine without one can test it.
+#[cfg(feature = "testing")]
 static TENSOR_OPS: AtomicBool = AtomicBool::new(false);
 
-/// Switches the path of other devices on or off for CPU tensors, for tests.
+/// Switches the path of other devices on or off for CPU tensors.
+#[cfg(feature = "testing")]
 pub fn use_tensor_ops(on: bool) {
     TENSOR_OPS.store(on, Ordering::Relaxed);
 }
@@ -108,7 +111,10 @@ pub fn use_tensor_ops(on: bool) {
 /// True while CPU tensors take the path of other devices.
 #[must_use]
 pub fn tensor_ops() -> bool {
-    TENSOR_OPS.load(Ordering::Relaxed)
+    #[cfg(feature = "testing")]
+    return TENSOR_OPS.load(Ordering::Relaxed);
+    #[cfg(not(feature = "testing"))]
+    false
 }
 
 /// True if values can be read without waiting for a device.

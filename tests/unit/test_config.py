@@ -15,7 +15,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from oddsmith import config as config_module
 from oddsmith import legacy_arguments
 from oddsmith.config import ORPOConfig
-from oddsmith.legacy_arguments import LEGACY_NAMES
+from oddsmith.legacy_arguments import IGNORED, LEGACY_NAMES, RENAMED
 
 
 def said(log, *words):

@@ -16,17 +16,33 @@ ELSEWHERE = {
         "unit/checkpoint/test_write.py",
         "dataclasses without code: the compiled core reads them",
     ),
-    "integrations/bitsandbytes_layers.py": (
-        "unit/integrations/test_transformers_quantizer.py",
-        "what is adopted is what the quantizer has loaded",
-    ),
     "integrations/head_probe.py": (
         "unit/integrations/test_model_head.py",
-        "its answer decides what installing the head does",
+        "its answer decides where the loss is computed",
     ),
-    "integrations/import_hook.py": (
+    "integrations/checkpointing.py": (
+        "unit/training/test_model_loan.py",
+        "what it takes off is what a run leaves",
+    ),
+    "integrations/module_forward.py": (
+        "unit/integrations/test_model_head.py",
+        "the head's forward is the one that it is for",
+    ),
+    "integrations/parameter_count.py": (
         "unit/integrations/test_transformers_quantizer.py",
-        "it needs a process that has not imported transformers",
+        "it counts what the quantizer has loaded",
+    ),
+    "integrations/patch.py": (
+        "unit/integrations/test_patches.py",
+        "every change that is derived from it is tested alike",
+    ),
+    "integrations/peft_dispatch.py": (
+        "unit/integrations/test_peft_lora.py",
+        "which layer peft makes shows in models with adapters",
+    ),
+    "integrations/quantizer_table.py": (
+        "unit/integrations/test_nf4_config.py",
+        "a configuration decides what the table returns",
     ),
     "integrations/model_weights.py": (
         "unit/checkpoint/test_quantize.py",

@@ -135,7 +135,7 @@ class Adapter:
             module (`str`): Name of the module.
             kind (`str`): `"linear"`, `"conv1d"` or `"embedding"`.
             stored (`str`): As `kind`, but `"linear"` for a quantised `Conv1D`, which is stored
-            transposed.
+                transposed.
 
         Returns:
             Names of parameters and their updates.

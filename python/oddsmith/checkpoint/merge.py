@@ -57,7 +57,7 @@ def states_of(source: Checkpoint) -> dict[str, State]:
             raise UserError(f"{source.path}: {name} is int8 (LLM.int8()); only nf4 can be read")
     with file_errors():
         states = _core.checkpoint_states(source.shards, names)
-    return {name: State(*state) for name, state in zip(names, states) if state is not None}
+    return {name: State(**state) for name, state in zip(names, states) if state is not None}
 
 
 def _kind(module: nn.Module, name: str) -> str:
@@ -208,7 +208,6 @@ def merge_adapter(
     compute_dtype: str | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
-    stepped: bool = False,
 ) -> Summary:
     """
     Merges a LoRA adapter into its base.
@@ -227,19 +226,18 @@ def merge_adapter(
         adapter (`str` or `Path`): Folder or hub id of a LoRA or DoRA adapter.
         out (`str` or `Path`): Output folder.
         dtype (`str`, *optional*): Dtype of the result; if not given, the stored one, or the one
-        before quantisation.
+            before quantisation.
         quantize (`bool`, *optional*, defaults to `False`): Write NF4. Weights of a 4-bit base that
-        the adapter does not change are copied.
+            the adapter does not change are copied.
         double_quant (`bool`, *optional*): Quantise the scales; as in a 4-bit base if not given, else
             not.
         blocksize (`int`, *optional*): Values that share a scale; as in a 4-bit base if not given, else
             64.
         compute_dtype (`str`, *optional*): Dtype in which 4-bit layers compute; as in a 4-bit base
-        if not given, else that of the weights.
+            if not given, else that of the weights.
         overwrite (`bool`, *optional*, defaults to `False`): Replace a model in `out`.
         trust_remote_code (`bool`, *optional*, defaults to `False`): Allow code from the model's
-        repository.
-        stepped (`bool`, *optional*, defaults to `False`): As in [`write_checkpoint`].
+            repository.
 
     Raises:
         UserError: For files, tensors or arguments that do not fit, an adapter of another kind, NaN or
@@ -285,5 +283,4 @@ def merge_adapter(
         adapter=lora.file,
         extra_files=(tokenizer, lora.folder),
         overwrite=overwrite,
-        stepped=stepped,
     )

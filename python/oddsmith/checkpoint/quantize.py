@@ -80,7 +80,6 @@ def quantize_checkpoint(
     skip: Iterable[str] = (),
     overwrite: bool = False,
     trust_remote_code: bool = False,
-    stepped: bool = False,
 ) -> Summary:
     """
     Writes an NF4 checkpoint that transformers and bitsandbytes can load.
@@ -94,18 +93,17 @@ def quantize_checkpoint(
         double_quant (`bool`, *optional*, defaults to `False`): Quantise the scales too.
         blocksize (`int`, *optional*, defaults to 64): Values that share a scale.
         compute_dtype (`str`, *optional*): Dtype in which the layers compute; that of the weights if
-        not given.
+            not given.
         dtype (`str`, *optional*): Cast weights to this before they are quantised or copied; not
-        cast if not given.
+            cast if not given.
         skip (`Iterable[str]`, *optional*): More modules not to quantise.
         overwrite (`bool`, *optional*, defaults to `False`): Replace a model in `out_dir`.
         trust_remote_code (`bool`, *optional*, defaults to `False`): Allow code from the model's
-        repository.
-        stepped (`bool`, *optional*, defaults to `False`): As in [`write_checkpoint`].
+            repository.
 
     Raises:
         UserError: For files, tensors or arguments that do not fit, NaN or infinity in a quantised
-        weight, and a full disk. `out_dir` is unchanged then.
+            weight, and a full disk. `out_dir` is unchanged then.
     """
     check_blocksize(blocksize)
     check_dtype("compute_dtype", compute_dtype)
@@ -136,4 +134,4 @@ def quantize_checkpoint(
     config["quantization_config"] = quantization_config(compute_dtype, double_quant, skipped)
     rules += casts(source, dtype, weights)
     out = Path(out_dir)
-    return write_checkpoint(source, out, rules, config, overwrite=overwrite, stepped=stepped)
+    return write_checkpoint(source, out, rules, config, overwrite=overwrite)

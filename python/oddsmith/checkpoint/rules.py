@@ -44,7 +44,7 @@ class TensorRule:
     Args:
         name (`str`): Name of the tensor in the checkpoint.
         dtype (`str`): `float32`, `bfloat16` or `float16`: dtype of the written values, or of the
-        values before quantisation.
+            values before quantisation.
         replacement (`str`, *optional*): Name of a tensor of the adapter that replaces it.
         update ([`MergeUpdate`], **optional*): MergeUpdate to add.
         transposed (`bool`, *optional*, defaults to `False`): Write its transpose.

@@ -86,7 +86,6 @@ def write_checkpoint(
     adapter: Path | None = None,
     extra_files: tuple[list[Path], Path] | None = None,
     overwrite: bool = False,
-    stepped: bool = False,
 ) -> Summary:
     """
     Writes a checkpoint, converted by rules, and its other files.
@@ -98,10 +97,8 @@ def write_checkpoint(
         config (`dict`): Contents of the new `config.json`.
         adapter (`Path`, *optional*): Safetensors file of the adapter's tensors in rules.
         extra_files (`(list[Path], Path)`, *optional*): Files that replace those of `source`, and
-        their folder.
+            their folder.
         overwrite (`bool`, *optional*, defaults to `False`): Replace an existing model.
-        stepped (`bool`, *optional*, defaults to `False`): Choose 8-bit codes of scales as
-            bitsandbytes does on a CPU, for comparisons with it.
 
     Raises:
         UserError: For errors of files, tensors or the disk.
@@ -118,10 +115,10 @@ def write_checkpoint(
         outputs = [stage / shard.name for shard in source.shards]
         bar = tqdm(total=read, unit="B", unit_scale=True, desc=out.name, disable=None, leave=False)
         with bar:
-            names = _core.convert_checkpoint(
-                source.shards, adapter, rules, outputs, dynamic_map(), stepped, bar.update
+            made = _core.convert_checkpoint(
+                source.shards, adapter, rules, outputs, dynamic_map(), bar.update
             )
-        files = {name: output.name for output, (found, _) in zip(outputs, names) for name in found}
+        files = {name: out.name for out, file in zip(outputs, made) for name in file["names"]}
         for output in outputs:
             if output.name not in files.values():  # it only had parts of 4-bit weights
                 output.unlink()

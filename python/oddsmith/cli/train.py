@@ -116,7 +116,7 @@ def check_reporting(config: ORPOConfig) -> None:
 
     Raises:
         UserError: If one is missing; transformers would raise a RuntimeError after loading the
-        model.
+            model.
     """
     installed = get_available_reporting_integrations()
     names = config.report_to if isinstance(config.report_to, list) else []  # parsed already

@@ -23,7 +23,7 @@ class RunArguments:
         model_name_or_path (`str`): Hub id or folder of the model. Alias: `model`.
         dataset_name (`str`): Hub id, file or folder of the pairs. Alias: `dataset`.
         eval_dataset_name (`str`, *optional*): Hub id, file or folder of the evaluation pairs.
-        Alias: `eval_dataset`.
+            Alias: `eval_dataset`.
         dataset_config (`str`, *optional*): Configuration of a hub dataset.
         dataset_train_split (`str`, *optional*): Split to train on; detected if `None`.
         dataset_test_split (`str`, *optional*): Split to evaluate on; detected if `None`.
@@ -107,7 +107,7 @@ class AdapterArguments:
         use_peft (`bool`, *optional*, defaults to `False`): Train an adapter, not all weights.
         lora_r (`int`, *optional*, defaults to 16): Rank.
         lora_alpha (`int`, *optional*, defaults to 32): Scale; the update is multiplied by alpha /
-        r.
+            r.
         lora_dropout (`float`, *optional*, defaults to 0.05): Dropout. `disable_dropout`, on by
             default as in TRL, sets it to 0.
         lora_target_modules (`list[str]`, *optional*): Modules, or `all-linear`; `None`: PEFT's
@@ -223,7 +223,7 @@ def parse_train_arguments(
 
     Args:
         argv (`list[str]`): Flags; the first argument can be a settings file, which the flags
-        override.
+            override.
 
     Raises:
         SystemExit: With code 2, after a message on stderr, if an argument is wrong.

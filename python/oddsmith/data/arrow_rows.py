@@ -71,7 +71,7 @@ def prepare_table(
 
     Returns:
         `pa.Table`: The columns of `table` with text columns replaced, then those of
-        [`FastRows.columns`].
+            [`FastRows.columns`].
 
     Raises:
         ValueError: For the first row that has a fault.

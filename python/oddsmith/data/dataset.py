@@ -146,8 +146,7 @@ def validate(dataset: Any, processing_class: Any, *, name: str = "train_dataset"
     Raises:
         TypeError: If `dataset` is of another type.
         ValueError: If it is empty, has no chosen or rejected column, or its first row has a field
-        of the wrong
-            type, or is a conversation and the tokenizer has no chat template.
+            of the wrong type, or is a conversation and the tokenizer has no chat template.
     """
     if not isinstance(dataset, (Dataset, IterableDataset)):
         raise TypeError(

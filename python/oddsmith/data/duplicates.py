@@ -212,7 +212,7 @@ class NearDuplicates:
     Args:
         threshold (`float`): Least estimated Jaccard similarity, above 0 and at most 1.
         folder (`str` or `Path`, *optional*): Folder of the temporary files; 64 bytes per item for
-        the sketches and 256 for the keys.
+            the sketches and 256 for the keys.
 
     Raises:
         ValueError: If the threshold is out of range.

@@ -134,7 +134,7 @@ class RowBuilder:
 
         Raises:
             ValueError: If a field is not a string, or the prompts of the two sides differ by more
-            than the last token.
+                than the last token.
         """
         texts = [_string(feature, name) for name in ("prompt", "chosen", "rejected")]
         if build_tokenized_answer is None or self.is_encoder_decoder:

@@ -86,7 +86,7 @@ class FastRows:
 
         Returns:
             `dict[str, pa.Array]`: Lists of int32 (ids and labels) and int8 (attention masks), and
-            booleans.
+                booleans.
 
         Raises:
             ValueError: As [`RowBuilder.tokenize_batch`], for the first faulty row.

@@ -22,7 +22,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 352) -> PreTrainedTo
     Args:
         texts (`Iterable[str]`): The corpus.
         vocab_size (`int`, *optional*, defaults to 352): Upper bound; the 256 bytes and 6 special
-        tokens are always included, so any text can be encoded.
+            tokens are always included, so any text can be encoded.
     """
     tokenizer = Tokenizer(models.BPE(unk_token=None))
     # One token per digit: a merged "17" would hide the digits that the model has to add.

@@ -149,7 +149,7 @@ def run_demo(output_dir: str | Path, steps: int = STEPS, seed: int = 0) -> dict[
 
     Returns:
         `dict[str, Any]`: Contents of `metrics.json`: `before` and `after` (see
-        [`~oddsmith.demo.score.score`]), `steps`, `seed`, `seconds` and the trainer's `history`.
+            [`~oddsmith.demo.score.score`]), `steps`, `seed`, `seconds` and the trainer's `history`.
 
     Raises:
         ValueError: If `steps` is below 1.

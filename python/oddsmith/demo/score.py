@@ -95,7 +95,7 @@ def score(model: Any, tokenizer: Any, rows: Sequence[dict], beta: float) -> dict
 
     Returns:
         `dict[str, dict]`: For `"all"` and each task's name: `accuracy` (share of pairs whose chosen
-        completion is more likely, per token), `margin` (mean of beta times the difference) and
+            completion is more likely, per token), `margin` (mean of beta times the difference) and
         `exact` (share of correct greedy answers).
     """
     was_training = model.training

@@ -25,7 +25,7 @@ class Task:
         draw (`Callable`): Takes a `random.Random`, returns the values of the fields as strings.
         solve (`Callable`): Takes the values, returns the correct answer.
         spoil (`Callable`): Takes a `random.Random` and the values, returns a plausible wrong
-        answer.
+            answer.
     """
 
     name: str

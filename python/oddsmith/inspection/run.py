@@ -70,7 +70,7 @@ def run_inspect(
 
     Raises:
         UserError: If dataset or tokenizer cannot be read, or a row is not a pair; the message has
-        file and line.
+            file and line.
     """
     tokenizer = load_tokenizer(model, chat_template, revision, trust_remote_code)
     with user_errors(""):

@@ -75,7 +75,7 @@ class TokenRows:
         rejected_prompt (`np.ndarray`): Prompt tokens of the rejected sequence; a last token may
             have merged with one of the answers.
         encoder_decoder (`bool`): Prompt and answers are separate sequences, without added BOS and
-        EOS.
+            EOS.
     """
 
     prompt: Ragged

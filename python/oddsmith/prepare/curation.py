@@ -57,7 +57,7 @@ class Rules:
             scores are dropped too, unless the order comes from ranks.
         keep_ties (`bool`, *optional*): Keep pairs of equal scores.
         min_agreement (`float`, *optional*, defaults to `0.6`): Smallest share of the judgements
-        that prefer the chosen answer, ties excluded.
+            that prefer the chosen answer, ties excluded.
         languages (`frozenset[str]`, *optional*): ISO 639-1 codes; all if empty.
         duplicates (`bool`, *optional*): Keep pairs with repeated prompts.
         near_duplicates (`float`, *optional*): Drop prompts with at least this similarity, 0 to 1.

@@ -54,9 +54,9 @@ class Diversity:
 
         Returns:
             `dict[str, Any]`: `distinct_prompts`, `near_duplicate_prompts`; `characters`: quantiles
-            by side; `prompt_words` and `chosen_words`: of the sample, the type-token ratio in
-            windows of 1,000 words (`None` if there are fewer) and the distinct share of one, two
-            and three words in a row.
+                by side; `prompt_words` and `chosen_words`: of the sample, the type-token ratio in
+                windows of 1,000 words (`None` if there are fewer) and the distinct share of one,
+                two and three words in a row.
         """
         prompts, chosen = zip(*self._sample, strict=True) if self._sample else ((), ())
         return {

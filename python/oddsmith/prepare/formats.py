@@ -34,10 +34,10 @@ class ReadOptions:
 
     Args:
         format (`str`, *optional*, defaults to `"auto"`): One of `FORMATS`, or `"auto"`: detected
-        from the first row.
+            from the first row.
         pairing (`str`, *optional*, defaults to `"best_worst"`): See `draw_pairs`.
         stop_at_bad_rows (`bool`, *optional*, defaults to `True`): Stop; otherwise bad rows are
-        counted.
+            counted.
         columns (`Columns`, *optional*): Names of the columns of `scored` and `responses`.
         folder (`Path`, *optional*): Folder of temporary files.
 
@@ -110,7 +110,7 @@ def read_units(records: Iterable[Record], options: ReadOptions) -> tuple[str, It
 
     Raises:
         UserError: If the format cannot be detected; while reading, for bad rows, unless they are
-        counted.
+            counted.
     """
     records = iter(records)
     kind, head = options.format, []

@@ -70,7 +70,7 @@ class Unit:
 
         Returns:
             `Iterator[tuple[str | None, int]]`: Reasons (None: kept) and numbers of rows; the
-            numbers add up to `rows`.
+                numbers add up to `rows`.
         """
         if self.pairs:
             yield (None if None in outcomes else outcomes[0]), self.rows

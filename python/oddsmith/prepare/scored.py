@@ -85,7 +85,7 @@ def draw_pairs(orders: list[float], pairing: str, seed: str) -> list[tuple[int, 
 
     Returns:
         `list[tuple[int, int]]`: Indices of the better and the worse answer; empty if the drawn
-        answers are equally good.
+            answers are equally good.
     """
     # A stable sort keeps the file's order of equal answers.
     ordered = sorted(range(len(orders)), key=lambda index: -orders[index])

@@ -128,8 +128,8 @@ class QuantState:
 
         Args:
             packed (`bool`, *optional*, defaults to `False`): Return only tensors: the other parts
-            become the bytes of a JSON object, `quant_state.bitsandbytes__nf4`. With the weight's
-            name as prefix these are the entries of a state dict.
+                become the bytes of a JSON object, `quant_state.bitsandbytes__nf4`. With the
+                weight's name as prefix these are the entries of a state dict.
         """
         shape, blocksize, dtype = layout(self)
         tensors = {"absmax": self.absmax, "quant_map": self.code}

@@ -83,8 +83,8 @@ class FileRecords:
 
         Raises:
             UserError: If the file is damaged or truncated; the message has the line or rows. A line
-            that is not a JSON object becomes a record with a `problem`, because the next line can
-            be read.
+                that is not a JSON object becomes a record with a `problem`, because the next line
+                can be read.
         """
         suffixes = [suffix.lower() for suffix in self.path.suffixes]
         if suffixes[-1] in DECOMPRESSORS:

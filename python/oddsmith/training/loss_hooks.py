@@ -72,7 +72,8 @@ class LossHooks(TrainerParts):
 
         Returns:
             `tuple`: `beta * link(log_odds)` of each pair, which the loss subtracts; rewards of the
-            chosen and rejected side; means of the log-sigmoid of the log odds and of the log odds.
+                chosen and rejected side; means of the log-sigmoid of the log odds and of the log
+                odds.
         """
         log_odds = plain.log_odds(policy_chosen_logps, policy_rejected_logps)
         ratio = F.logsigmoid(log_odds)

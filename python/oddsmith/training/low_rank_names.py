@@ -45,7 +45,7 @@ def target_parameters(model: nn.Module, targets: Any, where: str) -> dict[str, n
     Args:
         model (`nn.Module`): The model.
         targets (`str` or `list[str]`): `"all-linear"`; a regular expression that matches the full
-        name of a module; or a list of names, parts of names, or such expressions.
+            name of a module; or a list of names, parts of names, or such expressions.
         where (`str`): Name of the optimiser, for messages.
 
     Raises:
@@ -62,6 +62,7 @@ def target_parameters(model: nn.Module, targets: Any, where: str) -> dict[str, n
             f"optim_target_modules is {targets!r}; must be 'all-linear', a regular expression or a "
             "list of strings"
         )
+
     all_linear = isinstance(targets, str) and targets.replace("_", "-") == "all-linear"
     names = set()
     for name, module in model.named_modules():

@@ -103,7 +103,7 @@ def batch_share(accelerator: Any, pairs: int) -> tuple[int, float]:
 
     Returns:
         `tuple[int, float]`: Count of leading pairs to average over, and the weight with which all
-        global batches count equally.
+            global batches count equally.
     """
     state, processes = accelerator.gradient_state, accelerator.num_processes
     if processes == 1 or not state.end_of_dataloader or state.remainder <= 0:

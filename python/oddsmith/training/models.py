@@ -116,7 +116,7 @@ def prepare_model(model: nn.Module, args: ORPOConfig, peft_config: Any) -> tuple
 
     Returns:
         `tuple`: The model, wrapped if there is an adapter, and whether it has `bfloat16` parts, so
-        that every call needs autocast.
+            that every call needs autocast.
 
     Raises:
         ImportError: If `peft_config` is given but PEFT is not installed.

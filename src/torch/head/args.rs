@@ -229,10 +229,51 @@ impl Pairs<'_> {
     }
 }
 
-/// What [`super::orpo`] returns, as tensors: loss, nll, chosen and rejected log-probabilities, log odds,
-/// their log-sigmoid, mean logits of both sides, pairs with an empty side; then the gradients of
-/// hidden, weight and bias, empty if not needed.
-pub type Report = [Tensor; 12];
+/// What [`super::orpo`] returns, as tensors.
+#[derive(Debug)]
+pub struct Report {
+    /// `nll - beta * mean(link(log_odds))`, `()`.
+    pub loss: Tensor,
+    /// Token mean of the negative log-likelihood, `()`.
+    pub nll: Tensor,
+    /// Mean completion log-probabilities of the chosen sequences, `(B,)`.
+    pub chosen: Tensor,
+    /// Of the rejected ones, `(B,)`.
+    pub rejected: Tensor,
+    /// `(B,)`.
+    pub log_odds: Tensor,
+    /// Its log-sigmoid, `(B,)`.
+    pub log_sigmoid: Tensor,
+    /// Mean logit of the chosen side, `()`.
+    pub chosen_logits: Tensor,
+    /// Of the rejected side, `()`.
+    pub rejected_logits: Tensor,
+    /// Pairs with an empty side, `()` int64.
+    pub empty: Tensor,
+    /// Of hidden, weight and bias, empty if not needed.
+    pub gradients: [Tensor; 3],
+}
+
+impl Report {
+    /// From its parts before the gradients, in their order.
+    #[must_use]
+    pub fn new(parts: [Tensor; 9], gradients: [Tensor; 3]) -> Self {
+        let [loss, nll, chosen, rejected, log_odds, log_sigmoid, chosen_logits, rejected_logits, empty] =
+            parts;
+        Self {
+            loss,
+            nll,
+            chosen,
+            rejected,
+            log_odds,
+            log_sigmoid,
+            chosen_logits,
+            rejected_logits,
+            empty,
+            gradients,
+        }
+    }
+}
 
 /// The outcome as tensors.
 ///
@@ -245,19 +286,17 @@ pub fn report(outcome: &Outcome, kind: Kind, device: Device, grads: [Tensor; 3])
     let one = |value: f64| -> Result<Tensor> { Ok(many(&[value])?.f_squeeze()?) };
     let log_odds: Vec<f64> = outcome.pairs.iter().map(|pair| pair.log_odds).collect();
     let log_sigmoid: Vec<f64> = outcome.pairs.iter().map(|pair| pair.log_sigmoid).collect();
-    let [d_hidden, d_weight, d_bias] = grads;
-    Ok([
-        one(outcome.loss)?,
-        one(outcome.nll)?,
-        many(&outcome.chosen)?,
-        many(&outcome.rejected)?,
-        many(&log_odds)?,
-        many(&log_sigmoid)?,
-        one(outcome.mean_logits[0])?,
-        one(outcome.mean_logits[1])?,
-        Tensor::f_from_slice(&[outcome.empty as i64])?.f_squeeze()?.f_to_device(device)?,
-        d_hidden,
-        d_weight,
-        d_bias,
-    ])
+    let empty = Tensor::f_from_slice(&[outcome.empty as i64])?.f_squeeze()?.f_to_device(device)?;
+    Ok(Report {
+        loss: one(outcome.loss)?,
+        nll: one(outcome.nll)?,
+        chosen: many(&outcome.chosen)?,
+        rejected: many(&outcome.rejected)?,
+        log_odds: many(&log_odds)?,
+        log_sigmoid: many(&log_sigmoid)?,
+        chosen_logits: one(outcome.mean_logits[0])?,
+        rejected_logits: one(outcome.mean_logits[1])?,
+        empty,
+        gradients: grads,
+    })
 }

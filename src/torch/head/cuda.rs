@@ -210,7 +210,7 @@ fn frozen(gpu: &GpuHead<'_>, batch: &Batch<'_>, objective: Objective) -> Result<
         gpu.scale_rows(&d_hidden, &index, &coefficients)?;
     }
     let [d_weight, d_bias] = [gpu.nothing()?, gpu.nothing()?];
-    Ok(report(parts, [d_hidden, d_weight, d_bias]))
+    Ok(Report::new(parts, [d_hidden, d_weight, d_bias]))
 }
 
 fn trained(gpu: &GpuHead<'_>, batch: &Batch<'_>, objective: Objective, wants: Wants) -> Result<Report> {
@@ -228,7 +228,7 @@ fn trained(gpu: &GpuHead<'_>, batch: &Batch<'_>, objective: Objective, wants: Wa
     } else {
         gpu.nothing()?
     };
-    Ok(report(parts, [d_hidden, d_weight, d_bias]))
+    Ok(Report::new(parts, [d_hidden, d_weight, d_bias]))
 }
 
 /// Without gradients.
@@ -239,7 +239,7 @@ fn scores(gpu: &GpuHead<'_>, batch: &Batch<'_>, objective: Objective) -> Result<
     }
     sweep_others(gpu, batch)?;
     let (_, parts) = batch.scores(objective)?;
-    Ok(report(parts, [gpu.nothing()?, gpu.nothing()?, gpu.nothing()?]))
+    Ok(Report::new(parts, [gpu.nothing()?, gpu.nothing()?, gpu.nothing()?]))
 }
 
 /// Sums the logits of rows that need no score too; with a softcap by a separate sweep.
@@ -249,11 +249,6 @@ fn sweep_others(gpu: &GpuHead<'_>, batch: &Batch<'_>) -> Result<()> {
         forward(gpu, &rows, &stats)?;
     }
     Ok(())
-}
-
-fn report(parts: [Tensor; 9], gradients: [Tensor; 3]) -> Report {
-    let mut all = parts.into_iter().chain(gradients);
-    std::array::from_fn(|_| all.next().unwrap_or_default())
 }
 
 /// Multiplies a gradient of the head by a number on the GPU, in place and without waiting for it; false if

@@ -45,7 +45,7 @@ pub fn adamw_step(mut items: Vec<Item>, bad: &Tensor) -> Result<()> {
     check_kind(OP, "bad", bad.f_kind()?, &[Kind::Int64])?;
     for item in &items {
         item.check()?;
-        check_devices(OP, ("bad", bad), [("value", Some(&item.value))])?;
+        check_devices(OP, ("value", &item.value), [("bad", Some(bad))])?;
     }
     if bad.numel() != 1 {
         let (expected, got) = ("(1,)".into(), format!("{:?}", bad.size()));

@@ -19,7 +19,7 @@ use super::threads::TorchThreads;
 use super::view::{Element, slice, slice_mut};
 use crate::base::error::{Error, Result};
 use crate::base::float::{Dtype, Float};
-use crate::quant::blockwise8::{self, Choice, Map};
+use crate::quant::blockwise8::{self, Map};
 use crate::quant::{codebook, nf4};
 use args::{Weight, blocks_of, check_blocksize, check_len, check_map, count, map};
 
@@ -92,17 +92,17 @@ pub fn dequantize_nf4(weight: Weight, shape: &[i64], kind: Kind) -> Result<Tenso
 ///
 /// # Errors
 /// Invalid arguments, and errors of libtorch.
-pub fn quantize_blockwise(x: &Tensor, code: &Tensor, blocksize: i64, choice: Choice) -> Result<[Tensor; 2]> {
+pub fn quantize_blockwise(x: &Tensor, code: &Tensor, blocksize: i64) -> Result<[Tensor; 2]> {
     const OP: &str = "quantize_blockwise";
     check_kind(OP, "tensor", x.f_kind()?, &FLOATS)?;
     if blocksize <= 0 {
         return Err(Error::value(OP, "blocksize", "a positive number", &blocksize));
     }
     check_devices(OP, ("tensor", x), [("code", Some(code))])?;
-    let map = Map::new(&map(OP, code)?, choice);
+    let map = Map::new(&map(OP, code)?);
     let _guard = tch::no_grad_guard();
     let device = x.device();
-    if let (Choice::Nearest, Some(gpu)) = (choice, device::of(x)?) {
+    if let Some(gpu) = device::of(x)? {
         let code = code.f_contiguous()?;
         return blockwise8_cuda::quantize(gpu, &x.f_contiguous()?, &code, blocksize);
     }

@@ -37,6 +37,7 @@ from oddsmith.integrations.quantizer_table import (
     QuantizerMerge,
     QuantizerTable,
 )
+from support.paths import ROOT
 from support.trainer_runs import make_model, make_tokenizer
 
 PACKAGE = Path(oddsmith.__file__).parent
@@ -141,9 +142,22 @@ def test_the_list_is_whole():
         assert not kind.fallback.endswith(".")
 
 
+def test_the_documentation_lists_them():
+    text = (ROOT / "docs" / "patches.md").read_text(encoding="utf-8")
+    sections = dict(re.findall(r"^## (\w+)\n\n((?:- .*\n)+)", text, re.MULTILINE))
+    for kind in PATCHES:
+        assert sections.pop(kind.__name__).splitlines() == [
+            f"- Changes: {kind.target}",
+            f"- Why: {kind.purpose}",
+            f"- Tested with: {kind.tested}",
+            f"- Else: {kind.fallback}.",
+        ]
+    assert not sections
+
+
 @pytest.mark.parametrize("kind", PATCHES, ids=lambda kind: kind.__name__)
 class TestEachPatch:
-    def test_there_and_back(self, kind, monkeypatch):
+    def test_projecting_and_back(self, kind, monkeypatch):
         make, state = CASES[kind](monkeypatch)
         before = state()
         patch = make()
@@ -197,7 +211,7 @@ class TestEachPatch:
         assert state() == before
         assert [record.levelno for record in caplog.records] == [logging.WARNING]
         (line,) = caplog.messages
-        assert line == f"{kind.target} is left as it is (it is another one): {kind.fallback}."
+        assert line == f"{kind.target} is not changed (it is another one): {kind.fallback}."
 
 
 @pytest.mark.parametrize(
@@ -218,7 +232,7 @@ def test_a_name_that_is_gone(kind, name, monkeypatch, caplog):
     assert not patch.is_applied()
     patch.undo()
     (line,) = caplog.messages
-    assert f"{name.replace(':', '.')} is not there" in line and kind.fallback in line
+    assert f"{name.replace(':', '.')} does not exist" in line and kind.fallback in line
     monkeypatch.undo()
     before = state()
     assert patch.apply() and state() != before
@@ -288,10 +302,10 @@ def fake_product(monkeypatch):
     [
         (QuantizerTable, fake_table, f"it has no '{METHOD}'"),
         (QuantizerTable, fake_table_kind, f"it has no '{METHOD}'"),
-        (QuantizerMerge, fake_merge, "it is no class method"),
+        (QuantizerMerge, fake_merge, "it is not a class method"),
         (ParameterCount, fake_count, "it has no argument only_trainable, exclude_embeddings"),
         (SdpaAttention, fake_sdpa, "another library has registered its own function"),
-        (SdpaAttention, fake_register, "what is registered is not what is called"),
+        (SdpaAttention, fake_register, "the registered function is not the one that is called"),
         (SdpaAttention, remove_register, "TypeError: "),
         (LoraDispatch, fake_dispatchers, "peft made a Linear"),
         (LoraDispatch, fake_product, "an adapter on a 4-bit layer gave another result"),

@@ -1,14 +1,11 @@
-"""The model of a run: loading by name, adapter, dropout, errors."""
-
-import copy
+"""The model of a run: loaded by name, its adapter, what is refused."""
 
 import pytest
 import torch
-from torch import nn
 from transformers import LlamaForSequenceClassification, LlamaModel
 
 from oddsmith import ORPOConfig
-from oddsmith.training.models import disable_dropout, load_model
+from oddsmith.training.models import load_model
 from support.trainer_runs import arguments, make_model, make_tokenizer
 
 # PEFT reads a deprecated name of transformers.
@@ -77,24 +74,6 @@ def test_encoder_decoder_by_name(make, tmp_path):
     trainer = make(model=str(tmp_path / "base"), processing_class=tokenizer)
     assert trainer.is_encoder_decoder and trainer.max_completion_length == 128
     assert trainer._plain_because == "it is an encoder-decoder model"
-
-
-def test_dropout_is_off_in_the_adapter_too(make, model):
-    from peft import LoraConfig
-
-    config = LoraConfig(r=2, lora_dropout=0.3, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    trainer = make(model=copy.deepcopy(model), peft_config=config)
-    rates = [m.p for m in trainer.model.modules() if isinstance(m, nn.Dropout)]
-    assert rates and set(rates) == {0.0}
-    trainer = make(model=model, peft_config=config, config={"disable_dropout": False})
-    assert 0.3 in [m.p for m in trainer.model.modules() if isinstance(m, nn.Dropout)]
-
-
-def test_disable_dropout_reaches_functional_ones():
-    layer = nn.Module()
-    layer.attention_dropout, layer.scale, layer.inner = 0.1, 0.5, nn.Dropout1d(0.2)
-    disable_dropout(layer)
-    assert (layer.attention_dropout, layer.scale, layer.inner.p) == (0.0, 0.5, 0.0)
 
 
 def test_gradients_reach_an_adapter_under_checkpointing(make):

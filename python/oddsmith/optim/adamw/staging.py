@@ -101,7 +101,7 @@ class Staged:
     Args:
         device (`torch.device`): Where the parameters are.
         budget (`int`): Bytes of device memory for state. On a CPU, for tests, the copies run one
-        after another.
+            after another.
 
     Raises:
         ValueError: If the budget is too small for one block per slot.

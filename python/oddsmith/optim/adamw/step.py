@@ -1,4 +1,4 @@
-"""The step of AdamW: the coefficients, and the kernel or the ops that apply them."""
+"""The step of AdamW: the numbers of its rule, and the kernel or the ops that apply it."""
 
 from __future__ import annotations
 
@@ -12,16 +12,14 @@ import torch
 from torch import Tensor
 
 from ... import _core
+from .arguments import Item, Rule
 from .moments import decode, encode, is_8bit
-
-# beta1, beta2, eps added to the root of the second moment, step size, 1 - decay.
-Numbers = tuple[float, float, float, float, float]
 
 # Devices that the core has kernels for.
 _KERNELS = ("cpu", "cuda")
 
 
-def numbers(group: dict[str, Any], step: int) -> Numbers:
+def rule_of(group: dict[str, Any], step: int) -> Rule:
     """
     The rule of a group's parameters at their step, counted from 1.
 
@@ -32,7 +30,7 @@ def numbers(group: dict[str, Any], step: int) -> Numbers:
     second = math.sqrt(1.0 - beta2**step)
     step_size = -group["lr"] * second / (1.0 - beta1**step)
     keep = 1.0 - group["lr"] * group["weight_decay"]
-    return beta1, beta2, group["eps"] * second, step_size, keep
+    return Rule(beta1, beta2, group["eps"] * second, step_size, keep)
 
 
 @dataclass
@@ -42,7 +40,7 @@ class AdamUpdate:
     value: Tensor  # contiguous; fp32, bf16 or fp16
     grad: Tensor  # contiguous, same shape; same dtype or fp32
     state: dict[str, Any]  # `state1`, `state2`, and the scales of 8-bit ones
-    numbers: Numbers
+    rule: Rule
     seed: int | None = None  # of stochastic rounding, 32 bits
     first: int = 0  # index of the first element, if this is a part of a parameter
 
@@ -72,7 +70,7 @@ def adamw_step(updates: Iterable[AdamUpdate], bad: NonFinite) -> None:
     moments are reset.
 
     Args:
-        updates (`Iterable[AdamUpdate]`): The updates.
+        updates (`Iterable[AdamUpdate]`): What is to be done.
         bad (`NonFinite`): Counts elements with such gradients.
     """
     by_device: dict[torch.device, list[AdamUpdate]] = defaultdict(list)
@@ -88,17 +86,24 @@ def adamw_step(updates: Iterable[AdamUpdate], bad: NonFinite) -> None:
                 _with_ops(update, bad.on(device))
 
 
-def _item(update: AdamUpdate) -> tuple[Any, Any]:
+def _item(update: AdamUpdate) -> Item:
     state = update.state
-    absmax = (state["absmax1"], state["absmax2"]) if is_8bit(state) else None
-    moments = (state["state1"], state["state2"])
-    parts = (update.value, update.grad, moments, absmax, update.first)
-    return parts, (update.numbers, update.seed)
+    return Item(
+        update.value,
+        update.grad,
+        state["state1"],
+        state["state2"],
+        state.get("absmax1"),
+        state.get("absmax2"),
+        update.first,
+        update.rule,
+        update.seed,
+    )
 
 
 def _with_ops(update: AdamUpdate, bad: Tensor) -> None:
     """A step with torch's ops, for devices without a kernel; rounds to the nearest."""
-    beta1, beta2, eps, step_size, keep = update.numbers
+    beta1, beta2, eps, step_size, keep = update.rule
     value, grad, state = update.value, update.grad.float(), update.state
     square = grad * grad
     finite = square.isfinite()

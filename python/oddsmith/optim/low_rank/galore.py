@@ -39,7 +39,7 @@ OPTIONS_DOC = """layerwise (`bool`, *optional*, defaults to `False`):
 
     Raises:
         ValueError: If an option is unknown or out of range, a projected parameter is not a matrix
-        or is split over processes, or the rank is larger than one of its sides."""
+            or is split over processes, or the rank is larger than one of its sides."""
 
 
 class GaLoreOptimizer(LowRankOptimizer):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..adamw.arguments import Rule
 from ..adamw.moments import MIN_8BIT_SIZE, decode, encode, has_our_maps, layout, maps
 from ..adamw.step import AdamUpdate, NonFinite, adamw_step
 from .galore import OPTIONS_DOC, GaLoreOptimizer
@@ -59,7 +60,8 @@ class AdamW8bitCore(AdamWCore):
                 copies.append((target, target.contiguous()))
                 target = copies[-1][1]
             # Here eps is added before the correction, and the optimiser applies weight decay.
-            rule = (*group["betas"], group["eps"], -lr * self.correction(state, group), 1.0)
+            step_size = -lr * self.correction(state, group)
+            rule = Rule(*group["betas"], group["eps"], step_size, keep=1.0)
             updates.append(AdamUpdate(target, grad.contiguous(), state, rule))
         adamw_step(updates, self._bad)
         for target, moved in copies:

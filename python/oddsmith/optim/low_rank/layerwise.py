@@ -32,7 +32,7 @@ class LayerwiseHooks:
         optimizer (`LowRankOptimizer`): Updates the parameters.
         accumulation_steps (`int`): Backward passes per update.
         is_last_backward (`Callable`, *optional*): Returns whether the running backward pass is the
-        last before an update, instead of a fixed number.
+            last before an update, instead of a fixed number.
     """
 
     def __init__(

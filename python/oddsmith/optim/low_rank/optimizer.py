@@ -55,7 +55,7 @@ class LowRankOptimizer(Optimizer):
 
     Raises:
         ValueError: If an option is unknown or out of range, a projected parameter is not a matrix,
-        or the rank is larger than one of its sides.
+            or the rank is larger than one of its sides.
     """
 
     # Whether layer-wise mode can accumulate projected gradients; otherwise full ones.
