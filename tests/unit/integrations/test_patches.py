@@ -1,4 +1,4 @@
-"""Every change to another library: applied, undone, counted, and left out where it does not fit."""
+"""Every change to another library: applied, undone, counted, and skipped if it does not fit."""
 
 import inspect
 import logging
