@@ -1,9 +1,12 @@
 """Flags of `oddsmith quantize` and `oddsmith merge`. Standard library only: help has to be quick."""
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from ..checkpoint.rules import DTYPES
+from ..errors import UserError
 from ..quant.block_sizes import BLOCK_SIZES
 from .flags import add
 
@@ -106,10 +109,24 @@ def _add_common(parser: Any) -> None:
     add(parser, "trust_remote_code", action="store_true", help="run a model's own code")
 
 
+@contextmanager
+def _known_libraries() -> Iterator[None]:
+    """The names in a checkpoint are found by means that are private to transformers and peft."""
+    try:
+        yield
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] not in ("transformers", "peft"):
+            raise
+        raise UserError(
+            f"this command needs a transformers and a peft that it was tested with: {error}"
+        ) from error
+
+
 def run_quantize(argv: list[str]) -> int:
     """`oddsmith quantize`; returns the exit code."""
     flags = quantize_parser().parse_args(argv)
-    from ..checkpoint.quantize import quantize_checkpoint
+    with _known_libraries():
+        from ..checkpoint.quantize import quantize_checkpoint
 
     summary = quantize_checkpoint(
         flags.model,
@@ -129,7 +146,8 @@ def run_quantize(argv: list[str]) -> int:
 def run_merge(argv: list[str]) -> int:
     """`oddsmith merge`; returns the exit code."""
     flags = merge_parser().parse_args(argv)
-    from ..checkpoint.merge import merge_adapter
+    with _known_libraries():
+        from ..checkpoint.merge import merge_adapter
 
     summary = merge_adapter(
         flags.base,

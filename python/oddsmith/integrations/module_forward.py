@@ -42,7 +42,8 @@ class ModuleForward(Patch):
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         # Whoever has wrapped this one meanwhile, and keeps it, gets the module's own once it is undone.
-        return (self._forward if self.is_applied() else self._before)(*args, **kwargs)
+        # No is_applied(): torch.compile, which follows calls to here, knows no locks.
+        return (self._forward if self._users else self._before)(*args, **kwargs)
 
     def _change(self) -> None:
         self._mine = self._own[self._name] = self._call

@@ -37,6 +37,7 @@ from oddsmith.integrations.quantizer_table import (
     QuantizerMerge,
     QuantizerTable,
 )
+from support.paths import ROOT
 from support.trainer_runs import make_model, make_tokenizer
 
 PACKAGE = Path(oddsmith.__file__).parent
@@ -139,6 +140,19 @@ def test_the_list_is_whole():
             assert len(line) > 8
         assert re.search(r"\d\.\d", kind.tested)
         assert not kind.fallback.endswith(".")
+
+
+def test_the_documentation_lists_them():
+    text = (ROOT / "docs" / "patches.md").read_text(encoding="utf-8")
+    sections = dict(re.findall(r"^## (\w+)\n\n((?:- .*\n)+)", text, re.MULTILINE))
+    for kind in PATCHES:
+        assert sections.pop(kind.__name__).splitlines() == [
+            f"- Changes: {kind.target}",
+            f"- Why: {kind.purpose}",
+            f"- Tested with: {kind.tested}",
+            f"- Else: {kind.fallback}.",
+        ]
+    assert not sections
 
 
 @pytest.mark.parametrize("kind", PATCHES, ids=lambda kind: kind.__name__)
