@@ -7,13 +7,14 @@ Both functions run the Rust core through custom operators, so they work outside 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch._C import _autograd as torch_autograd
 
 from .. import _core
+from .arguments import HeadArguments, Needs, ObjectiveArguments, PairArguments
 
 __all__ = ["LinearORPOOutput", "linear_logps", "linear_orpo"]
 
@@ -81,23 +82,20 @@ def _linear_orpo(
     need_weight: bool,
     need_bias: bool,
 ) -> list[Tensor]:
-    return _core.linear_orpo(
-        hidden,
-        weight,
-        bias,
-        targets,
-        softcap,
-        logit_scale,
-        sequence,
-        completion,
-        num_pairs,
-        num_scored,
-        beta,
-        nll_scope,
-        odds_ratio_link,
-        logits_budget,
-        (need_hidden, need_weight, need_bias),
+    report = _core.linear_orpo(
+        HeadArguments(hidden, weight, bias, targets, softcap, logit_scale),
+        PairArguments(sequence, completion, num_pairs, num_scored),
+        ObjectiveArguments(beta, nll_scope, odds_ratio_link, logits_budget),
+        Needs(need_hidden, need_weight, need_bias),
     )
+    gradients = report["gradients"]
+    outputs = cast(dict[str, Any], report)
+    return [
+        *(outputs[name] for name in LinearORPOOutput._fields),
+        gradients["hidden"],
+        gradients["weight"],
+        gradients["bias"],
+    ]
 
 
 @_linear_orpo.register_fake
@@ -139,7 +137,9 @@ def _linear_logps(
     logit_scale: float,
     need_expectation: bool,
 ) -> list[Tensor]:
-    return _core.linear_logps(hidden, weight, bias, targets, softcap, logit_scale, need_expectation)
+    head = HeadArguments(hidden, weight, bias, targets, softcap, logit_scale)
+    found = _core.linear_logps(head, need_expectation)
+    return [found["logps"], found["lse"], found["expectation"]]
 
 
 @_linear_logps.register_fake
@@ -162,17 +162,10 @@ def _linear_logps_backward(
     need_weight: bool,
     need_bias: bool,
 ) -> list[Tensor]:
-    return _core.linear_logps_backward(
-        hidden,
-        weight,
-        bias,
-        targets,
-        softcap,
-        logit_scale,
-        lse,
-        d_logps,
-        (need_hidden, need_weight, need_bias),
-    )
+    head = HeadArguments(hidden, weight, bias, targets, softcap, logit_scale)
+    needs = Needs(need_hidden, need_weight, need_bias)
+    gradients = _core.linear_logps_backward(head, lse, d_logps, needs)
+    return [gradients["hidden"], gradients["weight"], gradients["bias"]]
 
 
 @_linear_logps_backward.register_fake
