@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
-from transformers.integrations import (
+from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
     get_available_reporting_integrations,
 )
@@ -107,7 +107,7 @@ def checkpoint_to_resume(config: ORPOConfig) -> str | bool | None:
 
 
 def output_folder(config: ORPOConfig) -> Path:
-    """`--output_dir`; `TrainingArguments` sets it if it is not given."""
+    """`--output_dir`, which `TrainingArguments` fills in where it is not given."""
     return Path(config.output_dir or "trainer_output")
 
 

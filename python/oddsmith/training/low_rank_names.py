@@ -7,7 +7,6 @@ from typing import Any, cast
 
 from accelerate.state import GradientState
 from torch import nn
-from transformers.trainer_utils import check_target_module_exists
 from transformers.training_args import ParallelMode
 from transformers.utils import logging
 
