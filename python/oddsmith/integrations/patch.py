@@ -49,6 +49,7 @@ class Patch:
 
     def __init__(self) -> None:
         self._users = 0
+        self._entered: list[bool] = []
 
     def apply(self) -> bool:
         """
@@ -89,10 +90,12 @@ class Patch:
             return self._users > 0
 
     def __enter__(self) -> bool:
-        return self.apply()
+        self._entered.append(self.apply())
+        return self._entered[-1]
 
     def __exit__(self, *error: Any) -> None:
-        self.undo()
+        if self._entered.pop():  # else this block is none of its users
+            self.undo()
 
     def _put_in_place(self) -> None:
         for name in self.needs:

@@ -60,6 +60,17 @@ def test_what_cannot_be_taken_over_stays_with_a_line(caplog):
         adopt(model)
 
 
+@pytest.mark.parametrize("name", ["absmax", "blocksize", "code", "quant_type", "dtype"])
+def test_a_state_of_another_bitsandbytes_is_left_alone_with_a_line(name, caplog):
+    model = model_of()
+    theirs = list(model)
+    delattr(model[1].weight.quant_state, name)
+    assert not AdoptedLayers(model).apply()
+    assert list(model) == theirs
+    (line,) = caplog.messages
+    assert name in line and "let no gradient through" in line
+
+
 def test_where_the_layers_are():
     assert on_cpu(model_of()) and not on_cpu(nn.Linear(2, 2))
     assert not on_cpu(nn.Sequential(Linear4bit(64, 64)))

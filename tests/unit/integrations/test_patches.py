@@ -271,6 +271,13 @@ def fake_register(monkeypatch):
     monkeypatch.setattr(AttentionInterface, "register", staticmethod(lambda key, value: None))
 
 
+def fake_pool(monkeypatch):
+    def install():
+        raise RuntimeError("the allocator of torch is another one")
+
+    monkeypatch.setattr(_core, "install_pool", install)
+
+
 def remove_register(monkeypatch):
     monkeypatch.delattr(transformers.utils.generic.GeneralInterface, "register")
 
@@ -307,6 +314,7 @@ def fake_product(monkeypatch):
         (SdpaAttention, fake_sdpa, "another library has registered its own function"),
         (SdpaAttention, fake_register, "the registered function is not the one that is called"),
         (SdpaAttention, remove_register, "TypeError: "),
+        (CpuMemoryPool, fake_pool, "RuntimeError: the allocator of torch is another one"),
         (LoraDispatch, fake_dispatchers, "peft made a Linear"),
         (LoraDispatch, fake_product, "an adapter on a 4-bit layer gave another result"),
     ],
@@ -320,6 +328,19 @@ def test_a_name_that_means_something_else(kind, change, reason, monkeypatch, cap
     assert state() == before
     (line,) = caplog.messages
     assert f"({reason}" in line and kind.fallback in line
+
+
+def test_a_block_that_got_nothing_takes_nothing_away(monkeypatch):
+    model = dropout_model()
+    patch = NoDropout(model)
+    with monkeypatch.context() as broken:
+        broken.setattr(patch, "_check", lambda: 1 / 0)
+        block = patch.__enter__()
+    assert not block and patch.apply()
+    patch.__exit__(None, None, None)
+    assert patch.is_applied() and model.inner.p == 0.0
+    patch.undo()
+    assert model.inner.p == 0.2
 
 
 def test_what_somebody_else_has_put_over_ours_stays():
