@@ -1,17 +1,21 @@
 """ORPOConfig: defaults, older names, validation, schedules, round trips."""
 
+import ast
 import dataclasses
+import inspect
 import json
 import math
 import pickle
+import re
 import warnings
 
 import pytest
 from transformers import HfArgumentParser, TrainingArguments
 
 from oddsmith import config as config_module
+from oddsmith import legacy_arguments
 from oddsmith.config import ORPOConfig
-from oddsmith.legacy_arguments import LEGACY_NAMES
+from oddsmith.legacy_arguments import IGNORED, LEGACY_NAMES, RENAMED
 
 
 def said(log, *words):
@@ -102,7 +106,7 @@ def test_bf16_follows_the_hardware(monkeypatch, log, given, gpu, cpu, bf16, line
     monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: gpu)
     monkeypatch.setattr(config_module, "_cpu_has_bf16", lambda: cpu)
     config = ORPOConfig(**given)
-    ORPOConfig(**given)  # a second time says nothing new
+    ORPOConfig(**given)  # the second time logs nothing
     assert config.bf16 is bf16
     assert config.bf16_full_eval is False
     assert len(said(log, "bfloat16", "fp32")) == lines
@@ -160,7 +164,7 @@ def test_the_articles_arguments():
         ({"beta_schedule": "cosine"}, "needs beta_end"),
         ({"beta_end": 0.05}, "set beta_schedule"),
         ({"beta_schedule": "sawtooth", "beta_end": 0.05}, "'constant', 'linear', 'cosine'"),
-        ({"beta_anneal_start": 1.0}, r"beta_anneal_start is 1.0; must lie in \[0, 1\)"),
+        ({"beta_anneal_start": 1.0}, r"beta_anneal_start is 1.0; must be in \[0, 1\)"),
         ({"beta_anneal_start": -0.1}, "beta_anneal_start is -0.1"),
         ({"nll_scope": "prompt"}, "nll_scope is 'prompt'; must be one of 'full', 'completion'"),
         ({"odds_ratio_link": "log"}, "odds_ratio_link is 'log'"),
@@ -211,7 +215,7 @@ def test_beta_schedules():
         linear.beta_at(0, -1)
 
 
-# Ways in and out
+# Conversions
 
 
 def busy_config():
@@ -290,6 +294,28 @@ def test_command_line_refuses_an_unknown_choice(capsys):
     assert "nll_scope" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("auto", "auto"), ("true", True), ("True", True), ("false", False), ("False", False)],
+)
+def test_share_prompt_from_a_flag_and_from_yaml(text, value, tmp_path):
+    parser = HfArgumentParser(ORPOConfig)
+    (config,) = parser.parse_args_into_dataclasses(["--share_prompt", text, "--use_cpu"])
+    assert config.share_prompt is value or (config.share_prompt == value == "auto")
+    file = tmp_path / "run.yaml"
+    file.write_text(f"output_dir: out\nuse_cpu: true\nshare_prompt: {text}\n")
+    (config,) = parser.parse_yaml_file(str(file))
+    assert config.share_prompt is value or (config.share_prompt == value == "auto")
+    assert ORPOConfig(share_prompt=config.share_prompt, use_cpu=True).share_prompt == value
+
+
+@pytest.mark.parametrize("value", ["yes", "", 0, 1, None, 0.5, ["auto"]])
+def test_share_prompt_is_nothing_else(value):
+    reason = re.escape(f"share_prompt is {value!r}; must be True, False or 'auto'")
+    with pytest.raises(ValueError, match=reason):
+        ORPOConfig(share_prompt=value, use_cpu=True)
+
+
 def test_yaml(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text(
@@ -300,3 +326,17 @@ def test_yaml(tmp_path):
     assert (config.learning_rate, config.beta, config.warmup_steps) == (8e-6, 0.2, 0.1)
     assert config.eval_strategy == "epoch"
     assert config.model_init_kwargs == {"dtype": "float32"}
+
+
+def test_the_type_checker_sees_every_older_name():
+    tree = ast.parse(inspect.getsource(legacy_arguments))
+    (shown,) = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef) and node.name == "LegacyArguments"
+    ]
+    fields = [node for node in shown.body if isinstance(node, ast.AnnAssign)]
+    assert {node.target.id: ast.unparse(node.annotation) for node in fields} == {
+        name: f"{kind.__name__} | None" for name, (kind, _) in (RENAMED | IGNORED).items()
+    }
+    assert {ast.unparse(node.value) for node in fields} == {"None"}
