@@ -74,10 +74,6 @@ lint: test-build ## Formatting and lints, Rust and Python; CI runs the same
 	$(MAKE) --no-print-directory clippy
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(MAKE) --no-print-directory types
-
-.PHONY: types
-types: ## Types, the stub of the core against the core, and who may import whom
 	$(BIN)/basedpyright
 	$(BIN)/python tests/support/check_stub.py
 	$(BIN)/lint-imports
