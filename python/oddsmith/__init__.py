@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .integrations import import_hook
 
-# A script that loads a 4-bit model may import nothing else of this package.
+# A script that loads a 4-bit model may not import any other module of this package.
 import_hook.install()
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def __getattr__(name: str) -> Any:
         return version("oddsmith")
     if name not in _LAZY and name not in _MODULES and name != "_core":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    # Before the compiled core is loaded: under another torch it dies on a missing symbol.
+    # Check before the compiled core is loaded: with another torch it fails on a missing symbol.
     import torch
 
     from . import torch_version

@@ -6,7 +6,7 @@ from typing import TypedDict, final
 
 from torch import Tensor
 
-from .checkpoint.rules import Rule
+from .checkpoint.rules import TensorRule
 from .head.arguments import HeadArguments, Needs, ObjectiveArguments, PairArguments
 from .optim.adamw.arguments import Item
 from .quant.arguments import PackedWeight
@@ -41,10 +41,10 @@ class RowEncoder:
         parallel: bool,
     ) -> dict[str, bytes]:
         """
-        Buffers of the token columns of a batch; texts come as data and 64-bit offsets.
+        Buffers of the token columns of a batch; texts are given as data and 64-bit offsets.
 
         `{prompt,chosen,rejected}_{input_ids,offsets}` and `{chosen,rejected}_labels` are int32,
-        `overlength` and `empty` a byte for each row.
+        `overlength` and `empty` are one byte per row.
         """
 
 class _Gradients(TypedDict):
@@ -118,11 +118,13 @@ class _WrittenParts(TypedDict):
 
 def checkpoint_tensors(path: _Path) -> list[_TensorParts]: ...
 def checkpoint_states(base: Sequence[_Path], names: list[str]) -> list[_StateParts | None]: ...
-def converted_size(base: Sequence[_Path], adapter: _Path | None, rules: list[Rule]) -> int: ...
+def converted_size(
+    base: Sequence[_Path], adapter: _Path | None, rules: list[TensorRule]
+) -> int: ...
 def convert_checkpoint(
     base: Sequence[_Path],
     adapter: _Path | None,
-    rules: list[Rule],
+    rules: list[TensorRule],
     outputs: Sequence[_Path],
     code: Tensor,
     progress: Callable[[int], object],
@@ -134,7 +136,7 @@ def use_tensor_ops(on: bool) -> None:
     """Make CPU tensors take the path of other devices."""
 
 def emulate_cuda(on: bool) -> None:
-    """Make CPU tensors take the path of CUDA tensors, through the driver ODDSMITH_CUDA_DRIVER names."""
+    """Make CPU tensors take the path of CUDA tensors, with the driver in ODDSMITH_CUDA_DRIVER."""
 
 def kernel_sources() -> list[str]:
     """Names of the files in kernels/."""

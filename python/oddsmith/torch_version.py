@@ -1,7 +1,7 @@
-"""The torch that the compiled core fits."""
+"""Checks that torch is the release that the compiled core was built for."""
 
-# tch 0.24 is bound to this C++ ABI. Under another torch the core dies on a missing symbol, or worse,
-# runs; so the check comes before it is loaded.
+# tch 0.24 is bound to this C++ ABI. With another torch the core fails on a missing symbol, or
+# crashes later, so the check comes before it is loaded.
 REQUIRED = "2.11"
 
 
@@ -9,7 +9,7 @@ def check(found: str) -> None:
     """Refuses a torch of another release.
 
     Args:
-        found: torch's version, such as "2.11.0+cu130".
+        found (`str`): torch's version, such as "2.11.0+cu130".
 
     Raises:
         ImportError: If its first two numbers are not the required ones.

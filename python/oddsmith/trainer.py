@@ -42,7 +42,7 @@ class ORPOTrainer(ModelLoan, RowHooks, BatchHooks, LossHooks, EvaluationHooks, T
     r"""
     Trains a model on preference pairs with ORPO (Hong et al. 2024, arXiv 2403.07691).
 
-    Takes the place of TRL's trainer of the same name: same arguments, hooks, rows, loss and
+    A drop-in replacement of TRL's trainer of this name, with its arguments, hooks, rows, loss and
     metrics. The loss is computed in the model's output head, without the logits of the batch,
     unless the model's head or an overridden hook needs them.
 
@@ -52,19 +52,19 @@ class ORPOTrainer(ModelLoan, RowHooks, BatchHooks, LossHooks, EvaluationHooks, T
         args ([`ORPOConfig`], *optional*):
             Arguments of the run.
         data_collator (`Callable`, *optional*):
-            Makes batches of rows; [`~oddsmith.data.collator.PreferenceCollator`] if not given.
+            Makes batches from rows; [`~oddsmith.data.collator.PreferenceCollator`] if not given.
         train_dataset (`Dataset` or `IterableDataset`):
             Rows with `chosen`, `rejected` and, unless it is implicit, `prompt`.
         eval_dataset (`Dataset`, `IterableDataset` or `dict` of them, *optional*):
-            Likewise; metrics of a dict are `eval_{key}_...`.
+            Rows for evaluation; metrics of a dict are `eval_{key}_...`.
         processing_class (`PreTrainedTokenizerBase`, *optional*):
             The tokenizer; that of the model if not given.
         model_init (`Callable`, *optional*):
-            Makes the model, in place of `model`.
+            Makes the model, instead of `model`.
         callbacks (`list[TrainerCallback]`, *optional*):
-            See [`~transformers.Trainer`], as the next three.
-        optimizers (`tuple`, *optional*): See there.
-        preprocess_logits_for_metrics (`Callable`, *optional*): See there.
+            See [`~transformers.Trainer`].
+        optimizers (`tuple`, *optional*): See [`~transformers.Trainer`].
+        preprocess_logits_for_metrics (`Callable`, *optional*): See [`~transformers.Trainer`].
         peft_config (`PeftConfig`, *optional*):
             Adapter to add to the model.
         compute_metrics (`Callable`, *optional*):
@@ -73,11 +73,11 @@ class ORPOTrainer(ModelLoan, RowHooks, BatchHooks, LossHooks, EvaluationHooks, T
             Older name of `processing_class`.
 
     Raises:
-        ValueError: For arguments that do not go together, or rows that cannot be trained on.
+        ValueError: For arguments that contradict each other, or rows that cannot be used.
         TypeError: For an argument of the wrong type.
     """
 
-    # Each micro-batch's loss is a mean of its own: Trainer divides it by the accumulation steps.
+    # The loss of a micro-batch is its mean: Trainer divides it by the accumulation steps.
     loss_is_scaled_for_ga = False
 
     _tag_names = ["oddsmith", "orpo"]
@@ -113,7 +113,7 @@ class ORPOTrainer(ModelLoan, RowHooks, BatchHooks, LossHooks, EvaluationHooks, T
         self.model_init = model_init
         self._peft_config = peft_config
         self._peft_has_been_casted_to_bf16 = False
-        # The adapter's weights are random: they have to come from the seed too.
+        # The adapter's weights are random, so the seed must be set before.
         set_seed(args.seed)
         revision = args.model_kwargs().get("revision")
         if isinstance(model, str):
@@ -138,7 +138,7 @@ class ORPOTrainer(ModelLoan, RowHooks, BatchHooks, LossHooks, EvaluationHooks, T
                 packing=self._packs(),
                 share_prompt=args.share_prompt,
             )
-            args.remove_unused_columns = False  # the model's forward names none of the columns
+            args.remove_unused_columns = False  # the model's forward has none of the columns
 
         self._rows = RowBuilder(
             processing_class,
@@ -159,15 +159,15 @@ class ORPOTrainer(ModelLoan, RowHooks, BatchHooks, LossHooks, EvaluationHooks, T
 
         accelerator_config = cast(Any, args.accelerator_config)
         if accelerator_config.dispatch_batches is None:
-            # By default one process would collate a stream's batches for all, and accelerate could
-            # neither slice their strings nor join batches of different lengths.
+            # By default one process collates a stream's batches for all, but accelerate cannot
+            # slice their strings or join batches of different lengths.
             parts = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
             if any(isinstance(part, IterableDataset) for part in (train_dataset, *parts)):
                 accelerator_config.dispatch_batches = False
 
         self._stored_metrics = MetricStore()
         self._warned_of_non_finite: set[str] = set()
-        # Trainer calls model_init itself; it gets the model that was made above.
+        # Trainer calls model_init itself; give it the model from above.
         self._first_model = model if model_init is not None else None
         super().__init__(
             model=model if model_init is None else None,
@@ -182,7 +182,7 @@ class ORPOTrainer(ModelLoan, RowHooks, BatchHooks, LossHooks, EvaluationHooks, T
             optimizers=optimizers,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
-        # What loss_is_scaled_for_ga says to transformers before 5.19.
+        # The form of loss_is_scaled_for_ga before transformers 5.19.
         self.model_accepts_loss_kwargs = False
         if callable(add_tags := getattr(self.model, "add_model_tags", None)):
             add_tags(self._tag_names)
@@ -196,7 +196,7 @@ class ORPOTrainer(ModelLoan, RowHooks, BatchHooks, LossHooks, EvaluationHooks, T
         return self.processing_class
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
-        """A fresh model from `model_init`, with its adapter."""
+        """A new model from `model_init`, with its adapter."""
         first, self._first_model = getattr(self, "_first_model", None), None
         return self._take_model(super().call_model_init(trial)) if first is None else first
 
@@ -209,13 +209,13 @@ class ORPOTrainer(ModelLoan, RowHooks, BatchHooks, LossHooks, EvaluationHooks, T
         return model
 
     def _check_fused_head(self, model: Any) -> str | None:
-        """Why the loss has to go through logits, or None."""
+        """Why the loss must be computed from logits, or None."""
         if not self.args.use_fused_head:
             return "use_fused_head is False"
         if model.config.is_encoder_decoder:
             return "it is an encoder-decoder model"
         if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
-            return "its adapter is made of virtual tokens"
+            return "its adapter consists of virtual tokens"
         try:
             model_head.check(model)
         except model_head.HeadMismatch as mismatch:
@@ -224,16 +224,16 @@ class ORPOTrainer(ModelLoan, RowHooks, BatchHooks, LossHooks, EvaluationHooks, T
         return None
 
     def _packs(self) -> bool:
-        """Whether batches go through the model as packed rows."""
+        """Whether batches are run as packed rows."""
         from_logits = self._plain_because is not None or bool(self._own_loss_hooks())
         return self._padded_because is None and not from_logits
 
     def _check_packing(self, model: nn.Module) -> str | None:
-        """Why batches have to keep their pads, or None."""
+        """Why batches need padding, or None."""
         if not self.args.padding_free:
             return "padding_free is False"
         if self.args.torch_compile:
-            return "torch_compile would compile again for the lengths of every batch"
+            return "torch_compile would recompile for the lengths of every batch"
         if getattr(model.config, "output_router_logits", False):
             return "its auxiliary loss is computed on a padded batch"
         try:
@@ -248,11 +248,11 @@ class ORPOTrainer(ModelLoan, RowHooks, BatchHooks, LossHooks, EvaluationHooks, T
         overridden = self._own_loss_hooks()
         reason = self._plain_because
         if overridden:
-            reason = f"{type(self).__name__} has its own {', '.join(overridden)}"
+            reason = f"{type(self).__name__} overrides {', '.join(overridden)}"
         if reason is not None and self.args.use_fused_head:
             logger.warning(f"The loss is computed from logits, not in the fused head: {reason}.")
         elif self._padded_because is not None and self.args.padding_free:
-            logger.warning(f"Batches go through the model with their pads: {self._padded_because}.")
+            logger.warning(f"Batches keep their padding: {self._padded_because}.")
 
     def _read_config(self, config: Any) -> None:
         args = self.args
@@ -281,7 +281,7 @@ class ORPOTrainer(ModelLoan, RowHooks, BatchHooks, LossHooks, EvaluationHooks, T
         args: TrainingArguments, model: nn.Module | None = None
     ) -> tuple[Any, dict[str, Any]]:
         """See [`~transformers.Trainer.get_optimizer_cls_and_kwargs`]; 8-bit and paged AdamW, GaLore
-        and APOLLO are ours.
+        and APOLLO are from oddsmith.
         """
         if args.optim in LOW_RANK_NAMES:
             return low_rank_optimizer(args, model)
@@ -291,12 +291,12 @@ class ORPOTrainer(ModelLoan, RowHooks, BatchHooks, LossHooks, EvaluationHooks, T
 
     def _own_optimizer(self) -> Any:
         optimizer = getattr(self, "optimizer", None)
-        return getattr(optimizer, "optimizer", optimizer)  # in accelerate's wrapper
+        return getattr(optimizer, "optimizer", optimizer)  # without accelerate's wrapper
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         optimizer = self._own_optimizer()
         if getattr(optimizer, "layerwise", False):
-            return optimizer.pop_grad_norm()  # the gradients are gone
+            return optimizer.pop_grad_norm()  # the gradients are already freed
         return super()._get_grad_norm(model, grad_norm=grad_norm)
 
     # ---- Loss and metrics ----
@@ -309,9 +309,9 @@ class ORPOTrainer(ModelLoan, RowHooks, BatchHooks, LossHooks, EvaluationHooks, T
         num_items_in_batch: Any = None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """
-        Loss of a micro-batch, its own mean; its metrics are kept for the next log.
+        Mean loss of a micro-batch; its metrics are kept for the next log.
 
-        `num_items_in_batch` is of no use here: the terms are means over tokens and over pairs.
+        `num_items_in_batch` is not used: the terms are means over tokens and over pairs.
         """
         with self._autocast():
             loss, metrics = self.get_batch_loss_metrics(model, inputs, train_eval="train")
@@ -325,7 +325,7 @@ class ORPOTrainer(ModelLoan, RowHooks, BatchHooks, LossHooks, EvaluationHooks, T
         self._stored_metrics.add(train_eval, metrics, self._metric_weight)
 
     def _take_metrics(self, split: Split) -> dict[str, float]:
-        """Averages since the last call; says so if a loss was not finite."""
+        """Averages since the last call; warns if a loss was not finite."""
         metrics = self._stored_metrics.pop(split, self.accelerator)
         count, first = (metrics.pop(name, 0) for name in (NON_FINITE, FIRST_NON_FINITE))
         if count and split not in self._warned_of_non_finite:
@@ -333,12 +333,8 @@ class ORPOTrainer(ModelLoan, RowHooks, BatchHooks, LossHooks, EvaluationHooks, T
             kind = "training" if split == "train" else "evaluation"
             logger.warning(
                 f"The {kind} loss was NaN or infinite, first at step {int(first)}. The logged loss "
-                + (
-                    "leaves such batches out"
-                    if self.args.logging_nan_inf_filter
-                    else "includes them"
-                )
-                + " (logging_nan_inf_filter). This is said once."
+                + ("excludes such batches" if self.args.logging_nan_inf_filter else "includes them")
+                + " (logging_nan_inf_filter). This is logged once."
             )
         prefix = "eval_" if split == "eval" else ""
         if not metrics.get(f"{prefix}{EMPTY_COMPLETIONS}", 1):
@@ -354,13 +350,13 @@ class ORPOTrainer(ModelLoan, RowHooks, BatchHooks, LossHooks, EvaluationHooks, T
         elif "train_runtime" in logs:
             self._take_metrics("train")  # of steps after the last log
         elif any(key.startswith("eval_") for key in logs):
-            logs.update(self._take_metrics("eval"))  # of an evaluation_loop of one's own
+            logs.update(self._take_metrics("eval"))  # of an overridden evaluation_loop
         if hasattr(optimizer := self._own_optimizer(), "report"):
             optimizer.report()
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Of both sides of a batch; Trainer would look for `input_ids`."""
+        """Tokens of both sides of a batch; Trainer would use `input_ids`."""
         sides = [inputs.get(f"{side}_input_ids") for side in ("chosen", "rejected")]
         ids = [side for side in sides if isinstance(side, Tensor)]
         if len(ids) < 2:
@@ -389,7 +385,7 @@ class ORPOTrainer(ModelLoan, RowHooks, BatchHooks, LossHooks, EvaluationHooks, T
         Args:
             model_name (`str`, *optional*): Name of the trained model.
             dataset_name (`str`, *optional*): Id of the dataset.
-            tags (`str` or `list[str]`, *optional*): Tags beside those of the trainer.
+            tags (`str` or `list[str]`, *optional*): Tags to add to those of the trainer.
         """
         if not self.is_world_process_zero():
             return
@@ -422,11 +418,11 @@ def _check_arguments(
     if train_dataset is None:
         raise ValueError("train_dataset is None; must be a dataset of preference pairs")
     if tokenizer is not None and processing_class is not None:
-        raise ValueError("processing_class and tokenizer are two names of one argument; pass one")
+        raise ValueError("processing_class and tokenizer are names of the same argument; pass one")
     if (model is None) == (model_init is None):
         raise ValueError("one of model and model_init must be given, and not both")
     if args.model_init_kwargs and not isinstance(model, str):
         raise ValueError(
-            "model_init_kwargs is set but model is no name: the model has been made already; pass "
-            "its hub id or folder, or leave model_init_kwargs out"
+            "model_init_kwargs is set but model is not a name; pass "
+            "its hub id or folder, or remove model_init_kwargs"
         )

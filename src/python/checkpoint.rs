@@ -144,7 +144,7 @@ fn with_job<R>(
     f(&Job { base: &base, adapter: adapter.as_ref(), rules, outputs })
 }
 
-/// Checks everything that can be checked before writing, and returns the bytes that will be written.
+/// Checks all rules before writing, and returns the number of bytes to write.
 #[pyfunction]
 fn converted_size(
     py: Python<'_>,
@@ -153,7 +153,7 @@ fn converted_size(
     rules: Vec<RuleParts>,
 ) -> PyResult<usize> {
     let rules = self::rules(rules)?;
-    // Their names are not looked at.
+    // The names of these outputs are not used.
     let outputs = base.clone();
     detached(py, move || with_job((base, adapter), rules, outputs, size))
 }
@@ -173,7 +173,7 @@ fn convert_checkpoint(
         return Err(PyValueError::new_err("checkpoint: base has no files"));
     }
     let rules = self::rules(rules)?;
-    // What the callback raised, while the core hears that it has to stop.
+    // The exception of the callback; the core is only told to stop.
     let raised = Mutex::new(None);
     let mut tell = |bytes: usize| {
         let told = Python::attach(|py| {

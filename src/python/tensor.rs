@@ -1,4 +1,4 @@
-//! `torch.Tensor` on the border: a `tch::Tensor` that shares its storage and autograd state.
+//! Converts `torch.Tensor` to a `tch::Tensor` that shares its storage and autograd state.
 #![allow(unsafe_code)] // tch's bridge to Python objects
 
 use pyo3::exceptions::{PyRuntimeError, PyTypeError};

@@ -47,7 +47,7 @@ def without(name, globals=None, locals=None, fromlist=(), level=0):
 
 def find(name):
     if name in missing:
-        raise patch.Unsupported(f"{name.replace(':', '.')} is not there")
+        raise patch.Unsupported(f"{name.replace(':', '.')} does not exist")
     return found(name)
 
 builtins.__import__, patch.find, quantizer_table.find = without, find, find

@@ -1,7 +1,7 @@
 """The fused head in a model that FSDP has split over two processes, on the CPU.
 
 Run as a script this file is what the processes run: a sharded model's loss and gradients against
-those of a whole one, averaged over the processes.
+those of an unsharded one, averaged over the processes.
 """
 
 import copy
@@ -87,7 +87,7 @@ def main():
         check(shard, make_model("mistral", tokenizer), head_apart=False)
         check(shard, make_model("mistral", tokenizer), head_apart=True)
     check(fsdp2, make_model("qwen3_tied", tokenizer), head_apart=False)
-    dist.barrier()  # neither leaves while the other still talks to it
+    dist.barrier()  # neither process ends while the other still needs it
     dist.destroy_process_group()
     print("all checked")
 

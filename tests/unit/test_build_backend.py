@@ -1,4 +1,4 @@
-"""The build backend: torch-sys has to find the Python that pip runs under."""
+"""The build backend: torch-sys must find the Python of pip."""
 
 import os
 import subprocess
@@ -32,7 +32,7 @@ def maturin():
 
 @pytest.mark.parametrize("name", ["python", "python3"])
 def test_path_leads_to_the_running_interpreter(name, tmp_path):
-    """Also where another Python comes first on PATH."""
+    """Also if another Python comes first on PATH."""
     other = tmp_path / name
     other.write_text("#!/bin/sh\necho other\n")
     other.chmod(0o755)

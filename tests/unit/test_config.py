@@ -103,7 +103,7 @@ def test_bf16_follows_the_hardware(monkeypatch, log, given, gpu, cpu, bf16, line
     monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: gpu)
     monkeypatch.setattr(config_module, "_cpu_has_bf16", lambda: cpu)
     config = ORPOConfig(**given)
-    ORPOConfig(**given)  # a second time says nothing new
+    ORPOConfig(**given)  # the second time logs nothing
     assert config.bf16 is bf16
     assert config.bf16_full_eval is False
     assert len(said(log, "bfloat16", "fp32")) == lines
@@ -161,7 +161,7 @@ def test_the_articles_arguments():
         ({"beta_schedule": "cosine"}, "needs beta_end"),
         ({"beta_end": 0.05}, "set beta_schedule"),
         ({"beta_schedule": "sawtooth", "beta_end": 0.05}, "'constant', 'linear', 'cosine'"),
-        ({"beta_anneal_start": 1.0}, r"beta_anneal_start is 1.0; must lie in \[0, 1\)"),
+        ({"beta_anneal_start": 1.0}, r"beta_anneal_start is 1.0; must be in \[0, 1\)"),
         ({"beta_anneal_start": -0.1}, "beta_anneal_start is -0.1"),
         ({"nll_scope": "prompt"}, "nll_scope is 'prompt'; must be one of 'full', 'completion'"),
         ({"odds_ratio_link": "log"}, "odds_ratio_link is 'log'"),
@@ -212,7 +212,7 @@ def test_beta_schedules():
         linear.beta_at(0, -1)
 
 
-# Ways in and out
+# Conversions
 
 
 def busy_config():

@@ -32,7 +32,7 @@ WAYS = [
     "import oddsmith; oddsmith.nn",
     "from oddsmith.checkpoint import quantize",
 ]
-# Each way in a process of its own, all of which have one import of torch.
+# Each in a separate process that imports torch once.
 OTHER_TORCH = """
 import os, sys, torch
 torch.__version__ = "2.13.0"

@@ -1,4 +1,4 @@
-"""Names of older releases: where their values go, and what is said."""
+"""Names of older releases: their new names, and log messages."""
 
 import ast
 import dataclasses
@@ -64,7 +64,7 @@ def test_warmup_ratio_out_of_range(ratio):
 
 
 @pytest.mark.parametrize("name", IGNORED)
-def test_ignored_arguments_are_said_once_and_change_nothing(log, name):
+def test_ignored_arguments_are_logged_once_and_change_nothing(log, name):
     value = {bool: True, int: 3, str: "x"}[IGNORED[name][0]]
     plain = ORPOConfig().to_dict()
     log.clear()
@@ -90,8 +90,8 @@ def test_every_name_has_a_field_that_says_what_becomes_of_it():
     fields = {each.name: each.metadata["help"] for each in dataclasses.fields(LegacyArguments)}
     assert fields.keys() == LEGACY_NAMES
     assert fields["no_cuda"] == "Older name; sets `use_cpu`."
-    assert fields["use_ipex"] == "Older name; accepted, has no effect."
-    assert fields["push_to_hub_token"] == "Older name; accepted, has no effect: use hub_token."
+    assert fields["use_ipex"] == "Older name; accepted without effect."
+    assert fields["push_to_hub_token"] == "Older name; accepted without effect: use hub_token."
 
 
 def test_the_type_checker_sees_every_older_name():

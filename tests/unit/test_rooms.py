@@ -1,4 +1,4 @@
-"""Every module has a test file of its name in its room, or stands in the table below."""
+"""Every module has a test file of its name in its folder, or is listed in the table below."""
 
 import ast
 from pathlib import Path
@@ -10,7 +10,7 @@ PACKAGE = Path(oddsmith.__file__).parent
 TESTS = ROOT / "tests"
 LONGEST = 450
 
-# Module -> the test file that has it, and why it has none of its own.
+# Module -> the test file that covers it, and why it has no test file of its name.
 ELSEWHERE = {
     "__main__.py": (
         "unit/cli/test_commands.py",
@@ -68,7 +68,7 @@ ELSEWHERE = {
         "unit/test_package.py",
         "parts of docstrings that several classes share",
     ),
-    "optim/low_rank/item.py": (
+    "optim/low_rank/step.py": (
         "unit/optim/low_rank/test_optimizer.py",
         "a dataclass that a step is made of",
     ),
@@ -116,7 +116,7 @@ def test_rooms_of_tests_are_rooms_of_the_package():
     for file in sorted((TESTS / "unit").rglob("test_*.py")):
         room = file.relative_to(TESTS / "unit").parent
         module = PACKAGE / room / file.name.removeprefix("test_")
-        # Of the package as a whole: how it is imported, installed and laid out.
+        # Tests of the package: import, installation, layout.
         assert module.is_file() or room == Path("."), f"{file} tests no module"
 
 

@@ -1,4 +1,4 @@
-"""The torch that the compiled core fits."""
+"""The check of torch's release."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Flags of `oddsmith quantize` and `oddsmith merge`. Standard library only: help has to be quick."""
+"""Flags of `oddsmith quantize` and `oddsmith merge`. Imports no slow library, for fast help."""
 
 import argparse
 from collections.abc import Iterator
@@ -16,15 +16,18 @@ def quantize_parser() -> argparse.ArgumentParser:
         prog="oddsmith quantize",
         description="Write an NF4 checkpoint in the format of bitsandbytes, of the linear layers that "
         "transformers would quantise on loading, without loading the model.",
-        epilog="NaN or infinity in a weight that is quantised is an error that names it. The folder OUT "
-        "appears when it is whole.",
+        epilog="NaN or infinity in a quantised weight is an error that names the weight. The folder OUT "
+        "appears when it is complete.",
     )
     parser.add_argument(
         "model", metavar="MODEL", help="folder or hub id of a model in float32, bfloat16 or float16"
     )
     parser.add_argument("out", metavar="OUT", help="folder to write")
     add(
-        parser, "double_quant", action="store_true", help="quantise the scales too: half a bit less"
+        parser,
+        "double_quant",
+        action="store_true",
+        help="quantise the scales too, which saves half a bit",
     )
     add(
         parser,
@@ -39,7 +42,7 @@ def quantize_parser() -> argparse.ArgumentParser:
         parser,
         "compute_dtype",
         choices=DTYPES,
-        help="dtype that the layers will compute in (default: that of the weights)",
+        help="dtype in which the layers compute (default: that of the weights)",
     )
     add(
         parser,
@@ -47,7 +50,7 @@ def quantize_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="MODULE",
-        help="leave these modules too: ends of names, or patterns of their beginnings",
+        help="do not quantise these modules either: ends of names, or patterns of their beginnings",
     )
     _add_common(parser)
     return parser
@@ -58,8 +61,8 @@ def merge_parser() -> argparse.ArgumentParser:
         prog="oddsmith merge",
         description="Merge a LoRA or DoRA adapter of peft into its base, tensor by tensor, without "
         "loading the model.",
-        epilog="A tokenizer beside the adapter wins over that of the base. The folder OUT appears when it "
-        "is whole.",
+        epilog="A tokenizer in the adapter's folder replaces that of the base. The folder OUT appears when it "
+        "is complete.",
     )
     parser.add_argument(
         "base", metavar="BASE", help="folder or hub id of the base, in full precision or NF4"
@@ -70,7 +73,7 @@ def merge_parser() -> argparse.ArgumentParser:
         parser,
         "quantize",
         action="store_true",
-        help="write NF4 (default: full precision); 4-bit weights that the adapter leaves alone are "
+        help="write NF4 (default: full precision); 4-bit weights that the adapter does not change are "
         "copied",
     )
     add(
@@ -91,7 +94,7 @@ def merge_parser() -> argparse.ArgumentParser:
         parser,
         "compute_dtype",
         choices=DTYPES,
-        help="with --quantize: dtype that the layers will compute in (default: as in a 4-bit base, "
+        help="with --quantize: dtype in which the layers compute (default: as in a 4-bit base, "
         "or that of the weights)",
     )
     _add_common(parser)
@@ -103,15 +106,22 @@ def _add_common(parser: Any) -> None:
         parser,
         "dtype",
         choices=DTYPES,
-        help="cast the weights to this (default: as they are, or were quantised from)",
+        help="cast the weights to this (default: the stored dtype, or that before quantisation)",
     )
-    add(parser, "overwrite", action="store_true", help="replace a model that is in OUT")
-    add(parser, "trust_remote_code", action="store_true", help="run a model's own code")
+    add(parser, "overwrite", action="store_true", help="replace an existing model in OUT")
+    add(
+        parser,
+        "trust_remote_code",
+        action="store_true",
+        help="allow code from the model's repository",
+    )
 
 
 @contextmanager
 def _known_libraries() -> Iterator[None]:
-    """The names in a checkpoint are found by means that are private to transformers and peft."""
+    """Reports a missing private name of transformers or peft, which find the names in a
+    checkpoint.
+    """
     try:
         yield
     except ImportError as error:

@@ -25,8 +25,8 @@ def is_messages(value: Any) -> TypeGuard[Messages]:
 
 
 def common_prefix_length(a: Sequence[Any], b: Sequence[Any]) -> int:
-    """Number of leading items that two sequences share."""
-    # Bisection over slice comparisons: they run in C, a loop over characters would not.
+    """Length of the common prefix of two sequences."""
+    # Bisection by slice comparisons, which run in C, unlike a loop over characters.
     low, high = 0, min(len(a), len(b))
     while low < high:
         middle = (low + high + 1) // 2
@@ -39,12 +39,12 @@ def common_prefix_length(a: Sequence[Any], b: Sequence[Any]) -> int:
 
 def extract_prompt(chosen: _Text, rejected: _Text) -> tuple[_Text, _Text, _Text]:
     """
-    Split off the prompt that both sides of a pair begin with.
+    Split off the prompt: the common beginning of both sides of a pair.
 
-    The same cut as TRL's `extract_prompt`: where one side is the beginning of the other, the last
-    shared item stays with the answers; a space right before the answers goes with them. One
-    difference: where the sides share nothing TRL lets the index wrap around if the chosen text ends
-    in a space; here the prompt is empty.
+    The cut is that of TRL's `extract_prompt`: if one side is the beginning of the other, the last
+    shared item belongs to the answers; so does a space right before the answers. One difference: if
+    the sides share nothing and the chosen text ends in a space, TRL's index wraps around; here the
+    prompt is empty.
 
     Args:
         chosen (`str` or `list`): Text, or messages, of the preferred side.
@@ -63,9 +63,9 @@ def extract_prompt(chosen: _Text, rejected: _Text) -> tuple[_Text, _Text, _Text]
 
 def row_text(row: Mapping[str, Any], processing_class: Any, where: str) -> tuple[str, str, str]:
     """
-    Prompt, chosen and rejected text of a row in any of the forms that TRL takes.
+    Return prompt, chosen and rejected text of a row in any form that TRL accepts.
 
-    Strings or conversations, with the prompt in a column of its own or implicit in both sides.
+    Rows have strings or conversations, and the prompt in its column or implicit in both sides.
     Conversations go through the chat template, with the row's `tools` and `chat_template_kwargs` if
     it has them.
 

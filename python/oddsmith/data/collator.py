@@ -1,4 +1,4 @@
-"""PreferenceCollator: from rows to a padded batch."""
+"""PreferenceCollator: pads rows to a batch."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,14 +8,14 @@ import torch
 
 from ..packing.batch import PackedBatch, SharePrompt, check_share_prompt
 
-# Key of the packed batch beside the padded columns.
+# Key of the packed batch in a padded batch.
 PACKED = "packed"
 
 _SUFFIXES = ("_input_ids", "_attention_mask", "_labels")
 
 
 class PairBatch(dict[str, Any]):
-    """A padded batch, with the same pairs packed as `packed` if the collator packs."""
+    """A padded batch; with packing, `packed` has the same pairs packed."""
 
     def to(self, device: Any, non_blocking: bool = False) -> "PairBatch":
         """The batch on another device, as `Tensor.to`."""
@@ -29,7 +29,7 @@ class PairBatch(dict[str, Any]):
         return moved
 
     def packed(self) -> PackedBatch | None:
-        """The pairs packed, unless a column has been changed since."""
+        """The packed pairs, or `None` if a column was changed after packing."""
         packed = self.get(PACKED)
         return packed if packed is not None and packed.is_made_of(self) else None
 

@@ -1,4 +1,4 @@
-"""From a preference dataset to rows of token ids, checked before training starts."""
+"""Prepares a preference dataset: rows of token ids, checked before training starts."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -19,12 +19,12 @@ __all__ = ["prepare_dataset", "validate"]
 
 logger = logging.get_logger(__name__)
 
-# Rows of a stream that are prepared ahead of training, to find errors before it.
+# Rows of a stream that are prepared before training, to find errors early.
 PEEKED_ROWS = 32
 
 MAP_BATCH = 1000
 
-# Rows that show whether Rust makes the same tokens as the tokenizer's Python class.
+# Rows that are compared between Rust and the tokenizer's Python class.
 _COMPARED_ROWS = 16
 
 
@@ -48,17 +48,17 @@ def prepare_dataset(
         processing_class (`PreTrainedTokenizerBase`):
             The tokenizer.
         tokenize_row (`Callable`):
-            Makes the token columns of a row. [`RowBuilder.tokenize_row`] itself goes many rows at a
-            time; any other callable is called row by row.
+            Makes the token columns of a row. [`RowBuilder.tokenize_row`] is replaced by its batched
+            form; any other callable is called row by row.
         num_proc (`int`, *optional*):
             Processes for a `Dataset`.
         overlength (`str`, *optional*, defaults to `"truncate"`):
-            `"truncate"` keeps rows that are too long (the builder has cut them), `"drop"` leaves
-            them out.
+            `"truncate"` keeps rows that are too long (the builder has cut them), `"drop"` removes
+            them.
         name (`str`, *optional*, defaults to `"train_dataset"`):
             Name of the dataset in errors and in the log.
         builder ([`RowBuilder`], *optional*):
-            Says which rows are too long, where `tokenize_row` is not a builder's own.
+            Decides which rows are too long, if `tokenize_row` is not a method of a builder.
 
     Returns:
         The same kind as `dataset`, with the text columns as plain strings, the token columns of
@@ -66,7 +66,7 @@ def prepare_dataset(
 
     Raises:
         TypeError: If `dataset` is of another type.
-        ValueError: If [`validate`] or a row finds fault, or no row has a completion left within
+        ValueError: If [`validate`] fails, a row is faulty, or no row has completion tokens within
         `max_length`.
     """
     if overlength not in ("truncate", "drop"):
@@ -146,8 +146,7 @@ def validate(dataset: Any, processing_class: Any, *, name: str = "train_dataset"
     Raises:
         TypeError: If `dataset` is of another type.
         ValueError: If it is empty, has no chosen or rejected column, or its first row has a field
-        of the wrong
-            type, or is a conversation and the tokenizer has no chat template.
+            of the wrong type, or is a conversation and the tokenizer has no chat template.
     """
     if not isinstance(dataset, (Dataset, IterableDataset)):
         raise TypeError(
@@ -211,8 +210,8 @@ def _prepare_batch(
 
 
 def _has_no_completion(row: Mapping[str, list[int]]) -> bool:
-    # Labels of completions are token ids, those of prompts negative; checked from the end, so at
-    # once. A tokenize_row of one's own may name its columns otherwise, and is left in peace.
+    # Labels of completions are token ids, those of prompts negative; searching from the end finds
+    # one at once. Columns of a user's tokenize_row can have other names and are not checked.
     sides = [row[key] for key in ("chosen_labels", "rejected_labels") if key in row]
     return len(sides) == 2 and not any(label >= 0 for side in sides for label in reversed(side))
 
@@ -225,8 +224,7 @@ def _prepare_stream(
     overlength: str,
     name: str,
 ) -> IterableDataset:
-    # The first rows go through everything now, so that a fault stops the run before the model
-    # trains.
+    # The first rows are prepared now, so that a fault stops the run before training.
     peeked = transform(
         {key: [row[key] for row in first] for key in first[0]}, list(range(len(first)))
     )
@@ -258,7 +256,7 @@ def _apply_overlength(
     if overlength == "drop":
         if count == total:
             raise ValueError(
-                f"{share} are longer than {_limit(builder)}; overlength='drop' leaves none"
+                f"{share} are longer than {_limit(builder)}; overlength='drop' removes all"
             )
         if count:
             logger.warning(f"{share} are longer than {_limit(builder)}: dropped.")
@@ -266,8 +264,7 @@ def _apply_overlength(
             empty = empty[~too_long]
     elif count:
         logger.warning(
-            f"{share} are longer than {_limit(builder)}: truncated; overlength='drop' leaves them "
-            "out."
+            f"{share} are longer than {_limit(builder)}: truncated; overlength='drop' removes them."
         )
     _check_completions(empty, builder, name)
     return dataset
@@ -276,12 +273,12 @@ def _apply_overlength(
 def _check_completions(empty: np.ndarray, builder: RowBuilder | None, name: str) -> None:
     count = int(empty.sum())
     within = "" if builder is None else f" within {_limit(builder)}"
-    line = f"{name}: {count} of {len(empty)} rows have no token of a completion left{within}"
+    line = f"{name}: {count} of {len(empty)} rows have no completion tokens{within}"
     fix = "raise max_length, or set max_prompt_length"
     if count == len(empty):
         raise ValueError(f"{line}; {fix}")
     if count:
-        logger.warning(f"{line}, for their prompt alone fills it; {fix}, or overlength='drop'.")
+        logger.warning(f"{line}, because their prompt fills it; {fix}, or set overlength='drop'.")
 
 
 def _limit(builder: RowBuilder | None) -> str:

@@ -1,4 +1,4 @@
-"""Token ids of a dataset against the vocabulary of the model."""
+"""Checks token ids of a dataset against the vocabulary of the model."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -13,11 +13,11 @@ from .dataset import MAP_BATCH, PEEKED_ROWS
 
 def check_vocabulary(rows: Any, vocab_size: int, *, name: str = "train_dataset") -> None:
     """
-    Check that every token id and label of prepared rows is one the model has.
+    Check that the model has every token id and label of prepared rows.
 
     Args:
         rows (`Dataset`, `IterableDataset` or iterable of rows):
-            Prepared rows. Of a stream only the first few are read.
+            Prepared rows. Only the first few of a stream are read.
         vocab_size (`int`):
             Rows of the model's embedding and output head.
         name (`str`, *optional*, defaults to `"train_dataset"`):

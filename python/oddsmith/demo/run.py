@@ -1,7 +1,7 @@
-"""`oddsmith demo`: a model trained with ORPO from nothing, offline, in about two minutes.
+"""`oddsmith demo`: trains a model with ORPO from scratch, offline, in about two minutes.
 
-Synthesises preference pairs with checkable answers, trains a byte-level BPE tokenizer and a small
-Mistral-shaped model on them, and leaves model, pairs, metrics and curves in a folder.
+Generates preference pairs with checkable answers, trains a byte-level BPE tokenizer and a small
+Mistral-shaped model on them, and writes model, pairs, metrics and curves to a folder.
 """
 
 import json
@@ -29,13 +29,13 @@ COLUMNS = ("prompt", "chosen", "rejected")
 
 
 class CompactProgress(TrainerCallback):
-    """A progress bar that carries loss, reward margin and accuracy, and nothing else."""
+    """A progress bar that shows only loss, reward margin and accuracy."""
 
     def __init__(self) -> None:
         self.bar: tqdm[Any] | None = None
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        # A file or a pipe gets a line now and then instead of ten a second.
+        # A file or a pipe gets a line from time to time instead of ten per second.
         interval = 0.2 if sys.stderr.isatty() else 15.0
         self.bar = tqdm(
             total=state.max_steps,
@@ -83,10 +83,10 @@ def make_config(output_dir: Path, steps: int, seed: int) -> ORPOConfig:
         warmup_steps=0.05,
         adam_beta2=0.98,
         beta=0.25,
-        # Half of a sequence is a prompt of random letters, which nobody can predict.
+        # Half of a sequence is a prompt of random letters, which is not predictable.
         nll_scope="completion",
         max_length=64,
-        # Both save memory at the cost of time; this model needs none of it.
+        # Both save memory at the cost of time, which this small model does not need.
         gradient_checkpointing=False,
         bf16=False,
         use_cpu=True,
@@ -109,7 +109,7 @@ def write_rows(rows: list[dict], path: Path) -> None:
 
 
 def format_table(before: dict[str, dict], after: dict[str, dict]) -> str:
-    """Lays the scores before and after training side by side, a line for each task."""
+    """Formats the scores before and after training side by side, one line per task."""
     lines = [
         f"{'held-out pairs':<16}{'accuracy':^18}{'reward margin':^20}{'exact answers':^18}",
         f"{'':<16}" + f"{'before':>8} {'after':>7}  " * 3,
@@ -148,8 +148,8 @@ def run_demo(output_dir: str | Path, steps: int = STEPS, seed: int = 0) -> dict[
         seed (`int`, *optional*, defaults to 0): Seed of the pairs, the weights and the data order.
 
     Returns:
-        `dict[str, Any]`: What `metrics.json` holds: `before` and `after` (see
-        [`~oddsmith.demo.score.score`]), `steps`, `seed`, `seconds` and the trainer's `history`.
+        `dict[str, Any]`: Contents of `metrics.json`: `before` and `after` (see
+            [`~oddsmith.demo.score.score`]), `steps`, `seed`, `seconds` and the trainer's `history`.
 
     Raises:
         ValueError: If `steps` is below 1.
@@ -205,11 +205,11 @@ def run_demo(output_dir: str | Path, steps: int = STEPS, seed: int = 0) -> dict[
     (output_dir / "metrics.json").write_text(json.dumps(results, indent=2) + "\n")
     save_curves(trainer.state.log_history, output_dir / "curves.png", "oddsmith demo")
     print(f"\n{format_table(before, after)}\n")
-    print(f"what it answers now\n{format_samples(model, tokenizer, test_rows)}\n")
+    print(f"sample answers\n{format_samples(model, tokenizer, test_rows)}\n")
     print(
         f"{results['seconds']:.0f} s. Written to {output_dir}: "
         "model/  data/  metrics.json  curves.png\n"
-        "Next, train on from there with your own flags:\n"
+        "Next, continue training with your flags:\n"
         f"  oddsmith train --model {output_dir / 'model'} --dataset {output_dir / 'data'} "
         f"--output_dir {output_dir / 'more'} --max_steps 100 --learning_rate 5e-4"
     )

@@ -28,11 +28,12 @@ class LinearORPOOutput(NamedTuple):
         loss (`Tensor`): `nll_loss - beta * mean(link(log_odds_chosen))`, 0-dim.
         nll_loss (`Tensor`): Token mean of the negative log-likelihood of the chosen sequences, 0-dim.
         chosen_logps (`Tensor`): Mean completion log-probability of each chosen sequence, `(B,)`.
-        rejected_logps (`Tensor`): Likewise of each rejected sequence, `(B,)`.
+        rejected_logps (`Tensor`): Mean completion log-probability of each rejected sequence,
+            `(B,)`.
         log_odds_chosen (`Tensor`): Log odds ratio of each pair, `(B,)`.
         log_odds_ratio (`Tensor`): Its log-sigmoid, `(B,)`.
         chosen_logits (`Tensor`): Mean logit over the chosen rows and the vocabulary, 0-dim.
-        rejected_logits (`Tensor`): Likewise over the rejected rows, 0-dim.
+        rejected_logits (`Tensor`): Mean logit over the rejected rows and the vocabulary, 0-dim.
         empty_completions (`Tensor`): Number of pairs with an empty side, 0-dim `int64`. They
             contribute nothing to the odds-ratio term, and have zeros in the fields above.
     """
@@ -53,7 +54,7 @@ def _statistics_dtype(hidden: Tensor) -> torch.dtype:
 
 
 def _gradients(wanted: tuple[bool, ...], hidden: Tensor, *others: Tensor | None) -> list[Tensor]:
-    """Shapes of the gradients that the core returns: those not wanted are empty."""
+    """Shapes of the gradients that the core returns; those that are not needed are empty."""
     return [
         torch.empty_like(x, memory_format=torch.contiguous_format)
         if want and x is not None
@@ -185,13 +186,13 @@ def _(
     return _gradients((need_hidden, need_weight, need_bias), hidden, weight, bias)
 
 
-# True while a backward pass keeps the graph for another one. Where this torch cannot tell, assume
-# that it does.
+# True while a backward pass keeps the graph for another one. If torch cannot tell, assume that it
+# does.
 _keeps_graph = getattr(torch_autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
 def _times(gradient: Tensor, factor: Tensor) -> Tensor:
-    """`gradient * factor`, in place where nobody else will need `gradient`.
+    """`gradient * factor`, in place if `gradient` is not needed afterwards.
 
     The gradient of the weight is as large as the weight, and the factor is usually one over the
     number of accumulation steps: a copy would double the memory and cost a pass.
@@ -226,7 +227,7 @@ class _LinearORPO(torch.autograd.Function):
 
 
 class _LinearLogps(torch.autograd.Function):
-    """With a frozen head forward already knows `d logps / d hidden` up to a factor a row."""
+    """With a frozen head, forward computes `d logps / d hidden` up to one factor per row."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, needs, targets, softcap, logit_scale):
@@ -253,7 +254,7 @@ class _LinearLogps(torch.autograd.Function):
 
 
 def _same_device(op: str, hidden: Tensor, **others: Tensor | None) -> None:
-    """The dispatcher picks a kernel by the first device it meets, so this check comes before it."""
+    """Check devices before the dispatcher, which picks a kernel by the first tensor's device."""
     for name, tensor in others.items():
         if tensor is not None and tensor.device != hidden.device:
             raise ValueError(
@@ -278,9 +279,9 @@ def linear_logps(
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> Tensor:
-    """Log-probabilities of target words under a linear head, without the logits.
+    """Log-probabilities of target tokens under a linear head, without the logits.
 
-    Equivalent to, in a few lines that hold `(N, V)` logits several times:
+    Equivalent to this code, which holds `(N, V)` logits several times:
 
     ```python
     z = logit_scale * (hidden @ weight.T + bias)
@@ -295,7 +296,7 @@ def linear_logps(
     Args:
         hidden (`Tensor`): Hidden states, `(N, D)`, `float32`, `bfloat16`, `float16` or `float64`.
         weight (`Tensor`): Output embeddings, `(V, D)`, same dtype and device.
-        targets (`Tensor`): `(N,)` `int64`, words in `0..V`, or -100 for a row that needs no score.
+        targets (`Tensor`): `(N,)` `int64`, tokens in `0..V`, or -100 for a row that needs no score.
         bias (`Tensor`, *optional*): `(V,)`, same dtype and device.
         softcap (`float`, *optional*): Bound on the logits (Gemma 2's `final_logit_softcapping`).
         logit_scale (`float`, *optional*, defaults to 1.0): Factor on the products (Cohere's
@@ -340,13 +341,13 @@ def linear_orpo(
     loss = nll - beta * logsigmoid(log_odds).mean()
     ```
 
-    Loss and gradients are finite for every finite input, certain tokens and empty completions
-    included. The gradients are computed together with the loss: two matrix products of the scored
-    rows with the weight if the head is frozen, three if it is trained, four if a pair's logits
-    do not fit `logits_budget`.
+    Loss and gradients are finite for every finite input, also for tokens of probability one and
+    empty completions. The gradients are computed together with the loss: two matrix products of the
+    scored rows with the weight if the head is frozen, three if it is trained, four if a pair's
+    logits do not fit `logits_budget`.
 
     Args:
-        hidden (`Tensor`): `(N, D)`, a row for every position that predicts a token, in any order;
+        hidden (`Tensor`): `(N, D)`, one row per position that predicts a token, in any order;
             `float32`, `bfloat16`, `float16` or `float64`.
         weight (`Tensor`): Output embeddings, `(V, D)`, same dtype and device.
         targets (`Tensor`): `(N,)` `int64`, the token that each row predicts, or -100 for a row that
@@ -365,10 +366,9 @@ def linear_orpo(
             and TRL; `"identity"` uses the raw log odds ratio, which is unbounded.
         num_pairs (`int`, *optional*): `B`. Read from `sequence` if not given.
         num_scored (`int`, *optional*): Number of rows in the loss: those with a target, of a
-            completion or, if `nll_scope` is `"full"`, of a chosen sequence. Counted if not given. A
-            caller who gives it and `num_pairs` lets the host run ahead of a CUDA device, where
-            values are not checked: the loss is NaN then if the number, a target or a sequence is
-            wrong.
+            completion or, if `nll_scope` is `"full"`, of a chosen sequence. Counted if not given.
+            With it and `num_pairs` the host does not wait for a CUDA device, and values are not
+            checked there: the loss is NaN if the number, a target or a sequence is wrong.
         logits_budget (`int`, *optional*): Bytes of logits that a trained head may keep for its
             backward pass.
 

@@ -1,4 +1,4 @@
-"""Models that bitsandbytes has loaded, taken over as they stand."""
+"""Replaces the layers of models that bitsandbytes has loaded."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ __all__ = ["AdoptedLayers", "adopt", "on_cpu"]
 
 def adopt(model: nn.Module) -> nn.Module:
     """
-    Puts [`~oddsmith.nn.Linear4bit`] in the place of bitsandbytes' layers. Codes and scales are shared,
-    not copied.
+    Replaces bitsandbytes' layers by [`~oddsmith.nn.Linear4bit`], which share their codes and
+    scales.
 
     Args:
         model (`nn.Module`):
@@ -28,8 +28,8 @@ def adopt(model: nn.Module) -> nn.Module:
         `nn.Module`: The model.
 
     Raises:
-        ValueError: If there is no such layer, one is not NF4 or not quantised yet, or has an adapter.
-            Nothing has been changed then.
+        ValueError: If there is no such layer, one is not NF4 or not quantised yet, or has an
+            adapter. Nothing is changed then.
     """
     _exchange(model, _made_of(model))
     return model
@@ -37,7 +37,7 @@ def adopt(model: nn.Module) -> nn.Module:
 
 class AdoptedLayers(Patch):
     """
-    [`adopt`] with a way back: bitsandbytes' layers return, with the codes that they share with ours.
+    [`adopt`] that can be undone: bitsandbytes' layers, which share their codes with ours, return.
 
     Args:
         model (`nn.Module`): The model.
@@ -45,11 +45,11 @@ class AdoptedLayers(Patch):
 
     target = "bitsandbytes.nn.Linear4bit layers of a model on a CPU"
     purpose = (
-        "After an evaluation, bitsandbytes 0.50 lays out the codes on a CPU anew, for good, and its "
-        "layers let no gradient through."
+        "After an evaluation on a CPU, bitsandbytes 0.50 permanently changes the layout of codes, and its "
+        "layers give no gradient."
     )
     tested = "bitsandbytes 0.50"
-    fallback = "they stay those of bitsandbytes, which on a CPU let no gradient through after an evaluation"
+    fallback = "bitsandbytes' layers are kept, which give no gradient on a CPU after an evaluation"
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class AdoptedLayers(Patch):
 
     def _restore(self) -> None:
         for name, layer in self._theirs.items():
-            # What an adapter has been put on stays, and so does what somebody else has exchanged.
+            # Layers with an adapter are kept, and so are layers that others have replaced.
             if self._model.get_submodule(name) is self._made[name]:
                 layer.train(self._made[name].training)
                 self._model.set_submodule(name, layer)
@@ -85,7 +85,7 @@ def _made_of(model: nn.Module) -> dict[str, Linear4bit]:
     if not found:
         raise ValueError(
             f"adopt: {type(model).__name__} has no Linear4bit layer of bitsandbytes; load it with a "
-            "BitsAndBytesConfig, or hand it to ORPOTrainer as it is"
+            "BitsAndBytesConfig, or pass it to ORPOTrainer directly"
         )
     return {name: _taken_over(name, layer) for name, layer in found.items()}
 
@@ -108,7 +108,7 @@ def _taken_over(name: str, theirs: Any) -> Linear4bit:
     if name.endswith("base_layer"):
         raise ValueError(f"adopt: {name} has an adapter; adopt the model before it gets one")
     if getattr(getattr(theirs.weight, "quant_state", None), "packing_format_for_cpu", False):
-        theirs.state_dict()  # brings the codes back into their order, in place
+        theirs.state_dict()  # restores the order of the codes, in place
     weight = theirs.weight
     state = getattr(weight, "quant_state", None)
     if state is None:

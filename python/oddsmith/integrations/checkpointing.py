@@ -1,4 +1,4 @@
-"""Activation checkpointing for as long as a model is trained, and gradients through it to an adapter."""
+"""Activation checkpointing while a model is trained, with gradients for an adapter."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .patch import Patch
 
 __all__ = ["Checkpointing"]
 
-# What switching checkpointing on leaves in a model.
+# Attributes that enabling checkpointing sets in a model.
 _FLAGS = (
     "gradient_checkpointing",
     "_gradient_checkpointing_func",
@@ -31,7 +31,7 @@ class _Before:
             module: {name: vars(module)[name] for name in _FLAGS if name in vars(module)}
             for module in core.modules()
         }
-        # The parts of a model for images and text have embeddings of their own.
+        # The parts of a model for images and text have separate embeddings.
         found = map(_embeddings, self.flags)
         layers = {id(layer): layer for layer in found if layer is not None}
         self.hooks = {layer: set(layer._forward_hooks) for layer in layers.values()}
@@ -52,9 +52,9 @@ _before: WeakKeyDictionary[nn.Module, _Before] = WeakKeyDictionary()
 
 class Checkpointing(Patch):
     """
-    Hooks that make the output of embeddings require a gradient: a reentrant checkpoint passes none on to
-    an adapter if no input of it requires one. At the end it takes off what Trainer has switched on too,
-    checkpoints and hooks that do not pickle.
+    Hooks that make the output of embeddings require a gradient: a reentrant checkpoint gives an
+    adapter no gradient if none of its inputs requires one. At the end it also removes the
+    checkpoints and the hooks, which cannot be pickled, of Trainer.
 
     Args:
         model (`nn.Module`): The model.
@@ -66,7 +66,7 @@ class Checkpointing(Patch):
         "Gradients reach an adapter; after a run, a model pickles and is checkpointed as before."
     )
     tested = "torch 2.11, transformers 5.17 to 5.24, peft 0.18 to 0.21"
-    fallback = "reentrant checkpoints pass no gradient on to an adapter"
+    fallback = "reentrant checkpoints give an adapter no gradient"
 
     def __init__(self, model: nn.Module, reentrant: bool = True) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class Checkpointing(Patch):
     def _restore(self) -> None:
         before = _before[self._core]
         before.users -= 1
-        if not before.users:  # no other run of the same model goes on
+        if not before.users:  # no other run of the same model is active
             del _before[self._core]
             before.bring_back()
 

@@ -17,13 +17,13 @@ class CpuMemoryPool(Patch):
     """
     A pool for the memory of large CPU tensors.
 
-    The C library's allocator fragments under training: a run keeps several times what its tensors
-    need. Tensors made inside may be used outside; what the pool does not use at the end goes back
-    to the system. Linux only, elsewhere nothing changes.
+    The C library's allocator fragments in training: a run keeps several times the memory of its
+    tensors. Tensors created inside can be used outside; unused memory is returned to the system at
+    the end. Linux only; no effect elsewhere.
     """
 
     target = "torch's CPU allocator"
-    purpose = "Training on a CPU keeps the memory that its tensors need, not several times that."
+    purpose = "Training on a CPU uses about the memory of its tensors, not several times as much."
     tested = "torch 2.11"
     fallback = "the memory of CPU tensors comes from the C library"
 
@@ -39,9 +39,9 @@ POOL = CpuMemoryPool()
 
 def pooled_memory(device: torch.device) -> AbstractContextManager[Any]:
     """
-    For the duration, [`CpuMemoryPool`].
+    A context with [`CpuMemoryPool`].
 
     Args:
-        device (`torch.device`): Where the model is; nothing changes unless that is the CPU.
+        device (`torch.device`): Device of the model; no effect unless it is the CPU.
     """
     return POOL if device.type == "cpu" else nullcontext()

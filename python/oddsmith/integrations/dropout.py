@@ -1,4 +1,4 @@
-"""No dropout in a model for as long as it is trained (`disable_dropout`)."""
+"""No dropout in a model while it is trained (`disable_dropout`)."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ _LAYERS = (
     nn.FeatureAlphaDropout,
 )
 
-# Of each module: how many have switched its dropout off, and the rates that it had.
+# For each module: how many runs have disabled its dropout, and its original rates.
 _off: WeakKeyDictionary[nn.Module, tuple[int, dict[str, float]]] = WeakKeyDictionary()
 
 
 class NoDropout(Patch):
     """
-    Every dropout rate of a model at 0: those of dropout layers, and those that attention layers keep as
-    a number for the functional form.
+    Sets every dropout rate of a model to 0: those of dropout layers, and the numbers that attention
+    layers pass to functional dropout.
 
     Args:
         model (`nn.Module`): The model.
     """
 
     target = "dropout rates of a model"
-    purpose = "`disable_dropout` of ORPOConfig; the rates come back when a run ends."
+    purpose = "`disable_dropout` of ORPOConfig; the rates are restored when a run ends."
     tested = "torch 2.11, transformers 5.17 to 5.24"
     fallback = "its dropout stays on"
 
@@ -55,7 +55,7 @@ class NoDropout(Patch):
     def _restore(self) -> None:
         for module in self._modules:
             count, rates = _off.pop(module)
-            if count > 1:  # another run of the same model goes on
+            if count > 1:  # another run of the same model is active
                 _off[module] = (count - 1, rates)
                 continue
             for name, rate in rates.items():

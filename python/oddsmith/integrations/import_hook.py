@@ -1,8 +1,8 @@
-"""Stands in for bitsandbytes, where it is not installed, as soon as transformers is there.
+"""Replaces bitsandbytes, if it is not installed, as soon as transformers is imported.
 
-`import oddsmith` alone has to be enough for a script that loads a model with a `BitsAndBytesConfig`, and
-must not take the seconds that importing transformers takes: transformers' table of quantizers is changed
-when it is made.
+`import oddsmith` must be enough for a script that loads a model with a `BitsAndBytesConfig`, and
+must not take the seconds of importing transformers, so transformers' table of quantizers is changed
+when it is created.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["HOOK", "ImportHook", "install"]
 
 
 class ImportHook(Patch):
-    """A finder in `sys.meta_path`, which changes the table whenever its module is made."""
+    """A finder in `sys.meta_path`, which changes the table whenever its module is imported."""
 
     target = f"sys.meta_path, for {MODULE}"
     purpose = "Changes transformers' table of quantizers when transformers is imported, not before."
@@ -43,19 +43,19 @@ HOOK = ImportHook()
 
 
 def install() -> None:
-    """Serves NF4 models from now on, if bitsandbytes is not installed."""
+    """Loads NF4 models with oddsmith from now on, if bitsandbytes is not installed."""
     if has_bitsandbytes():
         return
     HOOK.ensure()
     if MODULE in sys.modules:
-        with suppress(Exception):  # an import that fails does so where it was begun
-            # Another thread may be in the middle of it: then this waits until it is done.
+        with suppress(Exception):  # a failing import raises where it was started
+            # If another thread is importing it, this waits until it is done.
             importlib.import_module(MODULE)
             TABLE.ensure()
 
 
 class _Finder(MetaPathFinder):
-    """Asks the others for the one module, and has its table changed when it has run."""
+    """Finds the module through the other finders, and changes its table after it has run."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -73,7 +73,7 @@ class _Finder(MetaPathFinder):
 
 
 class _Loader:
-    """Another loader, and the change after it."""
+    """Another loader, followed by the change."""
 
     def __init__(self, loader: Any) -> None:
         self._loader = loader
@@ -82,7 +82,7 @@ class _Loader:
         return getattr(self._loader, name)
 
     def exec_module(self, module: ModuleType) -> None:
-        # What asks the module for its loader later gets the real one.
+        # Code that reads the module's loader later gets the real one.
         module.__loader__ = self._loader
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader

@@ -1,14 +1,12 @@
 """Attention over a packed row of pairs, for the models of transformers.
 
-A [`~oddsmith.packing.batch.PackedBatch`] is one row of real tokens, `[prompt | chosen | rejected]` for
-each pair. The chosen answer sees the prompt and itself, so does the rejected one, and no pair sees
-another: no padding, and no prompt twice.
+A [`~oddsmith.packing.batch.PackedBatch`] is one row of tokens without padding, `[prompt | chosen |
+rejected]` for each pair. Each answer sees the prompt and itself, and no pair sees another.
 
-The row travels through the model as a keyword argument to the attention function that transformers
-registers as `sdpa`. In its place stands ours for as long as there is such a row: it computes those,
-and hands every other call on. Neither the model nor its configuration is changed, and a layer that
-is computed again in the backward pass, from the arguments that its checkpoint keeps, finds what it
-found before.
+The row is passed through the model as a keyword argument to the attention function that
+transformers registers as `sdpa`. While there is such a row, ours is registered instead: it computes
+packed rows and passes every other call on. Neither the model nor its configuration is changed, and
+a layer that is recomputed in the backward pass gets the same arguments from its checkpoint.
 """
 
 from __future__ import annotations
@@ -36,7 +34,7 @@ __all__ = [
     "packed_inputs",
 ]
 
-# The attention that ours stands in for.
+# The attention that ours replaces.
 NAME = "sdpa"
 
 _INTERFACE = "transformers.modeling_utils:AttentionInterface"
@@ -45,7 +43,7 @@ _SDPA_FORWARD = "transformers.integrations.sdpa_attention:sdpa_attention_forward
 # Keyword that carries a packed row through the model to `attend`.
 ROW = "oddsmith_row"
 
-# What some models hand to their attention and this one does not compute.
+# Arguments of some models' attention that are not supported here.
 _UNKNOWN = ("softcap", "position_bias", "s_aux")
 
 
@@ -76,13 +74,13 @@ def attend(
         dropout (`float`, *optional*): Rate of dropout on the attention weights.
         scaling (`float`, *optional*): Factor on the products; one over the root of d if not given.
         sliding_window (`int`, *optional*): Positions that a token sees, itself included.
-        kwargs: `oddsmith_row`, a [`PackedRow`]; without it the call goes to what `sdpa` was before.
+        kwargs: `oddsmith_row`, a [`PackedRow`]; without it the call goes to the previous `sdpa`.
 
     Returns:
         `tuple`: `(1, N, heads, d)`, and None for the weights.
 
     Raises:
-        [`CannotPack`]: If the layer asks for something that is not computed here.
+        [`CannotPack`]: If the layer needs something that is not supported here.
     """
     row = kwargs.pop(ROW, None)
     if row is None:
@@ -98,7 +96,7 @@ def attend(
         raise CannotPack(f"its attention has a {', '.join(unknown)}")
     if not getattr(module, "is_causal", True):
         raise CannotPack("its attention is not causal")
-    if torch.is_autocast_enabled(query.device.type):  # as it does for libtorch's own attention
+    if torch.is_autocast_enabled(query.device.type):  # as autocast does for libtorch's attention
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (x.to(dtype) for x in (query, key, value))
     if sliding_window is not None and all(
@@ -123,7 +121,7 @@ def _blockwise(
     scaling: float | None,
     sliding_window: int | None,
 ) -> Tensor:
-    """[`PackedFlash`] by libtorch's own choice of kernel: any device, dropout, a window."""
+    """[`PackedFlash`] with libtorch's choice of kernel: any device, dropout, a window."""
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
@@ -158,7 +156,7 @@ def _band(queries: int, keys: int, window: int, device: torch.device) -> Tensor:
 
 
 class SdpaAttention(Patch):
-    """[`attend`] as what transformers calls `sdpa`."""
+    """Registers [`attend`] as transformers' `sdpa`."""
 
     target = 'transformers.AttentionInterface, entry "sdpa"'
     purpose = "Attention over packed rows; every other call goes to what was registered before."
@@ -178,12 +176,12 @@ class SdpaAttention(Patch):
         _register(attend)
 
     def _restore(self) -> None:
-        if _registered() is attend:  # nobody has registered another one since
+        if _registered() is attend:  # no other function was registered since
             _register(self.theirs)
 
     def _try_out(self) -> None:
         if _registered() is not attend:
-            raise Unsupported("what is registered is not what is called")
+            raise Unsupported("the registered function is not the one that is called")
 
 
 def _registered() -> Any:
@@ -199,29 +197,30 @@ SDPA = SdpaAttention()
 
 class PackedRow:
     """
-    The segments of a packed row on their way to [`attend`], which is registered while there is one.
+    The segments of a packed row for [`attend`], which is registered while there is one.
 
-    No tuple and no dataclass, for what wraps models makes new ones of those.
+    Not a tuple or dataclass, because wrappers of models copy these.
 
     Args:
         segments (`tuple`): Those of a [`~oddsmith.packing.batch.PackedBatch`].
 
     Raises:
-        [`CannotPack`]: If transformers' table does not take the function.
+        [`CannotPack`]: If transformers' table does not accept the function.
     """
 
     def __init__(self, segments: Segments):
         self.segments = segments
         self.seen = False  # by an attention layer
         if not SDPA.apply():
-            raise CannotPack("transformers' table of attention functions is another one")
+            raise CannotPack("transformers' table of attention functions has changed")
         weakref.finalize(self, SDPA.undo).atexit = False
 
 
 @torch.no_grad()
 def check(core: Any) -> None:
     """
-    Tries out whether a model gives on a packed row what it gives on a padded batch. Nothing is changed.
+    Checks by a trial whether a model gives the same results on a packed row as on a padded batch.
+    Nothing is changed.
 
     Raises:
         [`CannotPack`]: With the reason, if not.
@@ -241,12 +240,12 @@ def check(core: Any) -> None:
 
 
 def _try_out(core: Any) -> str | None:
-    """Compares two short pairs packed and padded; what is wrong, or None."""
+    """Compares two short pairs packed and padded; returns the problem, or None."""
     device = core.get_input_embeddings().weight.device
     if device.type == "meta":
         return "its weights are not in memory, so a packed row cannot be tried out"
-    # Low ids: the high ones of some models stand for images. The first pair shares a prompt of three
-    # tokens but the last, the second nothing; only position and neighbours tell its tokens apart.
+    # Low ids: high ones of some models are image tokens. The first pair shares all but the last of
+    # three prompt tokens, the second nothing; only position and neighbours distinguish its tokens.
     chosen, rejected = ([3, 5, 4, 6, 5, 3, 4], [5, 3]), ([3, 5, 4, 3], [5, 3, 5])
     pairs = [
         {
@@ -268,12 +267,12 @@ def _try_out(core: Any) -> str | None:
     if not inputs[ROW].seen:
         return "its attention does not get the packed row"
     padded = core(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    # Each row that predicts, in the order of the batch: chosen and rejected of each pair.
+    # All rows that predict, in the order of the batch: chosen and rejected of each pair.
     order = [0, 2, 1, 3]
     padded = torch.cat([padded[row, : mask[row].sum() - 1] for row in order])
     room = 64 * torch.finfo(packed.dtype).eps * (1.0 + padded.abs().max())
     if packed.shape != padded.shape or (packed - padded).abs().max() > room:
-        return "it gives other results on a packed row than on a padded batch"
+        return "its results on a packed row differ from those on a padded batch"
     return None
 
 
@@ -282,7 +281,7 @@ def packed_inputs(batch: PackedBatch) -> dict[str, Any]:
     return {
         "input_ids": batch.input_ids,
         "position_ids": batch.position_ids,
-        # Four dimensions: transformers takes it for a finished mask and makes none.
+        # With four dimensions, transformers uses it as the final mask and makes none.
         "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids.device),
         ROW: PackedRow(batch.segments),
     }
@@ -290,13 +289,13 @@ def packed_inputs(batch: PackedBatch) -> dict[str, Any]:
 
 def check_seen(inputs: dict[str, Any]) -> None:
     """
-    After a model has run on [`packed_inputs`].
+    Check a model after a run on [`packed_inputs`].
 
     Raises:
-        RuntimeError: If none of its layers has got the packed row.
+        RuntimeError: If none of its layers got the packed row.
     """
     if not inputs[ROW].seen:
         raise RuntimeError(
-            "the model's attention did not get the packed row: it is another one than when the trainer "
-            'was made; set attn_implementation="sdpa" again, or padding_free=False'
+            "the model's attention did not get the packed row: it has changed since the trainer "
+            'was created; set attn_implementation="sdpa" again, or padding_free=False'
         )

@@ -1,4 +1,4 @@
-"""A model out of its wrappers, and tried out without a trace."""
+"""A model without its wrappers, and trial runs without side effects."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ __all__ = ["core_of", "observed"]
 
 
 def core_of(model: Any) -> Any:
-    """The model of transformers within what DDP, FSDP, DeepSpeed, torch.compile and PEFT put around it."""
+    """The model of transformers inside the wrappers of DDP, FSDP, DeepSpeed, torch.compile and
+    PEFT.
+    """
     model = extract_model_from_parallel(model, keep_torch_compile=False)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
@@ -24,17 +26,17 @@ def core_of(model: Any) -> Any:
 @contextmanager
 def observed(core: nn.Module) -> Iterator[None]:
     """
-    For a forward pass whose only effect is its result: no gradient, no dropout; modes and the state of
-    the random generators are as before at the end.
+    A context for a forward pass without side effects: no gradient, no dropout; modes and the state
+    of the random generators are restored.
     """
     modes = {module: module.training for module in core.modules()}
     devices = {each.device for each in core.parameters() if each.device.type == "cuda"}
     for module in modes:
-        # On a CPU, layers of bitsandbytes lay out their codes anew in evaluation, for good, and let no
-        # gradient through after it. Nothing in them depends on the mode otherwise.
+        # On a CPU, layers of bitsandbytes permanently change the layout of their codes in
+        # evaluation mode, and then give no gradient. Otherwise they do not depend on the mode.
         if not type(module).__module__.startswith("bitsandbytes."):
             module.training = False
-    # Of a run before, accelerate may have left its mixed precision around the forward, which rounds.
+    # After an earlier run, accelerate's mixed precision may still wrap the forward, which rounds.
     own = vars(core).get("_original_forward")
     plain = nullcontext() if own is None else ModuleForward(core, own, under_hooks=False)
     try:

@@ -1,8 +1,8 @@
 """The fused head inside a model's own forward pass.
 
-The loss is computed where the model would make its logits: in the output head, called by the
-model, called by whatever wraps it. Nothing goes around a wrapper, so DDP, FSDP, ZeRO-3, PEFT and
-autocast see the calls that they expect.
+The loss is computed where the model would make its logits: in the output head, which the model
+calls, which its wrappers call. No wrapper is bypassed, so DDP, FSDP, ZeRO-3, PEFT and autocast see
+the expected calls.
 """
 
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class FusedBatch:
         completion (`Tensor`): Whether the target is a completion token, `(N,)`.
         positions (`int`): Positions of that batch.
         num_pairs (`int`): `B`.
-        num_scored (`int`, *optional*): Rows in the loss, where the host knows.
+        num_scored (`int`, *optional*): Rows in the loss, if known on the host.
         beta (`float`): Weight of the odds ratio term.
         nll_scope (`str`): See [`~oddsmith.functional.linear_orpo`], as the next two.
         odds_ratio_link (`str`): See there.
@@ -59,7 +59,7 @@ class FusedBatch:
         """
         From a padded batch, each argument `(2B, T)`, chosen sequences first.
 
-        Every real position with a real successor is a row.
+        Every position whose successor is not padding is a row.
         """
         real = attention_mask != 0
         predicts = torch.zeros_like(real)
@@ -99,8 +99,8 @@ class FusedBatch:
         num_scored: int | None,
         objective: dict[str, Any],
     ) -> "FusedBatch":
-        # A rejected prompt is in no term of the loss, nor is a chosen one if only completions
-        # count: their rows have no target.
+        # Rejected prompts are in no term of the loss, and chosen ones neither if only completions
+        # count, so their rows have no target.
         scored = completion
         if objective["nll_scope"] == "full":
             scored = scored | (sequence < pairs)
@@ -117,7 +117,7 @@ class FusedBatch:
 
 @dataclass
 class FusedOutput:
-    """What a model computed of a [`FusedBatch`]: [`LinearORPOOutput`], and its own `aux_loss`."""
+    """The results of a model for a [`FusedBatch`]: [`LinearORPOOutput`], and its own `aux_loss`."""
 
     loss: Tensor
     nll_loss: Tensor
@@ -131,13 +131,13 @@ class FusedOutput:
     aux_loss: Tensor | None = None
 
 
-# What each model does to its head's output, as far as it has been tried out.
+# The probed logit map of each model.
 _LOGIT_MAPS: WeakKeyDictionary[nn.Module, LogitMap] = WeakKeyDictionary()
 
 
 def check(model: nn.Module) -> LogitMap:
     """
-    Tries out what a model does between its head and its logits. Nothing is changed.
+    Finds out by a trial what a model does between its head and its logits. Nothing is changed.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`): A causal language model.
@@ -152,19 +152,19 @@ def check(model: nn.Module) -> LogitMap:
 
 def fused_loss(model: nn.Module, batch: FusedBatch, *args: Any, **kwargs: Any) -> FusedOutput:
     """
-    Runs a model, wrapped as it may be, with the loss in place of its logits.
+    Runs a model, with any wrappers, and computes the loss instead of its logits.
 
-    For the time of the call its output head has another forward. The model is not changed otherwise.
+    During the call its output head has another forward. The model is not changed otherwise.
 
     Args:
-        model (`nn.Module`): The model, or what DDP, FSDP, DeepSpeed or PEFT have made of it.
+        model (`nn.Module`): The model, or its wrapper by DDP, FSDP, DeepSpeed or PEFT.
         batch ([`FusedBatch`]): The rows that predict, and the objective.
         args (`Any`): Arguments of the model.
-        kwargs (`Any`): Likewise.
+        kwargs (`Any`): Keyword arguments of the model.
 
     Raises:
         [`HeadMismatch`]: If the loss cannot be computed in this model's head.
-        RuntimeError: If the model calls its head in another manner than when it was tried out.
+        RuntimeError: If the model calls its head in another way than in the trial.
     """
     core = core_of(model)
     logit_map = _LOGIT_MAPS.get(core) or check(core)
@@ -174,8 +174,8 @@ def fused_loss(model: nn.Module, batch: FusedBatch, *args: Any, **kwargs: Any) -
     def forward(hidden: Tensor) -> Tensor:
         result = _loss(head, hidden, batch, logit_map)
         results.append(result)
-        # Stands for the logits in what the model does to them. It depends on the loss, and the
-        # loss on it, for the hooks that FSDP and ZeRO-3 hang on the output of a module to run.
+        # Replaces the logits in the model's code. It depends on the loss, and the loss on it, so
+        # that the hooks of FSDP and ZeRO-3 on the output of a module run.
         return (result.loss * 0.0).expand(*hidden.shape[:-1], 1)
 
     with ModuleForward(head, forward):
@@ -205,7 +205,7 @@ def _loss(
     device = hidden.device.type
     hidden = hidden.reshape(-1, hidden.shape[-1])
     hidden = hidden.index_select(0, batch.rows.to(hidden.device))
-    # What autocast would do to the head, except that the CPU multiplies in float32 either way.
+    # What autocast would do to the head, except that the CPU always multiplies in float32.
     casts = device != "cpu" and torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if casts else weight.dtype
     if dtype == torch.float16:

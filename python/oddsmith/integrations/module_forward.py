@@ -1,4 +1,4 @@
-"""Another forward for one module, for the time of a call."""
+"""Replaces the forward of one module during a call."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ __all__ = ["ModuleForward"]
 
 class ModuleForward(Patch):
     """
-    Another `forward` of one module.
+    Replaces the `forward` of one module.
 
     Args:
         module (`nn.Module`): The module.
-        forward (`Callable`): Takes the place of its `forward`.
-        under_hooks (`bool`, *optional*, defaults to `True`): Leave the hooks of accelerate, which move
-            weights and outputs between devices, in front of it.
+        forward (`Callable`): Replaces its `forward`.
+        under_hooks (`bool`, *optional*, defaults to `True`): Keep the hooks of accelerate, which
+            move weights and outputs between devices, around it.
     """
 
     target = "`forward` of a module"
@@ -33,7 +33,7 @@ class ModuleForward(Patch):
     ) -> None:
         super().__init__()
         self._own = vars(module)
-        # Where accelerate keeps a module's own forward while its hooks hang on it.
+        # Where accelerate stores a module's forward while its hooks are attached.
         hooked = under_hooks and "_old_forward" in self._own
         self._name = "_old_forward" if hooked else "forward"
         self._had = self._name in self._own
@@ -41,7 +41,7 @@ class ModuleForward(Patch):
         self._forward = forward
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
-        # Whoever has wrapped this one meanwhile, and keeps it, gets the module's own once it is undone.
+        # Code that has wrapped this forward meanwhile calls the module's forward once it is undone.
         # No is_applied(): torch.compile, which follows calls to here, knows no locks.
         return (self._forward if self._users else self._before)(*args, **kwargs)
 

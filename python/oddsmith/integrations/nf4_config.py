@@ -1,4 +1,4 @@
-"""Who computes a model with 4-bit weights: what asks for oddsmith, on one configuration or on all."""
+"""Selects oddsmith for models with 4-bit weights, for one configuration or for all."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ def NF4Config(
 ) -> BitsAndBytesConfig:
     """
     Settings that load a model with NF4 weights (Dettmers et al. 2023) of oddsmith, whether bitsandbytes
-    is installed or not. Models that are loaded with other settings are not concerned.
+    is installed or not. Models with other settings are not affected.
 
-    A function and no class of its own: transformers compares the class with that of a checkpoint. That
-    oddsmith is asked for is kept in its `bnb_4bit_quant_type`, a string equal to `"nf4"`; copies and
-    `from_dict(config.to_dict())` have it too. A saved checkpoint says `"nf4"` and nothing of oddsmith.
+    A function, not a subclass, because transformers compares the class with that of a checkpoint.
+    The choice of oddsmith is stored in its `bnb_4bit_quant_type`, a string equal to `"nf4"`; copies
+    and `from_dict(config.to_dict())` keep it. A saved checkpoint has a plain `"nf4"`.
 
     Args:
         compute_dtype (`torch.dtype` or `str`, *optional*, defaults to `torch.float32`):
             Dtype that the inputs of linear layers are cast to.
         double_quant (`bool`, *optional*, defaults to `False`):
-            Quantise the scales too, which saves 0.4 bits a value.
+            Quantise the scales too, which saves 0.4 bits per value.
         skip_modules (`list[str]`, *optional*):
-            Layers that stay as they are; the output head if not given.
+            Layers not to quantise; the output head if not given.
         kwargs:
             Further arguments of `BitsAndBytesConfig`.
 
     Returns:
-        `BitsAndBytesConfig`: For `from_pretrained`, and what a checkpoint says.
+        `BitsAndBytesConfig`: For `from_pretrained`; it is also saved in checkpoints.
 
     Raises:
-        ValueError: If `kwargs` ask for another type of weights.
+        ValueError: If `kwargs` select another type of weights.
     """
     from transformers import BitsAndBytesConfig
 
@@ -68,10 +68,10 @@ def NF4Config(
 
 def use_for_bitsandbytes(on: bool = True) -> None:
     """
-    Load all models with NF4 weights by oddsmith from now on, also where bitsandbytes is installed; where
-    it is not, `import oddsmith` has done so. Other weights of 4 or 8 bits stay with bitsandbytes.
+    Load all models with NF4 weights with oddsmith from now on, even if bitsandbytes is installed;
+    without it, `import oddsmith` does so. Other weights of 4 or 8 bits are loaded by bitsandbytes.
 
     Args:
-        on (`bool`, *optional*, defaults to `True`): `False` gives them back to bitsandbytes.
+        on (`bool`, *optional*, defaults to `True`): `False` loads them with bitsandbytes again.
     """
     serve_all(on)

@@ -16,7 +16,9 @@ _NAME = "transformers:PreTrainedModel.num_parameters"
 
 
 class ParameterCount(Patch):
-    """A count that knows our weights; transformers' own imports bitsandbytes to know a 4-bit weight."""
+    """A count that supports our weights; that of transformers imports bitsandbytes for 4-bit
+    weights.
+    """
 
     target = "transformers.PreTrainedModel.num_parameters"
     purpose = "Counts the values of 4-bit weights of oddsmith, without bitsandbytes."

@@ -1,4 +1,6 @@
-"""One change to another library: how it is applied, undone, checked, and left out where it does not fit."""
+"""One change to another library: how it is applied, undone, checked, and skipped if it does not
+fit.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,8 @@ __all__ = ["Patch", "Unsupported"]
 
 logger = logging.getLogger(__name__)
 
-# One lock for all: a patch may apply another one. Reentrant, for the garbage collector may undo a patch
-# in the middle of any line.
+# One lock for all, because a patch can apply another one. Reentrant, because the garbage collector
+# can undo a patch at any time.
 _lock = RLock()
 _said: set[tuple[type, str]] = set()
 
@@ -26,12 +28,12 @@ class Patch:
     """
     One change to another library, to a model or to the process.
 
-    It is counted: as many calls of [`undo`] as of [`apply`] put back what was there. `with patch:` is
-    one of each. A patch that does not fit what is installed changes nothing, says so once in the log,
+    Calls are counted: as many calls of [`undo`] as of [`apply`] restore the original. `with patch:`
+    is one of each. A patch that does not fit the installed library changes nothing, logs one line,
     and never raises.
 
     Subclasses have `_change` and `_restore`; `_check`, which raises [`Unsupported`] before anything is
-    changed; and `_try_out`, which does so with the change in place.
+    changed; and `_try_out`, which raises it with the change in place.
     """
 
     #: What is changed.
@@ -47,10 +49,11 @@ class Patch:
 
     def __init__(self) -> None:
         self._users = 0
+        self._entered: list[bool] = []
 
     def apply(self) -> bool:
         """
-        Makes the change, or counts one more user of it.
+        Makes the change, or counts one more user.
 
         Returns:
             `bool`: Whether the change is in place.
@@ -59,19 +62,19 @@ class Patch:
             if not self.is_applied():
                 try:
                     self._put_in_place()
-                except Exception as error:  # whatever other libraries' code may raise
+                except Exception as error:  # the code of other libraries can raise anything
                     self._say(error)
                     return False
             self._users += 1
             return True
 
     def ensure(self) -> bool:
-        """[`apply`], unless it is applied already."""
+        """[`apply`], unless it is already applied."""
         with _lock:
             return self.is_applied() or self.apply()
 
     def undo(self) -> None:
-        """Puts back what was there once the last user is gone; does nothing without one."""
+        """Restores the original after the last user; does nothing without users."""
         with _lock:
             if self._users == 0:
                 return
@@ -87,10 +90,12 @@ class Patch:
             return self._users > 0
 
     def __enter__(self) -> bool:
-        return self.apply()
+        self._entered.append(self.apply())
+        return self._entered[-1]
 
     def __exit__(self, *error: Any) -> None:
-        self.undo()
+        if self._entered.pop():  # else this block is none of its users
+            self.undo()
 
     def _put_in_place(self) -> None:
         for name in self.needs:
@@ -100,7 +105,7 @@ class Patch:
             self._change()
             self._try_out()
         except BaseException:
-            with suppress(Exception):  # it may have been changed in part
+            with suppress(Exception):  # the change may be incomplete
                 self._restore()
             raise
 
@@ -110,7 +115,7 @@ class Patch:
         )
         if (type(self), reason) not in _said:
             _said.add((type(self), reason))
-            logger.warning(f"{self.target} is left as it is ({reason}): {self.fallback}.")
+            logger.warning(f"{self.target} is not changed ({reason}): {self.fallback}.")
 
     def _check(self) -> None:
         """Raises [`Unsupported`] if the change cannot be made."""
@@ -122,19 +127,19 @@ class Patch:
         raise NotImplementedError
 
     def _try_out(self) -> None:
-        """Raises [`Unsupported`] if the change, now in place, does not do what it is for."""
+        """Raises [`Unsupported`] if the change is in place but does not work."""
 
     def _is_there(self) -> bool:
-        """Whether what was changed is still what is used; not where its module has been reloaded."""
+        """Whether the changed object is still in use; not after its module was reloaded."""
         return True
 
 
 def find(name: str) -> Any:
     """
-    What `"module:attribute"` names.
+    The object that `"module:attribute"` names.
 
     Raises:
-        [`Unsupported`]: If it is not there.
+        [`Unsupported`]: If it does not exist.
     """
     module, _, path = name.partition(":")
     try:
@@ -142,5 +147,5 @@ def find(name: str) -> Any:
         for part in path.split("."):
             found = getattr(found, part)
     except (ImportError, AttributeError) as error:
-        raise Unsupported(f"{name.replace(':', '.')} is not there") from error
+        raise Unsupported(f"{name.replace(':', '.')} does not exist") from error
     return found

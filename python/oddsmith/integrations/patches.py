@@ -1,8 +1,7 @@
-"""Every change that oddsmith makes to another library, to a model or to the process: one list.
+"""The list of all changes that oddsmith makes to other libraries, to models and to the process.
 
-Nothing outside this room changes what belongs to others. Each entry says what it changes, why, with
-which versions it was tested and what happens where it does not fit; see
-[`~oddsmith.integrations.patch.Patch`].
+No other folder changes other libraries. Each entry says what it changes, why, with which versions
+it was tested and what happens if it does not fit; see [`~oddsmith.integrations.patch.Patch`].
 """
 
 from __future__ import annotations
@@ -23,19 +22,19 @@ from .quantizer_table import QuantizerMerge, QuantizerTable
 __all__ = ["PATCHES"]
 
 PATCHES: tuple[type[Patch], ...] = (
-    # What transformers and peft look up, for the process.
+    # Tables of transformers and peft, for the process.
     ImportHook,
     QuantizerTable,
     QuantizerMerge,
     ParameterCount,
     SdpaAttention,
     LoraDispatch,
-    # A model, for as long as it is trained.
+    # A model, while it is trained.
     ModuleForward,
     NoDropout,
     Checkpointing,
     AdoptedLayers,
-    # The process, for as long as it trains.
+    # The process, while it trains.
     CpuMemoryPool,
     NoProgressBars,
 )

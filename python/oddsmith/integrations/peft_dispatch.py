@@ -1,4 +1,4 @@
-"""Which layer peft makes for a 4-bit layer of oddsmith."""
+"""Selects the layer that peft creates for a 4-bit layer of oddsmith."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ _NAME = "dispatch_default"
 
 
 class LoraDispatch(Patch):
-    """[`~oddsmith.integrations.peft_lora.LoraLinear4bit`] on our 4-bit layers; others are peft's."""
+    """[`~oddsmith.integrations.peft_lora.LoraLinear4bit`] on our 4-bit layers; peft handles all
+    others.
+    """
 
     target = f"{_MODULE}.{_NAME}"
-    purpose = "LoRA on 4-bit layers: one autograd function a projection, and a right merge."
+    purpose = "LoRA on 4-bit layers: one autograd function per projection, and correct merging."
     tested = "peft 0.18 to 0.21"
     fallback = "adapters on 4-bit layers are computed by peft, which cannot merge them"
     needs = (
@@ -73,6 +75,6 @@ DISPATCH = LoraDispatch()
 
 
 def serve_peft() -> None:
-    """Lets peft know our layers, in new models and in loaded ones, where it is installed."""
+    """Registers our layers with peft, if it is installed, for new and loaded models."""
     if importlib.util.find_spec("peft") is not None:
         DISPATCH.ensure()

@@ -1,4 +1,4 @@
-"""LoRA on 4-bit layers for peft: one autograd function a projection, and a right merge."""
+"""LoRA on 4-bit layers for peft: one autograd function per projection, and correct merging."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from ..quant.nf4 import dequantize_nf4
 
 __all__ = ["LoraLinear4bit"]
 
-# Beginnings of an adapter that change the base, which 4-bit weights cannot follow.
+# Initialisations of an adapter that change the base, which is not possible with 4-bit weights.
 _CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
-# Other forms of LoRA, which read or change the base in their own ways.
+# Other forms of LoRA, which read or change the base in other ways.
 _VARIANTS = ("use_dora", "arrow_config", "use_bdlora", "alora_invocation_tokens", "velora_config")
 _VARIANTS += ("monteclora_config", "kasa_config")
 
@@ -29,7 +29,7 @@ class LoraLinear4bit(peft_layer.Linear):
     [`Linear4bit`] with low-rank adapters, as peft's `lora.Linear`.
 
     With one active adapter, no dropout and no autocast, the base product, the low-rank product and
-    their gradients are one autograd function that adds in place. Everything else goes the way of
+    their gradients are one autograd function that adds in place. Everything else is computed by
     peft.
 
     Args:
@@ -39,7 +39,7 @@ class LoraLinear4bit(peft_layer.Linear):
         kwargs: Rank, alpha and the like, as peft passes them.
 
     Raises:
-        ValueError: For DoRA and other variants, and for beginnings that change the base.
+        ValueError: For DoRA and other variants, and for initialisations that change the base.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class LoraLinear4bit(peft_layer.Linear):
         return out.to(x.dtype)
 
     def _only_adapter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-        """The adapter, if it is the only one and nothing stands between it and the input."""
+        """The adapter, if it is the only active one and is applied to the input directly."""
         active = [name for name in self.active_adapters if name in self.lora_A]
         if args or kwargs or self.disable_adapters or self.merged or len(active) != 1:
             return None
@@ -85,7 +85,9 @@ class LoraLinear4bit(peft_layer.Linear):
 
     @contextmanager
     def _in_full(self) -> Iterator[None]:
-        """The weight in `float32`; quantised again at the end, left alone after an error."""
+        """A context with the weight in `float32`, which is quantised again at the end and unchanged
+        after an error.
+        """
         base = cast(Linear4bit, self.get_base_layer())
         codes = base.weight
         state = codes.quant_state
@@ -108,7 +110,7 @@ class LoraLinear4bit(peft_layer.Linear):
             super().merge(safe_merge, adapter_names)
 
     def unmerge(self) -> None:
-        """Takes merged adapters out again, but for what rounding to 4 bits has lost."""
+        """Removes merged adapters, up to the rounding to 4 bits."""
         with self._in_full():
             super().unmerge()
 
@@ -117,7 +119,7 @@ def _check(config: Any) -> None:
     for name in _VARIANTS:
         if getattr(config, name, None):
             raise ValueError(
-                f"LoraConfig: {name} is not there for 4-bit layers of oddsmith; leave it out, or load "
+                f"LoraConfig: {name} is not supported for 4-bit layers of oddsmith; remove it, or load "
                 "the model in full precision"
             )
     begin = config.init_lora_weights

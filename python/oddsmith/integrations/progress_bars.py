@@ -1,4 +1,4 @@
-"""The progress bars of datasets and transformers, hidden."""
+"""Hides the progress bars of datasets and transformers."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ __all__ = ["NoProgressBars"]
 
 
 class NoProgressBars(Patch):
-    """No progress bars of datasets and transformers; what was hidden before stays so."""
+    """Hides the progress bars of datasets and transformers; bars that were hidden before stay
+    hidden.
+    """
 
     target = "progress bars of datasets and transformers"
-    purpose = "Each is shorter than a second in `oddsmith demo`, which shows one of its own."
+    purpose = "Each takes less than a second in `oddsmith demo`, which shows another bar."
     tested = "datasets 4.0 to 5.2, transformers 5.17 to 5.24"
     fallback = "their progress bars are shown"
     needs = (

@@ -1,6 +1,6 @@
-"""Transformers' table of quantizers: NF4 by oddsmith where it is asked for, everything else as before.
+"""transformers' table of quantizers: NF4 by oddsmith if selected, everything else as before.
 
-Imports neither torch nor transformers: `import oddsmith` has to be quick.
+Imports neither torch nor transformers, so that `import oddsmith` is fast.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["MERGE", "TABLE", "NF4ByOddsmith", "QuantizerMerge", "QuantizerTable"
 
 logger = logging.getLogger(__name__)
 
-# Where transformers looks for the quantizer of a BitsAndBytesConfig with 4 bits.
+# The key of the quantizer of a BitsAndBytesConfig with 4 bits.
 MODULE = "transformers.quantizers.auto"
 METHOD = "bitsandbytes_4bit"
 
@@ -29,7 +29,7 @@ _reported: set[str] = set()
 
 
 class NF4ByOddsmith(str):
-    """`"nf4"` as the `bnb_4bit_quant_type` of a configuration that asks for oddsmith."""
+    """`"nf4"` as the `bnb_4bit_quant_type` of a configuration that selects oddsmith."""
 
     __slots__ = ()
 
@@ -41,12 +41,12 @@ class NF4ByOddsmith(str):
 
 
 def _asked(name: str) -> NF4ByOddsmith:
-    TABLE.ensure()  # in the process that gets a configuration too
+    TABLE.ensure()  # also in a process that unpickles a configuration
     return NF4ByOddsmith(name)
 
 
 def serve_all(on: bool) -> None:
-    """Whether a plain NF4 configuration asks for oddsmith, too."""
+    """Whether plain NF4 configurations select oddsmith too."""
     global _serves_all
     _serves_all = on
     if on:
@@ -57,7 +57,7 @@ def has_bitsandbytes() -> bool:
     """Whether bitsandbytes can be imported."""
     try:
         return importlib.util.find_spec("bitsandbytes") is not None
-    except (ImportError, ValueError):  # a stand-in without a specification
+    except (ImportError, ValueError):  # a fake module without a specification
         return sys.modules.get("bitsandbytes") is not None
 
 
@@ -76,7 +76,7 @@ def _asks(config: Any) -> bool:
 
 
 def _quantizer(config: Any, *args: Any, **kwargs: Any) -> Any:
-    """Stands in the table for the class of bitsandbytes' quantizer."""
+    """Replaces the class of bitsandbytes' quantizer in the table."""
     ours = _our_quantizer() if _asks(config) else None
     return (ours or TABLE.theirs)(config, *args, **kwargs)
 
@@ -91,7 +91,7 @@ def _our_quantizer() -> Any:
             _reported.add(str(error))
             logger.warning(
                 f"4-bit weights of oddsmith do not fit the installed transformers ({error}): "
-                "models are loaded with those of bitsandbytes."
+                "models are loaded by bitsandbytes."
             )
         return None
     return NF4Quantizer
@@ -101,9 +101,7 @@ class QuantizerTable(Patch):
     """Our function in transformers' table, for 4-bit models."""
 
     target = f'{MODULE}.AUTO_QUANTIZER_MAPPING, entry "{METHOD}"'
-    purpose = (
-        "Loads NF4 models without bitsandbytes, or beside it where a configuration asks for it."
-    )
+    purpose = "Loads NF4 models without bitsandbytes, or with it installed if a configuration selects oddsmith."
     tested = "transformers 5.17 to 5.24"
     fallback = "4-bit models are loaded by bitsandbytes"
     needs = (_TABLE,)
@@ -129,18 +127,18 @@ class QuantizerTable(Patch):
 
 
 class QuantizerMerge(Patch):
-    """What a configuration asks for, kept where transformers takes that of the checkpoint instead."""
+    """Keeps the choice of a configuration where transformers would use that of the checkpoint."""
 
     target = f"{MODULE}.AutoHfQuantizer.merge_quantization_configs"
-    purpose = "An NF4Config is heeded for checkpoints that are quantised already, too."
+    purpose = "An NF4Config also applies to checkpoints that are already quantised."
     tested = "transformers 5.17 to 5.24"
-    fallback = "for quantised checkpoints, call use_for_bitsandbytes() beside NF4Config()"
+    fallback = "for quantised checkpoints, call use_for_bitsandbytes() in addition to NF4Config()"
     needs = (_MERGE,)
 
     def _check(self) -> None:
         owner = find(_MERGE.rpartition(".")[0])
         if not isinstance(vars(owner).get("merge_quantization_configs"), classmethod):
-            raise Unsupported("it is no class method")
+            raise Unsupported("it is not a class method")
 
     def _change(self) -> None:
         self._owner = find(_MERGE.rpartition(".")[0])

@@ -1,4 +1,4 @@
-"""NF4 models through transformers: `BitsAndBytesConfig` served without bitsandbytes.
+"""NF4 models through transformers: `BitsAndBytesConfig` without bitsandbytes.
 
 ```python
 import oddsmith
@@ -8,7 +8,7 @@ config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
 model = AutoModelForCausalLM.from_pretrained(name, quantization_config=config)
 ```
 
-Checkpoints are those of bitsandbytes, and move both ways.
+Checkpoints have the format of bitsandbytes, in both directions.
 """
 
 from __future__ import annotations
@@ -33,26 +33,26 @@ from .peft_dispatch import serve_peft
 
 __all__ = ["NF4Quantizer", "check_base"]
 
-# Entries of a weight in a checkpoint, beside its codes.
+# Entries of a weight in a checkpoint, besides its codes.
 _ENTRIES = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", PACKED_KEY)
 
 
 class NF4Quantizer(Bnb4BitHfQuantizer):
-    """What transformers asks while it loads a model with 4-bit weights."""
+    """The quantizer with which transformers loads a model with 4-bit weights."""
 
     def __init__(self, quantization_config: BitsAndBytesConfig, **kwargs: Any) -> None:
         _check(quantization_config)
         super().__init__(quantization_config, **kwargs)
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Refuses what is no NF4, and devices on which weights would be offloaded."""
+        """Refuses other types than NF4, and devices on which weights would be offloaded."""
         _check(self.quantization_config)
         device_map = kwargs.get("device_map")
         places = set(device_map.values()) if isinstance(device_map, dict) else set()
         if places & {"cpu", "disk"} and places != {"cpu"}:
             raise ValueError(
                 "device_map puts some layers on the CPU or the disk and others elsewhere; 4-bit weights "
-                'must be on devices that compute with them: device_map={"": 0} or {"": "cpu"}'
+                'must be on a device that computes with them: device_map={"": 0} or {"": "cpu"}'
             )
 
     def param_needs_quantization(
@@ -77,7 +77,7 @@ class NF4Quantizer(Bnb4BitHfQuantizer):
                 replaced += 1
         if not replaced:
             raise ValueError(
-                f"{type(model).__name__} has no linear layer left to quantise; layers that are skipped: "
+                f"{type(model).__name__} has no linear layers to quantise; skipped layers: "
                 f"{', '.join(sorted(self.modules_to_not_convert)) or 'none'}"
             )
 
@@ -105,17 +105,17 @@ class NF4Quantizer(Bnb4BitHfQuantizer):
     def get_quantize_ops(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
     ) -> ConversionOps:
-        """What a weight in full precision goes through."""
+        """The conversion of a weight in full precision."""
         return Quantize(self)
 
     def get_load_operations(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
     ) -> dict[str, type[ConversionOps]]:
-        """What the entries of a quantised checkpoint go through."""
+        """The conversion of the entries of a quantised checkpoint."""
         return {"deserialize": Deserialize}
 
     def get_weight_conversions(self) -> list[WeightConverter]:
-        """The same for transformers before 5.20, which asks here."""
+        """The conversion in transformers before 5.20."""
         if hasattr(HfQuantizer, "get_load_operations"):
             return super().get_weight_conversions()
         names = [f"weight.{entry}" for entry in _ENTRIES]
@@ -136,7 +136,7 @@ class NF4Quantizer(Bnb4BitHfQuantizer):
         return model
 
 
-# What of the base class is filled in here; each is asked for in one of the releases that are known.
+# Overridden methods of the base class; each is used in one of the tested releases.
 _HOOKS = (
     "validate_environment",
     "param_needs_quantization",
@@ -150,7 +150,7 @@ _HOOKS = (
 
 def check_base() -> None:
     """
-    Whether transformers still asks a quantizer what [`NF4Quantizer`] answers.
+    Checks that transformers still uses the methods of [`NF4Quantizer`].
 
     Raises:
         [`Unsupported`]: If it does not.
@@ -161,7 +161,7 @@ def check_base() -> None:
 
 
 class Quantize(ConversionOps):
-    """A weight in full precision to codes, as it is loaded."""
+    """Quantises a weight in full precision while it is loaded."""
 
     def __init__(self, hf_quantizer: NF4Quantizer) -> None:
         self.hf_quantizer = hf_quantizer
@@ -170,7 +170,7 @@ class Quantize(ConversionOps):
     def convert(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, input_dict: dict[str, Any], model: Any = None, **kwargs: Any
     ) -> dict[str, Tensor]:
-        """Of `{name: tensor}`."""
+        """Convert `{name: tensor}`."""
         result = {}
         for name, value in input_dict.items():
             value = value[0] if isinstance(value, list) else value
@@ -186,12 +186,12 @@ class Quantize(ConversionOps):
 
     @property
     def reverse_op(self) -> ConversionOps:
-        """Codes are saved as they are."""
+        """Codes are saved unchanged."""
         return _Same(self.hf_quantizer)
 
 
 class Deserialize(ConversionOps):
-    """The entries of a weight in a quantised checkpoint to a weight."""
+    """Makes a weight from its entries in a quantised checkpoint."""
 
     def __init__(self, hf_quantizer: NF4Quantizer) -> None:
         self.hf_quantizer = hf_quantizer
@@ -204,7 +204,9 @@ class Deserialize(ConversionOps):
         full_layer_name: str = "",
         **kwargs: Any,
     ) -> dict[str, Tensor]:
-        """Of `{"weight": codes, "weight.absmax": ..}`; of a weight alone, itself."""
+        """Convert `{"weight": codes, "weight.absmax": ..}`; a plain weight is returned
+        unchanged.
+        """
         entries = {
             name: value[0] if isinstance(value, list) else value
             for name, value in input_dict.items()
@@ -222,7 +224,7 @@ class Deserialize(ConversionOps):
 
     @property
     def reverse_op(self) -> ConversionOps:
-        """Codes are saved as they are."""
+        """Codes are saved unchanged."""
         return _Same(self.hf_quantizer)
 
 
@@ -236,7 +238,7 @@ class _Same(Deserialize):
 def _check(config: BitsAndBytesConfig) -> None:
     if config.load_in_8bit:
         raise ValueError(
-            "quantization_config: load_in_8bit (LLM.int8) is not served by oddsmith; set load_in_4bit=True "
+            "quantization_config: load_in_8bit (LLM.int8) is not supported by oddsmith; set load_in_4bit=True "
             'and bnb_4bit_quant_type="nf4", or install bitsandbytes'
         )
     if config.bnb_4bit_quant_type != "nf4":
@@ -247,7 +249,7 @@ def _check(config: BitsAndBytesConfig) -> None:
 
 
 def _empty_layer(module: Any, config: BitsAndBytesConfig, pre_quantized: bool) -> Linear4bit:
-    """A 4-bit layer on the meta device in place of a plain one."""
+    """A 4-bit layer on the meta device instead of a plain one."""
     transposed = isinstance(module, Conv1D)
     shape = module.weight.shape if transposed else module.weight.shape[::-1]
     in_features, out_features = shape
@@ -261,7 +263,7 @@ def _empty_layer(module: Any, config: BitsAndBytesConfig, pre_quantized: bool) -
         device="meta",
     )
     if pre_quantized:
-        # transformers casts what it reads to the dtype that is here.
+        # transformers casts loaded values to this dtype.
         layer.weight.data = layer.weight.data.to(config.bnb_4bit_quant_storage)
     layer.is_transposed = transposed
     return layer.requires_grad_(False)

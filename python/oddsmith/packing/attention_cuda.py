@@ -10,12 +10,12 @@ from torch import Tensor
 
 from .attention_cpu import Segments, blocks
 
-# Of flash attention.
+# Limit of flash attention.
 _WIDEST_HEAD = 256
 
 
 def can_run(query: Tensor, dropout: float) -> bool:
-    """Whether the kernels take this call."""
+    """Whether the kernels support this call."""
     return (
         query.device.type == "cuda"
         and query.dtype in (torch.float16, torch.bfloat16)
@@ -34,7 +34,7 @@ def packed_varlen(
     sliding_window: int | None,
 ) -> Tensor:
     """
-    Each block's queries against its prompt's keys and its own, causal at the lower right.
+    Attention of each block to its prompt's keys and its own, causal at the lower right.
 
     Args:
         query (`Tensor`): `(1, heads, N, d)`, `float16` or `bfloat16`.
@@ -59,7 +59,7 @@ def packed_varlen(
 
 
 class _Plan:
-    """Bounds of the blocks for a kernel: on the device, made once for all layers."""
+    """Bounds of the blocks for a kernel, on the device, computed once for all layers."""
 
     def __init__(self, segments: Segments, device: torch.device):
         queries, keys, places = [0], [0], []
@@ -69,7 +69,7 @@ class _Plan:
             queries.append(own.stop)
             keys.append(keys[-1] + len(seen))
             places += seen
-        # Without a shared prompt every key is seen by its own block alone.
+        # Without a shared prompt every key is seen only by its own block.
         self.keys = torch.tensor(places, device=device) if len(places) > queries[-1] else None
         self.query_bounds, self.key_bounds = (
             torch.tensor(bounds, dtype=torch.int32, device=device) for bounds in (queries, keys)

@@ -1,4 +1,4 @@
-"""The format with one answer a row: rows of the same prompt are brought together on disk."""
+"""The format with one answer per row: rows of the same prompt are grouped on disk."""
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,14 +12,14 @@ from .scratch import scratch_database
 
 
 class GroupedUnit(Unit):
-    """Rows with one answer each to the same prompt: kept is the row of every answer in a pair."""
+    """Rows with one answer each to the same prompt; a row is kept if its answer is in a pair."""
 
     __slots__ = ("members",)
 
     members: list[tuple[str, bool]]
 
     def fates(self, outcomes: Sequence[str | None]) -> Iterator[tuple[str | None, int]]:
-        """As `Unit.fates`, for each row by itself."""
+        """As `Unit.fates`, for each row separately."""
         if not self.pairs:
             yield self.reason, self.rows
             return
@@ -45,7 +45,7 @@ def group_responses(
         columns (`Columns`): Names of the columns.
         pairing (`str`): See [`make_pairs`].
         stop (`bool`): Whether a bad row is an error.
-        folder (`Path`, *optional*): Place of the temporary file.
+        folder (`Path`, *optional*): Folder of the temporary file.
 
     Raises:
         UserError: For a bad row, if `stop`.
@@ -66,7 +66,9 @@ def group_responses(
                     json.dumps(None if name is None else fields.get(name))
                     for name in (columns.scores, columns.ranks)
                 )
-                make_answer(text, json.loads(score), json.loads(rank), response)  # or a bad row
+                make_answer(
+                    text, json.loads(score), json.loads(rank), response
+                )  # raises for a bad row
             except BadRow as bad:
                 yield bad_unit(record, bad, stop)
                 continue

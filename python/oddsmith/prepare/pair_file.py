@@ -1,4 +1,4 @@
-"""Files of preference pairs: written beside their place, and put there when they are whole."""
+"""Files of preference pairs, written under a temporary name and renamed when complete."""
 
 import gzip
 import io
@@ -23,7 +23,7 @@ _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]
 
 def format_of(path: Path) -> str:
     """
-    Which of `FORMATS` a path names.
+    The one of `FORMATS` for a path.
 
     Raises:
         UserError: If none.
@@ -47,10 +47,10 @@ def row_of(pair: Pair) -> dict[str, Any]:
 
 class PairFile(AbstractContextManager):
     """
-    A file that appears, whole and on disk, where its context ends without an error.
+    A file that appears, complete and on disk, when its context ends without an error.
 
     Args:
-        path (`Path`): `.jsonl`, `.jsonl.gz` or `.parquet`; its folder is made.
+        path (`Path`): `.jsonl`, `.jsonl.gz` or `.parquet`; its folder is created.
 
     Raises:
         UserError: If it cannot be written.
@@ -67,7 +67,7 @@ class PairFile(AbstractContextManager):
             raise UserError(f"--output {path}: {error}") from error
         self._text: io.TextIOWrapper | None = None
         if self._kind != ".parquet":
-            # Without a name and time in the header the same pairs make the same bytes.
+            # Without a name and time in the header, equal pairs give equal bytes.
             packed = (
                 gzip.GzipFile("", "wb", 6, self._raw, mtime=0)
                 if self._kind.endswith(".gz")
@@ -115,7 +115,7 @@ class PairFile(AbstractContextManager):
         if self._text is not None:
             self._text.flush()
             if self._text.buffer is not self._raw:
-                self._text.buffer.close()  # gzip's end; it leaves the file below open
+                self._text.buffer.close()  # writes gzip's end; the file below stays open
         else:
             self._flush()
             self._writer().close()

@@ -65,7 +65,7 @@ def _(grad, packed, *scales_and_sizes):
 
 
 class _LinearNF4(torch.autograd.Function):
-    """Saves only what is there anyway: the codes and their scales."""
+    """Saves only the codes and their scales, which exist anyway."""
 
     @staticmethod
     def forward(ctx, x, bias, packed, absmax, nested_absmax, nested_code, offset, *rest):
@@ -92,16 +92,17 @@ class _LinearNF4(torch.autograd.Function):
 def linear_nf4(x: Tensor, packed: Tensor, state: QuantState, bias: Tensor | None = None) -> Tensor:
     """`x @ weight.T + bias` with an NF4 weight, differentiable in `x` and `bias`.
 
-    Equivalent to, with a copy of the weight in full for each of forward and backward:
+    Equivalent to this code, which makes a full copy of the weight in forward and in backward:
 
     ```python
     F.linear(x, dequantize_nf4(packed, state, x.dtype), bias)
     ```
 
-    On the CPU the weight is dequantised tile by tile, and for a few tokens multiplied straight from
-    its codes, in `float32` whatever the dtype of `x`. On CUDA up to eight tokens are multiplied straight
-    from the codes, more by the library, with the weight in memory that the next layer takes over. The
-    gradient of `x` uses the weight as rounded to `state.dtype`, then to `x.dtype`, as bitsandbytes does.
+    On the CPU the weight is dequantised tile by tile, and a few tokens are multiplied directly with
+    its codes, in `float32` for any dtype of `x`. On CUDA up to eight tokens are multiplied directly
+    with the codes; for more the weight is dequantised to memory that the next layer reuses, and
+    multiplied by the library. The gradient of `x` uses the weight as rounded to `state.dtype`, then
+    to `x.dtype`, as bitsandbytes does.
 
     Args:
         x (`Tensor`): `(.., in_features)`, `float32`, `bfloat16` or `float16`.
@@ -142,7 +143,7 @@ def _check_weight(
 
 
 class _LinearNF4Lora(torch.autograd.Function):
-    """Saves the input, its low-rank image and what is there anyway."""
+    """Saves the input, its low-rank product, the codes and their scales."""
 
     @staticmethod
     def forward(ctx, x, lora_a, lora_b, scaling, bias, packed, *weight):
@@ -180,7 +181,7 @@ class _LinearNF4Lora(torch.autograd.Function):
 
 
 def _add_product(to: Tensor, left: Tensor, right: Tensor, factor: float) -> None:
-    """`to += factor * left @ right`, rounded to the dtype of `to` once where dtypes differ."""
+    """`to += factor * left @ right`, rounded once if dtypes differ."""
     if to.dtype == left.dtype:
         to.addmm_(left, right, alpha=factor)
     else:
@@ -198,7 +199,7 @@ def linear_nf4_lora(
 ) -> Tensor:
     """The product with an NF4 weight and a low-rank addition to it (Hu et al. 2021, eq. 3).
 
-    Equivalent to, with fewer copies of the output and of the gradient:
+    Equivalent to this code, with fewer copies of the output and of the gradient:
 
     ```python
     linear_nf4(x, packed, state, bias) + scaling * (x @ lora_a.T @ lora_b.T)
@@ -208,7 +209,7 @@ def linear_nf4_lora(
         x (`Tensor`): `(.., in_features)`, `float32`, `bfloat16` or `float16`.
         packed (`Tensor`): Codes of the weight.
         state ([`QuantState`]): State of the weight.
-        lora_a (`Tensor`): `(rank, in_features)`; its dtype is that of the low-rank products.
+        lora_a (`Tensor`): `(rank, in_features)`; its dtype is used for the low-rank products.
         lora_b (`Tensor`): `(out_features, rank)`, dtype of `lora_a`.
         scaling (`float`): Factor of the addition: alpha over the rank, in LoRA.
         bias (`Tensor`, *optional*): `(out_features,)`.

@@ -16,7 +16,7 @@ from .state import PACKED_KEY, QuantState, dtype_name, layout, nested_layout
 __all__ = ["Linear4bit", "Params4bit"]
 
 
-# What the bytes of codes may be kept as.
+# Dtypes that the bytes of codes can be stored as.
 _STORAGE = (torch.uint8, torch.int8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -31,21 +31,21 @@ def _check_options(quant_type: str, quant_storage: torch.dtype) -> None:
 class Params4bit(nn.Parameter):
     """A parameter that is quantised when it is moved to a device, as in bitsandbytes.
 
-    The name of the class is what transformers, accelerate and FSDP know 4-bit weights by.
+    transformers, accelerate and FSDP recognise 4-bit weights by this class name.
 
     Args:
         data (`Tensor`, *optional*): A weight of any float dtype, or its codes if there is a
             `quant_state`.
         requires_grad (`bool`, *optional*, defaults to `False`): Codes have no gradient; a weight
-            that is not quantised yet may.
+            that is not quantised yet can have one.
         quant_state ([`QuantState`], *optional*): State of the codes.
         blocksize (`int`, *optional*, defaults to 64): Values that share a scale.
         compress_statistics (`bool`, *optional*, defaults to `True`): Quantise the scales too.
-        quant_type (`str`, *optional*, defaults to `"nf4"`): The only type there is.
-        quant_storage (`torch.dtype`, *optional*, defaults to `torch.uint8`): Dtype under which the
-            bytes of the codes are kept.
-        bnb_quantized (`bool`, *optional*): What bitsandbytes calls a weight with a state; ignored.
-        module (`nn.Module`, *optional*): Likewise.
+        quant_type (`str`, *optional*, defaults to `"nf4"`): The only supported type.
+        quant_storage (`torch.dtype`, *optional*, defaults to `torch.uint8`): Dtype in which the
+            bytes of the codes are stored.
+        bnb_quantized (`bool`, *optional*): Set by bitsandbytes for weights with a state; ignored.
+        module (`nn.Module`, *optional*): For compatibility with bitsandbytes; ignored.
     """
 
     quant_state: QuantState | None
@@ -96,17 +96,17 @@ class Params4bit(nn.Parameter):
         device: torch.device | str | None = None,
         **kwargs: Any,
     ) -> Params4bit:
-        """A weight from the entries of a checkpoint.
+        """Create a weight from the entries of a checkpoint.
 
         Args:
             data (`Tensor`): The codes.
             quantized_stats (`dict`): The other entries of the weight, under any prefix.
             requires_grad (`bool`, *optional*, defaults to `False`): Passed on.
-            device (`torch.device`, *optional*): Where the weight goes; stays if not given.
-            kwargs: What other releases pass as well; ignored.
+            device (`torch.device`, *optional*): Device of the weight; not moved if not given.
+            kwargs: Arguments of other releases; ignored.
 
         Raises:
-            ValueError: If codes and state do not belong together.
+            ValueError: If codes and state do not fit each other.
         """
         state = QuantState.from_dict(quantized_stats, device)
         _check_size(data, state)
@@ -128,7 +128,7 @@ class Params4bit(nn.Parameter):
         return type(self)(data, self.requires_grad, state, **self._settings())
 
     def quantize_(self, device: torch.device | str | None = None) -> Params4bit:
-        """Replaces the weight by its codes, on `device`."""
+        """Quantises the weight on `device`, in place."""
         if self.quant_state is not None:
             return self
         data = self.data if device is None else self.data.to(device)
@@ -186,7 +186,7 @@ def _rebuild(
 
 
 def _stored(packed: Tensor, dtype: torch.dtype) -> Tensor:
-    """The bytes under another dtype."""
+    """Views the bytes as another dtype."""
     if dtype == torch.uint8:
         return packed
     if packed.numel() % dtype.itemsize:
@@ -213,12 +213,12 @@ def _check_size(data: Tensor, state: QuantState) -> None:
     for name, tensor, blocks in scales:
         if tensor.numel() != blocks:
             raise ValueError(
-                f"quant_state: {name} has {tensor.numel()} elements; must be {blocks}, one a block"
+                f"quant_state: {name} has {tensor.numel()} elements; must be {blocks}, one per block"
             )
 
 
 class Linear4bit(nn.Linear):
-    """A linear layer with an NF4 weight that is not trained.
+    """A linear layer with a frozen NF4 weight.
 
     The weight is quantised when it is moved to a device:
 
@@ -229,7 +229,7 @@ class Linear4bit(nn.Linear):
     ```
 
     `state_dict` has the entries of bitsandbytes, and `load_state_dict` reads them, or a weight in
-    full precision, which is then quantised if the layer's is.
+    full precision, which is quantised if the layer's weight is.
 
     Args:
         input_features (`int`): Size of the last dimension of the input.
@@ -238,9 +238,9 @@ class Linear4bit(nn.Linear):
         compute_dtype (`torch.dtype`, *optional*): Dtype that the input is cast to; that of the
             input if not given. The output has the dtype of the input.
         compress_statistics (`bool`, *optional*, defaults to `True`): Quantise the scales too.
-        quant_type (`str`, *optional*, defaults to `"nf4"`): The only type there is.
-        quant_storage (`torch.dtype`, *optional*, defaults to `torch.uint8`): Dtype under which the
-            bytes of the codes are kept.
+        quant_type (`str`, *optional*, defaults to `"nf4"`): The only supported type.
+        quant_storage (`torch.dtype`, *optional*, defaults to `torch.uint8`): Dtype in which the
+            bytes of the codes are stored.
         device (`torch.device`, *optional*): Where the weight in full precision is made.
         blocksize (`int`, *optional*, defaults to 64): Values that share a scale.
 
@@ -275,10 +275,10 @@ class Linear4bit(nn.Linear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, **options: Any) -> Linear4bit:
-        """A layer with the quantised weight of `linear`, on its device, and its bias.
+        """Create a layer with the quantised weight and the bias of `linear`, on its device.
 
         Args:
-            linear (`nn.Linear`): Left as it is.
+            linear (`nn.Linear`): The layer; not changed.
             options: Arguments of the constructor from `compute_dtype` on.
         """
         size = linear.in_features, linear.out_features
@@ -302,7 +302,7 @@ class Linear4bit(nn.Linear):
         return linear_nf4(input.to(dtype), self.weight, state, self.bias).to(input.dtype)
 
     def _replace_weight(self, data: Tensor, state: QuantState | None, **settings: Any) -> None:
-        """In place where a parameter can change its data: optimizers and hooks know it."""
+        """In place if possible, because optimizers and hooks refer to the parameter."""
         weight = self.weight
         # What `nn.Module._apply` asks too; torch does not export it.
         if torch._has_compatible_shallow_copy_type(weight, data):  # pyright: ignore[reportPrivateImportUsage]
@@ -318,15 +318,15 @@ class Linear4bit(nn.Linear):
     def _apply(self, fn: Any, recurse: bool = True) -> Linear4bit:
         weight = self.weight
         if weight.quant_state is None:
-            applied = fn(weight)  # where that quantises, the weight itself
+            applied = fn(weight)  # if this quantises, it returns the weight itself
             if applied is not weight:
                 self._replace_weight(applied.data, getattr(applied, "quant_state", None))
         else:
-            # As bytes, which a change of dtype leaves alone.
+            # As bytes, which a change of dtype does not convert.
             moved = fn(weight.data.view(torch.uint8))
             state = weight.quant_state.to(moved.device)
             self._replace_weight(moved.view(weight.dtype), state)
-        # What is left is the bias.
+        # Only the bias is left.
         parameters = self._parameters
         self._parameters = {name: p for name, p in parameters.items() if name != "weight"}
         try:
@@ -382,7 +382,7 @@ class Linear4bit(nn.Linear):
                 self._replace_weight(fresh.data, fresh.quant_state)
             elif device is None:
                 self._replace_weight(data.clone(), None)
-            else:  # to the layer's dtype and device, as torch's own layers do
+            else:  # to the layer's dtype and device, as torch's layers do
                 self._replace_weight(data.to(weight.data, copy=True), None)
             return
         if not any(key.endswith(PACKED_KEY) for key in parts):

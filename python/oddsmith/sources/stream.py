@@ -1,4 +1,4 @@
-"""Rows of a dataset one by one, without loading it: files of any size, or from the hub."""
+"""Streams the rows of a dataset without loading it: files of any size, or from the hub."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -13,13 +13,12 @@ from .records import FileRecords, Record
 
 class RecordStream:
     """
-    The rows of a dataset in order, each read when it is asked for.
+    The rows of a dataset in order, read one at a time.
 
     Args:
         name (`str`): As in [`load_source`].
         config (`str`, *optional*): Configuration of a hub dataset.
-        split (`str`, *optional*): Split to read; otherwise that which training would take, or the
-            only one.
+        split (`str`, *optional*): Split to read; by default the training split, or the only one.
 
     Attributes:
         size (`int` or `None`): Bytes to read, for progress; `None` from the hub.
@@ -55,7 +54,7 @@ class RecordStream:
             while True:
                 try:
                     fields = next(rows, None)
-                except Exception as error:  # network, parsers of the hub: each its own families
+                except Exception as error:  # network, parsers of the hub: no common exception type
                     raise UserError(
                         f"dataset {self.name} after row {number}: {reason(error)}"
                     ) from error
@@ -67,10 +66,10 @@ class RecordStream:
 
 def choose_split(name: str, splits: Iterable[str], wanted: str | None) -> str:
     """
-    The split that is meant: `wanted`, or that which training would take, or the only one.
+    The split to read: `wanted`, or the training split, or the only one.
 
     Raises:
-        UserError: If it is not there, or cannot be told.
+        UserError: If it does not exist, or the choice is not unique.
     """
     splits = list(splits)
     if wanted is not None:
@@ -90,7 +89,7 @@ def _open_hub(name: str, config: str | None, split: str | None) -> Iterable[dict
         splits = load_dataset(name, config, streaming=True)
     except Exception as error:
         raise UserError(
-            f"dataset {name} is no local path and cannot be loaded from the hub: {reason(error)}"
+            f"dataset {name} is not a local path and cannot be loaded from the hub: {reason(error)}"
         ) from error
     return cast(Mapping[str, Iterable[dict[str, Any]]], splits)[
         choose_split(name, map(str, splits), split)

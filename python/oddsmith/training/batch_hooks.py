@@ -1,4 +1,4 @@
-"""Batches of a training run: which sampler the dataloader gets."""
+"""Batches of a training run: the sampler of the dataloader."""
 
 from typing import Any, cast
 
@@ -20,7 +20,7 @@ class BatchHooks(TrainerParts):
         column = self.args.length_column_name
         own = dataset if isinstance(dataset, Dataset) else None
         if by_length and own is not None and column not in own.column_names:
-            # transformers would measure `input_ids`, and there is no such column.
+            # transformers would use the length of `input_ids`, but there is no such column.
             own = Dataset.from_dict({column: pair_lengths(own).sum(axis=1)})
             return super()._get_train_sampler(cast(Any, own))
         return super()._get_train_sampler(cast(Any, dataset))
@@ -56,7 +56,7 @@ class BatchHooks(TrainerParts):
             pin_memory=args.dataloader_pin_memory,
             **workers,
         )
-        # The batches know their process: here is nothing left to distribute.
+        # The batches are already those of this process, so accelerate must not split them.
         return prepare_data_loader(
             loader, accelerator.device, num_processes=1, process_index=0, put_on_device=True
         )

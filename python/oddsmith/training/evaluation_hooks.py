@@ -1,4 +1,4 @@
-"""Evaluation: TRL's hooks for it, with metrics under the name of their evaluation set."""
+"""Evaluation: TRL's hooks, with metrics named after their evaluation set."""
 
 from typing import Any, cast
 
@@ -15,7 +15,7 @@ logger = logging.get_logger(__name__)
 
 
 class EvaluationHooks(TrainerParts):
-    """Part of [`~oddsmith.ORPOTrainer`]: what happens to an evaluation batch and set."""
+    """Part of [`~oddsmith.ORPOTrainer`]: evaluation of batches and datasets."""
 
     def prediction_step(
         self,
@@ -80,7 +80,7 @@ class EvaluationHooks(TrainerParts):
         return self.processing_class.batch_decode(tokens, skip_special_tokens=True)
 
     def _log_completions(self, dataloader: DataLoader[Any], prefix: str) -> None:
-        # All processes generate, for a model may be in pieces; one of them writes.
+        # All processes generate, because the model may be split; one of them writes.
         seed = self.args.seed + self.state.global_step
         rows = completions.pick_rows(dataloader.dataset, self.args.eval_batch_size, seed)
         batch: dict[str, Any] = self._prepare_inputs(self.data_collator(rows))

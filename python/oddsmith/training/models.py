@@ -1,4 +1,4 @@
-"""The model of a training run: loaded by name, with its adapter, and what changes while it is trained."""
+"""Prepares the model of a training run: loads it by name, adds its adapter, lists its patches."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ def load_model(name: str, args: ORPOConfig) -> PreTrainedModel:
     [`~transformers.Trainer`] places the model.
 
     Raises:
-        ValueError: If `dtype` in `model_init_kwargs` names no dtype.
+        ValueError: If `dtype` in `model_init_kwargs` is not the name of a dtype.
     """
     kwargs = {"trust_remote_code": args.trust_remote_code, **args.model_kwargs()}
     if "torch_dtype" in kwargs:
@@ -37,7 +37,7 @@ def load_model(name: str, args: ORPOConfig) -> PreTrainedModel:
         kwargs["dtype"] = _dtype(kwargs["dtype"])
     config = kwargs.get("config")
     if config is None:
-        # What says where and which configuration it is, but not what changes it.
+        # Arguments that select the configuration, but not those that change it.
         where = ("trust_remote_code", "revision", "token", "cache_dir", "subfolder")
         config = AutoConfig.from_pretrained(
             name, **{key: kwargs[key] for key in where if key in kwargs}
@@ -58,10 +58,10 @@ def _dtype(value: Any) -> Any:
 
 def load_processing_class(model: Any, revision: str | None, args: ORPOConfig) -> Any:
     """
-    Load the tokenizer that a model came with.
+    Load the tokenizer from a model's hub id or folder.
 
     Raises:
-        ValueError: If the model does not say where it came from.
+        ValueError: If the model does not have its hub id or folder.
     """
     name = getattr(model.config, "_name_or_path", "")
     if not name:
@@ -80,7 +80,7 @@ def check_model(model: Any) -> None:
     Raises:
         ValueError: If it has none.
     """
-    # Before the adapter, which would answer for the model.
+    # Check below the adapter, which would forward the call.
     core = model.get_base_model() if hasattr(model, "get_base_model") else model
     if isinstance(core, PreTrainedModel) and core.get_output_embeddings() is None:
         raise ValueError(
@@ -90,24 +90,24 @@ def check_model(model: Any) -> None:
 
 
 def vocabulary_size(model: Any) -> int:
-    """Number of token ids that a model takes and scores."""
+    """Number of token ids in a model's embeddings and output head."""
     core = model.get_base_model() if hasattr(model, "get_base_model") else model
     text = core.config.get_text_config() if hasattr(core.config, "get_text_config") else core.config
     layers = [core.get_input_embeddings(), core.get_output_embeddings()]
     sizes = [getattr(layers[0], "num_embeddings", None), getattr(layers[1], "out_features", None)]
-    # Quantized or wrapped layers may not tell.
+    # Quantised or wrapped layers may not have the attribute.
     known = [size for size in sizes if isinstance(size, int) and size > 0]
     return min(known) if known else text.vocab_size
 
 
 def is_quantized(model: nn.Module) -> bool:
-    """Whether the weights are held in 8 or 4 bits, by bitsandbytes or by oddsmith."""
+    """Whether the weights have 8 or 4 bits, from bitsandbytes or oddsmith."""
     return any(getattr(model, f"is_loaded_in_{bits}bit", False) for bits in (8, 4))
 
 
 def prepare_model(model: nn.Module, args: ORPOConfig, peft_config: Any) -> tuple[nn.Module, bool]:
     """
-    Add the adapter. Without one the model stays as it is.
+    Add the adapter. Without one the model is not changed.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`): The model; changed in place.
@@ -115,24 +115,24 @@ def prepare_model(model: nn.Module, args: ORPOConfig, peft_config: Any) -> tuple
         peft_config (`PeftConfig`, *optional*): The adapter.
 
     Returns:
-        `tuple`: The model, wrapped if there is an adapter, and whether it has `bfloat16` parts that
-        need autocast in everything it is called for.
+        `tuple`: The model, wrapped if there is an adapter, and whether it has `bfloat16` parts, so
+            that every call needs autocast.
 
     Raises:
-        ImportError: If there is a `peft_config` but no PEFT.
-        TypeError: If `peft_config` is none.
-        ValueError: If the model has an adapter already.
+        ImportError: If `peft_config` is given but PEFT is not installed.
+        TypeError: If `peft_config` is not a `PeftConfig`.
+        ValueError: If the model already has an adapter.
     """
     if peft_config is None:
         return model, False
     if on_cpu(model):
-        AdoptedLayers(model).apply()  # the adapter is made for the layer under it, so this stays
+        AdoptedLayers(model).apply()  # not undone, because the adapter is created for these layers
     return _add_adapter(model, args, peft_config)
 
 
 def run_patches(model: nn.Module, args: ORPOConfig) -> list[Patch]:
     """
-    What is changed in a model while it is trained or evaluated, and undone at the end.
+    The patches of a model while it is trained or evaluated, which are undone at the end.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`): The model, with its adapter.
@@ -162,7 +162,7 @@ def _add_adapter(model: nn.Module, args: ORPOConfig, peft_config: Any) -> tuple[
         )
     if isinstance(model, PeftModel):
         raise ValueError(
-            "model is a PeftModel already and peft_config is given; leave peft_config out to train "
+            "model is already a PeftModel and peft_config is given; remove peft_config to train "
             "its adapter, or pass model.merge_and_unload() to train a new one"
         )
     quantized = is_quantized(model)
@@ -172,7 +172,7 @@ def _add_adapter(model: nn.Module, args: ORPOConfig, peft_config: Any) -> tuple[
     kwargs: dict[str, Any] = {}
     deepspeed = args.deepspeed_plugin
     if deepspeed is not None and deepspeed.zero_stage == 3 and not quantized:
-        # ZeRO-3 gathers parameters of one dtype only; PEFT would make the adapter float32.
+        # ZeRO-3 gathers parameters of only one dtype; PEFT would make the adapter float32.
         kwargs["autocast_adapter_dtype"] = False
     model = get_peft_model(model, peft_config, **kwargs)
     casted = bool(args.bf16 and getattr(model, "is_loaded_in_4bit", False))
@@ -182,7 +182,7 @@ def _add_adapter(model: nn.Module, args: ORPOConfig, peft_config: Any) -> tuple[
 
 
 def _cast_to_bf16(model: nn.Module) -> None:
-    """Norms in float32, float32 embeddings and heads in bfloat16, as TRL has them for QLoRA."""
+    """Casts norms to float32, and float32 embeddings and heads to bfloat16, as TRL for QLoRA."""
     for name, module in model.named_modules():
         if isinstance(module, nn.LayerNorm) or "norm" in name:
             module.to(torch.float32)

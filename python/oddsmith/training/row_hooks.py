@@ -1,4 +1,4 @@
-"""Rows of a training run: TRL's hooks for them, and the checks before training starts."""
+"""Rows of a training run: TRL's hooks, and the checks before training starts."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ from .trainer_parts import TrainerParts
 
 logger = logging.get_logger(__name__)
 
-# A subclass that has one of these of its own makes its rows one by one, through them.
+# If a subclass overrides one of these, rows are made one by one through them.
 ROW_HOOKS = ("tokenize_row", "build_tokenized_answer")
 
 
@@ -59,7 +59,7 @@ class RowHooks(TrainerParts):
     def _report_rows(self, train_dataset: Any) -> None:
         columns = train_dataset.column_names
         if columns is not None and not set(needed(columns)) <= set(columns):
-            return  # a tokenize_row of one's own names them otherwise
+            return  # an overridden tokenize_row may use other names
         report = report_rows(
             train_dataset,
             self.processing_class,

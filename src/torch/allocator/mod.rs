@@ -1,4 +1,4 @@
-//! Memory of CPU tensors: [`arena`] says where a buffer goes, [`pool`] hands buffers to libtorch.
+//! Memory of CPU tensors: [`arena`] places buffers, [`pool`] gives them to libtorch.
 
 pub mod arena;
 #[cfg(target_os = "linux")]

@@ -1,10 +1,9 @@
-// The one thing that libtorch offers to C++ alone: another allocator for CPU tensors. The memory is
-// managed in pool.rs.
+// An allocator for CPU tensors, which libtorch accepts only from C++. The memory is managed in pool.rs.
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
 
 extern "C" {
-void* oddsmith_pool_allocate(size_t size);  // null: not from the pool
+void* oddsmith_pool_allocate(size_t size);  // null: too small, or no room
 bool oddsmith_pool_free(void* data);        // false: not of the pool
 void oddsmith_pool_install();
 void oddsmith_pool_uninstall();
@@ -45,7 +44,7 @@ Pool& pool() {
 
 void oddsmith_pool_install() {
   c10::Allocator* current = c10::GetCPUAllocator();
-  // Without a deleter of its own, what it hands out raw could not be given back.
+  // Without this deleter, raw allocations could not be freed.
   if (current != &pool() && current->raw_deleter() != nullptr) {
     original = current;
     c10::SetCPUAllocator(&pool());

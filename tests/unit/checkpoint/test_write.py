@@ -81,7 +81,7 @@ def test_what_is_cast():
         "a.weight.absmax": "F32", "norm.weight.scale": "F32",
     })  # fmt: skip
     assert is_part(source, "a.weight.absmax") and not is_part(source, "a.weight")
-    assert not is_part(source, "norm.weight.scale")  # no codes are beside it
+    assert not is_part(source, "norm.weight.scale")  # there are no codes with it
     assert casts(source, None, []) == []
     names = [rule.name for rule in casts(source, "bfloat16", ["c.weight"])]
     assert names == ["a.weight", "norm.weight.scale"]
@@ -103,7 +103,7 @@ def test_rules_decide_tensor_by_tensor(base, tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == {"a": 1}
 
 
-def test_extra_files_win(base, tmp_path):
+def test_extra_files_replace_others(base, tmp_path):
     (tmp_path / "more").mkdir()
     for name in ("tokenizer.json", "extra.txt"):
         (tmp_path / "more" / name).write_text("mine")

@@ -102,8 +102,8 @@ def test_an_interrupt_is_exit_code_130(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("argv", "reason"),
     [
-        (["--steps", "0"], "'0' is no whole number above 0"),
-        (["--steps", "many"], "'many' is no whole number above 0"),
+        (["--steps", "0"], "'0' is not a whole number above 0"),
+        (["--steps", "many"], "'many' is not a whole number above 0"),
         (["--seed", "x"], "invalid int value: 'x'"),
         (["--stps", "3"], "unrecognized arguments: --stps"),
     ],

@@ -1,4 +1,4 @@
-"""Arguments of `oddsmith train`: flags, settings files, and what wrong ones are told."""
+"""Arguments of `oddsmith train`: flags, settings files, and errors."""
 
 import json
 
@@ -14,7 +14,7 @@ def parse(*flags):
 
 
 def rejects(capsys, argv):
-    """The one line that a wrong command line gets."""
+    """The error line for a wrong command line."""
     with pytest.raises(SystemExit) as exit_:
         parse_train_arguments(argv)
     assert exit_.value.code == 2
@@ -54,7 +54,7 @@ def test_trl_names_of_model_and_dataset():
     assert (run.model_name_or_path, run.dataset_name, run.dtype) == ("a/b", "c/d", "float32")
 
 
-def test_lora_flags_without_an_adapter_are_said(capsys):
+def test_lora_flags_without_an_adapter_are_reported(capsys):
     parse("--lora_r", "4")
     assert "lora_r without use_peft" in capsys.readouterr().err
     parse("--lora_r", "4", "--use_peft")
@@ -143,8 +143,8 @@ def test_a_json_file(tmp_path):
         ("a.yaml", "max_steps: soon", "invalid int value: 'soon'"),
         ("a.yaml", "beta: [1", "cannot be parsed"),
         ("a.json", "{'beta': 1}", "cannot be parsed"),
-        ("a.yaml", "- beta", "must hold a mapping"),
-        ("a.yaml", "", "must hold a mapping"),
+        ("a.yaml", "- beta", "must be a mapping"),
+        ("a.yaml", "", "must be a mapping"),
         ("a.toml", "beta = 1", "neither a flag nor a settings file"),
         ("a.yaml", None, "no such file"),
     ],

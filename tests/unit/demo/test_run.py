@@ -1,4 +1,4 @@
-"""The demo's table, samples, files and progress bar; tests/e2e/test_demo.py runs it whole."""
+"""The demo's table, samples, files and progress bar; tests/e2e/test_demo.py runs all of it."""
 
 import json
 from types import SimpleNamespace

@@ -55,9 +55,20 @@ def test_what_cannot_be_taken_over_stays_with_a_line(caplog):
     assert not AdoptedLayers(model).apply()
     assert list(model) == theirs
     (line,) = caplog.messages
-    assert "quant_type 'fp4'" in line and "let no gradient through" in line
+    assert "quant_type 'fp4'" in line and "give no gradient" in line
     with pytest.raises(ValueError, match="0 has quant_type 'fp4'"):
         adopt(model)
+
+
+@pytest.mark.parametrize("name", ["absmax", "blocksize", "code", "quant_type", "dtype"])
+def test_a_state_of_another_bitsandbytes_is_left_alone_with_a_line(name, caplog):
+    model = model_of()
+    theirs = list(model)
+    delattr(model[1].weight.quant_state, name)
+    assert not AdoptedLayers(model).apply()
+    assert list(model) == theirs
+    (line,) = caplog.messages
+    assert name in line and "let no gradient through" in line
 
 
 def test_where_the_layers_are():

@@ -13,7 +13,7 @@ from oddsmith.integrations.head_probe import HeadMismatch, find_head, probe_head
 from oddsmith.integrations.model_head import FusedBatch, check, fused_loss
 from support.trainer_runs import DECODERS, arguments, make_model, make_tokenizer, pairs
 
-# PEFT reads an older name of transformers'.
+# PEFT reads a deprecated name of transformers.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
 )

@@ -155,7 +155,7 @@ def test_without_a_name_of_transformers_bitsandbytes_loads(missing, monkeypatch,
         quantizer = AutoHfQuantizer.from_config(NF4Config())
         assert type(quantizer).__name__ == "Bnb4BitHfQuantizer"
     (line,) = caplog.messages
-    assert name in line and "those of bitsandbytes" in line
+    assert name in line and "loaded by bitsandbytes" in line
 
 
 WITHOUT = """

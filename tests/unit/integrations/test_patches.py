@@ -157,7 +157,7 @@ def test_the_documentation_lists_them():
 
 @pytest.mark.parametrize("kind", PATCHES, ids=lambda kind: kind.__name__)
 class TestEachPatch:
-    def test_there_and_back(self, kind, monkeypatch):
+    def test_projecting_and_back(self, kind, monkeypatch):
         make, state = CASES[kind](monkeypatch)
         before = state()
         patch = make()
@@ -211,7 +211,7 @@ class TestEachPatch:
         assert state() == before
         assert [record.levelno for record in caplog.records] == [logging.WARNING]
         (line,) = caplog.messages
-        assert line == f"{kind.target} is left as it is (it is another one): {kind.fallback}."
+        assert line == f"{kind.target} is not changed (it is another one): {kind.fallback}."
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,7 @@ def test_a_name_that_is_gone(kind, name, monkeypatch, caplog):
     assert not patch.is_applied()
     patch.undo()
     (line,) = caplog.messages
-    assert f"{name.replace(':', '.')} is not there" in line and kind.fallback in line
+    assert f"{name.replace(':', '.')} does not exist" in line and kind.fallback in line
     monkeypatch.undo()
     before = state()
     assert patch.apply() and state() != before
@@ -271,6 +271,13 @@ def fake_register(monkeypatch):
     monkeypatch.setattr(AttentionInterface, "register", staticmethod(lambda key, value: None))
 
 
+def fake_pool(monkeypatch):
+    def install():
+        raise RuntimeError("the allocator of torch is another one")
+
+    monkeypatch.setattr(_core, "install_pool", install)
+
+
 def remove_register(monkeypatch):
     monkeypatch.delattr(transformers.utils.generic.GeneralInterface, "register")
 
@@ -302,11 +309,12 @@ def fake_product(monkeypatch):
     [
         (QuantizerTable, fake_table, f"it has no '{METHOD}'"),
         (QuantizerTable, fake_table_kind, f"it has no '{METHOD}'"),
-        (QuantizerMerge, fake_merge, "it is no class method"),
+        (QuantizerMerge, fake_merge, "it is not a class method"),
         (ParameterCount, fake_count, "it has no argument only_trainable, exclude_embeddings"),
         (SdpaAttention, fake_sdpa, "another library has registered its own function"),
-        (SdpaAttention, fake_register, "what is registered is not what is called"),
+        (SdpaAttention, fake_register, "the registered function is not the one that is called"),
         (SdpaAttention, remove_register, "TypeError: "),
+        (CpuMemoryPool, fake_pool, "RuntimeError: the allocator of torch is another one"),
         (LoraDispatch, fake_dispatchers, "peft made a Linear"),
         (LoraDispatch, fake_product, "an adapter on a 4-bit layer gave another result"),
     ],
@@ -320,6 +328,19 @@ def test_a_name_that_means_something_else(kind, change, reason, monkeypatch, cap
     assert state() == before
     (line,) = caplog.messages
     assert f"({reason}" in line and kind.fallback in line
+
+
+def test_a_block_that_got_nothing_takes_nothing_away(monkeypatch):
+    model = dropout_model()
+    patch = NoDropout(model)
+    with monkeypatch.context() as broken:
+        broken.setattr(patch, "_check", lambda: 1 / 0)
+        block = patch.__enter__()
+    assert not block and patch.apply()
+    patch.__exit__(None, None, None)
+    assert patch.is_applied() and model.inner.p == 0.0
+    patch.undo()
+    assert model.inner.p == 0.2
 
 
 def test_what_somebody_else_has_put_over_ours_stays():

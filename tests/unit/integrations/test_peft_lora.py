@@ -205,7 +205,7 @@ def test_unmerging_comes_back_but_for_rounding(folder):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"use_dora": True}, "use_dora is not there for 4-bit layers"),
+        ({"use_dora": True}, "use_dora is not supported for 4-bit layers"),
         ({"init_lora_weights": "pissa"}, "changes the base"),
     ],
 )

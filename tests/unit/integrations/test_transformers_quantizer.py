@@ -147,8 +147,8 @@ def test_nf4_config_of_a_quantised_checkpoint(folder, tmp_path):
     ("settings", "words"),
     [
         ({"load_in_4bit": True}, "bnb_4bit_quant_type is 'fp4'.* serves \"nf4\""),
-        ({"load_in_8bit": True}, r"load_in_8bit \(LLM.int8\) is not served"),
-        ({"llm_int8_skip_modules": SKIPPED}, "no linear layer left to quantise"),
+        ({"load_in_8bit": True}, r"load_in_8bit \(LLM.int8\) is not supported"),
+        ({"llm_int8_skip_modules": SKIPPED}, "no linear layers to quantise"),
     ],
 )
 def test_what_is_no_nf4_is_refused(folder, settings, words):
@@ -161,7 +161,7 @@ def test_what_is_no_nf4_is_refused(folder, settings, words):
 
 def test_offloading_is_refused(folder):
     config = NF4Config()
-    with pytest.raises(ValueError, match="must be on devices that compute"):
+    with pytest.raises(ValueError, match="must be on a device that computes"):
         NF4Quantizer(config).validate_environment(device_map={"model": 0, "lm_head": "disk"})
 
 

@@ -8,7 +8,7 @@ from oddsmith import ORPOConfig
 from oddsmith.training.models import load_model
 from support.trainer_runs import arguments, make_model, make_tokenizer
 
-# PEFT reads an older name of transformers'.
+# PEFT reads a deprecated name of transformers.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
 )
@@ -43,7 +43,7 @@ def test_peft_model_with_a_peft_config(make, model):
 
 
 def test_model_init_kwargs_with_a_model(make):
-    with pytest.raises(ValueError, match="the model has been made already"):
+    with pytest.raises(ValueError, match="model is not a name"):
         make(config={"model_init_kwargs": {"dtype": "float32"}})
 
 
@@ -80,7 +80,7 @@ def test_gradients_reach_an_adapter_under_checkpointing(make):
     from peft import LoraConfig
 
     config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    # The reentrant kind passes no gradient on if no input of a layer requires one.
+    # Reentrant checkpointing gives no gradient if no input of a layer requires one.
     checkpointing = {
         "gradient_checkpointing": True,
         "gradient_checkpointing_kwargs": {"use_reentrant": True},

@@ -1,4 +1,4 @@
-"""Layer-wise mode: parameters are updated in the backward pass, and their gradients freed."""
+"""Layer-wise mode: updates parameters in the backward pass and frees their gradients."""
 
 from __future__ import annotations
 
@@ -12,28 +12,27 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 if TYPE_CHECKING:
-    from .item import Item
     from .optimizer import LowRankOptimizer
+    from .step import LowRankStep
 
-# Parameter -> whose hook it has, and its handle: a second optimiser on a model takes the place of the
-# first.
+# Parameter -> whose hook it has, and its handle: a second optimiser on a model replaces the first.
 _HANDLES = WeakTensorKeyDictionary()
 
 
 class LayerwiseHooks:
     """
-    Hooks that hand each gradient to an optimiser as soon as it is there.
+    Hooks that pass each gradient to an optimiser as soon as it is computed.
 
-    Between the micro-batches of an update, GaLore adds up projected gradients, so that no full
-    gradient of a projected parameter outlives its own backward pass. In a step that begins with a
-    new basis the full gradients are kept until the last micro-batch, for the basis depends on their
-    sum; with the option `refresh_on="first"` it is that of the first micro-batch instead, and they
-    are not.
+    Between the micro-batches of an update, GaLore accumulates projected gradients, so that full
+    gradients of projected parameters are freed in each backward pass. In a step with a new basis
+    the full gradients are kept until the last micro-batch, because the basis depends on their sum;
+    with `refresh_on="first"` the basis is that of the first micro-batch, and they are freed.
 
     Args:
         optimizer (`LowRankOptimizer`): Updates the parameters.
-        accumulation_steps (`int`): Backward passes to an update.
-        is_last_backward (`Callable`, *optional*): Says it in place of a fixed number.
+        accumulation_steps (`int`): Backward passes per update.
+        is_last_backward (`Callable`, *optional*): Returns whether the running backward pass is the
+            last before an update, instead of a fixed number.
     """
 
     def __init__(
@@ -54,7 +53,7 @@ class LayerwiseHooks:
             self.add(group)
 
     def add(self, group: dict[str, Any]) -> None:
-        """Puts hooks on the parameters of a group."""
+        """Adds hooks to the parameters of a group."""
         hooks = weakref.ref(self)
 
         def hook(parameter: Tensor) -> None:
@@ -71,13 +70,13 @@ class LayerwiseHooks:
         self.attached = True
 
     def attach(self) -> None:
-        """Puts the hooks back after [`detach`]."""
+        """Adds the hooks again after [`detach`]."""
         if not self.attached:
             for group in self._groups():
                 self.add(group)
 
     def detach(self) -> None:
-        """Takes the hooks off; those of another optimiser on the same parameters stay."""
+        """Removes the hooks; those of another optimiser on the same parameters are kept."""
         self.attached = False
         for group in self._groups():
             for parameter in group["params"]:
@@ -92,7 +91,7 @@ class LayerwiseHooks:
         return [] if optimizer is None else optimizer.param_groups
 
     def forget(self) -> None:
-        """Drops what has been added up of an update that will not come."""
+        """Drops the accumulated gradients of an unfinished update."""
         self._passes.clear()
         self._low.clear()
 
@@ -104,7 +103,7 @@ class LayerwiseHooks:
 
     @torch.no_grad()
     def take(self, parameter: Tensor) -> None:
-        """Adds up a parameter's gradient or, with the last one, updates the parameter."""
+        """Accumulates a parameter's gradient or, with the last one, updates the parameter."""
         optimizer = self._optimizer()
         if optimizer is None or parameter.grad is None:
             return
@@ -130,12 +129,12 @@ class LayerwiseHooks:
             place = self._places[id(parameter)]
         return place
 
-    def _add_up(self, optimizer: LowRankOptimizer, item: Item) -> None:
+    def _add_up(self, optimizer: LowRankOptimizer, item: LowRankStep) -> None:
         item.state.setdefault("step", 0)
         if optimizer.refresh_due(item):
             finite = bool(item.grad.sum(dtype=torch.float32).isfinite())
             if item.group["refresh_on"] == "all" or not finite:
-                return  # the gradient stays, and autograd adds to it
+                return  # keep the gradient; autograd adds to it
             optimizer.refresh(item)
         low = optimizer.project(item)
         key = id(item.parameter)

@@ -1,4 +1,4 @@
-"""A step of AdamW: numbers of the rule, the kernel, and the ops that do the same."""
+"""A step of AdamW: the coefficients, the kernel, and the ops."""
 
 import math
 
@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 
 
 def moments(shape, seed=0):
-    """First and second moments over many decades, signs and zeros among them."""
+    """First and second moments over many decades, with signs and zeros."""
     sizes = 10.0 ** (3 * randn(*shape, seed=seed + 1))
     first, second = (
         randn(*shape, seed=seed) * sizes,
@@ -49,10 +49,10 @@ def test_ops_do_what_the_kernel_does(bits, dtype, monkeypatch):
     monkeypatch.setattr(adamw_step, "_KERNELS", ())
     monkeypatch.setattr(adamw_step._core, "adamw_step", None)  # and it would be no success
     other, theirs, count = stepped(bits, dtype, (31, 53))
-    # In fp16 what is large becomes infinite, too.
+    # In fp16 large values become infinite too.
     assert bad == count and (bad == 3 or dtype == torch.float16)
     step = {torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]
-    # A moment between two codes may go either way, and moves its element by a little less or more.
+    # A moment between two codes can get either, which changes its element slightly.
     torch.testing.assert_close(value, other, atol=2e-3 if bits == 8 else 1e-6, rtol=step)
     assert (~torch.isclose(value, other, atol=1e-6, rtol=step)).sum() <= 3
     if bits == 8:
@@ -87,7 +87,7 @@ def test_a_step_by_hand(ops, monkeypatch):
     torch.testing.assert_close(value[:2], moved)
     torch.testing.assert_close(state["state1"][:2], first)
     torch.testing.assert_close(state["state2"][:2], second)
-    # Its value stays, its moments begin again.
+    # Its value is kept, its moments are reset.
     assert value[2] == 3.0 and state["state1"][2] == state["state2"][2] == 0.0
     assert bad.total() == 1
 
@@ -100,7 +100,7 @@ def test_counts_are_kept():
     assert bad.total() == 5
 
 
-def test_nothing_is_no_update():
+def test_an_empty_list_of_updates():
     empty = AdamUpdate(
         torch.zeros(0),
         torch.zeros(0),

@@ -1,4 +1,4 @@
-"""A parameter with what a low-rank step needs to know of it."""
+"""LowRankStep: a parameter with the data of its step."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor
 
 
 @dataclass
-class Item:
-    """A parameter on its way through a step."""
+class LowRankStep:
+    """A parameter with the data of its step."""
 
     parameter: Tensor
     group: dict[str, Any]
-    index: int  # among all parameters, for the seed
+    index: int  # of the parameter among all, for the seed
     state: dict[str, Any]
     grad: Tensor
     low: Tensor | None = None  # the projected gradient, fp32
@@ -25,5 +25,5 @@ class Item:
 
     @property
     def reduced(self) -> Tensor:
-        """What the moments are made of: the projected gradient, once there is one, or the full one."""
+        """The gradient of the moments: the projected one if it exists, or the full one."""
         return self.grad if self.low is None else self.low
