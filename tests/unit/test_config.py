@@ -1,8 +1,6 @@
 """ORPOConfig: defaults, older names, validation, schedules, round trips."""
 
-import ast
 import dataclasses
-import inspect
 import json
 import math
 import pickle
@@ -13,9 +11,8 @@ import pytest
 from transformers import HfArgumentParser, TrainingArguments
 
 from oddsmith import config as config_module
-from oddsmith import legacy_arguments
 from oddsmith.config import ORPOConfig
-from oddsmith.legacy_arguments import IGNORED, LEGACY_NAMES, RENAMED
+from oddsmith.legacy_arguments import LEGACY_NAMES
 
 
 def said(log, *words):
@@ -326,17 +323,3 @@ def test_yaml(tmp_path):
     assert (config.learning_rate, config.beta, config.warmup_steps) == (8e-6, 0.2, 0.1)
     assert config.eval_strategy == "epoch"
     assert config.model_init_kwargs == {"dtype": "float32"}
-
-
-def test_the_type_checker_sees_every_older_name():
-    tree = ast.parse(inspect.getsource(legacy_arguments))
-    (shown,) = [
-        node
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ClassDef) and node.name == "LegacyArguments"
-    ]
-    fields = [node for node in shown.body if isinstance(node, ast.AnnAssign)]
-    assert {node.target.id: ast.unparse(node.annotation) for node in fields} == {
-        name: f"{kind.__name__} | None" for name, (kind, _) in (RENAMED | IGNORED).items()
-    }
-    assert {ast.unparse(node.value) for node in fields} == {"None"}

@@ -1,10 +1,13 @@
 """Names of older releases: their new names, and log messages."""
 
+import ast
 import dataclasses
+import inspect
 
 import pytest
 from transformers import HfArgumentParser
 
+from oddsmith import legacy_arguments
 from oddsmith.config import ORPOConfig
 from oddsmith.legacy_arguments import IGNORED, LEGACY_NAMES, RENAMED, LegacyArguments
 
@@ -89,3 +92,17 @@ def test_every_name_has_a_field_that_says_what_becomes_of_it():
     assert fields["no_cuda"] == "Older name; sets `use_cpu`."
     assert fields["use_ipex"] == "Older name; accepted without effect."
     assert fields["push_to_hub_token"] == "Older name; accepted without effect: use hub_token."
+
+
+def test_the_type_checker_sees_every_older_name():
+    tree = ast.parse(inspect.getsource(legacy_arguments))
+    (shown,) = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef) and node.name == "LegacyArguments"
+    ]
+    fields = [node for node in shown.body if isinstance(node, ast.AnnAssign)]
+    assert {node.target.id: ast.unparse(node.annotation) for node in fields} == {
+        name: f"{kind.__name__} | None" for name, (kind, _) in (RENAMED | IGNORED).items()
+    }
+    assert {ast.unparse(node.value) for node in fields} == {"None"}

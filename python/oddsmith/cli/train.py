@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
-from transformers.integrations import (
+from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
     get_available_reporting_integrations,
 )

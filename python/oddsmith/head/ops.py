@@ -7,7 +7,7 @@ Both functions run the Rust core through custom operators, so they work outside 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -89,9 +89,10 @@ def _linear_orpo(
         ObjectiveArguments(beta, nll_scope, odds_ratio_link, logits_budget),
         Needs(need_hidden, need_weight, need_bias),
     )
-    gradients = report.pop("gradients")
+    gradients = report["gradients"]
+    outputs = cast(dict[str, Any], report)
     return [
-        *LinearORPOOutput(**report),
+        *(outputs[name] for name in LinearORPOOutput._fields),
         gradients["hidden"],
         gradients["weight"],
         gradients["bias"],

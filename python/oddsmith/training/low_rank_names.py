@@ -7,7 +7,6 @@ from typing import Any, cast
 
 from accelerate.state import GradientState
 from torch import nn
-from transformers.trainer_utils import check_target_module_exists
 from transformers.training_args import ParallelMode
 from transformers.utils import logging
 
@@ -62,6 +61,7 @@ def target_parameters(model: nn.Module, targets: Any, where: str) -> dict[str, n
             f"optim_target_modules is {targets!r}; must be 'all-linear', a regular expression or a "
             "list of strings"
         )
+    from transformers.trainer_utils import check_target_module_exists  # not documented
 
     all_linear = isinstance(targets, str) and targets.replace("_", "-") == "all-linear"
     names = set()

@@ -72,6 +72,7 @@ def test_lora_flags_without_an_adapter_are_reported(capsys):
         (["--beta", "0"], "beta is 0.0; must be positive and finite"),
         (["--beta", "nan"], "beta is nan; must be positive and finite"),
         (["--dtype", "int8"], "invalid choice: 'int8'"),
+        (["--share_prompt", "maybe"], "share_prompt is 'maybe'; must be True, False or 'auto'"),
         (["--beta_schedule", "linear"], "beta_schedule is 'linear'; needs beta_end"),
         (["--max_length", "8", "--max_prompt_length", "8"], "max_prompt_length is 8"),
     ],
@@ -96,6 +97,7 @@ use_peft: true
 lora_target_modules: [q_proj, v_proj]
 lora_modules_to_save: null
 max_length: 640
+share_prompt: false
 lr_scheduler_kwargs: {num_cycles: 2}
 disable_dropout: false
 """
@@ -111,6 +113,7 @@ def test_a_yaml_file_and_flags_over_it(tmp_path):
     assert (config.learning_rate, config.max_steps, config.max_length) == (8e-6, 12, 640)
     assert config.lr_scheduler_kwargs == {"num_cycles": 2}
     assert config.disable_dropout is False
+    assert config.share_prompt is False
     assert config.beta == 0.5
 
 

@@ -51,7 +51,7 @@ class BlockAdamW(Optimizer):
         *,
         seed: int = 0,
         pages: FilePages | None = None,
-        device_budget: int | None = None,
+        device_budget: int = DEVICE_BUDGET,
     ):
         if not isinstance(seed, int) or isinstance(seed, bool):
             raise ValueError(f"seed is {seed!r}; must be an integer")

@@ -61,7 +61,8 @@ class AdamW8bitCore(AdamWCore):
                 target = copies[-1][1]
             # Here eps is added before the correction, and the optimiser applies weight decay.
             step_size = -lr * self.correction(state, group)
-            rule = Rule(*group["betas"], group["eps"], step_size, keep=1.0)
+            beta1, beta2 = group["betas"]
+            rule = Rule(beta1, beta2, group["eps"], step_size, keep=1.0)
             updates.append(AdamUpdate(target, grad.contiguous(), state, rule))
         adamw_step(updates, self._bad)
         for target, moved in copies:
