@@ -48,7 +48,7 @@ class RowEncoder:
         """
 
 class _Gradients(TypedDict):
-    """Empty where not wanted."""
+    """Empty if not needed."""
 
     hidden: Tensor
     weight: Tensor

@@ -196,7 +196,7 @@ impl<T: Real> Run<'_, '_, T> {
         Ok(())
     }
 
-    /// 3 U, or more where not all logits fit: blocks of whole pairs, filled up with prompt rows.
+    /// 3 U, or more if not all logits fit: blocks of complete pairs, filled up with prompt rows.
     fn keep(&mut self, limit: usize, elements: usize, grads: &mut Gradients<'_, T>) -> Result<()> {
         // The first block carries two more rows.
         let mut kept = Kept::new(elements + 2 * self.engine.head.vocab());

@@ -1,6 +1,6 @@
 //! Which variant of the head runs, from a byte budget.
 //!
-//! `U` is one product of all rows with the whole weight.
+//! `U` is one product of all rows with the full weight.
 //!
 //! | variant | head | products | extra memory |
 //! |---|---|---|---|

@@ -23,7 +23,7 @@ struct FactorParts {
     transposed: bool,
 }
 
-/// `oddsmith.checkpoint.rules.Update`.
+/// `oddsmith.checkpoint.rules.MergeUpdate`.
 #[derive(FromPyObject)]
 struct UpdateParts {
     left: FactorParts,
@@ -32,7 +32,7 @@ struct UpdateParts {
     magnitude: Option<String>,
 }
 
-/// `oddsmith.checkpoint.rules.Rule`.
+/// `oddsmith.checkpoint.rules.TensorRule`.
 #[derive(FromPyObject)]
 struct RuleParts {
     name: String,
@@ -84,7 +84,7 @@ struct TensorParts {
     shape: Vec<usize>,
 }
 
-/// What is known of a 4-bit weight, as a dictionary.
+/// The state of a 4-bit weight, as a dictionary.
 #[derive(IntoPyObject)]
 struct StateParts {
     shape: Vec<usize>,

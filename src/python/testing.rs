@@ -1,5 +1,5 @@
-//! What only tests use: switches between the paths of an op, and the kernels' binaries. In builds with the
-//! feature `testing`.
+//! For tests only, with the cargo feature `testing`: switches between the paths of an op, and the kernels'
+//! binaries.
 
 use std::collections::HashMap;
 
@@ -37,7 +37,7 @@ fn use_tensor_ops(on: bool) {
     device::use_tensor_ops(on);
 }
 
-/// Makes CPU tensors take the path of CUDA tensors, through the driver that `ODDSMITH_CUDA_DRIVER` names.
+/// Makes CPU tensors take the path of CUDA tensors, with the driver in `ODDSMITH_CUDA_DRIVER`.
 #[pyfunction]
 fn emulate_cuda(on: bool) {
     cuda::emulate(on);

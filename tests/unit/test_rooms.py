@@ -72,10 +72,6 @@ ELSEWHERE = {
         "unit/test_package.py",
         "parts of docstrings that several classes share",
     ),
-    "training/trainer_parts.py": (
-        "unit/test_package.py",
-        "declarations for the type checker alone",
-    ),
     "optim/low_rank/step.py": (
         "unit/optim/low_rank/test_optimizer.py",
         "a dataclass that a step is made of",

@@ -46,7 +46,7 @@ class TensorRule:
         dtype (`str`): `float32`, `bfloat16` or `float16`: dtype of the written values, or of the
             values before quantisation.
         replacement (`str`, *optional*): Name of a tensor of the adapter that replaces it.
-        update ([`MergeUpdate`], **optional*): MergeUpdate to add.
+        update ([`MergeUpdate`], *optional*): Update to add.
         transposed (`bool`, *optional*, defaults to `False`): Write its transpose.
         quantize (`bool`, *optional*, defaults to `False`): Write it as NF4.
         blocksize (`int`, *optional*, defaults to 64): Values that share a scale.

@@ -112,7 +112,7 @@ class AdapterArguments:
             default as in TRL, sets it to 0.
         lora_target_modules (`list[str]`, *optional*): Modules, or `all-linear`; `None`: PEFT's
             choice for the architecture.
-        lora_modules_to_save (`list[str]`, **optional*): Modules to train in full.
+        lora_modules_to_save (`list[str]`, *optional*): Modules to train in full.
         use_rslora (`bool`, *optional*, defaults to `False`): Scale by alpha / sqrt(r).
         use_dora (`bool`, *optional*, defaults to `False`): Weight-decomposed LoRA.
     """

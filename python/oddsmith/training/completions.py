@@ -73,7 +73,7 @@ def log_completions(
             table = wandb.Table(columns=list(COLUMNS), data=[list(row) for row in rows])
             wandb.log({"game_log": table})
     if "comet_ml" in report_to and is_comet_available():
-        import comet_ml  # pyright: ignore[reportMissingImports]  # likewise
+        import comet_ml  # pyright: ignore[reportMissingImports]
 
         experiment = comet_ml.get_running_experiment()
         if experiment is not None:

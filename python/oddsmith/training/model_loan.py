@@ -1,4 +1,4 @@
-"""A run changes the user's model for as long as it lasts, and gives it back as it came."""
+"""Changes the user's model only during a run, and restores it afterwards."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from .trainer_parts import TrainerParts
 
 class ModelLoan(TrainerParts):
     """
-    Part of [`~oddsmith.ORPOTrainer`]: dropout, gradients of embeddings and layers of bitsandbytes are
-    those of a run within `train`, `evaluate` and `predict`, and the model's own after them.
+    Part of [`~oddsmith.ORPOTrainer`]: dropout, gradients of embeddings and layers of bitsandbytes
+    are changed within `train`, `evaluate` and `predict`, and restored after them.
 
-    A hook that is called by itself, as in a training loop of one's own, borrows the model too; it comes
-    back with the next of those calls to end, or with the end of the trainer.
+    A hook that is called directly, as in a custom training loop, changes the model too; it is
+    restored when the next of those calls, or the trainer, ends.
     """
 
     _patches: list[Patch] = []
     _return: Any = None
-    # Calls of train, evaluate and predict that are going on, one within another.
+    # Active calls of train, evaluate and predict, one within another.
     _running: int = 0
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -50,7 +50,7 @@ class ModelLoan(TrainerParts):
         return super().training_step(*args, **kwargs)
 
     def _lend(self, model: nn.Module) -> None:
-        """Takes the place of the model before, if there was one."""
+        """Replaces the previous model, if any."""
         if self._return is not None:
             self._return()
         self._patches = run_patches(model, self.args)
@@ -76,7 +76,7 @@ class ModelLoan(TrainerParts):
                 self._layerwise_hooks("detach")
 
     def _layerwise_hooks(self, action: str) -> None:
-        # Left on the parameters, they would go on updating them under another trainer.
+        # Otherwise these hooks would still update the parameters under another trainer.
         hooks = getattr(self._own_optimizer(), "layerwise_hooks", None)
         if hooks is not None:
             getattr(hooks, action)()

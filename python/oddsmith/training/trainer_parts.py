@@ -1,4 +1,4 @@
-"""What the parts of the trainer know of it and of each other, for the type checker."""
+"""The attributes that the parts of the trainer share, for the type checker."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
         """
         Base of [`ModelLoan`], [`RowHooks`], [`BatchHooks`], [`LossHooks`] and [`EvaluationHooks`].
 
-        Each is a part of [`~oddsmith.ORPOTrainer`] and comes before `Trainer` there: it may use what
-        is listed here, and call `super()`. No protocol, for a protocol has nothing to call.
+        Each is a part of [`~oddsmith.ORPOTrainer`] and comes before `Trainer` there: it can use the
+        attributes below and call `super()`. Not a protocol, because `super()` needs a base class.
         """
 
         args: ORPOConfig
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
         processing_class: Any
         data_collator: Callable[..., Any]
 
-        # ---- Of the run, made by the trainer ----
+        # ---- Set by the trainer ----
 
         beta: float
         max_length: int
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
         _stored_metrics: MetricStore
         _metric_weight: float
 
-        # ---- What one part does for another ----
+        # ---- Used by other parts ----
 
         def get_batch_loss_metrics(
             self, model: nn.Module, batch: dict[str, Any], train_eval: Split = "train"

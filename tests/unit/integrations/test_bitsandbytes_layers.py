@@ -1,4 +1,4 @@
-"""Layers of bitsandbytes: taken over, given back, and left alone where that cannot be."""
+"""Layers of bitsandbytes: replaced, restored, and unchanged where that is not possible."""
 
 import pytest
 import torch

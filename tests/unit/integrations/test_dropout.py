@@ -1,4 +1,4 @@
-"""No dropout within a run, and the model's own rates after it."""
+"""No dropout within a run, and the model's rates restored after it."""
 
 import pytest
 from torch import nn

@@ -177,7 +177,7 @@ def test_generation_and_saving_are_left_alone(tmp_path):
         (gemma2, "its attention has a softcap"),
         (
             lambda: tiny_model("Falcon", "sdpa", alibi=True, new_decoder_architecture=False),
-            "could not be tried out|other results",
+            "could not be tried out|results on a packed row differ",
         ),
     ],
 )

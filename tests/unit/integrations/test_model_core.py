@@ -1,4 +1,4 @@
-"""A model out of its wrappers, and tried out without a trace."""
+"""A model without its wrappers, and trial runs without side effects."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Who computes a 4-bit model: oddsmith where it was asked for, bitsandbytes everywhere else."""
+"""4-bit models are computed by oddsmith if selected, and by bitsandbytes otherwise."""
 
 import copy
 import json
@@ -46,7 +46,7 @@ def layer_of(folder, config=None):
 
 
 def test_bitsandbytes_loads_what_it_loaded_before(folder):
-    """Building an NF4Config is no switch: other types, and plain configurations, are not ours."""
+    """Building an NF4Config does not affect other types or plain configurations."""
     NF4Config()
     for settings in (
         {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},

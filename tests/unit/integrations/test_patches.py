@@ -1,4 +1,4 @@
-"""Every change to another library: applied, undone, counted, and left out where it does not fit."""
+"""Every change to another library: applied, undone, counted, and skipped if it does not fit."""
 
 import inspect
 import logging
@@ -157,7 +157,7 @@ def test_the_documentation_lists_them():
 
 @pytest.mark.parametrize("kind", PATCHES, ids=lambda kind: kind.__name__)
 class TestEachPatch:
-    def test_projecting_and_back(self, kind, monkeypatch):
+    def test_applying_and_undoing(self, kind, monkeypatch):
         make, state = CASES[kind](monkeypatch)
         before = state()
         patch = make()

@@ -1,4 +1,4 @@
-"""The progress bars of datasets and transformers: hidden, and back as they were."""
+"""The progress bars of datasets and transformers: hidden and restored."""
 
 import datasets
 import pytest
