@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 export CARGO_TARGET_DIR ?= $(HOME)/.cache/oddsmith/cargo-target
 # pip builds without isolation here: an isolated build would download torch a second time.
 ACTIVATE := source $(BIN)/activate
-# For tests only: switches between the paths of an op, an emulated CUDA driver.
+# What tests use and users do not get: switches between the paths of an op, an emulated CUDA driver.
 TESTING := python,testing
 
 .PHONY: help
@@ -34,15 +34,15 @@ test-build: $(BIN)/.tools
 demo: build ## Install, then train a small model with ORPO, offline
 	$(BIN)/oddsmith demo
 
-# A file's tests stay in one process, because they share models and runs.
+# A file's tests stay in one process, for they share models and runs.
 PYTEST = pytest -n auto --maxprocesses 8 --dist loadfile --durations 10
 
 .PHONY: test
-test: test-build ## Install, then run all tests, one process per core; lists the slowest ten
+test: test-build ## Install, then run all tests, a process a core; names the slowest ten
 	$(ACTIVATE) && cargo test --quiet && $(PYTEST)
 
 .PHONY: test-rust
-test-rust: test-build ## The Rust tests: the algorithms, then the bindings to torch and Python
+test-rust: test-build ## The Rust tests: the algorithms, then the borders to torch and Python
 	cargo test
 	$(ACTIVATE) && cargo test --release --features $(TESTING)
 
@@ -50,20 +50,20 @@ test-rust: test-build ## The Rust tests: the algorithms, then the bindings to to
 slow: test-build ## The long parity runs (ODDSMITH_SHARED names the folder with the real data)
 	$(ACTIVATE) && pytest -m slow
 
-# maturin warns that it is not the build backend, because python/build_backend.py wraps it.
+# maturin warns that it is not the build backend: it is, behind python/build_backend.py.
 .PHONY: develop
-develop: ## Compile again after a change in src/, with the test switches
+develop: ## Compile again after a change in src/, for tests
 	$(ACTIVATE) && maturin develop --release --skip-install --features $(TESTING)
 
 .PHONY: gpu
 gpu: test-build ## The tests that need a GPU
 	$(ACTIVATE) && pytest -m gpu
 
-# Without libtorch's cache every tensor is a separate allocation with a known end. Tests that use up
-# memory, capture graphs or try thousands of shapes are skipped, and so are the peers.
+# Without libtorch's cache every tensor is a separate allocation, whose end memcheck knows. Tests that use up
+# memory, capture graphs or try thousands of shapes are left out, and so are the peers.
 SANITIZE = python -m pytest tests/gpu -m gpu -k "not random and not graph and not runs_out and not bitsandbytes and not trl"
 .PHONY: sanitize
-sanitize: test-build ## The GPU tests under compute-sanitizer: accesses out of bounds, races in shared memory
+sanitize: test-build ## The same under compute-sanitizer: accesses out of bounds, races in shared memory
 	@command -v compute-sanitizer > /dev/null || { echo "sanitize: compute-sanitizer, of NVIDIA's toolkit, is not on PATH" >&2; exit 1; }
 	$(ACTIVATE) && export PYTORCH_NO_CUDA_MEMORY_CACHING=1 && for tool in memcheck racecheck; do \
 		compute-sanitizer --tool $$tool --error-exitcode 1 $(SANITIZE) || exit 1; done
@@ -74,16 +74,12 @@ lint: test-build ## Formatting and lints, Rust and Python; CI runs the same
 	$(MAKE) --no-print-directory clippy
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(MAKE) --no-print-directory types
-
-.PHONY: types
-types: ## Types, the stub of the core, and the import contracts
 	$(BIN)/basedpyright
 	$(BIN)/python tests/support/check_stub.py
 	$(BIN)/lint-imports
 
 .PHONY: clippy
-clippy: ## Lints of the Rust code: algorithms, then tensors and Python, with and without the test switches
+clippy: ## Lints of the Rust code alone: the algorithms, then tensors and Python, as installed and as tested
 	cargo clippy --locked --all-targets -- --deny warnings
 	for features in lint lint,testing; do \
 		cargo clippy --locked --all-targets --features $$features --target-dir $(CARGO_TARGET_DIR)-lint -- --deny warnings || exit 1; done
@@ -98,11 +94,11 @@ fmt: test-build ## Format everything
 kernels: test-build ## Registers, shared memory and spills of every CUDA kernel; needs no GPU
 	$(BIN)/python tests/support/kernel_usage.py
 
-# Real pairs if available, otherwise generated ones of the same lengths.
+# Real pairs where there are some, generated ones of the same lengths otherwise.
 PAIRS := $(wildcard $(or $(ODDSMITH_SHARED),../shared)/data/alpacaeval_mistral_orpo.jsonl.gz)
 MEASURE = $(BIN)/python benches/bench_
 .PHONY: bench
-bench: $(BIN)/.tools ## Compare with TRL, Liger, bitsandbytes, torchao and galore-torch; rows to benches/results.csv
+bench: $(BIN)/.tools ## Measure beside TRL, Liger, bitsandbytes, torchao and galore-torch; rows to benches/results.csv
 	$(ACTIVATE) && pip install --no-build-isolation -e ".[bench]"
 	$(MEASURE)head.py --record
 	$(MEASURE)quant.py --record
@@ -118,11 +114,11 @@ bench: $(BIN)/.tools ## Compare with TRL, Liger, bitsandbytes, torchao and galor
 	$(MEASURE)demo.py --record
 
 .PHONY: bench-gpu
-bench-gpu: $(BIN)/.tools ## Measure steps and kernels on a GPU, compared with the same peers; 8 minutes
+bench-gpu: $(BIN)/.tools ## Measure steps and kernels on a GPU, beside the same peers; 8 minutes
 	$(ACTIVATE) && pip install --no-build-isolation -e ".[bench]"
 	$(BIN)/python -m benches.gpu --record
 
 .PHONY: clean
-clean: ## Remove the environment and Python's caches
+clean: ## Remove the environment and what Python has cached
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .mypy_cache .import_linter_cache .grimp_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +

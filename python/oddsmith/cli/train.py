@@ -107,7 +107,7 @@ def checkpoint_to_resume(config: ORPOConfig) -> str | bool | None:
 
 
 def output_folder(config: ORPOConfig) -> Path:
-    """`--output_dir`, which `TrainingArguments` fills in where it is not given."""
+    """`--output_dir`; `TrainingArguments` sets it if it is not given."""
     return Path(config.output_dir or "trainer_output")
 
 

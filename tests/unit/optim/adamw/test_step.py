@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from oddsmith.optim.adamw import step as adamw_step
+from oddsmith.optim.adamw.arguments import Rule
 from oddsmith.optim.adamw.moments import decode, layout, maps
 from oddsmith.optim.adamw.step import AdamUpdate, NonFinite, rule_of
 from support.gradients import randn
@@ -79,7 +80,7 @@ def test_a_step_by_hand(ops, monkeypatch):
     grad = torch.tensor([0.5, -0.25, math.nan])
     state = {"state1": torch.full((3,), 0.1), "state2": torch.full((3,), 0.2)}
     bad = NonFinite()
-    rule = (0.8, 0.75, 0.01, -0.3, 0.9)
+    rule = Rule(0.8, 0.75, 0.01, -0.3, 0.9)
     adamw_step.adamw_step([AdamUpdate(value, grad, state, rule)], bad)
     first = 0.8 * 0.1 + 0.2 * grad[:2]
     second = 0.75 * 0.2 + 0.25 * grad[:2] ** 2
