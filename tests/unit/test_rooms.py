@@ -12,10 +12,6 @@ LONGEST = 450
 
 # Module -> the test file that covers it, and why it has no test file of its name.
 ELSEWHERE = {
-    "__main__.py": (
-        "unit/cli/test_commands.py",
-        "it calls the command line's main",
-    ),
     "quant/block_sizes.py": (
         "unit/quant/test_nf4.py",
         "one constant, which quantize_nf4 is tested with",
