@@ -9,7 +9,7 @@ from safetensors import safe_open
 
 from oddsmith.checkpoint.folder import Checkpoint, Tensor
 from oddsmith.checkpoint.quantize import quantize_checkpoint
-from oddsmith.checkpoint.rules import Rule
+from oddsmith.checkpoint.rules import TensorRule
 from oddsmith.checkpoint.write import (
     Summary,
     casts,
@@ -90,7 +90,7 @@ def test_what_is_cast():
 
 def test_rules_decide_tensor_by_tensor(base, tmp_path):
     source = Checkpoint(base)
-    rules = [Rule("lm_head.weight", "float32"), Rule("model.norm.weight", "float16")]
+    rules = [TensorRule("lm_head.weight", "float32"), TensorRule("model.norm.weight", "float16")]
     summary = write_checkpoint(source, tmp_path / "out", rules, {"a": 1})
     before, after = weights(base), weights(tmp_path / "out")
     assert after.pop("lm_head.weight").dtype == torch.float32
