@@ -12,10 +12,6 @@ LONGEST = 450
 
 # Module -> the test file that covers it, and why it has no test file of its name.
 ELSEWHERE = {
-    "quant/block_sizes.py": (
-        "unit/quant/test_nf4.py",
-        "one constant, which quantize_nf4 is tested with",
-    ),
     "training/trainer_parts.py": (
         "unit/test_private_names.py",
         "declarations for the type checker, which say what the trainer's parts may reach",
