@@ -78,7 +78,7 @@ class ORPOTrainer(ModelLoan, RowHooks, BatchHooks, LossHooks, EvaluationHooks, T
     """
 
     # The loss of a micro-batch is its mean: Trainer divides it by the accumulation steps.
-    loss_is_scaled_for_ga = False
+    loss_is_scaled_for_ga: bool | None = False
 
     _tag_names = ["oddsmith", "orpo"]
     _name = "ORPO"
@@ -127,9 +127,9 @@ class ORPOTrainer(ModelLoan, RowHooks, BatchHooks, LossHooks, EvaluationHooks, T
             processing_class = load_processing_class(model, revision, args)
         pad_token_id = ensure_pad_token(processing_class)
         self.processing_class = processing_class
-        self.padding_value = pad_token_id if args.padding_value is None else args.padding_value
+        self.padding_value: int = pad_token_id if args.padding_value is None else args.padding_value
         self._read_config(model.config)
-        self.use_dpo_data_collator = data_collator is None
+        self.use_dpo_data_collator: bool = data_collator is None
         if data_collator is None:
             data_collator = PreferenceCollator(
                 pad_token_id,
@@ -150,7 +150,7 @@ class ORPOTrainer(ModelLoan, RowHooks, BatchHooks, LossHooks, EvaluationHooks, T
             max_completion_length=args.max_completion_length,
             padding_value=self.padding_value,
         )
-        self.max_completion_length = self._rows.max_completion_length
+        self.max_completion_length: int | None = self._rows.max_completion_length
         with PartialState().local_main_process_first():
             train_dataset = self._prepare_rows(train_dataset, "train_dataset")
             if eval_dataset is not None:
@@ -256,18 +256,18 @@ class ORPOTrainer(ModelLoan, RowHooks, BatchHooks, LossHooks, EvaluationHooks, T
 
     def _read_config(self, config: Any) -> None:
         args = self.args
-        self.beta = args.beta
-        self.max_length = cast(int, args.max_length)  # the configuration fills in a None
-        self.max_prompt_length = args.max_prompt_length
-        self.truncation_mode = args.truncation_mode
-        self.label_pad_token_id = args.label_pad_token_id
-        self.generate_during_eval = args.generate_during_eval
-        self.is_encoder_decoder = config.is_encoder_decoder
+        self.beta: float = args.beta
+        self.max_length: int = cast(int, args.max_length)  # the configuration fills in a None
+        self.max_prompt_length: int | None = args.max_prompt_length
+        self.truncation_mode: str = args.truncation_mode
+        self.label_pad_token_id: int = args.label_pad_token_id
+        self.generate_during_eval: bool = args.generate_during_eval
+        self.is_encoder_decoder: bool = config.is_encoder_decoder
         if self.is_encoder_decoder:
-            self.decoder_start_token_id = config.decoder_start_token_id
-            self.pad_token_id = config.pad_token_id
-        self.aux_loss_enabled = getattr(config, "output_router_logits", False)
-        self.aux_loss_coef = getattr(config, "router_aux_loss_coef", 0.0)
+            self.decoder_start_token_id: int | None = config.decoder_start_token_id
+            self.pad_token_id: int | None = config.pad_token_id
+        self.aux_loss_enabled: bool = getattr(config, "output_router_logits", False)
+        self.aux_loss_coef: float = getattr(config, "router_aux_loss_coef", 0.0)
         if self.aux_loss_enabled and self.aux_loss_coef == 0.0:
             logger.warning(
                 "config.output_router_logits is True but config.router_aux_loss_coef is 0.0: the "
