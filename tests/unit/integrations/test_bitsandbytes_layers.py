@@ -32,7 +32,7 @@ def test_layers_come_back_with_the_codes_that_they_share():
         torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
         model.eval()
     assert list(model) == theirs and not theirs[0].training
-    model.train()  # in evaluation theirs would be laid out anew
+    model.train()  # in evaluation theirs would get a new layout
     torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
 
 
