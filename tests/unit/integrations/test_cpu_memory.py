@@ -30,7 +30,7 @@ def test_tensors_outlive_the_pool():
     assert float(still.sum()) == 1_200_000.0
 
 
-def test_other_devices_are_left_alone(monkeypatch):
+def test_other_devices_are_not_affected(monkeypatch):
     monkeypatch.setattr(_core, "install_pool", lambda: pytest.fail("called"))
     with pooled_memory(torch.device("cuda")):
         pass
