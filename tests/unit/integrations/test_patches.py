@@ -394,47 +394,6 @@ def test_no_packed_row_without_the_attention(monkeypatch):
         PackedRow(((1, 1, 1),))
 
 
-def test_an_undo_in_the_middle_of_an_apply():
-    class Undone(ModuleForward):
-        def is_applied(self):
-            found = super().is_applied()
-            if found and self.collects:
-                self.collects = False
-                self.undo()  # as the garbage collector does for a user that is gone
-            return found
-
-    layer = nn.Linear(2, 2)
-    patch = Undone(layer, lambda x: x + 1)
-    patch.collects = False
-    assert patch.apply()
-    patch.collects = True
-    assert patch.apply() and not patch.collects
-    assert torch.equal(layer(torch.zeros(2)), torch.ones(2))
-    patch.undo()
-    assert "forward" not in vars(layer) and not patch.is_applied()
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_the_try_out_does_not_depend_on_the_default_dtype(dtype, caplog):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with LoraDispatch() as applied:
-            assert applied, caplog.text
-    finally:
-        torch.set_default_dtype(before)
-
-
-@pytest.mark.parametrize(
-    "around",
-    [torch.device("meta"), torch.autocast("cpu", torch.bfloat16)],
-    ids=["meta", "autocast"],
-)
-def test_the_try_out_does_not_depend_on_the_callers_context(around, caplog):
-    with around, LoraDispatch() as applied:
-        assert applied, caplog.text
-
-
 def test_a_reloaded_table_is_changed_again():
     TABLE.apply()
     assert TABLE.is_applied()
