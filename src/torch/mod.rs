@@ -3,6 +3,7 @@
 //! A room has its arguments in `args`, below all of its backends; `mod` checks them and picks the backend:
 //! slices on the CPU, kernels on NVIDIA GPUs (`cuda`), libtorch's ops elsewhere (`ops`).
 
+pub mod abi;
 pub mod allocator;
 pub mod checkpoint;
 pub mod device;

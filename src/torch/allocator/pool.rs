@@ -6,20 +6,16 @@
 //! times what it uses. Here a hole is as good as new, and stays mapped.
 //!
 //! A tensor made while the pool is installed may live as long as it likes.
-#![allow(unsafe_code)] // system calls, and the C++ side of the allocator
+#![allow(unsafe_code)] // system calls
 
 use std::ffi::c_void;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use super::arena::Arena;
+use super::vtable::{self, Hooks};
 
 /// Smaller tensors stay with the C library.
 const SMALLEST: usize = 256 << 10;
-
-unsafe extern "C" {
-    fn oddsmith_pool_install();
-    fn oddsmith_pool_uninstall();
-}
 
 struct Pool {
     base: usize,
@@ -90,14 +86,12 @@ fn pool() -> Option<&'static Pool> {
     POOL.get()?.as_ref()
 }
 
-#[unsafe(no_mangle)]
-extern "C" fn oddsmith_pool_allocate(size: usize) -> *mut c_void {
+fn allocate(size: usize) -> *mut c_void {
     let start = if size < SMALLEST { None } else { pool().and_then(|pool| pool.allocate(size)) };
     start.map_or(std::ptr::null_mut(), |start| start as *mut c_void)
 }
 
-#[unsafe(no_mangle)]
-extern "C" fn oddsmith_pool_free(data: *mut c_void) -> bool {
+fn free(data: *mut c_void) -> bool {
     let Some(pool) = pool() else { return false };
     let place = (data as usize).wrapping_sub(pool.base);
     if place >= pool.capacity {
@@ -110,21 +104,15 @@ extern "C" fn oddsmith_pool_free(data: *mut c_void) -> bool {
 }
 
 /// Makes tensors of 256 KiB and more come from the pool. Returns false if the system has no room
-/// for it; then nothing changes.
+/// for it, or this libtorch no place; then nothing changes.
 pub fn install() -> bool {
-    let reserved = POOL.get_or_init(Pool::reserve).is_some();
-    if reserved {
-        // SAFETY: swaps a pointer that libtorch reads for each tensor; either allocator frees what it
-        // has made, whichever is installed then.
-        unsafe { oddsmith_pool_install() };
-    }
-    reserved
+    // Either allocator frees what it has made, whichever is installed then.
+    POOL.get_or_init(Pool::reserve).is_some() && vtable::install(Hooks { allocate, free })
 }
 
 /// New tensors come from the C library again, and the pool's holes go back to the system.
 pub fn uninstall() {
-    // SAFETY: as in `install`.
-    unsafe { oddsmith_pool_uninstall() };
+    vtable::uninstall();
     if let Some(pool) = pool() {
         pool.trim();
     }

@@ -1,0 +1,152 @@
+//! Operators through libtorch's dispatcher.
+
+use std::ffi::{CStr, c_int};
+use std::ptr;
+
+use torch_sys::C_tensor;
+
+use super::error::{Result, check};
+use super::handle::{Handle, Place, share};
+use super::symbols::{List, StableValue, Torch, torch};
+
+/// The release whose schemas the calls of this crate follow: the oldest that is supported.
+const VERSION: u64 = (2 << 56) | (10 << 48);
+
+/// An argument of an operator.
+#[derive(Debug)]
+pub enum Value<'a> {
+    /// A tensor, of which the dispatcher gets a handle of its own.
+    Tensor(*mut C_tensor),
+    /// An integer, a dtype or a memory format.
+    Int(i64),
+    /// A boolean.
+    Bool(bool),
+    /// A device.
+    Device(Place),
+    /// Integers.
+    Ints(&'a [i64]),
+    /// Tensors.
+    Tensors(&'a [*mut C_tensor]),
+    /// An optional argument that is given.
+    Some(&'a Value<'a>),
+    /// An optional argument that is not.
+    None,
+}
+
+impl Value<'_> {
+    /// A dtype, by tch's number.
+    pub fn dtype(number: c_int) -> Self {
+        Self::Int(number.into())
+    }
+
+    /// The value as the dispatcher takes it over. What was made for a call that is then not made is
+    /// lost: that takes an error of the memory allocator.
+    fn stacked(&self, torch: &Torch) -> Result<StableValue> {
+        Ok(match *self {
+            Self::Tensor(x) => share(x)?.into_raw() as StableValue,
+            Self::Int(value) => value as StableValue,
+            Self::Bool(value) => value.into(),
+            Self::Device(place) => (place.kind as u32 as u64) << 32 | u64::from(place.index as u32),
+            Self::Ints(values) => list(torch, values.iter().map(|&value| Ok(value as StableValue)))?,
+            Self::Tensors(tensors) => {
+                list(torch, tensors.iter().map(|&x| Ok(share(x)?.into_raw() as StableValue)))?
+            }
+            Self::Some(value) => optional(torch, value.stacked(torch)?)?,
+            Self::None => 0,
+        })
+    }
+}
+
+fn list(torch: &Torch, values: impl ExactSizeIterator<Item = Result<StableValue>>) -> Result<StableValue> {
+    let mut list: List = ptr::null_mut();
+    // SAFETY: writes a new list.
+    let code = unsafe { (torch.torch_new_list_reserve_size)(values.len(), &raw mut list) };
+    check(torch, code, &|| "new list".into())?;
+    for value in values {
+        // SAFETY: a list of our own, which takes the value over.
+        let code = unsafe { (torch.torch_list_push_back)(list, value?) };
+        if code != 0 {
+            // SAFETY: the list was not given away.
+            unsafe { (torch.torch_delete_list)(list) };
+        }
+        check(torch, code, &|| "list".into())?;
+    }
+    Ok(list as StableValue)
+}
+
+/// A value on the heap, which libtorch frees with its `operator delete`.
+fn optional(torch: &Torch, value: StableValue) -> Result<StableValue> {
+    let mut place: *mut StableValue = ptr::null_mut();
+    match (torch.torch_new_stable_ivalue, torch._Znwm) {
+        (Some(new), _) => {
+            // SAFETY: writes a pointer.
+            let code = unsafe { new(&raw mut place) };
+            check(torch, code, &|| "new optional".into())?;
+        }
+        // SAFETY: `operator new`, of the library that libtorch uses.
+        (None, Some(new)) => place = unsafe { new(size_of::<StableValue>()) }.cast(),
+        // SAFETY: what `operator delete` frees where the C library is below it.
+        (None, None) => place = unsafe { libc::malloc(size_of::<StableValue>()) }.cast(),
+    }
+    if place.is_null() {
+        return Err("no memory for an optional argument".into());
+    }
+    // SAFETY: room for one value.
+    unsafe { place.write(value) };
+    Ok(place as StableValue)
+}
+
+/// Calls an operator with one tensor as its result.
+///
+/// # Errors
+/// What libtorch reports, after the operator's name.
+pub fn call<const N: usize>(op: &CStr, overload: &CStr, arguments: [Value<'_>; N]) -> Result<Handle> {
+    let torch = torch()?;
+    let mut stack = [0; N];
+    for (place, value) in stack.iter_mut().zip(&arguments) {
+        *place = value.stacked(torch)?;
+    }
+    // SAFETY: the stack has the arguments of the schema, which has one result; handles on it are the
+    // dispatcher's from here on.
+    let code =
+        unsafe { (torch.torch_call_dispatcher)(op.as_ptr(), overload.as_ptr(), stack.as_mut_ptr(), VERSION) };
+    check(torch, code, &|| name(op, overload))?;
+    // SAFETY: the result, which is ours.
+    Ok(unsafe { Handle::from_raw(stack[0] as *mut C_tensor) })
+}
+
+fn name(op: &CStr, overload: &CStr) -> String {
+    let (op, overload) = (op.to_string_lossy(), overload.to_string_lossy());
+    if overload.is_empty() { op.into_owned() } else { format!("{op}.{overload}") }
+}
+
+/// The numbers that tch passes as a pointer and a length.
+///
+/// # Safety
+/// `len` numbers are there.
+pub unsafe fn ints<'a>(start: *const i64, len: c_int) -> &'a [i64] {
+    if len <= 0 { &[] } else { unsafe { std::slice::from_raw_parts(start, len as usize) } }
+}
+
+/// The tensors that tch passes as a pointer and a length.
+///
+/// # Safety
+/// `len` handles are there.
+pub unsafe fn tensors<'a>(start: *const *mut C_tensor, len: c_int) -> &'a [*mut C_tensor] {
+    if len <= 0 { &[] } else { unsafe { std::slice::from_raw_parts(start, len as usize) } }
+}
+
+/// Defines functions of tch as operators: `name(arguments) => operator, overload, [values];`. What tch
+/// declares has a place for the result as its first argument.
+macro_rules! operators {
+    ($( $name:ident($($arg:ident: $ty:ty),*) => $op:literal, $overload:literal, [$($value:expr),* $(,)?]; )*) => { $(
+        #[unsafe(no_mangle)]
+        unsafe extern "C" fn $name(out: *mut *mut torch_sys::C_tensor, $($arg: $ty),*) {
+            #[allow(unused_imports)]
+            use $crate::torch::abi::call::{Value::*, call, ints, tensors};
+            // SAFETY: tch passes live handles, and pointers with their lengths.
+            unsafe { $crate::torch::abi::handle::put(out, call($op, $overload, [$($value),*])) }
+        }
+    )* };
+}
+pub(super) use operators;
