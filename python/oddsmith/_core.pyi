@@ -8,7 +8,6 @@ from torch import Tensor
 from .checkpoint_plan import Rule
 
 __version__: str
-TORCH_BUILD_VERSION: str
 
 class RowEncoder:
     """A tokenizer's JSON together with the rules for rows; see [`oddsmith.fast_rows.FastRows`]."""

@@ -4,6 +4,7 @@ import ast
 import importlib
 import inspect
 import re
+import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -61,8 +62,24 @@ def test_version():
 
 
 def test_the_required_torch_is_the_one_of_the_check():
-    assert requirements()["torch"] == f"=={torch_version.REQUIRED}.*"
-    assert _core.TORCH_BUILD_VERSION.startswith(f"{torch_version.REQUIRED}.")
+    oldest = ".".join(map(str, torch_version.OLDEST))
+    assert requirements()["torch"] == f">={oldest}"
+
+
+def test_the_core_needs_no_library_of_torch():
+    """And no name of C++: what it takes of libtorch it looks up in the one that is loaded."""
+    report = subprocess.run(
+        ["readelf", "--dyn-syms", "--dynamic", "--wide", _core.__file__],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    needed = re.findall(r"NEEDED.*\[(.*)\]", report)
+    assert not [name for name in needed if "torch" in name or "c10" in name or "python" in name]
+    undefined = re.findall(r" UND (\S+)", report)
+    assert len(undefined) > 100
+    foreign = re.compile(r"(at|atg|ats|atc|atd|aoti|torch|tch|GOMP|omp)_|_Z")
+    assert not [name for name in undefined if foreign.match(name)]
 
 
 def module_name(path: Path) -> str:
