@@ -32,9 +32,12 @@ test-build: $(BIN)/.tools
 demo: build ## Install, then train a small model with ORPO, offline
 	$(BIN)/oddsmith demo
 
+# A file's tests stay in one process, for they share models and runs.
+PYTEST = pytest -n auto --maxprocesses 8 --dist loadfile --durations 10
+
 .PHONY: test
-test: test-build ## Install, then run all tests
-	$(ACTIVATE) && cargo test --quiet && pytest
+test: test-build ## Install, then run all tests, a process a core; names the slowest ten
+	$(ACTIVATE) && cargo test --quiet && $(PYTEST)
 
 .PHONY: test-rust
 test-rust: test-build ## The Rust tests: the algorithms, then the borders to torch and Python
@@ -51,11 +54,11 @@ develop: ## Compile again after a change in src/
 	$(ACTIVATE) && maturin develop --release --skip-install
 
 .PHONY: gpu
-gpu: test-build ## The tests that need a card
+gpu: test-build ## The tests that need a GPU
 	$(ACTIVATE) && pytest -m gpu
 
-# Without libtorch's cache every tensor is an allocation of its own, whose end memcheck knows. What
-# takes memory away, captures graphs or tries thousands of shapes is left out, and so are the peers.
+# Without libtorch's cache every tensor is a separate allocation, whose end memcheck knows. Tests that use up
+# memory, capture graphs or try thousands of shapes are left out, and so are the peers.
 SANITIZE = python -m pytest tests/gpu -m gpu -k "not random and not graph and not runs_out and not bitsandbytes and not trl"
 .PHONY: sanitize
 sanitize: test-build ## The same under compute-sanitizer: accesses out of bounds, races in shared memory
@@ -64,12 +67,16 @@ sanitize: test-build ## The same under compute-sanitizer: accesses out of bounds
 		compute-sanitizer --tool $$tool --error-exitcode 1 $(SANITIZE) || exit 1; done
 
 .PHONY: lint
-lint: test-build ## Formatting and lints, Rust and Python
+lint: test-build ## Formatting and lints, Rust and Python; CI runs the same
 	cargo fmt --check
-	cargo clippy --all-targets -- --deny warnings
-	cargo clippy --all-targets --features lint --target-dir $(CARGO_TARGET_DIR)-lint -- --deny warnings
+	$(MAKE) --no-print-directory clippy
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+
+.PHONY: clippy
+clippy: ## Lints of the Rust code alone: the algorithms, then what works on tensors and Python objects
+	cargo clippy --locked --all-targets -- --deny warnings
+	cargo clippy --locked --all-targets --features lint --target-dir $(CARGO_TARGET_DIR)-lint -- --deny warnings
 
 .PHONY: fmt
 fmt: test-build ## Format everything
@@ -78,25 +85,32 @@ fmt: test-build ## Format everything
 	$(BIN)/ruff format
 
 .PHONY: kernels
-kernels: test-build ## Registers, shared memory and spills of every CUDA kernel; needs no card
+kernels: test-build ## Registers, shared memory and spills of every CUDA kernel; needs no GPU
 	$(BIN)/python tests/support/kernel_usage.py
 
+# Real pairs where there are some, generated ones of the same lengths otherwise.
+PAIRS := $(wildcard $(or $(ODDSMITH_SHARED),../shared)/data/alpacaeval_mistral_orpo.jsonl.gz)
+MEASURE = $(BIN)/python benches/bench_
 .PHONY: bench
-bench: $(BIN)/.tools ## Benchmarks beside TRL, Liger, bitsandbytes, torchao and galore-torch
+bench: $(BIN)/.tools ## Measure beside TRL, Liger, bitsandbytes, torchao and galore-torch; rows to benches/results.csv
 	$(ACTIVATE) && pip install --no-build-isolation -e ".[bench]"
-	$(BIN)/python benches/bench_head.py
-	$(BIN)/python benches/bench_step.py
-	$(BIN)/python benches/bench_tokenize.py
-	$(BIN)/python benches/bench_nf4.py
-	$(BIN)/python benches/bench_step.py --qlora
-	$(BIN)/python benches/bench_checkpoint.py
-	$(BIN)/python benches/bench_adamw.py
-	$(BIN)/python benches/bench_galore.py
+	$(MEASURE)head.py --record
+	$(MEASURE)quant.py --record
+	$(MEASURE)quant.py --record --pool --only dequantize --dtype float32
+	$(MEASURE)optim_adamw.py --record
+	$(MEASURE)optim_low_rank.py --record
+	$(MEASURE)data.py --record
+	$(MEASURE)data.py --record --memory 1000000
+	$(MEASURE)training.py --record $(PAIRS:%=--data %)
+	$(MEASURE)training.py --record --long-prompts
+	$(MEASURE)training.py --record --qlora $(PAIRS:%=--data %)
+	$(MEASURE)checkpoint.py --record
+	$(MEASURE)demo.py --record
 
 .PHONY: bench-gpu
-bench-gpu: $(BIN)/.tools ## Steps and kernels on a card, beside the same peers; 8 minutes
+bench-gpu: $(BIN)/.tools ## Measure steps and kernels on a GPU, beside the same peers; 8 minutes
 	$(ACTIVATE) && pip install --no-build-isolation -e ".[bench]"
-	$(BIN)/python benches/gpu.py
+	$(BIN)/python -m benches.gpu --record
 
 .PHONY: clean
 clean: ## Remove the environment and what Python has cached

@@ -1,23 +1,22 @@
-"""`oddsmith quantize` and `oddsmith merge` of a generated bf16 checkpoint: speed and resident memory of the whole process.
+"""`oddsmith quantize` and `oddsmith merge` of a generated bf16 checkpoint: time and resident memory of the process.
 
-    python benches/bench_checkpoint.py [--folder DIR] [--repeats 3] [--layers 22] [--peer]
+    python benches/bench_checkpoint.py [--folder DIR] [--repeats 3] [--layers 22] [--peer] [--record]
 
-The model has TinyLlama's shape, 1.1 billion parameters in two files; the adapter is of rank 16 on every
-linear layer. The command runs in a process of
-its own; its time is that of the conversion, from checking the files to the last rename, without starting
-Python. Floors in the same rounds: writing as many bytes as the result has, with fsync, and reading the
-files (cold: after dropping them from the page cache; warm otherwise). "extra MB" is the process's largest
-resident set, of which importing torch and transformers is the row "import". With --peer transformers and
-bitsandbytes load and save the same model in a process of their own.
+The model has TinyLlama's shape: 1.1 billion parameters in two files. The adapter has rank 16 on every linear layer.
+Each command runs in a new process. Its time is that of the conversion, from checking the files to the last rename,
+without starting Python. The lower bounds are timed in the same rounds: writing as many bytes as the result has, with
+fsync, and reading the files (cold: not in the page cache; warm otherwise). MB is the largest resident set of the
+process; the row "import" is the part that importing torch and transformers takes. With --peer transformers and
+bitsandbytes load and save the same model in a new process.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -29,9 +28,12 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from transformers import MistralConfig, MistralForCausalLM
 
-from side_by_side import report, versions
+from side_by_side import Report, flags
 
 HIDDEN, INTERMEDIATE, VOCABULARY = 2048, 5632, 32_000
+TINY = 128, 256, 512
+
+IMPORT = "import oddsmith.checkpoint.quantize, oddsmith.integrations.model_weights"
 
 PEER = """
 import torch
@@ -42,16 +44,17 @@ model.save_pretrained(sys.argv[2])
 """
 
 
-def generate(folder: Path, layers: int) -> int:
+def generate(folder: Path, layers: int, sizes: tuple[int, int, int]) -> int:
     """Writes the model and returns its bytes."""
     folder.mkdir(parents=True)
+    hidden, intermediate, vocabulary = sizes
     config = MistralConfig(
-        hidden_size=HIDDEN,
-        intermediate_size=INTERMEDIATE,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
         num_hidden_layers=layers,
         num_attention_heads=32,
         num_key_value_heads=4,
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         dtype="bfloat16",
         architectures=["MistralForCausalLM"],
     )
@@ -62,7 +65,7 @@ def generate(folder: Path, layers: int) -> int:
         }
     names, total, places = list(shapes), 0, {}
     torch.manual_seed(0)
-    pool = (torch.randn(VOCABULARY * HIDDEN + 999_983) * 0.02).bfloat16()
+    pool = (torch.randn(max(vocabulary, 2 * intermediate) * hidden + 999_983) * 0.02).bfloat16()
     for part, group in enumerate((names[: len(names) // 2], names[len(names) // 2 :]), 1):
         file = f"model-{part:05}-of-00002.safetensors"
         tensors = {}
@@ -149,59 +152,70 @@ def write(path: Path, count: int) -> float:
     return seconds
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--folder", type=Path, help="where there are 5 GB of disk")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--layers", type=int, default=22)
-    parser.add_argument("--peer", action="store_true")
-    flags = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=flags.folder) as name:
-        folder = Path(name)
-        model, out = folder / "model", folder / "out"
-        total = generate(model, flags.layers)
-        adapter, four_bit = folder / "adapter", folder / "four_bit"
-        generate_adapter(adapter, model)
-        command("quantize", model, four_bit)
-        seconds: dict[str, list[float]] = {}
-        memory: dict[str, int] = {}
+class Rounds:
+    """Seconds of each run, and the largest resident set."""
 
-        def add(name: str, value: float, peak: int | None = None) -> None:
-            seconds.setdefault(name, []).append(value)
-            if peak is not None:
-                memory[name] = max(peak, memory.get(name, 0))
+    def __init__(self) -> None:
+        self.seconds: dict[str, list[float]] = {}
+        self.memory: dict[str, int] = {}
 
-        for _ in range(flags.repeats):
-            for cache in ("cold", "warm"):
-                for flag in ((), ("--double_quant",)):
-                    if cache == "cold":
-                        drop_cache(model)
-                    add(
-                        f"{cache} {' '.join(flag)}".strip(), *command("quantize", model, out, *flag)
-                    )
-                    result = sum(file.stat().st_size for file in out.glob("*.safetensors"))
-                    shutil.rmtree(out)
-            for base, flag in ((model, ()), (four_bit, ()), (four_bit, ("--quantize",))):
-                found = command("merge", base, adapter, out, *flag)
-                add(f"merge into {base.name} {' '.join(flag)}".strip(), *found)
-                shutil.rmtree(out)
+    def add(self, name: str, value: float, peak: int | None = None) -> None:
+        self.seconds.setdefault(name, []).append(value)
+        if peak is not None:
+            self.memory[name] = max(peak, self.memory.get(name, 0))
+
+
+def one_round(rounds: Rounds, folder: Path, tiny: bool) -> None:
+    """Everything once; a tiny round has one command of each kind."""
+    model, adapter, out = folder / "model", folder / "adapter", folder / "out"
+    four_bit = folder / "four_bit"
+    quantize = {"quantize_cold": (), "quantize_warm": ()}
+    quantize |= {f"{name}_double_quant": ("--double_quant",) for name in quantize}
+    merge = {"merge": (model,), "merge_nf4": (four_bit,), "merge_to_nf4": (four_bit, "--quantize")}
+    for name, flag in list(quantize.items())[: 1 if tiny else None]:
+        if "cold" in name:
             drop_cache(model)
-            add("read, cold", read(model))
-            add("read, warm", read(model))
-            add("write and fsync", write(folder / "floor", result))
-            imports = "import oddsmith.checkpoint.quantize, oddsmith.integrations.model_weights"
-            add("import", *process(imports)[:2])
-        used = versions("oddsmith", "torch", "transformers")
-        if flags.peer:
-            add("transformers + bnb", *process(PEER, model, out)[:2])
-            used += " " + versions("bitsandbytes")
-        case = f"quantize {total / 1e9:.2f} GB of bf16 ({total / 2e9:.2f} billion parameters)"
-        report("checkpoint", case, seconds, memory, "warm", torch.get_num_threads(), used)
-        for name in ("cold", "warm", "cold --double_quant", "warm --double_quant"):
-            best = sorted(seconds[name])[len(seconds[name]) // 2]
-            print(f"  {name}: {total / best / 1e6:.0f} MB/s of weights read")
+        rounds.add(name, *command("quantize", model, out, *flag))
+        result = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+        shutil.rmtree(out)
+    for name, (base, *flag) in list(merge.items())[: 1 if tiny else None]:
+        rounds.add(name, *command("merge", base, adapter, out, *flag))
+        shutil.rmtree(out)
+    drop_cache(model)
+    rounds.add("read_cold", read(model))
+    rounds.add("read_warm", read(model))
+    rounds.add("write_and_fsync", write(folder / "floor", result))
+    rounds.add("import", *process(IMPORT)[:2])
+
+
+def main() -> None:
+    parser = flags(__doc__, repeats=3)
+    parser.add_argument("--folder", type=Path, help="where there are 5 GB of disk")
+    parser.add_argument("--layers", type=int, help="of the model (default 22)")
+    parser.add_argument("--peer", action="store_true", help="beside transformers and bitsandbytes")
+    args = parser.parse_args()
+    layers = args.layers or (1 if args.tiny else 22)
+    report = Report("bench_checkpoint", args, ("transformers", "bitsandbytes"))
+    with tempfile.TemporaryDirectory(dir=args.folder) as name:
+        folder = Path(name)
+        sizes = TINY if args.tiny else (HIDDEN, INTERMEDIATE, VOCABULARY)
+        total = generate(folder / "model", layers, sizes)
+        generate_adapter(folder / "adapter", folder / "model")
+        if not args.tiny:
+            command("quantize", folder / "model", folder / "four_bit")
+        rounds = Rounds()
+        for _ in range(args.repeats):
+            one_round(rounds, folder, args.tiny)
+        if args.peer:
+            rounds.add("transformers_bnb", *process(PEER, folder / "model", folder / "out")[:2])
+    parameters = f"{total / 2e9:.1f}"
+    case = f"quantize {total / 1e9:.2f} GB of bf16 ({parameters} billion parameters)"
+    report.case(f"checkpoint_{parameters}b", case, rounds.seconds, "quantize_cold", rounds.memory)
+    for name, seconds in rounds.seconds.items():
+        if name.startswith("quantize"):
+            print(
+                f"  {name}: {total / max(statistics.median(seconds), 1e-9) / 1e6:.0f} MB/s of weights read"
+            )
 
 
 if __name__ == "__main__":

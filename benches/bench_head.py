@@ -1,13 +1,12 @@
 """The ORPO head beside its peers: loss and gradients from hidden states.
 
-    python benches/bench_head.py [--repeats 5] [--threads 2] [--no-compile]
+    python benches/bench_head.py [--repeats 5] [--threads 2] [--no-compile] [--record]
 
-Two shapes (hidden 512, vocabulary 32,000; hidden 896, vocabulary 151,936), trained and frozen head,
-`float32`, batches of two padded pairs of which about a third of the rows are rejected prompt or pad,
-logits peaked as a trained model's are. Peers: TRL's eager loss, Liger's fused loss, TRL's chunked
-log-probabilities with the ORPO formula, and torch.compile of the naive form. The
-bare matrix products of the rows that need the head are timed in the same rounds. "extra MB" is the
-rise of resident memory during a call, less the gradients that it returns.
+Two shapes (hidden 512, vocabulary 32,000; hidden 896, vocabulary 151,936), trained and frozen head, `float32`. A batch has
+two padded pairs; about a third of its rows are rejected prompts or padding. Logits are peaked, as those of a trained
+model are. Peers: TRL's eager loss, Liger's fused loss, TRL's chunked log-probabilities with the ORPO formula, and
+torch.compile of the naive form. `products` is the matrix products of the rows that need the head, without anything
+else, timed in the same rounds. MB is the rise of resident memory during a call, less the gradients that it returns.
 """
 
 from __future__ import annotations
@@ -19,7 +18,8 @@ import torch
 import torch.nn.functional as F
 
 from oddsmith.functional import linear_orpo
-from side_by_side import interleave, peak_memory, report, versions
+from results import installed
+from side_by_side import Report, flags, interleave, peak_memory
 
 BETA = 0.1
 
@@ -30,7 +30,7 @@ class Case:
 
     hidden: torch.Tensor  # (2B, T, D)
     weight: torch.Tensor  # (V, D)
-    tokens: torch.Tensor  # (2B, T) next tokens, -100 on pads
+    tokens: torch.Tensor  # (2B, T) next tokens, -100 on padding
     labels: torch.Tensor  # (2B, T) next tokens of completions, -100 elsewhere
 
     @property
@@ -46,7 +46,7 @@ def make_case(width: int, vocab: int, length: int, trained: bool) -> Case:
     real = [length, int(length * 0.80), int(length * 0.93), int(length * 0.72)]
     weight = torch.randn(vocab, width) * width**-0.5
     tokens = torch.randint(vocab, (4, length))
-    # A trained model's hidden state points at the next word: peaked logits.
+    # A trained model's hidden state points at the next token: peaked logits.
     hidden = torch.randn(4, length, width) + 12.0 * F.normalize(weight[tokens], dim=-1)
     labels = tokens.clone()
     for row in range(4):
@@ -106,7 +106,7 @@ def liger(case: Case):
 
 
 def chunked(case: Case):
-    """TRL's chunked log-probabilities over the rows that are no pads."""
+    """TRL's chunked log-probabilities over all rows but the padding."""
     from trl.kernels import ChunkedLogProbFunction
 
     count, length, width = case.hidden.shape
@@ -149,10 +149,33 @@ def products(case: Case):
     return run
 
 
+def runs_of(case: Case, compiled: bool) -> dict:
+    """oddsmith and the peers that are installed."""
+    runs = {"oddsmith": lambda: ours(case)}
+    if installed("trl"):
+        runs["trl"] = lambda: eager(case)
+    if installed("liger-kernel"):
+        runs["liger"] = lambda: liger(case)
+    if installed("trl"):
+        runs["trl_chunked"] = lambda: chunked(case)
+    if compiled:
+        function = torch.compile(naive, dynamic=False)
+        inputs = case.hidden, case.weight, case.tokens, case.labels
+        runs["compile"] = lambda: gradients(case, function(*inputs))
+    return runs
+
+
+def check(case: Case, runs: dict) -> None:
+    truth = gradients(case, naive(case.hidden, case.weight, case.tokens, case.labels))
+    for name, run in runs.items():
+        loss, grads = run()[:2]
+        worst = max((a - b).abs().max() / b.abs().max() for a, b in zip(grads, truth[1]))
+        assert abs(loss - truth[0]) < 1e-4, f"{name}: loss {loss}, should be {truth[0]}"
+        assert worst < 1e-3, f"{name}: gradients off by {worst}"
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
+    parser = flags(__doc__, repeats=5)
     parser.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
@@ -161,39 +184,21 @@ def main() -> None:
     )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    used = versions("torch", "trl", "liger-kernel", "oddsmith")
-    # The closures below are called within their iteration.
-    # ruff: noqa: B023
-    for width, vocab, length in ((512, 32_000, 517), (896, 151_936, 172)):
+    report = Report("bench_head", args, ("trl", "liger-kernel"))
+    shapes = [(16, 64, 40)] if args.tiny else [(512, 32_000, 517), (896, 151_936, 172)]
+    for width, vocab, length in shapes:
         for trained in (True, False):
             case = make_case(width, vocab, length, trained)
-            runs = {
-                "oddsmith": lambda: ours(case),
-                "trl eager": lambda: eager(case),
-                "liger": lambda: liger(case),
-                "trl chunked": lambda: chunked(case),
-            }
-            if args.compile:
-                compiled = torch.compile(naive, dynamic=False)
-                runs["torch.compile"] = lambda: gradients(
-                    case,
-                    compiled(case.hidden, case.weight, case.tokens, case.labels),
-                )
-            truth = gradients(case, naive(case.hidden, case.weight, case.tokens, case.labels))
-            for name, run in runs.items():
-                loss, grads = run()[:2]
-                worst = max((a - b).abs().max() / b.abs().max() for a, b in zip(grads, truth[1]))
-                assert abs(loss - truth[0]) < 1e-4, f"{name}: loss {loss}, should be {truth[0]}"
-                assert worst < 1e-3, f"{name}: gradients off by {worst}"
-            del truth, grads
+            runs = runs_of(case, args.compile)
+            check(case, runs)
             returned = sum(x.nbytes for x in (case.hidden, case.weight) if x.requires_grad)
-            extra = {name: peak_memory(run) - returned for name, run in runs.items()}
-            runs["bare products"] = products(case)
+            memory = {name: peak_memory(run) - returned for name, run in runs.items()}
+            runs["products"] = products(case)
             head = "trained" if trained else "frozen"
             rows = f"{case.tokens.numel()} rows, {int(case.needed.sum())} needed"
             title = f"hidden {width}, vocabulary {vocab}, {rows}, {head} head"
             seconds = interleave(runs, args.repeats)
-            report("head", title, seconds, extra, "oddsmith", args.threads, used)
+            report.case(f"head_{width}x{vocab}_{head}", title, seconds, "oddsmith", memory)
 
 
 if __name__ == "__main__":

@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
-import csv
+import argparse
 import gc
-import importlib.metadata
-import platform
 import random
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results.csv"
-FIELDS = [
-    "bench",
-    "case",
-    "name",
-    "p20_s",
-    "p50_s",
-    "p80_s",
-    "extra_mb",
-    "runs",
-    "device",
-    "threads",
-    "versions",
-]
+from results import Recorder, installed, processor, quantile, record_flag, slug
 
 
-def _status(key: str) -> int:
+def flags(doc: str, repeats: int) -> argparse.ArgumentParser:
+    """What every benchmark takes."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--repeats", type=int, default=repeats, help="measured rounds")
+    parser.add_argument("--threads", type=int, default=2, help="torch's threads")
+    parser.add_argument("--tiny", action="store_true", help="small sizes, to try the script out")
+    record_flag(parser)
+    return parser
+
+
+def status(key: str) -> int:
     """A field of this process's status, in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(key + ":"):
@@ -40,9 +37,9 @@ def peak_memory(run: Callable[[], object]) -> int:
     """Bytes that resident memory rises above its level before the call (Linux)."""
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-    before = _status("VmRSS")
+    before = status("VmRSS")
     kept = run()
-    peak = _status("VmHWM") - before
+    peak = status("VmHWM") - before
     del kept
     return peak
 
@@ -51,8 +48,8 @@ def interleave(
     runs: dict[str, Callable[[], object]], repeats: int, warm_up: int = 1
 ) -> dict[str, list[float]]:
     """
-    Seconds of each run, one repeat of all after another, so that drift hits all alike; in another
-    order each time, for what a run leaves behind (memory to give back, caches) hits its successor.
+    Seconds of each run. Each round runs all of them once, so that drift affects all equally, and in
+    another order, because what a run leaves behind (freed memory, caches) affects its successor.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     draw = random.Random(0)
@@ -69,60 +66,45 @@ def interleave(
     return seconds
 
 
-def quantile(values: list[float], q: float) -> float:
-    values = sorted(values)
-    return values[min(len(values) - 1, int(q * len(values)))]
-
-
-def processor() -> str:
-    """The machine's own name for its processor."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
-
-
-def versions(*packages: str) -> str:
-    return " ".join(f"{p}={importlib.metadata.version(p)}" for p in packages)
-
-
-def report(
-    bench: str,
-    case: str,
-    seconds: dict[str, list[float]],
-    extra: dict[str, int],
-    baseline: str,
-    threads: int,
-    used: str,
+def show(
+    case: str, seconds: dict[str, list[float]], baseline: str, memory: dict[str, int] | None = None
 ) -> None:
-    """Prints a table with ratios to `baseline` and appends the rows to results.csv."""
-    base = statistics.median(seconds[baseline])
+    """Prints a table with ratios to `baseline`."""
+    memory = memory or {}
+    base = max(statistics.median(seconds[baseline]), 1e-9)  # some clocks have a digit only
     print(f"{case}")
-    print(f"  {'':24}{'median':>10}{'p20':>9}{'p80':>9}{'ours is':>10}{'extra MB':>10}")
-    rows = []
+    print(f"  {'':24}{'median':>10}{'p20':>9}{'p80':>9}{'ours is':>10}{'MB':>10}")
     for name, values in seconds.items():
         p20, p50, p80 = (quantile(values, 0.2), statistics.median(values), quantile(values, 0.8))
-        megabytes = extra.get(name, 0) / 1e6
-        memory = f"{megabytes:10.0f}" if name in extra else " " * 10
-        print(f"  {name:24}{p50:9.4f}s{p20:8.4f}s{p80:8.4f}s{p50 / base:9.2f}x{memory}")
-        rows.append(
-            [
-                bench,
-                case,
-                name,
-                f"{p20:.4f}",
-                f"{p50:.4f}",
-                f"{p80:.4f}",
-                f"{megabytes:.1f}" if name in extra else "",
-                len(values),
-                processor(),
-                threads,
-                used,
-            ]
-        )
-    new = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.writer(file)
-        if new:
-            writer.writerow(FIELDS)
-        writer.writerows(rows)
+        megabytes = f"{memory[name] / 1e6:10.0f}" if name in memory else " " * 10
+        print(f"  {name:24}{p50:9.4f}s{p20:8.4f}s{p80:8.4f}s{p50 / base:9.2f}x{megabytes}")
+
+
+class Report:
+    """Tables on the screen, and their rows in results.csv where `--record` asks for them.
+
+    Args:
+        bench (`str`): Name of the benchmark's file, without `.py`.
+        args: What [`flags`] made.
+        packages: Whose versions are noted, as far as they are installed.
+    """
+
+    def __init__(self, bench: str, args: argparse.Namespace, packages: tuple[str, ...]):
+        used = installed("oddsmith", "torch", *packages)
+        self.recorder = Recorder(bench, used, processor(args.threads), args.record)
+        self.add = self.recorder.add
+
+    def case(
+        self,
+        key: str,
+        case: str,
+        seconds: dict[str, list[float]],
+        baseline: str,
+        memory: dict[str, int] | None = None,
+    ) -> None:
+        """A table; its rows are `KEY_NAME_time` and, for those in `memory`, `KEY_NAME_memory`."""
+        show(case, seconds, baseline, memory)
+        for name, values in seconds.items():
+            self.add(f"{key}_{slug(name)}_time", case, name, "time", "s", values)
+        for name, count in (memory or {}).items():
+            self.add(f"{key}_{slug(name)}_memory", case, name, "memory", "MB", [count / 1e6])

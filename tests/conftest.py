@@ -10,6 +10,31 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
     filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")])
 )
 
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0))
+if WORKERS:
+    # Before torch is imported: workers share the cores, and threads that wait do not spin.
+    share = max(1, len(os.sched_getaffinity(0)) // WORKERS)
+    os.environ.setdefault("OMP_NUM_THREADS", str(share))
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+# What the compiled core computes in a team of threads.
+TEAMS = ("parity", "property", "unit/head", "unit/quant", "unit/optim", "unit/packing")
+
+
+@pytest.fixture(autouse=WORKERS > 0)
+def team(request):
+    """Two threads at least, however many workers there are, where teams of threads are tested."""
+    where = request.path.relative_to(Path(__file__).parent).as_posix()
+    if not where.startswith(TEAMS):
+        yield
+        return
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(before, 2))
+    yield
+    torch.set_num_threads(before)
+
 
 @pytest.fixture
 def tensor_ops_switch():

@@ -190,3 +190,14 @@ def test_the_module_runs_as_a_program(tmp_path):
     assert run.returncode == 2
     assert "Traceback" not in run.stderr
     assert "beta is -1.0" in run.stderr
+
+
+def test_reporting_to_what_is_not_installed(tiny_mistral, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(
+        "oddsmith.cli.train.get_available_reporting_integrations", lambda: ["tensorboard"]
+    )
+    data = write_jsonl(tmp_path / "pairs.jsonl", string_rows(4, seed=1))
+    arguments = ["--model", tiny_mistral, "--dataset", data, "--output_dir", tmp_path / "out"]
+    error = error_of(capsys, *arguments, "--report_to", "trackio", *QUICK)
+    assert error.endswith("--report_to trackio: needs the package trackio, which is not installed")
+    assert not (tmp_path / "out").exists()

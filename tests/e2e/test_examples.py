@@ -17,15 +17,16 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:Fu
 
 def test_no_example_is_forgotten():
     assert sorted(path.name for path in EXAMPLES.iterdir() if path.is_file()) == [
+        "common.py",  # what the scripts share
         "orpo_galore.py",
         "orpo_lora.py",
         "orpo_qlora.py",  # in test_qlora.py
+        "orpo_quickstart.ipynb",  # in test_notebook.py
         "train.yaml",
     ]
 
 
 def test_orpo_galore(tiny_mistral, ultrafeedback, tmp_path):
-    pytest.importorskip("tensorboard", reason="the example reports to tensorboard")
     out = tmp_path / "out"
     run = subprocess.run(
         [sys.executable, EXAMPLES / "orpo_galore.py", "--model", tiny_mistral,
@@ -45,7 +46,7 @@ def test_orpo_galore(tiny_mistral, ultrafeedback, tmp_path):
 
 
 def test_orpo_lora(tiny_mistral, ultrafeedback, tmp_path):
-    pytest.importorskip("tensorboard", reason="the example reports to tensorboard")
+    pytest.importorskip("tensorboard", reason="an extra: pip install tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     out = tmp_path / "out"
@@ -53,7 +54,8 @@ def test_orpo_lora(tiny_mistral, ultrafeedback, tmp_path):
         [sys.executable, EXAMPLES / "orpo_lora.py", "--model", tiny_mistral,
          "--dataset", ultrafeedback, "--output-dir", out, "--max-steps", "2",
          "--eval-steps", "2", "--save-steps", "2", "--logging-steps", "1",
-         "--learning-rate", "1e-3", "--max-length", "96", "--max-prompt-length", "64"],
+         "--learning-rate", "1e-3", "--max-length", "96", "--max-prompt-length", "64",
+         "--report-to", "tensorboard"],
         capture_output=True,
         text=True,
         cwd=tmp_path,
@@ -82,12 +84,11 @@ def test_orpo_lora(tiny_mistral, ultrafeedback, tmp_path):
 
 
 def test_the_settings_file(tiny_mistral, ultrafeedback, tmp_path, monkeypatch):
-    pytest.importorskip("tensorboard", reason="the settings report to tensorboard")
     monkeypatch.chdir(tmp_path)
     overrides = ["--model", tiny_mistral, "--dataset", ultrafeedback, "--max_steps", 2,
                  "--eval_steps", 2, "--max_length", 96, "--max_prompt_length", 64,
                  "--use_cpu"]  # fmt: skip
     assert cli.main(["train", str(EXAMPLES / "train.yaml"), *map(str, overrides)]) == 0
-    out = tmp_path / "orpo_mistral7b_results"
+    out = tmp_path / "orpo_lora"
     assert json.loads((out / "adapter_config.json").read_text())["r"] == 16
     assert "eval_rewards/accuracies" in json.loads((out / "eval_results.json").read_text())

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     GPT2Config,
@@ -89,3 +90,20 @@ def assert_quantized(before, after, names, blocksize, double_quant):
 
 def parts_of(tensors, name):
     return {key: value for key, value in tensors.items() if key.startswith(f"{name}.")}
+
+
+STEM = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+def make_adapter(tmp_path, tensors=None, **options) -> Path:
+    """An adapter of one projection, or of whatever tensors."""
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    LoraConfig(**{"r": 2, "target_modules": ["q_proj"], **options}).save_pretrained(folder)
+    if tensors is None:
+        tensors = {
+            f"{STEM}.lora_A.weight": torch.ones(2, 48),
+            f"{STEM}.lora_B.weight": torch.ones(48, 2),
+        }
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    return folder

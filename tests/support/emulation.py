@@ -6,6 +6,7 @@ tests/cuda/emulator/.
 """
 
 import ctypes
+import fcntl
 import hashlib
 import os
 import re
@@ -95,9 +96,15 @@ def digest(*parts: bytes) -> str:
 
 
 def cached(path: Path, make: Callable[[Path], None]) -> Path:
-    """`path`, made by `make` if it is not there: whole, whatever other processes do."""
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
+    """`path`, made by `make` if it is not there: whole, and once, whatever other processes do."""
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f"{path.name}.lock").open("w") as lock:
+        # Compilers take seconds: another worker of the same run waits for the first.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if path.exists():
+            return path
         partial = path.with_name(f"{os.getpid()}-{path.name}")
         make(partial)
         partial.rename(path)

@@ -2,26 +2,16 @@
 
 import dataclasses
 import json
-import logging
 import math
 import pickle
 import warnings
 
 import pytest
 from transformers import HfArgumentParser, TrainingArguments
-from transformers.utils import logging as transformers_logging
 
 from oddsmith import config as config_module
 from oddsmith.config import ORPOConfig
-from oddsmith.legacy_arguments import IGNORED, LEGACY_NAMES, RENAMED
-
-
-@pytest.fixture
-def log(caplog):
-    """The log, with what has been said once in this process forgotten."""
-    transformers_logging.get_logger().warning_once.__func__.cache_clear()
-    caplog.set_level(logging.WARNING)
-    return caplog
+from oddsmith.legacy_arguments import LEGACY_NAMES
 
 
 def said(log, *words):
@@ -127,9 +117,6 @@ def test_fp16_and_bf16_exclude_each_other():
         ORPOConfig(fp16=True, bf16=True)
 
 
-# Older names
-
-
 def test_the_articles_arguments():
     config = ORPOConfig(
         output_dir="out",
@@ -153,65 +140,6 @@ def test_the_articles_arguments():
     )
     assert config.get_warmup_steps(500) == 50
     assert config.optim == "paged_adamw_8bit"
-
-
-def test_the_articles_galore_arguments(log):
-    config = ORPOConfig(
-        optim="galore_adamw_8bit_bnb",
-        optim_target_modules=[r".*attn.*", r".*mlp.*"],
-        optim_args="rank=128,update_proj_gap=200,scale=0.25",
-    )
-    assert config.optim == "galore_adamw_8bit"
-    assert len(said(log, "galore_adamw_8bit_bnb")) == 1
-
-
-@pytest.mark.parametrize(
-    "given, name, value",
-    [
-        ({"evaluation_strategy": "steps", "eval_steps": 7}, "eval_strategy", "steps"),
-        ({"no_cuda": True}, "use_cpu", True),
-        ({"no_cuda": False, "use_cpu": True}, "use_cpu", True),
-        ({"warmup_ratio": 0.25}, "warmup_steps", 0.25),
-        ({"warmup_ratio": 0.25, "warmup_steps": 30}, "warmup_steps", 30),
-        ({"group_by_length": True}, "train_sampling_strategy", "group_by_length"),
-        ({"group_by_length": False}, "train_sampling_strategy", "random"),
-        ({"optim": "adamw_hf"}, "optim", "adamw_torch"),
-        ({"include_inputs_for_metrics": True}, "include_for_metrics", ["inputs"]),
-    ],
-)
-def test_renamed_arguments(log, given, name, value):
-    for _ in range(2):
-        config = ORPOConfig(**given)
-    assert getattr(config, name) == value
-    old = next(iter(given))
-    if old in RENAMED:
-        assert getattr(config, old) is None
-        assert len(said(log, f"`{old}`", f"`{name}`")) == 1
-    else:
-        assert len(said(log, given[old])) == 1
-
-
-@pytest.mark.parametrize("ratio, steps", [(0.0, 0), (0.1, 20), (0.999, 200), (1.0, 200)])
-def test_warmup_ratio_reaches_the_scheduler_as_a_ratio(ratio, steps):
-    assert ORPOConfig(warmup_ratio=ratio).get_warmup_steps(200) == steps
-
-
-@pytest.mark.parametrize("ratio", [-0.1, 1.5])
-def test_warmup_ratio_out_of_range(ratio):
-    with pytest.raises(ValueError, match=r"warmup_ratio is .* \[0, 1\]"):
-        ORPOConfig(warmup_ratio=ratio)
-
-
-@pytest.mark.parametrize("name", IGNORED)
-def test_ignored_arguments_are_said_once_and_change_nothing(log, name):
-    value = {bool: True, int: 3, str: "x"}[IGNORED[name][0]]
-    plain = ORPOConfig().to_dict()
-    log.clear()
-    for _ in range(2):
-        config = ORPOConfig(**{name: value})
-    assert config.to_dict() == plain
-    assert getattr(config, name) is None
-    assert len(said(log, f"`{name}`", "no effect")) == 1
 
 
 # Numbers, choices, schedule

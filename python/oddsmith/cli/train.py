@@ -5,6 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
+from transformers.integrations import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
 
 from ..config import ORPOConfig
 from ..data.tokenizer import ensure_chat_template, ensure_pad_token
@@ -102,6 +106,19 @@ def checkpoint_to_resume(config: ORPOConfig) -> str | bool | None:
     return wanted or None
 
 
+def check_reporting(config: ORPOConfig) -> None:
+    """Checks that the packages which `--report_to` names are installed.
+
+    Raises:
+        UserError: If one is not; transformers would raise a RuntimeError once the model is loaded.
+    """
+    installed = get_available_reporting_integrations()
+    names = config.report_to if isinstance(config.report_to, list) else []  # as it is by now
+    for name in names:
+        if name in INTEGRATION_TO_CALLBACK and name not in installed:
+            raise UserError(f"--report_to {name}: needs the package {name}, which is not installed")
+
+
 def run_train(run: RunArguments, adapter: AdapterArguments, config: ORPOConfig) -> None:
     """Trains a model and saves it.
 
@@ -120,6 +137,7 @@ def run_train(run: RunArguments, adapter: AdapterArguments, config: ORPOConfig) 
         raise UserError(
             "--load_in_4bit needs --use_peft: 4-bit weights cannot be trained themselves"
         )
+    check_reporting(config)
     checkpoint = checkpoint_to_resume(config)
     evaluates = config.eval_strategy != "no" or config.do_eval
     tokenizer = load_tokenizer(run, config)

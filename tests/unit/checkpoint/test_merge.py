@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,22 +14,18 @@ from oddsmith.checkpoint.quantize import quantize_checkpoint
 from oddsmith.errors import UserError
 from oddsmith.functional import QuantState, dequantize_nf4, quantize_nf4
 from support.checkpoint_models import (
+    STEM,
     assert_quantized,
     gpt2,
     linear_names,
+    make_adapter,
     mistral,
     parts_of,
     qwen,
-    save_base,
     weights,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
-
-
-@pytest.fixture
-def base(tmp_path) -> Path:
-    return save_base(tmp_path / "base")
 
 
 def train(model: PeftModel) -> None:
@@ -256,23 +251,6 @@ def test_the_adapter_s_tokenizer_wins(base, tmp_path):
     assert {tensor.dtype for tensor in weights(tmp_path / "out").values()} == {torch.float32}
 
 
-STEM = "base_model.model.model.layers.0.self_attn.q_proj"
-
-
-def make_adapter(tmp_path, tensors=None, **options) -> Path:
-    """An adapter of one projection, or of whatever tensors."""
-    folder = tmp_path / "adapter"
-    folder.mkdir()
-    LoraConfig(**{"r": 2, "target_modules": ["q_proj"], **options}).save_pretrained(folder)
-    if tensors is None:
-        tensors = {
-            f"{STEM}.lora_A.weight": torch.ones(2, 48),
-            f"{STEM}.lora_B.weight": torch.ones(48, 2),
-        }
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    return folder
-
-
 A, B = torch.ones(2, 48), torch.ones(48, 2)
 
 
@@ -310,40 +288,6 @@ def test_adapters_that_do_not_fit(tensors, words, base, tmp_path):
     with pytest.raises(UserError, match=words):
         merge_adapter(base, make_adapter(tmp_path, tensors), tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"use_dora": True}, "has no lora_magnitude_vector; use_dora is True"),
-        ({"layer_replication": [[0, 1]]}, "uses layer_replication, which cannot be merged here"),
-        (
-            {"alora_invocation_tokens": [5], "task_type": "CAUSAL_LM"},
-            "uses alora_invocation_tokens",
-        ),
-        ({"trainable_token_indices": [3]}, "uses trainable_token_indices"),
-        ({"init_lora_weights": "pissa_niter_4"}, "which changed the base weights"),
-        ({"init_lora_weights": "olora"}, "which changed the base weights"),
-    ],
-)
-def test_kinds_of_adapters_that_are_refused(options, words, base, tmp_path):
-    with pytest.raises(UserError, match=words):
-        merge_adapter(base, make_adapter(tmp_path, **options), tmp_path / "out")
-
-
-def test_other_methods_are_refused_by_name(base, tmp_path):
-    adapter = make_adapter(tmp_path)
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "IA3"}))
-    with pytest.raises(UserError, match="is a IA3 adapter; only LORA"):
-        merge_adapter(base, adapter, tmp_path / "out")
-    (adapter / "adapter_config.json").write_text(json.dumps(config))
-    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
-    with pytest.raises(UserError, match="adapter_model.bin is no safetensors file"):
-        merge_adapter(base, adapter, tmp_path / "out")
-    (adapter / "adapter_config.json").unlink()
-    with pytest.raises(UserError, match="has no adapter_config.json"):
-        merge_adapter(base, adapter, tmp_path / "out")
 
 
 def test_tied_embeddings_are_not_torn_apart(tmp_path):

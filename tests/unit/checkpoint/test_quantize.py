@@ -1,22 +1,13 @@
 """Checkpoints on disk: quantised as tensors in memory are, and refused by name."""
 
 import json
-import os
-import resource
-import shutil
-import subprocess
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import BitsAndBytesConfig
 
-from oddsmith.checkpoint import quantize as checkpoint_module
-from oddsmith.checkpoint.folder import Checkpoint
 from oddsmith.checkpoint.quantize import quantize_checkpoint
 from oddsmith.errors import UserError
 from oddsmith.functional import QuantState, quantize_nf4
@@ -27,14 +18,8 @@ from support.checkpoint_models import (
     mistral,
     parts_of,
     qwen,
-    save_base,
     weights,
 )
-
-
-@pytest.fixture
-def base(tmp_path) -> Path:
-    return save_base(tmp_path / "base")
 
 
 @pytest.mark.parametrize("double_quant", [False, True])
@@ -68,39 +53,6 @@ def test_means_are_those_of_libtorch(tmp_path):
     before, after = weights(tmp_path / "base"), weights(tmp_path / "out")
     assert after["model.layers.0.mlp.up_proj.weight.absmax"].numel() == 67_584
     assert_quantized(before, after, linear_names(model), 64, True)
-
-
-def test_many_files(tmp_path):
-    model = mistral()
-    model.save_pretrained(tmp_path / "base", max_shard_size="60KB")
-    files = sorted(file.name for file in (tmp_path / "base").glob("*.safetensors"))
-    assert len(files) > 2
-    quantize_checkpoint(tmp_path / "base", tmp_path / "out")
-    assert sorted(file.name for file in (tmp_path / "out").glob("*.safetensors")) == files
-    after = weights(tmp_path / "out")
-    assert_quantized(weights(tmp_path / "base"), after, linear_names(model), 64, False)
-    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
-    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in after.values())
-    for file in files:
-        with safe_open(tmp_path / "out" / file, "pt") as opened:
-            assert opened.metadata() == {"format": "pt"}
-            for name in opened.keys():  # noqa: SIM118
-                assert index["weight_map"].pop(name) == file
-    assert not index["weight_map"]
-
-
-def test_other_files_go_along(base, tmp_path):
-    (base / "chat_template.jinja").write_text("{{ messages }}")
-    (base / "additional_chat_templates").mkdir()
-    (base / "additional_chat_templates" / "tools.jinja").write_text("tools")
-    (base / "pytorch_model.bin").write_bytes(b"old")
-    (base / ".hidden").write_text("no")
-    quantize_checkpoint(base, tmp_path / "out")
-    found = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.*")}
-    assert found == {
-        "model.safetensors", "config.json", "generation_config.json", "tokenizer.json",
-        "chat_template.jinja", "additional_chat_templates/tools.jinja",
-    }  # fmt: skip
 
 
 def test_skipped_modules(base, tmp_path):
@@ -209,48 +161,6 @@ def test_dtypes_that_are_refused(base, tmp_path):
         quantize_checkpoint(base, tmp_path / "out")
 
 
-def truncate(base: Path) -> None:
-    file = base / "model.safetensors"
-    os.truncate(file, file.stat().st_size - 1)
-
-
-def no_weights(base: Path) -> None:
-    (base / "model.safetensors").rename(base / "pytorch_model.bin")
-
-
-def bad_index(content):
-    def edit(base: Path) -> None:
-        (base / "model.safetensors").rename(base / "part.safetensors")
-        (base / "model.safetensors.index.json").write_text(json.dumps(content))
-
-    return edit
-
-
-@pytest.mark.parametrize(
-    ("damage", "words"),
-    [
-        (truncate, "is truncated or too long"),
-        (no_weights, "must have model.safetensors or .*; found pytorch_model.bin"),
-        (lambda base: (base / "model.safetensors").write_bytes(b""), "has 0 bytes"),
-        (lambda base: (base / "model.safetensors").write_bytes(b"x" * 99), "no safetensors file"),
-        (lambda base: (base / "config.json").unlink(), "config.json: No such file"),
-        (lambda base: (base / "config.json").write_text("{"), "config.json: is no JSON"),
-        (lambda base: (base / "config.json").write_text("[]"), "is list; must be a JSON object"),
-        (lambda base: (base / "config.json").write_text("{}"), "cannot build the model"),
-        (shutil.rmtree, "no such folder"),
-        (bad_index({}), "weight_map is None"),
-        (bad_index({"weight_map": {"x": "../y"}}), "'../y' is no name of a file"),
-        (bad_index({"weight_map": {"x": "y.safetensors"}}), "y.safetensors: No such file"),
-        (bad_index({"weight_map": {"x": "part.safetensors"}}), "has no tensor 'x', which"),
-    ],
-)
-def test_damaged_folders(damage, words, base, tmp_path):
-    damage(base)
-    with pytest.raises(UserError, match=words):
-        quantize_checkpoint(base, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
 def test_arguments_are_checked(base, tmp_path):
     with pytest.raises(UserError, match="--blocksize 48: must be one of 32, 64"):
         quantize_checkpoint(base, tmp_path / "out", blocksize=48)
@@ -261,68 +171,3 @@ def test_arguments_are_checked(base, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file: is no folder"):
         quantize_checkpoint(base, tmp_path / "file", overwrite=True)
-
-
-def test_overwriting_is_asked_for(base, tmp_path):
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "notes.txt").write_text("mine")
-    for name in ("model-00001-of-00002.safetensors", "model.safetensors.index.json", "config.json"):
-        (out / name).write_text("old")
-    with pytest.raises(UserError, match="out: has config.json already; --overwrite"):
-        quantize_checkpoint(base, out)
-    quantize_checkpoint(base, out, overwrite=True)
-    found = sorted(path.name for path in out.iterdir())
-    assert found == [
-        "config.json", "generation_config.json", "model.safetensors", "notes.txt", "tokenizer.json",
-    ]  # fmt: skip
-    assert_quantized(weights(base), weights(out), linear_names(mistral()), 64, False)
-
-
-def test_a_full_disk_is_found_first(base, tmp_path, monkeypatch):
-    usage = SimpleNamespace(free=1000)
-    monkeypatch.setattr("oddsmith.checkpoint.folder.shutil.disk_usage", lambda _: usage)
-    with pytest.raises(UserError, match="GB needed, 0.00 GB free"):
-        quantize_checkpoint(base, tmp_path / "out")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
-
-
-LIMITED = """
-import resource, signal, sys
-from oddsmith import cli
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-sys.exit(cli.main(["quantize", *sys.argv[1:]]))
-"""
-
-
-@pytest.mark.skipif(not hasattr(resource, "RLIMIT_FSIZE"), reason="no limit on files")
-def test_a_write_that_fails_leaves_what_was_there(base, tmp_path):
-    out = tmp_path / "out"
-    quantize_checkpoint(base, out, blocksize=32)
-    before = {file.name: file.read_bytes() for file in out.iterdir()}
-    run = subprocess.run(
-        [sys.executable, "-c", LIMITED, base, out, "--overwrite"], capture_output=True, text=True
-    )
-    assert run.returncode == 1
-    assert "oddsmith quantize: error: " in run.stderr
-    assert "File too large" in run.stderr
-    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
-
-
-def test_an_interrupt_leaves_nothing(base, tmp_path, monkeypatch):
-    class Interrupted(checkpoint_module.tqdm):
-        def update(self, n=1):
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(checkpoint_module, "tqdm", Interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        quantize_checkpoint(base, tmp_path / "out")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
-
-
-def test_what_a_folder_holds(base):
-    found = Checkpoint(base)
-    assert found.tensors["lm_head.weight"].kind == "BF16"
-    assert found.tensors["lm_head.weight"].shape == (96, 48)
-    assert [file.name for file in found.others()] == ["generation_config.json", "tokenizer.json"]

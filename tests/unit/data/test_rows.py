@@ -1,29 +1,12 @@
-"""RowBuilder and PreferenceCollator on a vocabulary of words, small enough to work out by hand."""
+"""RowBuilder on a vocabulary of words, small enough to work out by hand."""
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from oddsmith.data import rows as rows_module
-from oddsmith.data.collator import PreferenceCollator
 from oddsmith.data.rows import RowBuilder
 
-# One token a word: <pad> 0, <s> 1, </s> 2, then the letters from 3 on.
-WORDS = ["<pad>", "<s>", "</s>", *"abcdefghij"]
 A, B, C, D, E, F = range(3, 9)
-
-
-@pytest.fixture
-def tokenizer():
-    vocabulary = {word: index for index, word in enumerate(WORDS)}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    )
-
-
 ROW = {"prompt": "a b c ", "chosen": "d e f", "rejected": "d"}
 
 
@@ -185,26 +168,3 @@ def test_rows_have_one_length_on_xla(tokenizer, monkeypatch):
 def test_bad_arguments(tokenizer, given, words):
     with pytest.raises(ValueError, match=words):
         RowBuilder(tokenizer, **given)
-
-
-def test_collator_pads_prompts_left_and_the_rest_right(tokenizer):
-    builder = RowBuilder(tokenizer)
-    short = {"prompt": "a ", "chosen": "b", "rejected": "c d e f"}
-    features = [{**row, **builder.tokenize_row(row), "score": 0.5} for row in (ROW, short)]
-    batch = PreferenceCollator(0, label_pad_token_id=-9)(features)
-    assert batch["prompt_input_ids"].tolist() == [[1, A, B, C], [0, 0, 1, A]]
-    assert batch["prompt_attention_mask"].tolist() == [[1, 1, 1, 1], [0, 0, 1, 1]]
-    assert batch["chosen_input_ids"].tolist() == [[1, A, B, C, D, E, F, 2], [1, A, B, 2] + [0] * 4]
-    assert batch["chosen_attention_mask"].tolist() == [[1] * 8, [1] * 4 + [0] * 4]
-    assert batch["rejected_labels"].tolist() == [
-        [-100] * 4 + [D, 2, -9],
-        [-100] * 2 + [C, D, E, F, 2],
-    ]
-    assert batch["rejected_labels"].dtype == torch.int64
-    assert batch["chosen"] == ["d e f", "b"]
-    assert batch["score"] == [0.5, 0.5]
-
-
-def test_collator_needs_a_pad_token():
-    with pytest.raises(ValueError, match="set tokenizer.pad_token"):
-        PreferenceCollator(None)

@@ -1,6 +1,5 @@
 """FastRows and the tables made with it: columns, cache, faults, and when Python does it instead."""
 
-import logging
 import pickle
 import re
 
@@ -10,40 +9,18 @@ import torch
 from datasets import ClassLabel, Dataset, Features, IterableDataset, Value, load_from_disk
 from tokenizers import NormalizedString, PreTokenizedString, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
-from transformers.utils import logging as transformers_logging
 
 from oddsmith.data import dataset as data_module
 from oddsmith.data import rust_rows as fast_module
 from oddsmith.data.dataset import prepare_dataset
 from oddsmith.data.rows import RowBuilder
 from oddsmith.data.rust_rows import FastRows, Unsuited, fast_rows_for
-
-WORDS = ["<pad>", "<s>", "</s>", *"abcdefghij", "<user>", "<bot>"]
-TEMPLATE = (
-    "{% for m in messages %}{{ ' <user> ' if m['role'] == 'user' else ' <bot> ' }}"
-    "{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}{{ ' <bot> ' }}{% endif %}"
-)
-
-
-def word_tokenizer(cls=PreTrainedTokenizerFast):
-    vocabulary = {word: index for index, word in enumerate(WORDS)}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    made = cls(tokenizer_object=words, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
-    made.chat_template = TEMPLATE
-    return made
+from support.word_tokenizer import TEMPLATE, WORDS, bot, user, word_tokenizer
 
 
 @pytest.fixture
 def tokenizer():
-    return word_tokenizer()
-
-
-@pytest.fixture
-def log(caplog):
-    transformers_logging.get_logger().warning_once.__func__.cache_clear()
-    caplog.set_level(logging.WARNING)
-    return caplog
+    return word_tokenizer(chat_template=TEMPLATE)
 
 
 @pytest.fixture
@@ -61,14 +38,6 @@ ROWS = [
     {"prompt": "a b c d ", "chosen": "e f", "rejected": "g"},
     {"prompt": "a b ", "chosen": "c d e", "rejected": "f g h"},
 ]
-
-
-def user(text):
-    return {"role": "user", "content": text}
-
-
-def bot(text):
-    return {"role": "assistant", "content": text}
 
 
 def conversation(row):
@@ -242,7 +211,7 @@ def test_a_second_run_reads_the_cache(tokenizer, tmp_path, counted, form):
     assert max(counted) == 60
     counted.clear()
     # Another process has another tokenizer object, which has been used or not.
-    other = word_tokenizer()
+    other = word_tokenizer(chat_template=TEMPLATE)
     other(["a", "b c"], padding=True, truncation=True, max_length=2)
     assert list(prepare(load_from_disk(tmp_path / "rows"), other)) == list(first)
     assert set(counted) == {1}  # only the sample
@@ -298,7 +267,7 @@ class OwnRules(RowBuilder):
 
 
 def with_python_component():
-    tokenizer = word_tokenizer()
+    tokenizer = word_tokenizer(chat_template=TEMPLATE)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.PreTokenizer.custom(Splitting())
     return tokenizer
 
@@ -316,7 +285,10 @@ class Slow:
     "make, reason",
     [
         (Slow, "Slow is not a fast tokenizer"),
-        (lambda: word_tokenizer(Shouting), "Shouting has a __call__ of its own"),
+        (
+            lambda: word_tokenizer(kind=Shouting, chat_template=TEMPLATE),
+            "Shouting has a __call__ of its own",
+        ),
         (with_python_component, "the backend of .* cannot be written as JSON: .*serialized"),
     ],
 )
@@ -334,7 +306,7 @@ def test_tokenizers_that_need_python(make, reason, log):
 @pytest.mark.parametrize("make", [Dataset.from_list, lambda rows: stream_of(rows)])
 def test_rows_that_come_out_otherwise_need_python(monkeypatch, make, log):
     monkeypatch.setattr(fast_module, "_ENCODING_METHODS", ())
-    prepared = prepare(make(ROWS), word_tokenizer(Shouting))
+    prepared = prepare(make(ROWS), word_tokenizer(kind=Shouting, chat_template=TEMPLATE))
     assert next(iter(prepared))["prompt_input_ids"] == [1, 4]  # "b" for "a"
     assert "the backend alone encodes the prompt 'a ' otherwise" in log.text
     assert len(log.records) == 1

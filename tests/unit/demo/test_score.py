@@ -1,65 +1,10 @@
-"""The demo's tokenizer, model, scores and table."""
+"""The demo's scores."""
 
 import pytest
 import torch
 
-from oddsmith.demo.model import build_model, train_tokenizer
 from oddsmith.demo.score import answer, mean_logps, score
-from oddsmith.demo.tasks import TASKS, make_pairs
-
-
-@pytest.fixture(scope="module")
-def rows():
-    return make_pairs(240, seed=2)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(rows):
-    return train_tokenizer(
-        message["content"]
-        for row in rows
-        for side in ("prompt", "chosen", "rejected")
-        for message in row[side]
-    )
-
-
-@pytest.fixture(scope="module")
-def model(tokenizer):
-    torch.manual_seed(4)
-    return build_model(tokenizer, hidden_size=32, num_hidden_layers=2).eval()
-
-
-def test_words_and_digits_stay_single_letters(tokenizer):
-    tokens = tokenizer.tokenize('Reverse the word "STONE".')
-    assert [token for token in tokens if token.isupper() and len(token) == 1] == list("STONE")
-    assert tokenizer.tokenize("4096") == list("4096")
-
-
-def test_the_tokenizer_loses_nothing(tokenizer):
-    text = 'Sort: 3 1 2. "ÄΩ 🦀"\n'
-    assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
-
-
-def test_the_chat_template_continues_its_prompt(tokenizer, rows):
-    row = rows[0]
-    prompt = tokenizer.apply_chat_template(row["prompt"], tokenize=False)
-    whole = tokenizer.apply_chat_template(row["prompt"] + row["chosen"], tokenize=False)
-    assert prompt.startswith("<s>[INST]")
-    assert prompt.endswith("[/INST]")
-    assert whole == prompt + row["chosen"][0]["content"] + "</s>"
-
-
-def test_the_model_has_mistrals_proportions(model, tokenizer):
-    config = model.config
-    assert config.model_type == "mistral"
-    assert config.vocab_size == len(tokenizer)
-    assert config.intermediate_size / config.hidden_size == 14336 / 4096
-    assert config.num_attention_heads // config.num_key_value_heads == 32 // 8
-    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (
-        tokenizer.bos_token_id,
-        tokenizer.eos_token_id,
-        tokenizer.pad_token_id,
-    )
+from oddsmith.demo.tasks import TASKS
 
 
 def test_mean_logps_are_those_of_the_completion_alone(model, tokenizer, rows):

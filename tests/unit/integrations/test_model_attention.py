@@ -5,9 +5,8 @@ import torch
 import transformers
 
 from oddsmith.integrations import model_attention
-from oddsmith.packing import attention_cuda
-from oddsmith.packing.attention_cpu import PackedFlash
 from oddsmith.packing.batch import PackedBatch
+from support.packed_attention import SEGMENTS, TOLERANCE, attention, tensors
 
 MODELS = {
     "Llama": {},
@@ -151,97 +150,13 @@ def test_packed_equals_padded(name, checkpointing, share, in_double):
     torch.testing.assert_close(run(packed=False)[0], truth, **close)
 
 
-@pytest.mark.parametrize("heads", [(3, 3), (6, 2)])
-@pytest.mark.parametrize("scale", [None, 0.7])
-def test_flash_has_the_gradient_of_its_value(heads, scale):
-    segments = ((4, 3, 2), (0, 2, 5), (3, 0, 1), (2, 4, 0))
-    count = sum(map(sum, segments))
-    torch.manual_seed(3)
-    shapes = [(1, heads[0], count, 5)] + 2 * [(1, heads[1], count, 5)]
-    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
-    assert torch.autograd.gradcheck(lambda *x: PackedFlash.apply(*x, segments, scale), inputs)
-
-
-def naive_varlen(query, key, value, plan, scale, window):
-    """What a variable-length kernel computes: block by block, causal at the lower right."""
-    out, groups = [], query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
-    bounds = zip(plan.query_bounds, plan.query_bounds[1:], plan.key_bounds, plan.key_bounds[1:])
-    for first, end, first_key, end_key in bounds:
-        assert end - first <= plan.longest_query and end_key - first_key <= plan.longest_key
-        q, k, v = query[first:end], key[first_key:end_key], value[first_key:end_key]
-        scores = torch.einsum("qhd,khd->hqk", q, k).double() * scale
-        distance = torch.arange(len(k) - len(q), len(k))[:, None] - torch.arange(len(k))
-        seen = (distance >= 0) & (distance < (window or len(k)))
-        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
-        out.append(torch.einsum("hqk,khd->qhd", weights, v.double()).to(q.dtype))
-    return torch.cat(out)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("window", [None, 3])
-def test_the_kernel_on_a_card(window):
-    segments = ((40, 30, 20), (0, 20, 50), (30, 0, 10), (20, 40, 0))
-    count = sum(map(sum, segments))
-    torch.manual_seed(5)
-    inputs = [
-        torch.randn(1, heads, count, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-        for heads in (4, 2, 2)
-    ]
-    assert attention_cuda.can_run(inputs[0], 0.0)
-    out = attention_cuda.packed_varlen(*inputs, segments, None, window)
-    exact = [x.detach().double().cpu().requires_grad_() for x in inputs]
-    truth = model_attention._blockwise(*exact, segments, 0.0, None, window)
-    upstream = torch.randn(truth.shape, dtype=torch.float64)
-    grads = torch.autograd.grad(out, inputs, upstream.to(out))
-    true_grads = torch.autograd.grad(truth, exact, upstream)
-    for mine, true in zip((out, *grads), (truth, *true_grads), strict=True):
-        torch.testing.assert_close(mine.double().cpu(), true, rtol=3e-2, atol=3e-2)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("window", [None, 3])
-def test_all_ways_equal_the_definition(dtype, window, monkeypatch):
-    segments = ((4, 3, 2), (0, 2, 5), (3, 0, 1), (2, 4, 0))
-    owner = [
-        (pair, part)
-        for pair, lengths in enumerate(segments)
-        for part, length in enumerate(lengths)
-        for _ in range(length)
-    ]
-    place, seen = [], {}
-    for pair, part in owner:
-        # An answer goes on where the prompt ended.
-        key = (pair, part)
-        start = segments[pair][0] if part else 0
-        place.append(start + seen.get(key, 0))
-        seen[key] = seen.get(key, 0) + 1
-    allowed = torch.tensor(
-        [
-            [
-                a[0] == b[0] and b[1] in (0, a[1]) and 0 <= place[i] - place[j] < (window or 99)
-                for j, b in enumerate(owner)
-            ]
-            for i, a in enumerate(owner)
-        ]
-    )
-    torch.manual_seed(4)
-    q, k, v = (torch.randn(1, heads, len(owner), 8).to(dtype) for heads in (4, 2, 2))
-    truth = torch.nn.functional.scaled_dot_product_attention(
-        *(x.double() for x in (q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1))),
-        attn_mask=allowed,
-        scale=0.6,
-    )
-    tolerance = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2e-2}[dtype]
-    ways = [model_attention._blockwise(q, k, v, segments, 0.0, 0.6, window)]
-    if window is None:
-        ways.append(PackedFlash.apply(q, k, v, segments, 0.6))
-    # The kernel itself needs a card; what it is given does not.
-    monkeypatch.setattr(attention_cuda, "_kernel", lambda: naive_varlen)
-    ways.append(attention_cuda.packed_varlen(q, k, v, segments, 0.6, window))
-    for out in ways:
-        torch.testing.assert_close(out.double(), truth, rtol=tolerance, atol=tolerance)
+def test_blocks_by_torch_s_kernels_are_the_definition(dtype, window):
+    q, k, v = tensors(SEGMENTS, dtype)
+    out = model_attention._blockwise(q, k, v, SEGMENTS, 0.0, 0.6, window)
+    truth = attention(q, k, v, SEGMENTS, 0.6, window)
+    torch.testing.assert_close(out.double(), truth, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
 def test_generation_and_saving_are_left_alone(tmp_path):

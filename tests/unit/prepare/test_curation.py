@@ -1,10 +1,8 @@
-"""The rules, one by one, and the language of a text."""
+"""The rules, one by one, and duplicates."""
 
 import pytest
 
 from oddsmith.prepare.curation import Curator, Rules, content_of
-from oddsmith.prepare.diversity import Diversity, quantiles_of_counts, word_figures
-from oddsmith.prepare.language import KNOWN, guess_language, may_be
 from oddsmith.prepare.pair import Pair, Unit, assistant, user
 
 
@@ -117,75 +115,3 @@ def test_text_and_messages_do_not_go_into_one_file():
     text = Pair("q", "a", "b")
     assert judge([pair("w"), text])[0] == [None, "text among messages"]
     assert judge([text, pair("w")])[0] == [None, "text among messages"]
-
-
-@pytest.mark.parametrize(
-    ("text", "code"),
-    [
-        ("What is the capital of France, and why?", "en"),
-        ("Was ist die Hauptstadt von Frankreich?", "de"),
-        ("Quelle est la capitale de la France et pourquoi ?", "fr"),
-        ("¿Cuál es la capital de Francia y por qué es importante?", "es"),
-        ("Qual é a capital da França? Não sei o que você quer.", "pt"),
-        ("Qual è la capitale della Francia e perché?", "it"),
-        ("Wat is de hoofdstad van Frankrijk en waarom?", "nl"),
-        ("Какая столица Франции?", "ru"),
-        ("法国的首都是哪里", "zh"),
-        ("フランスの首都はどこですか", "ja"),
-        ("프랑스의 수도는 어디입니까?", "ko"),
-        ("ما هي عاصمة فرنسا؟", "ar"),
-        ("Ποια είναι η πρωτεύουσα;", "el"),
-        ("2 + 2 = ?", None),
-        ("", None),
-        ("Gradient Boosting Classifier", "latin"),
-    ],
-)
-def test_languages(text, code):
-    assert guess_language(text) == code
-
-
-def test_a_doubt_is_for_the_row():
-    english = frozenset({"en"})
-    assert may_be(None, english) and may_be("latin", english) and may_be("en", english)
-    assert not may_be("de", english) and not may_be("ru", english)
-    assert not may_be("latin", frozenset({"ru"}))
-    assert may_be("ru", frozenset({"uk"}))  # the same letters
-    assert {"en", "uk", "zh"} <= KNOWN
-
-
-def test_word_figures():
-    # distinct-1: a b c of 5 words; distinct-2: ab bc ca of 4 (ab twice); distinct-3: abc bca cab.
-    assert word_figures(("A b c, a b",)) == {
-        "type_token_ratio": None,
-        "distinct_1": 0.6,
-        "distinct_2": 0.75,
-        "distinct_3": 1.0,
-    }
-    # Windows of 1,000 words with 2 and 1 of them distinct; the last 500 words make none.
-    figures = word_figures(("x y " * 500 + "z " * 1500,))
-    assert figures["type_token_ratio"] == pytest.approx(0.0015)
-    assert word_figures(())["distinct_1"] is None
-
-
-def test_quantiles_of_counts():
-    from collections import Counter
-
-    # 1 2 3 .. 100
-    found = quantiles_of_counts(Counter(range(1, 101)))
-    assert found == {"min": 1, "p10": 11, "p50": 51, "p90": 91, "p99": 100, "max": 100,
-                     "mean": 50.5}  # fmt: skip
-    assert quantiles_of_counts(Counter()) == {}
-
-
-def test_the_sample_is_bounded_and_fair():
-    firsts = 0
-    for seed in range(400):
-        diversity = Diversity(sample=5, seed=seed)
-        for index in range(20):
-            diversity.add(pair(f"q{index}"))
-        assert len(diversity._sample) == 5
-        firsts += ("q0", "Here.") in diversity._sample
-    assert 60 <= firsts <= 140  # 5 of 20 of 400 are 100; the standard deviation is below 9
-    report = diversity.report(20, 3)
-    assert report["distinct_prompts"] == 20
-    assert report["characters"]["prompt"]["max"] == 3

@@ -179,11 +179,11 @@ def test_a_unit_that_does_not_add_up_is_a_bug():
 def test_the_command(tmp_path, capsys):
     source, out = write(tmp_path / "rows.jsonl", ROWS), tmp_path / "out.jsonl"
     argv = ["prepare", source, "--output", str(out), "--min-score", "3", "--languages", "EN"]
-    assert main.main(argv) == 0
+    assert main(argv) == 0
     assert len(load(out)) == 2
-    assert main.main(argv) == 1
+    assert main(argv) == 1
     assert "--overwrite replaces it" in capsys.readouterr().err
-    assert main.main([*argv, "--overwrite", "--min_agreement", "0", "--keep_ties"]) == 0
+    assert main([*argv, "--overwrite", "--min_agreement", "0", "--keep_ties"]) == 0
     assert len(load(out)) == 4
 
 
@@ -199,7 +199,7 @@ def test_the_command(tmp_path, capsys):
 def test_wrong_flags(flags, words, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     source = write(tmp_path / "rows.jsonl", ROWS)
-    assert main.main(["prepare", source, *flags]) == 1
+    assert main(["prepare", source, *flags]) == 1
     assert words in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
 
@@ -213,7 +213,7 @@ def test_the_flags_offer_what_there_is():
 
 
 def test_argparse_errors(capsys):
-    assert main.main(["prepare", "x.jsonl"]) == 2
+    assert main(["prepare", "x.jsonl"]) == 2
     assert "--output" in capsys.readouterr().err
-    assert main.main(["prepare", "--help"]) == 0
+    assert main(["prepare", "--help"]) == 0
     assert "--near_duplicates" in capsys.readouterr().out

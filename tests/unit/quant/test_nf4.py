@@ -1,9 +1,6 @@
 """NF4 tensors: codes and scales, what is kept with them, and what is refused."""
 
-import copy
-import json
 import os
-import pickle
 import subprocess
 import sys
 
@@ -13,17 +10,11 @@ import torch
 import reference
 from oddsmith import _core, functional
 from oddsmith.quant.nf4 import dynamic_map
-from oddsmith.quant.state import PACKED_KEY, QuantState
+from oddsmith.quant.state import QuantState
+from support.quantized import heavy_tailed, spoilt
 
 BLOCK_SIZES = [32, 64, 128, 256, 512, 1024, 2048, 4096]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def heavy_tailed(*shape, dtype=torch.float32, seed=7):
-    """Values over four decades, as weights with outliers are."""
-    generator = torch.Generator().manual_seed(seed)
-    size = torch.rand(shape, generator=generator) * 4 - 3
-    return (torch.randn(shape, generator=generator) * 10**size).to(dtype)
 
 
 @pytest.fixture(params=[False, True], ids=["slices", "tensor_ops"])
@@ -193,14 +184,6 @@ def test_other_dtypes_are_refused(dtype):
         functional.dequantize_nf4(packed, state, dtype)
 
 
-def spoilt(state, **changes):
-    state = copy.deepcopy(state)
-    for name, value in changes.items():
-        target = state.state2 if name.startswith("nested_") else state
-        setattr(target, name.removeprefix("nested_"), value)
-    return state
-
-
 SPOILT = [
     ({"shape": torch.Size([5, 130])}, r"packed has shape \[320, 1\]; must be 325 elements"),
     ({"shape": torch.Size([10, 65])}, r"packed has shape"),
@@ -276,129 +259,6 @@ def test_processors_without_the_best_vector_code_get_the_same_bits(capability, t
     command = [sys.executable, "-c", LIMITED, str(tmp_path / "expected.pt")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-
-
-class TestState:
-    def test_json_is_byte_for_byte_that_of_the_format(self):
-        values = heavy_tailed(8, 64, dtype=torch.bfloat16)
-        _, state = functional.quantize_nf4(values)
-        parts = state.as_dict(packed=True)
-        assert list(parts) == ["absmax", "quant_map", PACKED_KEY]
-        text = '{"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [8, 64]}'
-        assert bytes(parts[PACKED_KEY].tolist()) == text.encode()
-        _, state = functional.quantize_nf4(values, double_quant=True)
-        parts = state.as_dict(packed=True)
-        names = ["absmax", "quant_map", "nested_absmax", "nested_quant_map", PACKED_KEY]
-        assert list(parts) == names
-        rest = ', "nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": '
-        rest += f"{state.offset.item()!r}}}"
-        assert bytes(parts[PACKED_KEY].tolist()) == (text[:-1] + rest).encode()
-
-    @pytest.mark.parametrize("packed", [False, True])
-    @pytest.mark.parametrize("double_quant", [False, True])
-    @pytest.mark.parametrize("prefix", ["", "model.layers.0.q_proj.weight."])
-    def test_round_trip(self, packed, double_quant, prefix):
-        _, state = functional.quantize_nf4(heavy_tailed(8, 70), double_quant=double_quant)
-        parts = {prefix + name: value for name, value in state.as_dict(packed).items()}
-        before = dict(parts)
-        again = QuantState.from_dict(parts, "cpu")
-        assert again == state and parts == before
-        assert again.as_dict(packed=True).keys() == state.as_dict(packed=True).keys()
-
-    def test_equality_sees_every_part(self):
-        _, state = functional.quantize_nf4(heavy_tailed(5, 128), double_quant=True)
-        assert state == copy.deepcopy(state) and state == pickle.loads(pickle.dumps(state))
-        assert state != functional.quantize_nf4(heavy_tailed(5, 128))[1]
-        assert state != "nf4"
-        changes = {
-            "shape": torch.Size([640]),
-            "blocksize": 128,
-            "quant_type": "fp4",
-            "dtype": torch.float16,
-            "absmax": state.absmax + 1,
-            "code": -state.code,
-            "offset": state.offset + 1,
-            "nested_absmax": state.state2.absmax + 1,
-            "nested_code": -state.state2.code,
-            "nested_blocksize": 64,
-        }
-        for name, value in changes.items():
-            assert state != spoilt(state, **{name: value}), name
-
-    def test_to_the_same_device_is_nothing(self):
-        _, state = functional.quantize_nf4(heavy_tailed(5, 128), double_quant=True)
-        assert state.to("cpu") is state
-        moved = state.to("meta")
-        parts = moved.absmax, moved.code, moved.offset, moved.state2.absmax, moved.state2.code
-        assert all(part.device.type == "meta" for part in parts)
-        assert moved.shape == state.shape and state.absmax.device.type == "cpu"
-
-    @staticmethod
-    def parts(**changes):
-        _, state = functional.quantize_nf4(heavy_tailed(5, 128), double_quant=True)
-        parts = {**state.as_dict(), **changes}
-        return {name: value for name, value in parts.items() if value is not ...}
-
-    WRONG = [
-        ({"absmax": ...}, "absmax missing"),
-        ({"nested_offset": ..., "nested_dtype": ...}, "nested_dtype, nested_offset missing"),
-        ({"nested_absmax": ...}, "nested_absmax missing"),
-        ({"colour": 3}, "colour unknown"),
-        ({"quant_type": "fp4"}, "quant_type is 'fp4'; must be \"nf4\""),
-        ({"quant_type": "int8"}, "quant_type is 'int8'; must be \"nf4\""),
-        ({"dtype": "float64"}, "dtype is 'float64'; must be one of"),
-        ({"dtype": 16}, "dtype is 16; must be one of"),
-        ({"shape": None}, "shape is None; must be a list of sizes"),
-        ({"shape": [5, -128]}, r"shape is \[5, -128\]; must be a list of sizes"),
-        ({"shape": [5, 128.0]}, "shape is .*; must be a list of sizes"),
-        ({"shape": [1 << 40, 1 << 40]}, "shape is .*; must be that of a tensor"),
-        ({"blocksize": 48}, "blocksize is 48; must be one of 32, 64"),
-        ({"blocksize": "64"}, "blocksize is '64'; must be one of 32, 64"),
-        ({"blocksize": True}, "blocksize is True; must be one of 32, 64"),
-        ({"nested_blocksize": 0}, "nested_blocksize is 0; must be a positive number"),
-        ({"nested_offset": "much"}, "nested_offset is 'much'; must be a finite number"),
-        ({"nested_offset": float("nan")}, "nested_offset is nan; must be a finite number"),
-        ({"nested_offset": 10**400}, "nested_offset is 1000.*; must be a finite number"),
-        ({"quant_map": torch.linspace(-1, 1, 16)}, "quant_map has other values than NF4"),
-        ({"quant_map": torch.zeros(15)}, r"quant_map has shape \(15,\); must be \(16,\)"),
-        ({"nested_quant_map": torch.zeros(2)}, r"nested_quant_map has shape \(2,\)"),
-        ({"absmax": [1.0]}, "absmax is no tensor"),
-        ({"absmax": torch.ones(10)}, "absmax has dtype float32; must be uint8"),
-        ({"nested_absmax": torch.ones(1).double()}, "nested_absmax has dtype float64"),
-    ]
-
-    @pytest.mark.parametrize(("changes", "message"), WRONG)
-    def test_parts_that_do_not_fit_are_refused(self, changes, message):
-        with pytest.raises(ValueError, match=f"quant_state: {message}"):
-            QuantState.from_dict(self.parts(**changes), "cpu")
-
-    @pytest.mark.parametrize(
-        ("data", "message"),
-        [
-            (b"\xff\xfe", "no JSON"),
-            (b'{"quant_type": "nf4", ', "no JSON"),
-            (b"[1, 2]", "must be a JSON object"),
-            (b"", "no JSON"),
-            (b"{}", "blocksize, dtype, quant_type, shape missing"),
-        ],
-    )
-    def test_json_that_is_none_is_refused(self, data, message):
-        _, state = functional.quantize_nf4(heavy_tailed(5, 128))
-        parts = state.as_dict(packed=True)
-        parts[PACKED_KEY] = torch.tensor(list(data), dtype=torch.uint8)
-        with pytest.raises(ValueError, match=f"quant_state: .*{message}"):
-            QuantState.from_dict(parts)
-
-    def test_other_types_are_refused_by_name(self):
-        _, state = functional.quantize_nf4(heavy_tailed(5, 128))
-        parts = state.as_dict(packed=True)
-        parts["quant_state.bitsandbytes__fp4"] = parts.pop(PACKED_KEY)
-        with pytest.raises(ValueError, match='quant_type is "fp4"; must be "nf4"'):
-            QuantState.from_dict(parts)
-        text = json.dumps({"quant_type": "nf4"})
-        parts = {PACKED_KEY: text}
-        with pytest.raises(ValueError, match="no tensor of bytes"):
-            QuantState.from_dict(parts)
 
 
 class TestOperators:

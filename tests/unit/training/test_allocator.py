@@ -47,7 +47,7 @@ def test_it_is_taken_out_after_an_error(monkeypatch):
 
 FORKED = """
 import os, torch
-from oddsmith.memory import pooled_memory
+from oddsmith.training.allocator import pooled_memory
 torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
 with pooled_memory(torch.device("cpu")):
     before = torch.full((500_000,), 3.0)
@@ -66,7 +66,7 @@ with pooled_memory(torch.device("cpu")):
 
 HELD = """
 import sys, torch
-from oddsmith.memory import pooled_memory
+from oddsmith.training.allocator import pooled_memory
 
 def resident():
     with open("/proc/self/statm") as file:

@@ -11,7 +11,6 @@ from oddsmith.optim.low_rank.apollo import APOLLOAdamW
 from oddsmith.optim.low_rank.galore import GaLoreAdafactor, GaLoreAdamW
 from oddsmith.optim.low_rank.galore_8bit import GaLoreAdamW8bit
 from oddsmith.training.low_rank_names import LOW_RANK_NAMES, low_rank_optimizer, target_parameters
-from oddsmith.training.optim_args import parse_optim_args, readers
 from support.trainer_runs import arguments, make_model, make_tokenizer, pairs
 
 # PEFT asks the model by a name that transformers 5.2x deprecates.
@@ -135,32 +134,6 @@ def test_a_shared_head_goes_with_the_embeddings(tokenizer):
 def test_bad_targets(targets, error, message, model):
     with pytest.raises(error, match=message):
         target_parameters(model, targets, "galore_adamw")
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("rank", "'rank'; must be option=value"),
-        ("rank=", "must be option=value"),
-        ("ranks=4", "'ranks', which is no option; there are"),
-        ("rank=4,rank=5", "'rank' twice"),
-        ("rank=four", "rank is 'four' in optim_args; must be an integer"),
-        ("scale=big", "scale is 'big' in optim_args; must be a number"),
-        ("adaptive_gap=maybe", "must be true or false"),
-    ],
-)
-def test_bad_optim_args(text, message):
-    with pytest.raises(ValueError, match=message):
-        parse_optim_args(text, readers(GaLoreAdamW), "galore_adamw")
-
-
-def test_optim_args():
-    known = readers(GaLoreAdamW)
-    text = "rank=64, svd=exact,adaptive_gap=True,overlap_threshold=0.5,"
-    assert parse_optim_args(text, known, "x") == {
-        "rank": 64, "svd": "exact", "adaptive_gap": True, "overlap_threshold": 0.5,
-    }  # fmt: skip
-    assert parse_optim_args(None, known, "x") == parse_optim_args("", known, "x") == {}
 
 
 @pytest.mark.parametrize(

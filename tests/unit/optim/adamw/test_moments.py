@@ -1,14 +1,10 @@
-"""Moments of 8 bits: their maps, the nearest codes, and the two ways a step goes through them."""
-
-import math
+"""Moments of 8 bits: their maps and the nearest codes."""
 
 import pytest
 import torch
 
 import reference
-from oddsmith.optim.adamw import step as adamw_step
 from oddsmith.optim.adamw.moments import BLOCKSIZE, blocks_of, decode, encode, layout, maps
-from oddsmith.optim.adamw.step import NonFinite, Update, numbers
 from support.gradients import randn
 
 CPU = torch.device("cpu")
@@ -95,42 +91,3 @@ def test_layouts():
     assert eight["state1"] == eight["state2"] == ((3, 100), torch.uint8)
     assert eight["absmax1"] == eight["absmax2"] == ((2,), torch.float32)
     assert layout(torch.Size(()), 32) == dict.fromkeys(("state1", "state2"), ((), torch.float32))
-
-
-def stepped(bits, dtype, shape, steps=5):
-    """A value, its state and the count of bad elements after some steps; two blocks have no gradient."""
-    value = (3 * randn(*shape)).to(dtype)
-    state = {key: torch.zeros(each, dtype=kind) for key, (each, kind) in
-             layout(value.shape, bits).items()}  # fmt: skip
-    if bits == 8:
-        state |= dict(zip(("qmap1", "qmap2"), maps(CPU)))
-    bad = NonFinite()
-    for step in range(1, steps + 1):
-        grad = moments(shape, seed=10 * step)[0].to(dtype)
-        grad.view(-1)[256:768] = 0.0
-        if step == 3:
-            grad.view(-1)[[0, 5, 900]] = torch.tensor([math.nan, math.inf, -math.inf], dtype=dtype)
-        group = {"lr": 0.03, "betas": (0.8, 0.93), "eps": 1e-5, "weight_decay": 0.2}
-        adamw_step.adamw_step([Update(value, grad, state, numbers(group, step))], bad)
-    return value, state, bad.total()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("bits", [8, 32])
-def test_ops_do_what_the_kernel_does(bits, dtype, monkeypatch):
-    value, state, bad = stepped(bits, dtype, (31, 53))
-    monkeypatch.setattr(adamw_step, "_KERNELS", ())
-    monkeypatch.setattr(adamw_step._core, "adamw_step", None)  # and it would be no success
-    other, theirs, count = stepped(bits, dtype, (31, 53))
-    # In fp16 what is large becomes infinite, too.
-    assert bad == count and (bad == 3 or dtype == torch.float16)
-    step = {torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]
-    # A moment between two codes may go either way, and moves its element by a little less or more.
-    torch.testing.assert_close(value, other, atol=2e-3 if bits == 8 else 1e-6, rtol=step)
-    assert (~torch.isclose(value, other, atol=1e-6, rtol=step)).sum() <= 3
-    if bits == 8:
-        for key in ("state1", "state2"):
-            apart = (state[key].int() - theirs[key].int()).abs()
-            assert apart.max() <= 1 and (apart > 0).float().mean() < 5e-3, key
-    for mine, expected in zip(decode(state), decode(theirs)):
-        torch.testing.assert_close(mine, expected, atol=1e-30, rtol=0.2 if bits == 8 else 1e-5)

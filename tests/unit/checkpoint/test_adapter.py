@@ -1,0 +1,113 @@
+"""LoRA adapters on disk: their parts, scales and updates, and what is refused."""
+
+import json
+
+import pytest
+import torch
+
+from oddsmith.checkpoint.adapter import Adapter
+from oddsmith.checkpoint.merge import merge_adapter
+from oddsmith.checkpoint.rules import Factor, Update
+from oddsmith.errors import UserError
+from support.checkpoint_models import make_adapter
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"use_dora": True}, "has no lora_magnitude_vector; use_dora is True"),
+        ({"layer_replication": [[0, 1]]}, "uses layer_replication, which cannot be merged here"),
+        (
+            {"alora_invocation_tokens": [5], "task_type": "CAUSAL_LM"},
+            "uses alora_invocation_tokens",
+        ),
+        ({"trainable_token_indices": [3]}, "uses trainable_token_indices"),
+        ({"init_lora_weights": "pissa_niter_4"}, "which changed the base weights"),
+        ({"init_lora_weights": "olora"}, "which changed the base weights"),
+    ],
+)
+def test_kinds_of_adapters_that_are_refused(options, words, base, tmp_path):
+    with pytest.raises(UserError, match=words):
+        merge_adapter(base, make_adapter(tmp_path, **options), tmp_path / "out")
+
+
+def test_other_methods_are_refused_by_name(base, tmp_path):
+    adapter = make_adapter(tmp_path)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "IA3"}))
+    with pytest.raises(UserError, match="is a IA3 adapter; only LORA"):
+        merge_adapter(base, adapter, tmp_path / "out")
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
+    with pytest.raises(UserError, match="adapter_model.bin is no safetensors file"):
+        merge_adapter(base, adapter, tmp_path / "out")
+    (adapter / "adapter_config.json").unlink()
+    with pytest.raises(UserError, match="has no adapter_config.json"):
+        merge_adapter(base, adapter, tmp_path / "out")
+
+
+def parts(module, rank=2, **extra):
+    """Tensors of an adapter for a module of 3 outputs and 4 inputs."""
+    stem = f"base_model.model.{module}"
+    tensors = {
+        f"{stem}.lora_A.weight": torch.ones(rank, 4),
+        f"{stem}.lora_B.weight": torch.ones(3, rank),
+    }
+    return {**tensors, **{f"{stem}.{name}": tensor for name, tensor in extra.items()}}
+
+
+def test_names_are_sorted_into_modules_and_replacements(tmp_path):
+    tensors = parts("layers.0.q_proj", **{"lora_B.bias": torch.ones(3)})
+    tensors["base_model.model.layers.0.k_proj.base_layer.bias"] = torch.ones(3)
+    tensors["base_model.model.lm_head.modules_to_save.weight"] = torch.ones(3, 4)
+    adapter = Adapter(make_adapter(tmp_path, tensors, lora_bias=True))
+    stem = "base_model.model.layers.0.q_proj"
+    assert adapter.modules == {
+        "layers.0.q_proj": {
+            "lora_A": f"{stem}.lora_A.weight", "lora_B": f"{stem}.lora_B.weight",
+            "lora_B.bias": f"{stem}.lora_B.bias",
+        }
+    }  # fmt: skip
+    assert adapter.replacements == {
+        "layers.0.k_proj.bias": "base_model.model.layers.0.k_proj.base_layer.bias",
+        "lm_head.weight": "base_model.model.lm_head.modules_to_save.weight",
+    }
+    weight, bias = adapter.updates("layers.0.q_proj", "linear", "linear")
+    scale = 8 / 2  # peft's lora_alpha, and the rank of the file
+    left, right = Factor(f"{stem}.lora_B.weight"), Factor(f"{stem}.lora_A.weight")
+    assert weight == ("layers.0.q_proj.weight", Update(left, right, scale, None))
+    assert bias == ("layers.0.q_proj.bias", Update(Factor(f"{stem}.lora_B.bias"), None, scale))
+
+
+def test_what_holds_the_transpose_gets_the_transpose(tmp_path):
+    adapter = Adapter(make_adapter(tmp_path, parts("c_fc"), lora_alpha=3))
+    ((name, update),) = adapter.updates("c_fc", "conv1d", "conv1d")
+    a, b = (f"base_model.model.c_fc.lora_{side}.weight" for side in "AB")
+    assert (name, update) == ("c_fc.weight", Update(Factor(a, True), Factor(b, True), 1.5))
+    # Quantised it is turned already.
+    ((_, update),) = adapter.updates("c_fc", "conv1d", "linear")
+    assert update == Update(Factor(b), Factor(a), 1.5)
+
+
+@pytest.mark.parametrize(
+    ("options", "rank", "scale"),
+    [
+        ({"r": 2, "lora_alpha": 3}, 2, 1.5),
+        ({"r": 4, "lora_alpha": 3, "use_rslora": True}, 4, 1.5),
+        ({"r": 8, "rank_pattern": {"q_proj": 4}, "lora_alpha": 6}, 4, 1.5),
+        ({"r": 4, "alpha_pattern": {"0.q_proj": 10}, "lora_alpha": 6}, 4, 2.5),
+        ({"r": 4, "alpha_pattern": {"k_proj": 10}, "lora_alpha": 6}, 4, 1.5),
+    ],
+)
+def test_scales(options, rank, scale, tmp_path):
+    adapter = Adapter(make_adapter(tmp_path, parts("layers.0.q_proj", rank), **options))
+    assert adapter.scale("layers.0.q_proj") == scale
+
+
+def test_lengths_of_dora_go_with_linear_layers_alone(tmp_path):
+    tensors = parts("q_proj", lora_magnitude_vector=torch.ones(3))
+    adapter = Adapter(make_adapter(tmp_path, tensors, use_dora=True))
+    ((_, update),) = adapter.updates("q_proj", "linear", "linear")
+    assert update.magnitude == "base_model.model.q_proj.lora_magnitude_vector"
+    with pytest.raises(UserError, match="is of kind conv1d; DoRA is merged in linear layers"):
+        list(adapter.updates("q_proj", "conv1d", "conv1d"))

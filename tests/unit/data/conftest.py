@@ -1,0 +1,10 @@
+"""What tests of data share."""
+
+import pytest
+
+from support.word_tokenizer import word_tokenizer
+
+
+@pytest.fixture
+def tokenizer():
+    return word_tokenizer()

@@ -1,0 +1,60 @@
+"""What the options of a group may be; the optimisers' own tests have the messages of all of them."""
+
+import math
+
+import pytest
+import torch
+
+from oddsmith.optim.checks import check_adam, is_count, is_number, is_positive
+
+
+@pytest.mark.parametrize(
+    ("value", "count", "number", "positive"),
+    [
+        (1, True, True, True),
+        (0, False, True, False),
+        (-2, False, True, False),
+        (0.5, False, True, True),
+        (3.0, False, True, True),
+        (True, False, False, False),  # an int to Python
+        (math.inf, False, True, False),
+        (math.nan, False, True, False),
+        ("3", False, False, False),
+        (None, False, False, False),
+        (torch.tensor(3.0), False, False, False),
+    ],
+)
+def test_numbers(value, count, number, positive):
+    assert (is_count(value), is_number(value), is_positive(value)) == (count, number, positive)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"lr": 0.0, "betas": (0.0, 0.999), "eps": 0.0, "weight_decay": 0},
+        {"lr": None},  # Adafactor's rate by the step
+        {"lr": 1, "eps": (1e-30, 1e-3)},
+        {"rank": "not looked at"},
+    ],
+)
+def test_what_is_allowed(options):
+    assert check_adam(options) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": torch.tensor(0.1)}, "lr is a tensor; must be a number"),
+        ({"lr": "fast"}, "lr is 'fast'; must be a number of at least 0"),
+        ({"lr": math.nan}, "lr is nan"),
+        ({"lr": math.inf}, "lr is inf"),
+        ({"betas": (0.9,)}, r"betas is \(0.9,\); must be two numbers in \[0, 1\)"),
+        ({"betas": (-0.1, 0.9)}, "betas is"),
+        ({"eps": (1e-30, -1e-3)}, r"eps is \(1e-30, -0.001\); must be at least 0"),
+        ({"weight_decay": math.nan}, "weight_decay is nan"),
+    ],
+)
+def test_what_is_not(options, message):
+    with pytest.raises(ValueError, match=message):
+        check_adam(options)

@@ -1,0 +1,93 @@
+"""The variable-length kernel over a packed row: what it is given, and on a GPU what it gives."""
+
+import pytest
+import torch
+
+from oddsmith.packing import attention_cuda
+from support.packed_attention import SEGMENTS, TOLERANCE, attention, tensors
+
+
+def naive_varlen(query, key, value, plan, scale, window):
+    """What a variable-length kernel computes: block by block, causal at the lower right."""
+    out, groups = [], query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+    bounds = zip(plan.query_bounds, plan.query_bounds[1:], plan.key_bounds, plan.key_bounds[1:])
+    for first, end, first_key, end_key in bounds:
+        assert end - first <= plan.longest_query and end_key - first_key <= plan.longest_key
+        q, k, v = query[first:end], key[first_key:end_key], value[first_key:end_key]
+        scores = torch.einsum("qhd,khd->hqk", q, k).double() * scale
+        distance = torch.arange(len(k) - len(q), len(k))[:, None] - torch.arange(len(k))
+        seen = (distance >= 0) & (distance < (window or len(k)))
+        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        out.append(torch.einsum("hqk,khd->qhd", weights, v.double()).to(q.dtype))
+    return torch.cat(out)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("window", [None, 3])
+def test_the_kernel_on_a_gpu(window):
+    segments = ((40, 30, 20), (0, 20, 50), (30, 0, 10), (20, 40, 0))
+    count = sum(map(sum, segments))
+    torch.manual_seed(5)
+    inputs = [
+        torch.randn(1, heads, count, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        for heads in (4, 2, 2)
+    ]
+    assert attention_cuda.can_run(inputs[0], 0.0)
+    out = attention_cuda.packed_varlen(*inputs, segments, None, window)
+    exact = [x.detach().double().cpu().requires_grad_() for x in inputs]
+    truth = attention(*exact, segments, None, window)
+    upstream = torch.randn(truth.shape, dtype=torch.float64)
+    grads = torch.autograd.grad(out, inputs, upstream.to(out))
+    true_grads = torch.autograd.grad(truth, exact, upstream)
+    for mine, true in zip((out, *grads), (truth, *true_grads), strict=True):
+        torch.testing.assert_close(mine.double().cpu(), true, rtol=3e-2, atol=3e-2)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("window", [None, 3])
+def test_what_the_kernel_is_given_makes_the_definition(dtype, window, monkeypatch):
+    # The kernel itself needs a GPU; what it is given does not.
+    monkeypatch.setattr(attention_cuda, "_kernel", lambda: naive_varlen)
+    q, k, v = tensors(SEGMENTS, dtype)
+    out = attention_cuda.packed_varlen(q, k, v, SEGMENTS, 0.6, window)
+    truth = attention(q, k, v, SEGMENTS, 0.6, window)
+    torch.testing.assert_close(out.double(), truth, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+def test_the_plan_by_hand():
+    plan = attention_cuda._plan(((2, 1, 3), (0, 2, 0)), torch.device("cpu"))
+    # Three blocks: prompt and chosen 0..3, rejected 3..6 behind the prompt 0..2, and 6..8.
+    assert plan.query_bounds.tolist() == [0, 3, 6, 8]
+    assert plan.key_bounds.tolist() == [0, 3, 8, 10]
+    assert plan.keys.tolist() == [0, 1, 2, 0, 1, 3, 4, 5, 6, 7]
+    assert (plan.longest_query, plan.longest_key) == (3, 5)
+    assert plan.query_bounds.dtype == plan.key_bounds.dtype == torch.int32
+    # No prompt is shared: keys stay where they are.
+    assert attention_cuda._plan(((0, 2, 3),), torch.device("cpu")).keys is None
+
+
+class OnGpu:
+    """As much of a query as `can_run` looks at."""
+
+    def __init__(self, width=64, dtype=torch.bfloat16, kind="cuda"):
+        self.shape, self.dtype, self.device = (1, 4, 9, width), dtype, torch.device(kind)
+
+
+@pytest.mark.parametrize(
+    ("query", "dropout", "runs"),
+    [
+        (OnGpu(), 0.0, True),
+        (OnGpu(256, torch.float16), 0.0, True),
+        (OnGpu(257), 0.0, False),
+        (OnGpu(dtype=torch.float32), 0.0, False),
+        (OnGpu(kind="cpu"), 0.0, False),
+        (OnGpu(), 0.1, False),
+    ],
+)
+def test_which_calls_the_kernels_take(query, dropout, runs, monkeypatch):
+    monkeypatch.setattr(attention_cuda, "_kernel", lambda: naive_varlen)
+    assert attention_cuda.can_run(query, dropout) is runs
+    monkeypatch.setattr(attention_cuda, "_kernel", lambda: None)
+    assert attention_cuda.can_run(query, dropout) is False

@@ -1,0 +1,110 @@
+"""Every module has a test file of its name in its room, or stands in the table below."""
+
+import ast
+from pathlib import Path
+
+import oddsmith
+from support.paths import ROOT
+
+PACKAGE = Path(oddsmith.__file__).parent
+TESTS = ROOT / "tests"
+LONGEST = 450
+
+# Module -> the test file that has it, and why it has none of its own.
+ELSEWHERE = {
+    "checkpoint/rules.py": (
+        "unit/checkpoint/test_write.py",
+        "dataclasses without code: the compiled core reads them",
+    ),
+    "integrations/bitsandbytes_layers.py": (
+        "unit/integrations/test_transformers_quantizer.py",
+        "what is adopted is what the quantizer has loaded",
+    ),
+    "integrations/head_probe.py": (
+        "unit/integrations/test_model_head.py",
+        "its answer decides what installing the head does",
+    ),
+    "integrations/import_hook.py": (
+        "unit/integrations/test_transformers_quantizer.py",
+        "it needs a process that has not imported transformers",
+    ),
+    "integrations/model_weights.py": (
+        "unit/checkpoint/test_quantize.py",
+        "its answer is which tensors of a checkpoint are quantised",
+    ),
+    "optim/adamw/bitsandbytes.py": (
+        "parity/test_adamw8bit.py",
+        "it stands for bitsandbytes and is compared with it",
+    ),
+    "optim/adamw/docs.py": (
+        "unit/test_package.py",
+        "parts of docstrings that several classes share",
+    ),
+    "optim/low_rank/item.py": (
+        "unit/optim/low_rank/test_optimizer.py",
+        "a dataclass that a step is made of",
+    ),
+}
+
+
+def file_for(module: Path) -> Path:
+    return TESTS / "unit" / module.parent / f"test_{module.name}"
+
+
+def has_tests(path: Path) -> bool:
+    names = (
+        node.name
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef)
+    )
+    return any(name.startswith("test_") for name in names)
+
+
+def modules() -> list[Path]:
+    """Of the package, without the files that only re-export."""
+    found = (path.relative_to(PACKAGE) for path in sorted(PACKAGE.rglob("*.py")))
+    return [path for path in found if path.name not in ("__init__.py", "__main__.py")]
+
+
+def test_every_module_has_a_file_for_its_name():
+    wanted = [path for path in modules() if path.as_posix() not in ELSEWHERE]
+    assert len(wanted) > 80
+    missing = [str(path) for path in wanted if not file_for(path).is_file()]
+    assert not missing
+    empty = [str(path) for path in wanted if not has_tests(file_for(path))]
+    assert not empty
+
+
+def test_the_table_is_not_stale():
+    known = {path.as_posix() for path in modules()}
+    for module, (file, reason) in ELSEWHERE.items():
+        assert module in known, f"{module} is gone"
+        assert not file_for(Path(module)).exists(), f"{module} has a test file of its own"
+        assert has_tests(TESTS / file), f"{file} has no tests"
+        assert len(reason.split()) > 3
+
+
+def test_rooms_of_tests_are_rooms_of_the_package():
+    for file in sorted((TESTS / "unit").rglob("test_*.py")):
+        room = file.relative_to(TESTS / "unit").parent
+        module = PACKAGE / room / file.name.removeprefix("test_")
+        # Of the package as a whole: how it is imported, installed and laid out.
+        assert module.is_file() or room == Path("."), f"{file} tests no module"
+
+
+def test_files_are_short():
+    folders = [
+        PACKAGE,
+        *(ROOT / name for name in ("tests", "benches", "examples", "src", "kernels")),
+    ]
+    files = [
+        path for folder in folders for suffix in ("py", "rs", "cu", "cuh", "h", "cpp")
+        for path in folder.rglob(f"*.{suffix}")
+    ]  # fmt: skip
+    assert len(files) > 300
+    long = {}
+    for path in files:
+        lines = path.read_text(encoding="utf-8").count("\n")
+        if lines > LONGEST:
+            long[str(path)] = lines
+    assert not long

@@ -1,0 +1,60 @@
+"""What happens to an evaluation batch and set."""
+
+from support.trainer_runs import batch_of, pairs
+
+
+def test_prediction_step(make):
+    trainer = make()
+    inputs = batch_of(trainer)
+    loss, logits, labels = trainer.prediction_step(trainer.model, inputs, False)
+    assert logits.shape == labels.shape == (2,) and not loss.requires_grad
+    assert trainer.prediction_step(trainer.model, inputs, True)[1:] == (None, None)
+    _, kept, _ = trainer.prediction_step(
+        trainer.model, inputs, False, ignore_keys=["eval_logits/chosen"]
+    )
+    assert kept.tolist() == logits[1:].tolist()
+
+
+def test_another_collator_is_told_once(make, log):
+    batches = make().data_collator
+    trainer = make(data_collator=lambda rows: batches(rows))
+    for _ in range(2):
+        trainer.prediction_step(trainer.model, batch_of(trainer), True)
+    assert log.text.count("The evaluation step expects the batches of PreferenceCollator") == 1
+
+
+def test_metrics_have_the_name_of_their_set(make):
+    trainer = make(eval_dataset=pairs(4, seed=5))
+    loader = trainer.get_eval_dataloader()
+    output = trainer.evaluation_loop(loader, "x", True, metric_key_prefix="eval_hard")
+    assert {"eval_hard_loss", "eval_hard_logps/chosen"} <= output.metrics.keys()
+    assert all(name.startswith("eval_hard_") for name in output.metrics)
+    assert output.num_samples == 4
+    # The averages have been taken: the next set starts anew.
+    assert trainer._take_metrics("eval") == {}
+
+
+def test_prompts_are_answered_with_room_for_a_token(make):
+    trainer = make(config={"max_length": 30})
+    batch = batch_of(trainer)
+    prompts = batch["prompt_input_ids"]
+    texts = trainer.generate_from_model(trainer.model, batch)
+    assert len(texts) == len(prompts)
+    for text, prompt in zip(texts, batch["prompt"], strict=True):
+        words = trainer.processing_class.decode(
+            trainer.processing_class(prompt, add_special_tokens=False)["input_ids"]
+        )
+        assert text.startswith(words)
+    trainer.max_length = 1
+    assert len(trainer.generate_from_model(trainer.model, batch)) == len(prompts)
+
+
+def test_the_mode_of_the_model_survives_completions(make, tmp_path):
+    trainer = make(eval_dataset=pairs(4, seed=5), config={"generate_during_eval": True})
+    loader = trainer.get_eval_dataloader()
+    for training in (True, False):
+        trainer.model.train(training)
+        trainer._log_completions(loader, "eval")
+        assert trainer.model.training is training
+    (file,) = (tmp_path / "completions").iterdir()
+    assert len(file.read_text().splitlines()) == 3  # a batch of evaluation

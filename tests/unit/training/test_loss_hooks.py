@@ -1,0 +1,143 @@
+"""How a batch becomes a loss: in the head, from logits, and through hooks of one's own."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+from oddsmith import ORPOTrainer
+from support.trainer_runs import batch_of, make_model
+
+
+def test_concatenated_forward_arities(make, model, tokenizer):
+    trainer = make()
+    out = trainer.concatenated_forward(trainer.model, batch_of(trainer))
+    assert len(out) == 5 and out[0].shape == (3,) and out[2].shape[2] == len(tokenizer)
+    trainer = make(model=make_model("mixtral", tokenizer))
+    out = trainer.concatenated_forward(trainer.model, batch_of(trainer))
+    assert len(out) == 6 and out[5] > 0
+
+
+@pytest.mark.parametrize("hook", ["concatenated_forward", "get_batch_logps", "odds_ratio_loss"])
+def test_overridden_hooks_are_called(make, model, hook, caplog):
+    calls = []
+
+    def counted(original):
+        def call(*args, **kwargs):
+            calls.append(hook)
+            return original(*args, **kwargs)
+
+        return staticmethod(call) if hook == "get_batch_logps" else call
+
+    plain = make(model=copy.deepcopy(model))
+    kind = type("Own", (ORPOTrainer,), {hook: counted(getattr(ORPOTrainer, hook))})
+    own = make(kind=kind, model=model)
+    assert f"Own has its own {hook}" in caplog.text
+    loss, _ = own.get_batch_loss_metrics(own.model, batch_of(own))
+    assert calls == [hook]
+    expected, _ = plain.get_batch_loss_metrics(plain.model, batch_of(plain))
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_an_own_odds_ratio_decides_the_loss(make):
+    class Own(ORPOTrainer):
+        def odds_ratio_loss(self, policy_chosen_logps, policy_rejected_logps):
+            term = policy_chosen_logps - policy_rejected_logps
+            zero = torch.zeros(())
+            return term, term.detach(), term.detach(), zero, zero
+
+    trainer = make(kind=Own)
+    loss, metrics = trainer.get_batch_loss_metrics(trainer.model, batch_of(trainer))
+    expected = metrics["nll_loss"] - (metrics["logps/chosen"] - metrics["logps/rejected"])
+    torch.testing.assert_close(loss.double(), expected.double(), rtol=1e-5, atol=1e-5)
+    assert metrics["rewards/margins"] == 0.0
+
+
+def test_beta_may_be_changed_between_steps(make):
+    trainer = make()
+    inputs = batch_of(trainer)
+    one, metrics = trainer.get_batch_loss_metrics(trainer.model, inputs)
+    trainer.beta = 1.3
+    other, _ = trainer.get_batch_loss_metrics(trainer.model, inputs)
+    difference = -(1.3 - 0.3) * metrics["log_odds_ratio"]
+    torch.testing.assert_close((other - one).double(), difference.double(), rtol=1e-4, atol=1e-5)
+
+
+def test_sides_are_put_together():
+    batch = {
+        "chosen_input_ids": torch.tensor([[3, 4, 5]]), "chosen_labels": torch.tensor([[-100, 4, 5]]),
+        "chosen_attention_mask": torch.ones(1, 3, dtype=torch.int64),
+        "rejected_input_ids": torch.tensor([[3, 6]]), "rejected_labels": torch.tensor([[-100, 6]]),
+        "rejected_attention_mask": torch.ones(1, 2, dtype=torch.int64),
+    }  # fmt: skip
+    made = ORPOTrainer.concatenated_inputs(batch, padding_value=9)
+    assert made["concatenated_input_ids"].tolist() == [[3, 4, 5], [3, 6, 9]]
+    assert made["concatenated_attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert made["concatenated_labels"].tolist() == [[-100, 4, 5], [-100, 6, -100]]
+
+
+def test_logps_by_hand():
+    # Two tokens; the first row's logits give them the odds 1 : 3.
+    logits = torch.tensor([[[0.0, math.log(3.0)], [0.0, 0.0], [5.0, 0.0]]])
+    labels = torch.tensor([[0, 1, 0]])
+    # Shifted: label 1 by the first logits, label 0 by the second.
+    expected = math.log(3 / 4) + math.log(1 / 2)
+    assert ORPOTrainer.get_batch_logps(logits, labels).item() == pytest.approx(expected)
+    mean = ORPOTrainer.get_batch_logps(logits, labels, average_log_prob=True).item()
+    assert mean == pytest.approx(expected / 2)
+    # Of an encoder-decoder labels and logits are aligned: 0 and 1, masked at the end.
+    aligned = ORPOTrainer.get_batch_logps(
+        logits, torch.tensor([[0, 1, -100]]), is_encoder_decoder=True
+    )
+    assert aligned.item() == pytest.approx(math.log(1 / 4) + math.log(1 / 2))
+    nothing = torch.full((1, 3), -100)
+    assert ORPOTrainer.get_batch_logps(logits, nothing, average_log_prob=True).item() == 0.0
+    with pytest.raises(ValueError, match=r"labels have shape \(1, 2\); must be .* \(1, 3\)"):
+        ORPOTrainer.get_batch_logps(logits, labels[:, :2])
+
+
+@pytest.mark.parametrize("link", ["logsigmoid", "identity"])
+def test_the_odds_ratio_by_hand(make, link):
+    trainer = make(config={"odds_ratio_link": link})
+    chosen, rejected = torch.tensor([math.log(0.5)]), torch.tensor([math.log(0.2)])
+    term, mine, theirs, ratio, log_odds = trainer.odds_ratio_loss(chosen, rejected)
+    # Odds 1 and 1/4: their ratio is 4.
+    assert log_odds.item() == pytest.approx(math.log(4.0), rel=1e-5)
+    assert ratio.item() == pytest.approx(math.log(4 / 5), rel=1e-5)
+    linked = math.log(4 / 5) if link == "logsigmoid" else math.log(4.0)
+    assert term.item() == pytest.approx(0.3 * linked, rel=1e-5)
+    assert mine.item() == pytest.approx(0.3 * math.log(0.5))
+    assert theirs.item() == pytest.approx(0.3 * math.log(0.2))
+
+
+@pytest.mark.parametrize("scope", ["full", "completion"])
+def test_the_head_and_the_logits_agree(make, model, scope):
+    fused = make(model=copy.deepcopy(model), config={"nll_scope": scope})
+    plain = make(model=model, config={"nll_scope": scope, "use_fused_head": False})
+    assert fused._plain_because is None and plain._plain_because == "use_fused_head is False"
+    (loss, metrics), (truth, expected) = (
+        each.get_batch_loss_metrics(each.model, batch_of(each), "eval") for each in (fused, plain)
+    )
+    torch.testing.assert_close(loss, truth, rtol=1e-5, atol=1e-5)
+    assert metrics.keys() == expected.keys() and all(name.startswith("eval_") for name in metrics)
+    for name in expected:
+        torch.testing.assert_close(
+            metrics[name].double(), expected[name].double(), rtol=1e-4, atol=1e-5
+        )
+
+
+def test_a_pair_with_an_empty_completion_stays_out(make, model):
+    trainers = [
+        make(model=copy.deepcopy(model)),
+        make(model=model, config={"use_fused_head": False}),
+    ]
+    losses = []
+    for trainer in trainers:
+        batch = batch_of(trainer)
+        batch["rejected_labels"] = batch["rejected_labels"].clone()
+        batch["rejected_labels"][1] = -100
+        loss, metrics = trainer.get_batch_loss_metrics(trainer.model, batch)
+        assert metrics["empty_completions"] == 1 and loss.isfinite()
+        losses.append(loss)
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,112 @@
+"""The model of a run: loaded by name, its adapter, its dropout, what is refused."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaForSequenceClassification, LlamaModel
+
+from oddsmith import ORPOConfig
+from oddsmith.training.models import disable_dropout, load_model
+from support.trainer_runs import arguments, make_model, make_tokenizer
+
+# PEFT reads an older name of transformers'.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+)
+
+
+def test_model_without_a_head(make, model):
+    for kind in (LlamaModel, LlamaForSequenceClassification):
+        from transformers import LlamaConfig
+
+        config = LlamaConfig(
+            vocab_size=900, hidden_size=8, intermediate_size=8, num_attention_heads=2
+        )
+        config.num_hidden_layers, config.pad_token_id = 1, 0
+        with pytest.raises(ValueError, match=f"{kind.__name__}, which has no output head"):
+            make(model=kind(config))
+
+
+def test_labels_outside_the_vocabulary(make, model):
+    model.resize_token_embeddings(300)
+    with pytest.raises(ValueError, match="token id .*the model's vocabulary has 300"):
+        make()
+
+
+def test_peft_model_with_a_peft_config(make, model):
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    wrapped = get_peft_model(model, config)
+    with pytest.raises(ValueError, match="merge_and_unload"):
+        make(model=wrapped, peft_config=config)
+    assert make(model=wrapped)._plain_because is None
+
+
+def test_model_init_kwargs_with_a_model(make):
+    with pytest.raises(ValueError, match="the model has been made already"):
+        make(config={"model_init_kwargs": {"dtype": "float32"}})
+
+
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_model_by_name(make, model, tokenizer, tmp_path, name):
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    trainer = make(
+        model=str(tmp_path / "base"),
+        processing_class=None,
+        config={"model_init_kwargs": {name: "bfloat16"}},
+    )
+    assert trainer.model.dtype == torch.bfloat16
+    assert trainer.processing_class.vocab_size == tokenizer.vocab_size
+    assert getattr(trainer.model, "hf_device_map", None) is None
+
+
+def test_unknown_dtype(tmp_path, model):
+    model.save_pretrained(tmp_path / "base")
+    config = ORPOConfig(**arguments(tmp_path), model_init_kwargs={"dtype": "float33"})
+    with pytest.raises(ValueError, match="'float33'; must be 'auto' or a torch dtype"):
+        load_model(str(tmp_path / "base"), config)
+
+
+def test_encoder_decoder_by_name(make, tmp_path):
+    tokenizer = make_tokenizer("t5")
+    make_model("t5", tokenizer).save_pretrained(tmp_path / "base")
+    trainer = make(model=str(tmp_path / "base"), processing_class=tokenizer)
+    assert trainer.is_encoder_decoder and trainer.max_completion_length == 128
+    assert trainer._plain_because == "it is an encoder-decoder model"
+
+
+def test_dropout_is_off_in_the_adapter_too(make, model):
+    from peft import LoraConfig
+
+    config = LoraConfig(r=2, lora_dropout=0.3, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    trainer = make(model=copy.deepcopy(model), peft_config=config)
+    rates = [m.p for m in trainer.model.modules() if isinstance(m, nn.Dropout)]
+    assert rates and set(rates) == {0.0}
+    trainer = make(model=model, peft_config=config, config={"disable_dropout": False})
+    assert 0.3 in [m.p for m in trainer.model.modules() if isinstance(m, nn.Dropout)]
+
+
+def test_disable_dropout_reaches_functional_ones():
+    layer = nn.Module()
+    layer.attention_dropout, layer.scale, layer.inner = 0.1, 0.5, nn.Dropout1d(0.2)
+    disable_dropout(layer)
+    assert (layer.attention_dropout, layer.scale, layer.inner.p) == (0.0, 0.5, 0.0)
+
+
+def test_gradients_reach_an_adapter_under_checkpointing(make):
+    from peft import LoraConfig
+
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    # The reentrant kind passes no gradient on if no input of a layer requires one.
+    checkpointing = {
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": True},
+    }
+    trainer = make(peft_config=config, config=checkpointing)
+    trainer.train()
+    moved = [p.abs().max() for n, p in trainer.model.named_parameters() if "lora_B" in n]
+    assert moved and min(moved) > 0

@@ -1,0 +1,40 @@
+"""How a pair becomes a row: hooks of one's own, checks, the report."""
+
+from datasets import Dataset, DatasetDict
+
+from oddsmith import ORPOTrainer
+from support.trainer_runs import pairs
+
+
+def test_rows_go_through_an_overridden_hook(make):
+    class Marked(ORPOTrainer):
+        def build_tokenized_answer(self, prompt, answer):
+            side = super().build_tokenized_answer(prompt, answer)
+            return {**side, "input_ids": [17, *side["input_ids"][1:]]}
+
+    trainer = make(kind=Marked)
+    for row in trainer.train_dataset:
+        first = next(label for label in row["chosen_labels"] if label >= 0)
+        assert first == 17
+
+
+def test_tokenize_row_is_what_the_dataset_holds(make):
+    trainer = make()
+    row = trainer.train_dataset[2]
+    made = trainer.tokenize_row({key: row[key] for key in ("prompt", "chosen", "rejected")})
+    assert made == {key: row[key] for key in made}
+
+
+def test_lints_are_logged(make, caplog):
+    row = {"prompt": "What is it?", "chosen": "The same.", "rejected": "The same."}
+    make(train_dataset=Dataset.from_list([row, row]))
+    assert "2 of 2 rows have the same chosen and rejected completion" in caplog.text
+
+
+def test_dataset_dicts(make):
+    parts = {"a": pairs(3, seed=5), "b": pairs(4, seed=6)}
+    for given in (parts, DatasetDict(parts)):
+        trainer = make(eval_dataset=given)
+        assert isinstance(trainer.eval_dataset, dict)
+        assert {k: len(v) for k, v in trainer.eval_dataset.items()} == {"a": 3, "b": 4}
+        assert "chosen_labels" in trainer.eval_dataset["b"].column_names
