@@ -9,6 +9,8 @@ BIN := $(VENV)/bin
 export CARGO_TARGET_DIR ?= $(HOME)/.cache/oddsmith/cargo-target
 # pip builds without isolation here: an isolated build would download torch a second time.
 ACTIVATE := source $(BIN)/activate
+# What tests use and users do not get: switches between the paths of an op, an emulated CUDA driver.
+TESTING := python,testing
 
 .PHONY: help
 help: ## List the commands
@@ -26,7 +28,7 @@ build: $(BIN)/.tools ## Make the environment, compile and install the package in
 
 .PHONY: test-build
 test-build: $(BIN)/.tools
-	$(ACTIVATE) && pip install --no-build-isolation -e ".[test]"
+	$(ACTIVATE) && MATURIN_PEP517_ARGS="--features $(TESTING)" pip install --no-build-isolation -e ".[test]"
 
 .PHONY: demo
 demo: build ## Install, then train a small model with ORPO, offline
@@ -42,7 +44,7 @@ test: test-build ## Install, then run all tests, a process a core; names the slo
 .PHONY: test-rust
 test-rust: test-build ## The Rust tests: the algorithms, then the borders to torch and Python
 	cargo test
-	$(ACTIVATE) && cargo test --release --features python
+	$(ACTIVATE) && cargo test --release --features $(TESTING)
 
 .PHONY: slow
 slow: test-build ## The long parity runs (ODDSMITH_SHARED names the folder with the real data)
@@ -50,8 +52,8 @@ slow: test-build ## The long parity runs (ODDSMITH_SHARED names the folder with 
 
 # maturin warns that it is not the build backend: it is, behind python/build_backend.py.
 .PHONY: develop
-develop: ## Compile again after a change in src/
-	$(ACTIVATE) && maturin develop --release --skip-install
+develop: ## Compile again after a change in src/, for tests
+	$(ACTIVATE) && maturin develop --release --skip-install --features $(TESTING)
 
 .PHONY: gpu
 gpu: test-build ## The tests that need a GPU
@@ -74,9 +76,10 @@ lint: test-build ## Formatting and lints, Rust and Python; CI runs the same
 	$(BIN)/ruff format --check
 
 .PHONY: clippy
-clippy: ## Lints of the Rust code alone: the algorithms, then what works on tensors and Python objects
+clippy: ## Lints of the Rust code alone: the algorithms, then tensors and Python, as installed and as tested
 	cargo clippy --locked --all-targets -- --deny warnings
-	cargo clippy --locked --all-targets --features lint --target-dir $(CARGO_TARGET_DIR)-lint -- --deny warnings
+	for features in lint lint,testing; do \
+		cargo clippy --locked --all-targets --features $$features --target-dir $(CARGO_TARGET_DIR)-lint -- --deny warnings || exit 1; done
 
 .PHONY: fmt
 fmt: test-build ## Format everything

@@ -8,6 +8,9 @@ constexpr int BLOCK = 512;
 
 /// Places in the counts of a batch.
 enum Count { SCORED, NLL_TOKENS, CHOSEN_ROWS, REJECTED_ROWS, INVALID, COMPLETIONS };
+/// Counts before those of sequences.
+constexpr int COUNTS = 5;
+static_assert(COMPLETIONS == COUNTS, "the host makes room for so many");
 
 /// Sorts the rows of a batch by their part in the loss. One block of BLOCK threads.
 ///

@@ -61,6 +61,8 @@ struct Scales {
 
 // ---- quantise: a warp a block ----
 
+constexpr int QUANTIZE_THREADS = 256;
+
 /// 15 for NaN, which is below nothing.
 __device__ __forceinline__ u32 nearest(float x) {
     u32 code = 0;
@@ -300,7 +302,7 @@ __device__ __forceinline__ void multiply(
     Scales { absmax, map, nested_absmax, offset, nested_shift }
 
 #define QUANTIZE(NAME, T)                                                                               \
-    extern "C" __global__ void __launch_bounds__(256)                                                   \
+    extern "C" __global__ void __launch_bounds__(QUANTIZE_THREADS)                                      \
         nf4_quantize_##NAME(const T* values, u8* packed, float* absmax, i64 count, int blocksize) {     \
         quantize<T>(values, packed, absmax, count, blocksize);                                          \
     }

@@ -139,3 +139,14 @@ fn no_files_import_each_other_in_a_circle() {
     }
     assert!(arrows.is_empty(), "in a circle: {arrows:#?}");
 }
+
+#[test]
+fn vector_instructions_are_looked_for_in_one_place() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    // The units for bf16 are those of libtorch's products, with a limit of oneDNN's own.
+    let allowed = ["base::simd", "torch::quant::linear"];
+    let files = sources(&root).into_iter().filter(|path| !path.ends_with("rooms.rs"));
+    let looking = files.filter(|path| code(path).contains("is_x86_feature_detected!("));
+    let looking: BTreeSet<_> = looking.map(|path| module(&path, &root)).collect();
+    assert_eq!(looking, allowed.map(str::to_owned).into());
+}

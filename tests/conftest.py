@@ -36,6 +36,15 @@ def team(request):
     torch.set_num_threads(before)
 
 
+def pytest_configure(config):
+    from oddsmith import _core
+
+    if not hasattr(_core, "emulate_cuda"):
+        raise pytest.UsageError(
+            "oddsmith was built without the cargo feature `testing`, which tests need: run `make test-build`"
+        )
+
+
 @pytest.fixture
 def tensor_ops_switch():
     """Lets CPU tensors take the path of other devices for one test."""

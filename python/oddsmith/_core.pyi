@@ -2,15 +2,19 @@
 
 from collections.abc import Callable
 from os import PathLike
+from typing import TypedDict
 
 from torch import Tensor
 
-from .checkpoint_plan import Rule
+from .checkpoint.rules import Rule
+from .head.arguments import HeadArguments, Needs, ObjectiveArguments, PairArguments
+from .optim.adamw.arguments import Item
+from .quant.arguments import PackedWeight
 
 __version__: str
 
 class RowEncoder:
-    """A tokenizer's JSON together with the rules for rows; see [`oddsmith.fast_rows.FastRows`]."""
+    """A tokenizer's JSON together with the rules for rows; see [`oddsmith.data.rust_rows.FastRows`]."""
 
     def __new__(
         cls,
@@ -41,111 +45,77 @@ class RowEncoder:
         `overlength` and `empty` a byte for each row.
         """
 
-def linear_logps(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    softcap: float | None,
-    logit_scale: float,
-    expectation: bool,
-) -> list[Tensor]: ...
-def linear_logps_backward(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    softcap: float | None,
-    logit_scale: float,
-    lse: Tensor,
-    upstream: Tensor,
-    needs: tuple[bool, bool, bool],
-) -> list[Tensor]: ...
-def linear_orpo(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    softcap: float | None,
-    logit_scale: float,
-    sequence: Tensor,
-    completion: Tensor,
-    num_pairs: int | None,
-    num_scored: int | None,
-    beta: float,
-    nll_scope: str,
-    odds_ratio_link: str,
-    logits_budget: int | None,
-    needs: tuple[bool, bool, bool],
-) -> list[Tensor]: ...
-def scale_gradient(gradient: Tensor, factor: Tensor) -> bool: ...
-def use_tensor_ops(on: bool) -> None:
-    """Make CPU tensors take the path of other devices, for tests."""
+class _Gradients(TypedDict):
+    """Empty where not wanted."""
 
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor
+
+class _Logps(TypedDict):
+    logps: Tensor
+    lse: Tensor
+    expectation: Tensor
+
+class _Report(TypedDict):
+    """The fields of [`oddsmith.functional.LinearORPOOutput`], and the gradients."""
+
+    loss: Tensor
+    nll_loss: Tensor
+    chosen_logps: Tensor
+    rejected_logps: Tensor
+    log_odds_chosen: Tensor
+    log_odds_ratio: Tensor
+    chosen_logits: Tensor
+    rejected_logits: Tensor
+    empty_completions: Tensor
+    gradients: _Gradients
+
+def linear_logps(head: HeadArguments, expectation: bool) -> _Logps: ...
+def linear_logps_backward(
+    head: HeadArguments, lse: Tensor, upstream: Tensor, needs: Needs
+) -> _Gradients: ...
+def linear_orpo(
+    head: HeadArguments, pairs: PairArguments, objective: ObjectiveArguments, needs: Needs
+) -> _Report: ...
+def scale_gradient(gradient: Tensor, factor: Tensor) -> bool: ...
 def install_pool() -> bool: ...
 def uninstall_pool() -> None: ...
-def kernel_sources() -> list[str]:
-    """Names of the files in kernels/."""
-
-def compile_kernels(source: str, architecture: str) -> tuple[bytes, str]:
-    """The binary for an architecture such as sm_90, and the assembler's report."""
-
-def emulate_cuda(on: bool) -> None:
-    """Make CPU tensors take the path of CUDA tensors, through the driver ODDSMITH_CUDA_DRIVER names."""
-
-_Nested = tuple[Tensor, Tensor, Tensor, int]  # absmax, map, offset and block size of the scales
-
 def nf4_code() -> Tensor: ...
 def quantize_nf4(tensor: Tensor, blocksize: int) -> tuple[Tensor, Tensor]: ...
-def dequantize_nf4(
-    packed: Tensor,
-    absmax: Tensor,
-    nested: _Nested | None,
-    blocksize: int,
-    shape: list[int],
-    dtype: str,
-) -> Tensor: ...
+def dequantize_nf4(weight: PackedWeight, shape: list[int], dtype: str) -> Tensor: ...
 def linear_nf4(
-    x: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    nested: _Nested | None,
-    blocksize: int,
-    shape: tuple[int, int],
-    bias: Tensor | None,
+    x: Tensor, weight: PackedWeight, shape: tuple[int, int], bias: Tensor | None
 ) -> Tensor: ...
 def linear_nf4_input_gradient(
-    grad: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    nested: _Nested | None,
-    blocksize: int,
-    shape: tuple[int, int],
-    weight_dtype: str,
+    grad: Tensor, weight: PackedWeight, shape: tuple[int, int], weight_dtype: str
 ) -> Tensor: ...
-def quantize_blockwise(
-    tensor: Tensor, code: Tensor, blocksize: int, stepped: bool
-) -> tuple[Tensor, Tensor]: ...
+def quantize_blockwise(tensor: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]: ...
 def dequantize_blockwise(
     codes: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: str
 ) -> Tensor: ...
-
-# Value, gradient, both moments, scales of 8-bit moments, place of the first element; then
-# beta1, beta2, eps, step size and what decay leaves, and the seed of stochastic rounding.
-_Item = tuple[
-    tuple[Tensor, Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None, int],
-    tuple[tuple[float, float, float, float, float], int | None],
-]
-
-def adamw_step(items: list[_Item], bad: Tensor) -> None: ...
+def adamw_step(items: list[Item], bad: Tensor) -> None: ...
 def moment_maps() -> tuple[Tensor, Tensor]: ...
 
 _Path = str | PathLike[str]
 
-def checkpoint_tensors(path: _Path) -> list[tuple[str, str, list[int]]]: ...
-def checkpoint_states(
-    base: list[_Path], names: list[str]
-) -> list[tuple[list[int], str, int, bool] | None]: ...
+class _TensorParts(TypedDict):
+    name: str
+    kind: str  # as safetensors calls its dtype
+    shape: list[int]
+
+class _StateParts(TypedDict):
+    shape: list[int]
+    dtype: str
+    blocksize: int
+    double_quant: bool
+
+class _WrittenParts(TypedDict):
+    names: list[str]
+    len: int  # bytes of its tensors, at most
+
+def checkpoint_tensors(path: _Path) -> list[_TensorParts]: ...
+def checkpoint_states(base: list[_Path], names: list[str]) -> list[_StateParts | None]: ...
 def converted_size(base: list[_Path], adapter: _Path | None, rules: list[Rule]) -> int: ...
 def convert_checkpoint(
     base: list[_Path],
@@ -153,6 +123,19 @@ def convert_checkpoint(
     rules: list[Rule],
     outputs: list[_Path],
     code: Tensor,
-    stepped: bool,
     progress: Callable[[int], object],
-) -> list[tuple[list[str], int]]: ...
+) -> list[_WrittenParts]: ...
+
+# In builds with the cargo feature `testing` only.
+
+def use_tensor_ops(on: bool) -> None:
+    """Make CPU tensors take the path of other devices."""
+
+def emulate_cuda(on: bool) -> None:
+    """Make CPU tensors take the path of CUDA tensors, through the driver ODDSMITH_CUDA_DRIVER names."""
+
+def kernel_sources() -> list[str]:
+    """Names of the files in kernels/."""
+
+def compile_kernels(source: str, architecture: str) -> tuple[bytes, str]:
+    """The binary for an architecture such as sm_90, and the assembler's report."""

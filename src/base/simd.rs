@@ -1,6 +1,6 @@
-//! Which vector instructions there are.
+//! Which vector instructions there are: one answer for all rooms.
 
-/// Instruction sets that the vector code of quantisation is written for.
+/// Instruction sets that vector code is written for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Level {
     /// AVX-512 with byte and word instructions.
@@ -66,15 +66,21 @@ impl Level {
                     && is_x86_feature_detected!("avx512dq")
                     && is_x86_feature_detected!("avx512vl");
                 let limit = std::env::var("ATEN_CPU_CAPABILITY").unwrap_or_default();
-                match (avx2, avx512, limit.as_str()) {
-                    (_, _, "default") | (false, ..) => Level::Baseline,
-                    (_, false, _) | (_, _, "avx2") => Level::Avx2,
-                    _ => Level::Avx512,
-                }
+                Self::limited(avx2, avx512, &limit)
             })
         }
         #[cfg(not(target_arch = "x86_64"))]
         Level::Baseline
+    }
+
+    /// The best of what is there that a value of `ATEN_CPU_CAPABILITY` allows.
+    #[cfg(any(test, target_arch = "x86_64"))]
+    fn limited(avx2: bool, avx512: bool, limit: &str) -> Self {
+        match (avx2, avx512, limit) {
+            (_, _, "default") | (false, ..) => Level::Baseline,
+            (_, false, _) | (_, _, "avx2") => Level::Avx2,
+            _ => Level::Avx512,
+        }
     }
 
     /// Every level that this machine has.
@@ -85,6 +91,26 @@ impl Level {
             Level::Avx512 => &[Level::Avx512, Level::Avx2, Level::Baseline],
             Level::Avx2 => &[Level::Avx2, Level::Baseline],
             Level::Baseline => &[Level::Baseline],
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Level;
+
+    #[test]
+    fn the_limit_is_that_of_libtorch() {
+        for (avx2, avx512, limit, level) in [
+            (true, true, "", Level::Avx512),
+            (true, true, "avx512", Level::Avx512),
+            (true, true, "avx2", Level::Avx2),
+            (true, true, "default", Level::Baseline),
+            (true, false, "avx512", Level::Avx2),
+            (true, false, "default", Level::Baseline),
+            (false, true, "", Level::Baseline),
+        ] {
+            assert_eq!(Level::limited(avx2, avx512, limit), level, "{avx2} {avx512} {limit}");
         }
     }
 }

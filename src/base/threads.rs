@@ -4,7 +4,7 @@
 //! [`super::portable`] has those of rayon.
 
 use std::ops::Range;
-use std::sync::Mutex;
+use std::sync::{Mutex, OnceLock};
 
 /// A fixed number of threads.
 pub trait Threads: Sync {
@@ -13,6 +13,35 @@ pub trait Threads: Sync {
 
     /// Runs `task(0), .., task(tasks - 1)`, in parallel where it can, and returns when all are done.
     fn run(&self, tasks: usize, task: &(dyn Fn(usize) + Sync));
+}
+
+/// No thread but the caller's: for small work, and where others may not be there.
+#[derive(Clone, Copy, Debug)]
+pub struct Serial;
+
+impl Threads for Serial {
+    fn size(&self) -> usize {
+        1
+    }
+
+    fn run(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
+        (0..tasks).for_each(task);
+    }
+}
+
+static LOADED_IN: OnceLock<u32> = OnceLock::new();
+
+/// Remembers the process that has loaded the library. Asked for later, in a child that a `fork` has made
+/// before the library was first used, it would be the child.
+pub fn remember_process() {
+    LOADED_IN.get_or_init(std::process::id);
+}
+
+/// True in a child of the process that has loaded the library. A parallel section there waits for threads
+/// that `fork` did not copy.
+#[must_use]
+pub fn forked() -> bool {
+    *LOADED_IN.get_or_init(std::process::id) != std::process::id()
 }
 
 /// Splits `0..items` evenly over the threads and hands each its range.

@@ -3,7 +3,7 @@
 use crate::base::error::Result;
 use crate::base::gemm::Gemm;
 use crate::base::threads::Threads;
-use crate::quant::blockwise8::{Choice, MAP_LEN};
+use crate::quant::blockwise8::MAP_LEN;
 
 /// Threads and arithmetic of a conversion.
 pub struct ConvertEngine<'a> {
@@ -16,14 +16,12 @@ pub struct ConvertEngine<'a> {
     pub mean: &'a dyn Fn(&[f32]) -> Result<f32>,
     /// Values of 8-bit codes, ascending.
     pub map: &'a [f32; MAP_LEN],
-    /// How 8-bit codes are chosen.
-    pub choice: Choice,
     /// Values that are worked on at a time: a multiple of every block size.
     pub chunk: usize,
 }
 
 impl std::fmt::Debug for ConvertEngine<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("ConvertEngine").field("choice", &self.choice).finish_non_exhaustive()
+        f.debug_struct("ConvertEngine").field("chunk", &self.chunk).finish_non_exhaustive()
     }
 }

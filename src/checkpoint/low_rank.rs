@@ -10,7 +10,7 @@ use super::rule::{Factor, MergeUpdate};
 use super::source::widen;
 use crate::base::error::{Error, Result};
 use crate::base::gemm::{Dims, Gemm};
-use crate::base::threads::{Threads, for_rows};
+use crate::base::threads::{Serial, Threads, for_rows};
 
 /// An update in memory.
 #[derive(Debug)]
@@ -37,7 +37,7 @@ fn matrix(from: &Collection, factor: &Factor) -> Result<(Vec<f32>, usize, usize)
     };
     let bytes = found.file.whole(found.entry)?;
     let mut wide = vec![0.0; rows * columns];
-    let threads = &crate::base::portable::Portable;
+    let threads = &Serial; // a few megabytes
     match found.entry.kind {
         Kind::F32 => widen::<f32>(threads, &values(&bytes), &mut wide),
         Kind::F16 => widen::<f16>(threads, &values(&bytes), &mut wide),

@@ -175,7 +175,7 @@ impl<'a> Sink<'a> {
             let centred: Vec<f32> = self.absmax.iter().map(|scale| scale - mean).collect();
             let mut codes = vec![0; centred.len()];
             let mut largest = vec![0.0; centred.len().div_ceil(NESTED_BLOCKSIZE)];
-            let map = Map::new(engine.map, engine.choice);
+            let map = Map::new(engine.map);
             blockwise8::quantize(engine.threads, &centred, &map, NESTED_BLOCKSIZE, &mut codes, &mut largest);
             output.write(&part(".absmax"), 0, &codes)?;
             output.write(&part(".nested_absmax"), 0, bytes(&largest))?;

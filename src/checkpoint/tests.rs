@@ -15,7 +15,7 @@ use super::state::State;
 use crate::base::error::{Error, Result};
 use crate::base::float::{Dtype, Float};
 use crate::base::portable::Portable;
-use crate::quant::blockwise8::{self, Choice, MAP_LEN, Map};
+use crate::quant::blockwise8::{self, MAP_LEN, Map};
 use crate::quant::codebook::NF4;
 use crate::quant::nf4;
 
@@ -75,14 +75,7 @@ fn run(folder: &Path, base: &[Made], adapter: &[Made], rules: Vec<TensorRule>) -
     let _ = std::fs::remove_file(&out);
     let job = Job { base: &base, adapter: Some(&adapter), rules, outputs: vec![out.clone()] };
     let map = map();
-    let engine = ConvertEngine {
-        threads: &Portable,
-        gemm: &Portable,
-        mean: &mean,
-        map: &map,
-        choice: Choice::Nearest,
-        chunk: BLOCK,
-    };
+    let engine = ConvertEngine { threads: &Portable, gemm: &Portable, mean: &mean, map: &map, chunk: BLOCK };
     let expected = size(&job)?;
     let mut told = 0;
     let written = convert(&job, &engine, &mut |bytes| {
@@ -159,7 +152,7 @@ fn scales_are_quantised_as_a_whole() {
     let offset = mean(&absmax).expect("a mean");
     let centred: Vec<f32> = absmax.iter().map(|x| x - offset).collect();
     let (mut scales, mut largest) = (vec![0; 360], vec![0.0; 2]);
-    let nearest = Map::new(&map(), Choice::Nearest);
+    let nearest = Map::new(&map());
     blockwise8::quantize(&Portable, &centred, &nearest, 256, &mut scales, &mut largest);
     assert_eq!((data(&file, "w"), data(&file, "w.absmax")), (&codes[..], &scales[..]));
     assert_eq!(data(&file, "w.nested_absmax"), bytes(&largest));
@@ -418,8 +411,7 @@ fn a_caller_may_stop() {
     let base =
         Collection::open(&[write(folder.path(), "x", &[made("w", Kind::U8, &[9], &[1; 9])])]).expect("it");
     let job = Job { base: &base, adapter: None, rules: vec![], outputs: vec![folder.path().join("y")] };
-    let (map, choice) = (map(), Choice::Nearest);
-    let engine =
-        ConvertEngine { threads: &Portable, gemm: &Portable, mean: &mean, map: &map, choice, chunk: BLOCK };
+    let map = map();
+    let engine = ConvertEngine { threads: &Portable, gemm: &Portable, mean: &mean, map: &map, chunk: BLOCK };
     assert_eq!(convert(&job, &engine, &mut |_| Err(Error::Stopped)), Err(Error::Stopped));
 }

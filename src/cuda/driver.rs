@@ -36,9 +36,10 @@ library! {
 }
 
 /// The variable that names another driver library.
+#[cfg(feature = "testing")]
 pub const VARIABLE: &str = "ODDSMITH_CUDA_DRIVER";
 
-/// The library, opened and initialised on first use: what [`VARIABLE`] names, else the system's.
+/// The library, opened and initialised on first use: the system's, or that of an emulator.
 ///
 /// # Errors
 /// What the system or the driver reports.
@@ -48,9 +49,10 @@ pub fn driver() -> Result<&'static Driver, String> {
 }
 
 fn open() -> Result<Driver, String> {
-    let system = if cfg!(windows) { "nvcuda.dll" } else { "libcuda.so.1" };
-    let path = std::env::var_os(VARIABLE).map_or_else(|| PathBuf::from(system), PathBuf::from);
-    // SAFETY: NVIDIA's driver, or a stand-in that the user names; neither needs anything to be opened.
+    let path = PathBuf::from(if cfg!(windows) { "nvcuda.dll" } else { "libcuda.so.1" });
+    #[cfg(feature = "testing")]
+    let path = std::env::var_os(VARIABLE).map_or(path, PathBuf::from);
+    // SAFETY: NVIDIA's driver, or a test's emulator; neither needs anything to be opened.
     let library = unsafe { Library::new(&path) };
     let library = library.map_err(|error| format!("the CUDA driver cannot be opened: {}", reason(&error)))?;
     let driver = Driver::load(library)?;

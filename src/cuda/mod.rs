@@ -17,6 +17,7 @@ mod module;
 pub mod nvrtc;
 
 use std::ffi::c_void;
+#[cfg(feature = "testing")]
 use std::sync::atomic::{AtomicU8, Ordering};
 
 use crate::base::error::{Error, Result};
@@ -165,11 +166,13 @@ pub fn is_available() -> bool {
     driver().is_ok()
 }
 
-/// Whether CPU tensors take the path of a card: 0 not asked yet, 1 no, 2 yes.
+/// Whether CPU tensors take the path of a GPU: 0 not asked yet, 1 no, 2 yes.
+#[cfg(feature = "testing")]
 static EMULATED: AtomicU8 = AtomicU8::new(0);
 
-/// True while CPU tensors take the path of a card, through a driver that emulates one: if
+/// True while CPU tensors take the path of a GPU, through a driver that emulates one: if
 /// `ODDSMITH_CUDA_DRIVER` was set when this was first asked, or as [`emulate`] says.
+#[cfg(feature = "testing")]
 #[must_use]
 pub fn is_emulated() -> bool {
     match EMULATED.load(Ordering::Relaxed) {
@@ -182,7 +185,15 @@ pub fn is_emulated() -> bool {
     }
 }
 
-/// Switches the emulation on or off, for tests. The driver itself is opened once a process.
+/// Never without the feature `testing`.
+#[cfg(not(feature = "testing"))]
+#[must_use]
+pub fn is_emulated() -> bool {
+    false
+}
+
+/// Switches the emulation on or off. The driver itself is opened once a process.
+#[cfg(feature = "testing")]
 pub fn emulate(on: bool) {
     EMULATED.store(1 + u8::from(on), Ordering::Relaxed);
 }

@@ -6,6 +6,8 @@
 #![allow(unsafe_code)] // calls of #[target_feature] functions, each behind its run-time check
 
 use crate::base::real::Real;
+#[cfg(target_arch = "x86_64")]
+use crate::base::simd::Level;
 
 /// Accumulators that a reduction runs in parallel: one AVX-512 register of `f32`, and enough
 /// independent chains to hide the latency of an addition.
@@ -21,47 +23,18 @@ pub struct Transform<'a, T> {
     pub softcap: Option<T>,
 }
 
-/// Instruction sets that the passes are compiled for.
-#[cfg(target_arch = "x86_64")]
-#[derive(Clone, Copy)]
-enum Level {
-    Avx512,
-    Avx2,
-    Baseline,
-}
-
-#[cfg(target_arch = "x86_64")]
-fn level() -> Level {
-    use std::sync::OnceLock;
-    static LEVEL: OnceLock<Level> = OnceLock::new();
-    *LEVEL.get_or_init(|| {
-        if !is_x86_feature_detected!("fma") {
-            Level::Baseline
-        } else if is_x86_feature_detected!("avx512f")
-            && is_x86_feature_detected!("avx512vl")
-            && is_x86_feature_detected!("avx512dq")
-        {
-            Level::Avx512
-        } else if is_x86_feature_detected!("avx2") {
-            Level::Avx2
-        } else {
-            Level::Baseline
-        }
-    })
-}
-
 /// Defines a public pass from its body `fn body::<T, FMA>(..)`, with run-time dispatch.
 macro_rules! pass {
     ($(#[$doc:meta])* $name:ident($($arg:ident: $ty:ty),*) $(-> $ret:ty)? = $body:ident) => {
         $(#[$doc])*
         #[cfg(target_arch = "x86_64")]
         pub fn $name<T: Real>($($arg: $ty),*) $(-> $ret)? {
-            #[target_feature(enable = "avx512f,avx512vl,avx512dq,avx2,fma")]
+            #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
             fn avx512<T: Real>($($arg: $ty),*) $(-> $ret)? { $body::<T, true>($($arg),*) }
-            #[target_feature(enable = "avx2,fma")]
+            #[target_feature(enable = "avx2,fma,f16c")]
             fn avx2<T: Real>($($arg: $ty),*) $(-> $ret)? { $body::<T, true>($($arg),*) }
-            match level() {
-                // SAFETY: `level` has found these features on this machine.
+            match Level::best() {
+                // SAFETY: a level is only ever one that this machine has.
                 Level::Avx512 => unsafe { avx512($($arg),*) },
                 // SAFETY: as above.
                 Level::Avx2 => unsafe { avx2($($arg),*) },
@@ -252,6 +225,9 @@ fn axpy_body<T: Real, const FMA: bool>(y: &mut [T], factor: T, x: &[T]) {
 
 #[cfg(test)]
 mod tests {
+    #[cfg(target_arch = "x86_64")]
+    use std::process::Command;
+
     use super::*;
 
     fn wave(n: usize) -> Vec<f32> {
@@ -280,6 +256,33 @@ mod tests {
                 assert!(a.iter().zip(&ga).all(|(e, g)| (0.7 * e - g).abs() < 1e-6));
             }
         }
+    }
+
+    #[test]
+    #[cfg(target_arch = "x86_64")]
+    #[ignore = "run by the test below, in an environment that limits the level"]
+    fn the_plain_bodies_run() {
+        assert_eq!(Level::best(), Level::Baseline);
+        let mut x = wave(333);
+        let mut plain = x.clone();
+        let sum = exp_in_place(&mut x, 2.0, None);
+        assert_eq!(sum, exp_in_place_body::<f32, false>(&mut plain, 2.0, None));
+        assert_eq!(x, plain, "not to the bit");
+        // Where fused multiply-add is there, its bits are others.
+        let mut fused = wave(333);
+        exp_in_place_body::<f32, true>(&mut fused, 2.0, None);
+        assert_ne!(fused, plain);
+    }
+
+    #[test]
+    #[cfg(target_arch = "x86_64")]
+    fn the_environment_limits_the_level() {
+        let test = "head::row::tests::the_plain_bodies_run";
+        let mut child = Command::new(std::env::current_exe().expect("this program"));
+        child.args(["--exact", "--include-ignored", test]).env("ATEN_CPU_CAPABILITY", "default");
+        let output = child.output().expect("it starts");
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success() && text.contains("1 passed"), "{text}");
     }
 
     #[test]

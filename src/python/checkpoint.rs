@@ -14,17 +14,16 @@ use crate::checkpoint::convert::{Job, size};
 use crate::checkpoint::file::TensorFile;
 use crate::checkpoint::rule::{Factor, MergeUpdate, Target, TensorRule};
 use crate::checkpoint::state::{State, dtype_name, dtype_of};
-use crate::quant::blockwise8::Choice;
 use crate::torch::checkpoint::run;
 
-/// `oddsmith.checkpoint_plan.Factor`.
+/// `oddsmith.checkpoint.rules.Factor`.
 #[derive(FromPyObject)]
 struct FactorParts {
     name: String,
     transposed: bool,
 }
 
-/// `oddsmith.checkpoint_plan.Update`.
+/// `oddsmith.checkpoint.rules.Update`.
 #[derive(FromPyObject)]
 struct UpdateParts {
     left: FactorParts,
@@ -33,7 +32,7 @@ struct UpdateParts {
     magnitude: Option<String>,
 }
 
-/// `oddsmith.checkpoint_plan.Rule`.
+/// `oddsmith.checkpoint.rules.Rule`.
 #[derive(FromPyObject)]
 struct RuleParts {
     name: String,
@@ -77,31 +76,57 @@ fn rules(parts: Vec<RuleParts>) -> PyResult<Vec<TensorRule>> {
     parts.into_iter().map(rule).collect()
 }
 
-/// Name, dtype and shape of every tensor of a file.
+/// A tensor of a file, as a dictionary.
+#[derive(IntoPyObject)]
+struct TensorParts {
+    name: String,
+    kind: String,
+    shape: Vec<usize>,
+}
+
+/// What is known of a 4-bit weight, as a dictionary.
+#[derive(IntoPyObject)]
+struct StateParts {
+    shape: Vec<usize>,
+    dtype: &'static str,
+    blocksize: usize,
+    double_quant: bool,
+}
+
+/// A file that was written, as a dictionary.
+#[derive(IntoPyObject)]
+struct WrittenParts {
+    names: Vec<String>,
+    len: usize,
+}
+
+/// All tensors of a file, in its order.
 #[pyfunction]
-fn checkpoint_tensors(py: Python<'_>, path: PathBuf) -> PyResult<Vec<(String, String, Vec<usize>)>> {
+fn checkpoint_tensors(py: Python<'_>, path: PathBuf) -> PyResult<Vec<TensorParts>> {
     detached(py, move || {
         let file = TensorFile::open(&path)?;
         let entry = |name: &str| {
             let entry = &file.entries()[name];
-            (name.to_owned(), entry.kind.to_string(), entry.shape.clone())
+            TensorParts { name: name.to_owned(), kind: entry.kind.to_string(), shape: entry.shape.clone() }
         };
         Ok(file.in_order().into_iter().map(entry).collect())
     })
 }
 
-/// Shape, dtype, block size and whether scales are quantised, of a 4-bit weight; `None` for others.
-type StateParts = Option<(Vec<usize>, &'static str, usize, bool)>;
-
+/// The states of 4-bit weights; `None` for others.
 #[pyfunction]
-fn checkpoint_states(py: Python<'_>, base: Vec<PathBuf>, names: Vec<String>) -> PyResult<Vec<StateParts>> {
+fn checkpoint_states(
+    py: Python<'_>,
+    base: Vec<PathBuf>,
+    names: Vec<String>,
+) -> PyResult<Vec<Option<StateParts>>> {
     detached(py, move || {
         let base = Collection::open(&base)?;
         let state = |name: &String| {
             let state = State::read(&base, name)?;
             Ok(state.map(|state| {
-                let double = state.double();
-                (state.shape, dtype_name(state.dtype), state.blocksize, double)
+                let (dtype, double_quant) = (dtype_name(state.dtype), state.double());
+                StateParts { shape: state.shape, dtype, blocksize: state.blocksize, double_quant }
             }))
         };
         names.iter().map(state).collect()
@@ -142,14 +167,12 @@ fn convert_checkpoint(
     rules: Vec<RuleParts>,
     outputs: Vec<PathBuf>,
     code: PyTensor,
-    stepped: bool,
     progress: Py<PyAny>,
-) -> PyResult<Vec<(Vec<String>, usize)>> {
+) -> PyResult<Vec<WrittenParts>> {
     if base.is_empty() {
         return Err(PyValueError::new_err("checkpoint: base has no files"));
     }
     let rules = self::rules(rules)?;
-    let choice = if stepped { Choice::Stepped } else { Choice::Nearest };
     // What the callback raised, while the core hears that it has to stop.
     let raised = Mutex::new(None);
     let mut tell = |bytes: usize| {
@@ -166,11 +189,11 @@ fn convert_checkpoint(
     };
     let (code, tell) = (code.0, &mut tell);
     let written =
-        detached(py, move || with_job((base, adapter), rules, outputs, |job| run(job, &code, choice, tell)));
+        detached(py, move || with_job((base, adapter), rules, outputs, |job| run(job, &code, tell)));
     if let Some(error) = raised.into_inner().ok().flatten() {
         return Err(error);
     }
-    Ok(written?.into_iter().map(|file| (file.names, file.len)).collect())
+    Ok(written?.into_iter().map(|file| WrittenParts { names: file.names, len: file.len }).collect())
 }
 
 /// Adds the functions of checkpoints to the module.

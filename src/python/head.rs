@@ -8,12 +8,12 @@ use super::error::detached;
 use super::tensor::PyTensor;
 use crate::head::odds_ratio::{Link, NllScope};
 use crate::head::scores::Objective;
-use crate::torch::device;
 use crate::torch::head;
-use crate::torch::head::args::{Args, Pairs, Wants};
+use crate::torch::head::args::{Args, Pairs, Report, Wants};
 
-/// The tensors and numbers that every op of the head starts with.
-struct Inputs {
+/// `oddsmith.head.arguments.HeadArguments`: what every op of the head starts with.
+#[derive(FromPyObject)]
+struct HeadArguments {
     hidden: PyTensor,
     weight: PyTensor,
     bias: Option<PyTensor>,
@@ -22,7 +22,64 @@ struct Inputs {
     logit_scale: f64,
 }
 
-impl Inputs {
+/// `oddsmith.head.arguments.PairArguments`.
+#[derive(FromPyObject)]
+struct PairArguments {
+    sequence: PyTensor,
+    completion: PyTensor,
+    num_pairs: Option<i64>,
+    num_scored: Option<i64>,
+}
+
+/// `oddsmith.head.arguments.ObjectiveArguments`.
+#[derive(FromPyObject)]
+struct ObjectiveArguments {
+    beta: f64,
+    nll_scope: String,
+    odds_ratio_link: String,
+    logits_budget: Option<i64>,
+}
+
+/// `oddsmith.head.arguments.Needs`.
+#[derive(FromPyObject)]
+struct Needs {
+    hidden: bool,
+    weight: bool,
+    bias: bool,
+}
+
+/// Log-probabilities, as a dictionary.
+#[derive(IntoPyObject)]
+struct ForwardParts {
+    logps: PyTensor,
+    lse: PyTensor,
+    expectation: PyTensor,
+}
+
+/// Gradients, as a dictionary; empty where not wanted.
+#[derive(IntoPyObject)]
+struct GradientParts {
+    hidden: PyTensor,
+    weight: PyTensor,
+    bias: PyTensor,
+}
+
+/// The loss and what is reported beside it, as a dictionary, with the names of `LinearORPOOutput`.
+#[derive(IntoPyObject)]
+struct ReportParts {
+    loss: PyTensor,
+    nll_loss: PyTensor,
+    chosen_logps: PyTensor,
+    rejected_logps: PyTensor,
+    log_odds_chosen: PyTensor,
+    log_odds_ratio: PyTensor,
+    chosen_logits: PyTensor,
+    rejected_logits: PyTensor,
+    empty_completions: PyTensor,
+    gradients: GradientParts,
+}
+
+impl HeadArguments {
     fn args(&self, op: &'static str) -> Args<'_> {
         Args {
             op,
@@ -36,12 +93,51 @@ impl Inputs {
     }
 }
 
-fn wants((hidden, weight, bias): (bool, bool, bool)) -> Wants {
-    Wants { hidden, weight, bias }
+impl From<Needs> for Wants {
+    fn from(Needs { hidden, weight, bias }: Needs) -> Self {
+        Self { hidden, weight, bias }
+    }
 }
 
-fn list(tensors: impl IntoIterator<Item = Tensor>) -> Vec<PyTensor> {
-    tensors.into_iter().map(PyTensor).collect()
+impl From<[Tensor; 3]> for GradientParts {
+    fn from(gradients: [Tensor; 3]) -> Self {
+        let [hidden, weight, bias] = gradients.map(PyTensor);
+        Self { hidden, weight, bias }
+    }
+}
+
+impl From<Report> for ReportParts {
+    fn from(report: Report) -> Self {
+        Self {
+            loss: PyTensor(report.loss),
+            nll_loss: PyTensor(report.nll),
+            chosen_logps: PyTensor(report.chosen),
+            rejected_logps: PyTensor(report.rejected),
+            log_odds_chosen: PyTensor(report.log_odds),
+            log_odds_ratio: PyTensor(report.log_sigmoid),
+            chosen_logits: PyTensor(report.chosen_logits),
+            rejected_logits: PyTensor(report.rejected_logits),
+            empty_completions: PyTensor(report.empty),
+            gradients: report.gradients.into(),
+        }
+    }
+}
+
+impl TryFrom<ObjectiveArguments> for Objective {
+    type Error = PyErr;
+
+    fn try_from(arguments: ObjectiveArguments) -> PyResult<Self> {
+        let scopes = [("full", NllScope::Full), ("completion", NllScope::Completion)];
+        let links = [("logsigmoid", Link::LogSigmoid), ("identity", Link::Identity)];
+        let negative =
+            |_| PyValueError::new_err("linear_orpo: logits_budget is negative; must be a number of bytes");
+        Ok(Self {
+            beta: arguments.beta,
+            scope: one_of("nll_scope", &arguments.nll_scope, &scopes)?,
+            link: one_of("odds_ratio_link", &arguments.odds_ratio_link, &links)?,
+            budget: arguments.logits_budget.map(usize::try_from).transpose().map_err(negative)?,
+        })
+    }
 }
 
 fn one_of<T: Copy>(argument: &str, got: &str, choices: &[(&str, T)]) -> PyResult<T> {
@@ -54,90 +150,49 @@ fn one_of<T: Copy>(argument: &str, got: &str, choices: &[(&str, T)]) -> PyResult
 }
 
 #[pyfunction]
-#[allow(clippy::too_many_arguments)] // the op's schema, called from one place
-fn linear_logps(
-    py: Python<'_>,
-    hidden: PyTensor,
-    weight: PyTensor,
-    bias: Option<PyTensor>,
-    targets: PyTensor,
-    softcap: Option<f64>,
-    logit_scale: f64,
-    expectation: bool,
-) -> PyResult<Vec<PyTensor>> {
-    let inputs = Inputs { hidden, weight, bias, targets, softcap, logit_scale };
-    Ok(list(detached(py, move || head::logps(&inputs.args("linear_logps"), expectation))?))
+fn linear_logps(py: Python<'_>, head: HeadArguments, expectation: bool) -> PyResult<ForwardParts> {
+    let run = move || head::logps(&head.args("linear_logps"), expectation);
+    let [logps, lse, expectation] = detached(py, run)?.map(PyTensor);
+    Ok(ForwardParts { logps, lse, expectation })
 }
 
 #[pyfunction]
-#[allow(clippy::too_many_arguments)] // the op's schema, called from one place
 fn linear_logps_backward(
     py: Python<'_>,
-    hidden: PyTensor,
-    weight: PyTensor,
-    bias: Option<PyTensor>,
-    targets: PyTensor,
-    softcap: Option<f64>,
-    logit_scale: f64,
+    head: HeadArguments,
     lse: PyTensor,
     upstream: PyTensor,
-    needs: (bool, bool, bool),
-) -> PyResult<Vec<PyTensor>> {
-    let inputs = Inputs { hidden, weight, bias, targets, softcap, logit_scale };
-    let run = move || head::logps_backward(&inputs.args("linear_logps"), &lse.0, &upstream.0, wants(needs));
-    Ok(list(detached(py, run)?))
+    needs: Needs,
+) -> PyResult<GradientParts> {
+    let run = move || head::logps_backward(&head.args("linear_logps"), &lse.0, &upstream.0, needs.into());
+    Ok(detached(py, run)?.into())
 }
 
 #[pyfunction]
-#[allow(clippy::too_many_arguments)] // the op's schema, called from one place
 fn linear_orpo(
     py: Python<'_>,
-    hidden: PyTensor,
-    weight: PyTensor,
-    bias: Option<PyTensor>,
-    targets: PyTensor,
-    softcap: Option<f64>,
-    logit_scale: f64,
-    sequence: PyTensor,
-    completion: PyTensor,
-    num_pairs: Option<i64>,
-    num_scored: Option<i64>,
-    beta: f64,
-    nll_scope: &str,
-    odds_ratio_link: &str,
-    logits_budget: Option<i64>,
-    needs: (bool, bool, bool),
-) -> PyResult<Vec<PyTensor>> {
-    let scopes = [("full", NllScope::Full), ("completion", NllScope::Completion)];
-    let links = [("logsigmoid", Link::LogSigmoid), ("identity", Link::Identity)];
-    let negative =
-        |_| PyValueError::new_err("linear_orpo: logits_budget is negative; must be a number of bytes");
-    let budget = logits_budget.map(usize::try_from).transpose().map_err(negative)?;
-    let objective = Objective {
-        beta,
-        scope: one_of("nll_scope", nll_scope, &scopes)?,
-        link: one_of("odds_ratio_link", odds_ratio_link, &links)?,
-        budget,
-    };
-    let inputs = Inputs { hidden, weight, bias, targets, softcap, logit_scale };
+    head: HeadArguments,
+    pairs: PairArguments,
+    objective: ObjectiveArguments,
+    needs: Needs,
+) -> PyResult<ReportParts> {
+    let objective = objective.try_into()?;
     let run = move || {
-        let pairs =
-            Pairs { sequence: &sequence.0, completion: &completion.0, count: num_pairs, scored: num_scored };
-        head::orpo(&inputs.args("linear_orpo"), &pairs, objective, wants(needs))
+        let pairs = Pairs {
+            sequence: &pairs.sequence.0,
+            completion: &pairs.completion.0,
+            count: pairs.num_pairs,
+            scored: pairs.num_scored,
+        };
+        head::orpo(&head.args("linear_orpo"), &pairs, objective, needs.into())
     };
-    Ok(list(detached(py, run)?))
+    Ok(detached(py, run)?.into())
 }
 
-/// `gradient *= factor` in place, on a card; false where nothing has been done.
+/// `gradient *= factor` in place, on a GPU; false where nothing has been done.
 #[pyfunction]
 fn scale_gradient(py: Python<'_>, gradient: PyTensor, factor: PyTensor) -> PyResult<bool> {
     detached(py, move || head::cuda::scale(&gradient.0, &factor.0))
-}
-
-/// Makes CPU tensors take the path of other devices, for tests.
-#[pyfunction]
-fn use_tensor_ops(on: bool) {
-    device::use_tensor_ops(on);
 }
 
 /// Adds the head's functions to the module.
@@ -145,6 +200,5 @@ pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(linear_logps, module)?)?;
     module.add_function(wrap_pyfunction!(linear_logps_backward, module)?)?;
     module.add_function(wrap_pyfunction!(linear_orpo, module)?)?;
-    module.add_function(wrap_pyfunction!(scale_gradient, module)?)?;
-    module.add_function(wrap_pyfunction!(use_tensor_ops, module)?)
+    module.add_function(wrap_pyfunction!(scale_gradient, module)?)
 }

@@ -2,13 +2,14 @@
 
 mod allocator;
 mod checkpoint;
-mod cuda;
 mod data;
 mod error;
 mod head;
 mod optim;
 mod quant;
 mod tensor;
+#[cfg(feature = "testing")]
+mod testing;
 
 use std::path::PathBuf;
 
@@ -33,6 +34,7 @@ const OLDEST_TORCH: &str = "2.10";
 /// The compiled core of oddsmith. Use the public functions of `oddsmith.functional` instead.
 #[pymodule]
 fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    crate::base::threads::remember_process();
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     load_torch(module.py())?;
     data::register(module)?;
@@ -41,5 +43,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     quant::register(module)?;
     optim::register(module)?;
     checkpoint::register(module)?;
-    cuda::register(module)
+    #[cfg(feature = "testing")]
+    testing::register(module)?;
+    Ok(())
 }

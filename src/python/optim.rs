@@ -1,5 +1,6 @@
 //! Thin functions around [`crate::torch::optim`].
 
+use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
 use super::error::detached;
@@ -7,20 +8,50 @@ use super::tensor::PyTensor;
 use crate::torch::optim;
 use crate::torch::optim::args::{self, Item};
 
-/// Value, gradient, both moments, the scales of 8-bit moments, and the place of the first element.
-type Parts = (PyTensor, PyTensor, (PyTensor, PyTensor), Option<(PyTensor, PyTensor)>, i64);
+/// `oddsmith.optim.adamw.arguments.Rule`.
+#[derive(FromPyObject)]
+struct RuleParts {
+    beta1: f64,
+    beta2: f64,
+    eps: f64,
+    step_size: f64,
+    keep: f64,
+}
 
-/// `beta1, beta2, eps, step_size, keep`, and the seed of stochastic rounding.
-type Numbers = ([f64; 5], Option<u32>);
+/// `oddsmith.optim.adamw.arguments.Item`.
+#[derive(FromPyObject)]
+struct ItemParts {
+    value: PyTensor,
+    grad: PyTensor,
+    state1: PyTensor,
+    state2: PyTensor,
+    absmax1: Option<PyTensor>,
+    absmax2: Option<PyTensor>,
+    first: i64,
+    rule: RuleParts,
+    seed: Option<u32>,
+}
+
+impl ItemParts {
+    fn item(self) -> PyResult<Item> {
+        let RuleParts { beta1, beta2, eps, step_size, keep } = self.rule;
+        let rule = args::rule([beta1, beta2, eps, step_size, keep], self.seed)?;
+        let absmax = match (self.absmax1, self.absmax2) {
+            (Some(m), Some(v)) => Some([m.0, v.0]),
+            (None, None) => None,
+            _ => {
+                let message = "adamw_step: one of absmax1 and absmax2 is None; must be both or none";
+                return Err(PyValueError::new_err(message));
+            }
+        };
+        let moments = [self.state1.0, self.state2.0];
+        Ok(Item { value: self.value.0, grad: self.grad.0, moments, absmax, first: self.first, rule })
+    }
+}
 
 #[pyfunction]
-fn adamw_step(py: Python<'_>, items: Vec<(Parts, Numbers)>, bad: PyTensor) -> PyResult<()> {
-    let items = items.into_iter().map(|((value, grad, (m, v), absmax, first), (numbers, seed))| {
-        let absmax = absmax.map(|(m, v)| [m.0, v.0]);
-        let rule = args::rule(numbers, seed)?;
-        Ok(Item { value: value.0, grad: grad.0, moments: [m.0, v.0], absmax, first, rule })
-    });
-    let items = items.collect::<PyResult<Vec<_>>>()?;
+fn adamw_step(py: Python<'_>, items: Vec<ItemParts>, bad: PyTensor) -> PyResult<()> {
+    let items = items.into_iter().map(ItemParts::item).collect::<PyResult<Vec<_>>>()?;
     detached(py, move || optim::adamw_step(items, &bad.0))
 }
 

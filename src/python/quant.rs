@@ -6,28 +6,38 @@ use tch::Kind;
 
 use super::error::detached;
 use super::tensor::PyTensor;
-use crate::quant::blockwise8::Choice;
 use crate::torch::quant;
 use crate::torch::quant::args::{Nested, Size, Weight};
 use crate::torch::quant::linear;
 
-/// The parts of quantised scales: absmax, map, offset, block size.
-type NestedParts = (PyTensor, PyTensor, PyTensor, i64);
+/// `oddsmith.quant.arguments.NestedScales`.
+#[derive(FromPyObject)]
+struct NestedScales {
+    absmax: PyTensor,
+    code: PyTensor,
+    offset: PyTensor,
+    blocksize: i64,
+}
 
-fn weight(
-    op: &'static str,
+/// `oddsmith.quant.arguments.PackedWeight`.
+#[derive(FromPyObject)]
+struct PackedWeight {
     packed: PyTensor,
     absmax: PyTensor,
-    nested: Option<NestedParts>,
+    nested: Option<NestedScales>,
     blocksize: i64,
-) -> Weight {
-    let nested = nested.map(|(absmax, map, offset, blocksize)| Nested {
-        absmax: absmax.0,
-        map: map.0,
-        offset: offset.0,
-        blocksize,
-    });
-    Weight { op, packed: packed.0, absmax: absmax.0, nested, blocksize }
+}
+
+impl PackedWeight {
+    fn of(self, op: &'static str) -> Weight {
+        let nested = self.nested.map(|nested| Nested {
+            absmax: nested.absmax.0,
+            map: nested.code.0,
+            offset: nested.offset.0,
+            blocksize: nested.blocksize,
+        });
+        Weight { op, packed: self.packed.0, absmax: self.absmax.0, nested, blocksize: self.blocksize }
+    }
 }
 
 fn kind(op: &str, dtype: &str) -> PyResult<Kind> {
@@ -55,54 +65,38 @@ fn quantize_nf4(py: Python<'_>, tensor: PyTensor, blocksize: i64) -> PyResult<(P
 }
 
 #[pyfunction]
-fn dequantize_nf4(
-    py: Python<'_>,
-    packed: PyTensor,
-    absmax: PyTensor,
-    nested: Option<NestedParts>,
-    blocksize: i64,
-    shape: Vec<i64>,
-    dtype: &str,
-) -> PyResult<PyTensor> {
+fn dequantize_nf4(py: Python<'_>, weight: PackedWeight, shape: Vec<i64>, dtype: &str) -> PyResult<PyTensor> {
     const OP: &str = "dequantize_nf4";
     let kind = kind(OP, dtype)?;
-    let weight = weight(OP, packed, absmax, nested, blocksize);
+    let weight = weight.of(OP);
     Ok(PyTensor(detached(py, move || quant::dequantize_nf4(weight, &shape, kind))?))
 }
 
 #[pyfunction]
-#[allow(clippy::too_many_arguments)] // the op's schema, called from one place
 fn linear_nf4(
     py: Python<'_>,
     x: PyTensor,
-    packed: PyTensor,
-    absmax: PyTensor,
-    nested: Option<NestedParts>,
-    blocksize: i64,
+    weight: PackedWeight,
     shape: (i64, i64),
     bias: Option<PyTensor>,
 ) -> PyResult<PyTensor> {
-    let weight = weight("linear_nf4", packed, absmax, nested, blocksize);
+    let weight = weight.of("linear_nf4");
     let size = Size { rows: shape.0, columns: shape.1 };
     let run = move || linear::forward(weight, size, &x.0, bias.as_ref().map(|bias| &bias.0));
     Ok(PyTensor(detached(py, run)?))
 }
 
 #[pyfunction]
-#[allow(clippy::too_many_arguments)] // the op's schema, called from one place
 fn linear_nf4_input_gradient(
     py: Python<'_>,
     grad: PyTensor,
-    packed: PyTensor,
-    absmax: PyTensor,
-    nested: Option<NestedParts>,
-    blocksize: i64,
+    weight: PackedWeight,
     shape: (i64, i64),
     weight_dtype: &str,
 ) -> PyResult<PyTensor> {
     const OP: &str = "linear_nf4";
     let kind = kind(OP, weight_dtype)?;
-    let weight = weight(OP, packed, absmax, nested, blocksize);
+    let weight = weight.of(OP);
     let size = Size { rows: shape.0, columns: shape.1 };
     Ok(PyTensor(detached(py, move || linear::input_gradient(weight, size, &grad.0, kind))?))
 }
@@ -113,10 +107,8 @@ fn quantize_blockwise(
     tensor: PyTensor,
     code: PyTensor,
     blocksize: i64,
-    stepped: bool,
 ) -> PyResult<(PyTensor, PyTensor)> {
-    let choice = if stepped { Choice::Stepped } else { Choice::Nearest };
-    let run = move || quant::quantize_blockwise(&tensor.0, &code.0, blocksize, choice);
+    let run = move || quant::quantize_blockwise(&tensor.0, &code.0, blocksize);
     let [codes, absmax] = detached(py, run)?;
     Ok((PyTensor(codes), PyTensor(absmax)))
 }

@@ -10,66 +10,33 @@ use crate::base::threads::{Threads, for_each};
 /// Values of a map.
 pub const MAP_LEN: usize = 256;
 
-/// How a scaled value becomes a code.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Choice {
-    /// The nearest value of the map; of two, the lower.
-    Nearest,
-    /// What bitsandbytes 0.50 does on a CPU: the nearest to the closest of 65,536 even steps from -1
-    /// to 1, among which there is no zero; a block of zeros gets code 0. For comparisons with it only.
-    Stepped,
-}
-
 /// A map with what a search in it needs.
 #[derive(Debug)]
 pub struct Map {
     /// Midpoints of neighbours, exact.
     midpoints: [f64; MAP_LEN - 1],
-    choice: Choice,
 }
 
 impl Map {
     /// Prepares a map of ascending values.
     #[must_use]
-    pub fn new(values: &[f32; MAP_LEN], choice: Choice) -> Self {
+    pub fn new(values: &[f32; MAP_LEN]) -> Self {
         let wide = |i: usize| f64::from(values[i]);
-        let exact = |i: usize| f64::midpoint(wide(i), wide(i + 1));
-        // The steps are compared with midpoints that were rounded.
-        let rounded = |i: usize| f64::from((values[i] + values[i + 1]) * 0.5);
-        let midpoints = match choice {
-            Choice::Nearest => std::array::from_fn(exact),
-            Choice::Stepped => std::array::from_fn(rounded),
-        };
-        Self { midpoints, choice }
+        Self { midpoints: std::array::from_fn(|i| f64::midpoint(wide(i), wide(i + 1))) }
     }
 
-    /// The code of a value in `[-1, 1]`.
+    /// The code whose value is nearest to `x`, in `[-1, 1]`; of two, the lower.
     fn code(&self, x: f32) -> u8 {
-        let x = match self.choice {
-            Choice::Nearest => x,
-            Choice::Stepped => {
-                let x = x.clamp(-1.0, 1.0);
-                let step = ((1.0 + x) * 0.5).mul_add(65_535.0, 0.5) as u16;
-                2.0 * f32::from(step) / 65_535.0 - 1.0
-            }
-        };
         self.midpoints.partition_point(|&midpoint| midpoint < f64::from(x)) as u8
     }
 
     fn block(&self, wide: &[f32], codes: &mut [u8]) -> f32 {
         let absmax =
             wide.iter().fold(0.0f32, |max, x| if x.abs() > max || x.is_nan() { x.abs() } else { max });
-        if absmax == 0.0 && self.choice == Choice::Stepped {
-            codes.fill(0);
-            return absmax;
-        }
-        let (divisor, inverse) = if absmax == 0.0 { (1.0, 1.0) } else { (absmax, 1.0 / absmax) };
+        // The inverse of a subnormal overflows.
+        let divisor = if absmax == 0.0 { 1.0 } else { absmax };
         for (code, x) in codes.iter_mut().zip(wide) {
-            *code = match self.choice {
-                // The inverse of a subnormal overflows.
-                Choice::Nearest => self.code(x / divisor),
-                Choice::Stepped => self.code(x * inverse),
-            };
+            *code = self.code(x / divisor);
         }
         absmax
     }
@@ -150,7 +117,7 @@ mod tests {
     fn codes_are_the_nearest() {
         let (values, map) = (wave(1003), map());
         let (mut codes, mut absmax) = (vec![0; 1003], vec![0.0; 4]);
-        quantize(&Portable, &values, &Map::new(&map, Choice::Nearest), 256, &mut codes, &mut absmax);
+        quantize(&Portable, &values, &Map::new(&map), 256, &mut codes, &mut absmax);
         for (i, (&x, &code)) in values.iter().zip(&codes).enumerate() {
             let scaled = x / absmax[i / 256];
             let distance = |v: f32| (f64::from(v) - f64::from(scaled)).abs();
@@ -165,13 +132,11 @@ mod tests {
     }
 
     #[test]
-    fn zero_stays_zero_except_in_steps() {
+    fn zero_stays_zero() {
         let (zeros, map) = ([0.0f32; 40], map());
         let (mut codes, mut absmax) = ([9; 40], [9.0; 2]);
-        quantize(&Portable, &zeros, &Map::new(&map, Choice::Nearest), 32, &mut codes, &mut absmax);
+        quantize(&Portable, &zeros, &Map::new(&map), 32, &mut codes, &mut absmax);
         assert!(codes.iter().all(|&code| map[usize::from(code)] == 0.0) && absmax == [0.0; 2]);
-        quantize(&Portable, &zeros, &Map::new(&map, Choice::Stepped), 32, &mut codes, &mut absmax);
-        assert!(codes == [0; 40] && absmax == [0.0; 2]);
     }
 
     #[test]
@@ -179,7 +144,7 @@ mod tests {
         let mut values = wave(96);
         values[40] = f32::NAN;
         let (mut codes, mut absmax) = (vec![0; 96], vec![0.0; 3]);
-        let nearest = Map::new(&map(), Choice::Nearest);
+        let nearest = Map::new(&map());
         quantize(&Portable, &values, &nearest, 32, &mut codes, &mut absmax);
         assert_eq!([false, true, false], [0, 1, 2].map(|i: usize| absmax[i].is_nan()));
     }

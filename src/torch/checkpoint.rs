@@ -10,7 +10,6 @@ use crate::base::error::Result;
 use crate::checkpoint::CHUNK;
 use crate::checkpoint::convert::{Job, Progress, Written, convert};
 use crate::checkpoint::engine::ConvertEngine;
-use crate::quant::blockwise8::Choice;
 
 /// The mean of scales, as `Tensor.mean` of the flat tensor computes it.
 fn mean(values: &[f32]) -> Result<f32> {
@@ -22,21 +21,10 @@ fn mean(values: &[f32]) -> Result<f32> {
 ///
 /// # Errors
 /// A code of another form, and as [`convert`].
-pub fn run(
-    job: &Job<'_>,
-    code: &Tensor,
-    choice: Choice,
-    progress: &mut Progress<'_>,
-) -> Result<Vec<Written>> {
+pub fn run(job: &Job<'_>, code: &Tensor, progress: &mut Progress<'_>) -> Result<Vec<Written>> {
     let _guard = tch::no_grad_guard();
     let map = map("convert_checkpoint", code)?;
-    let engine = ConvertEngine {
-        threads: &TorchThreads,
-        gemm: &LibTorch,
-        mean: &mean,
-        map: &map,
-        choice,
-        chunk: CHUNK,
-    };
+    let engine =
+        ConvertEngine { threads: &TorchThreads, gemm: &LibTorch, mean: &mean, map: &map, chunk: CHUNK };
     convert(job, &engine, progress)
 }

@@ -1,5 +1,6 @@
 //! Which GPU a tensor is on, which path it takes, and tensors as arguments of kernels.
 
+#[cfg(feature = "testing")]
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use tch::{Device, Kind, Tensor};
@@ -58,15 +59,33 @@ pub fn grid(items: i64, each: i64) -> Result<[u32; 3]> {
     Ok([blocks as u32, 1, 1])
 }
 
-/// Checks that arguments are where the first is, whose memory the kernel reaches.
+/// The device's name in Python. Of the devices that are neither CPU nor CUDA tch knows no more.
+#[must_use]
+pub fn device_name(device: Device) -> String {
+    match device {
+        Device::Cpu => "cpu".into(),
+        Device::Cuda(index) => format!("cuda:{index}"),
+        _ => "another device".into(),
+    }
+}
+
+/// Checks that arguments are on the device of the first, before anything is read or launched: a kernel
+/// would take a pointer to memory of another device as one to its own.
 ///
 /// # Errors
 /// The first argument that is elsewhere, by name.
-pub fn check_devices(op: &'static str, first: &Tensor, others: &[(&'static str, &Tensor)]) -> Result<()> {
+pub fn check_devices<'a>(
+    op: &'static str,
+    (first_name, first): (&str, &Tensor),
+    others: impl IntoIterator<Item = (&'static str, Option<&'a Tensor>)>,
+) -> Result<()> {
     let device = first.device();
     for (argument, tensor) in others {
-        if tensor.device() != device {
-            let (expected, got) = (format!("on {device:?}"), format!("on {:?}", tensor.device()));
+        if let Some(tensor) = tensor
+            && tensor.device() != device
+        {
+            let expected = format!("on the device of {first_name}, {}", device_name(device));
+            let got = format!("on {}", device_name(tensor.device()));
             return Err(Error::Value { op, argument, expected, got });
         }
     }
@@ -74,9 +93,11 @@ pub fn check_devices(op: &'static str, first: &Tensor, others: &[(&'static str, 
 }
 
 /// Makes CPU tensors take the path of other devices, so that a machine without one can test it.
+#[cfg(feature = "testing")]
 static TENSOR_OPS: AtomicBool = AtomicBool::new(false);
 
-/// Switches the path of other devices on or off for CPU tensors, for tests.
+/// Switches the path of other devices on or off for CPU tensors.
+#[cfg(feature = "testing")]
 pub fn use_tensor_ops(on: bool) {
     TENSOR_OPS.store(on, Ordering::Relaxed);
 }
@@ -84,7 +105,10 @@ pub fn use_tensor_ops(on: bool) {
 /// True while CPU tensors take the path of other devices.
 #[must_use]
 pub fn tensor_ops() -> bool {
-    TENSOR_OPS.load(Ordering::Relaxed)
+    #[cfg(feature = "testing")]
+    return TENSOR_OPS.load(Ordering::Relaxed);
+    #[cfg(not(feature = "testing"))]
+    false
 }
 
 /// True if values can be read without waiting for a device.

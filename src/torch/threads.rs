@@ -4,7 +4,7 @@
 //! section. A second pool (rayon) would have to compete with them: on two cores it gains nothing at
 //! all. So the passes between products run on the same threads.
 
-use crate::base::threads::Threads;
+use crate::base::threads::{Threads, forked};
 
 /// libtorch's intra-op threads.
 #[derive(Clone, Copy, Debug)]
@@ -23,14 +23,6 @@ impl Threads for TorchThreads {
             parallel(threads, tasks, task);
         }
     }
-}
-
-/// True in a child of the process that loaded the library. A parallel section there waits for
-/// threads that `fork` did not copy.
-fn forked() -> bool {
-    use std::sync::OnceLock;
-    static LOADED_IN: OnceLock<u32> = OnceLock::new();
-    *LOADED_IN.get_or_init(std::process::id) != std::process::id()
 }
 
 #[cfg(target_os = "linux")]

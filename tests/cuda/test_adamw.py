@@ -6,6 +6,7 @@ from torch import nn
 
 from oddsmith import _core
 from oddsmith.optim import AdamW8bit, PagedAdamW8bit
+from oddsmith.optim.adamw.arguments import Item, Rule
 from support.slices import at_a_page_s_end, same_bits, slices
 
 pytestmark = pytest.mark.usefixtures("emulated_driver")
@@ -22,7 +23,11 @@ PAIRS = {
 def rule(step):
     beta1, beta2, lr = 0.85, 0.97, 3e-2
     second = (1 - beta2**step) ** 0.5
-    return beta1, beta2, 1e-6 * second, -lr * second / (1 - beta1**step), 1 - lr * 0.1
+    return Rule(beta1, beta2, 1e-6 * second, -lr * second / (1 - beta1**step), 1 - lr * 0.1)
+
+
+def item(value, grad, moments, absmax, first=0, step=1, seed=None):
+    return Item(value, grad, *moments, *(absmax or (None, None)), first, rule(step), seed)
 
 
 def fresh(count, bits):
@@ -48,7 +53,7 @@ def run(pair, bits, count, seed=None, offset=0, first=0, steps=4):
             grad[[0, count // 2, -1]] = torch.tensor(
                 [float("nan"), float("inf"), float("-inf")]
             ).to(grad_dtype)
-        _core.adamw_step([((value, grad, (m, v), absmax, first), (rule(step), seed))], bad)
+        _core.adamw_step([item(value, grad, (m, v), absmax, first, step, seed)], bad)
     return [value, m, v, *(absmax or ()), bad]
 
 
@@ -95,7 +100,7 @@ def test_nothing_is_read_beyond_its_end(bits):
         moments = tuple(map(at_a_page_s_end, moments))
         absmax = absmax and tuple(map(at_a_page_s_end, absmax))
         bad = torch.zeros(1, dtype=torch.int64)
-        _core.adamw_step([((value, grad, moments, absmax, 0), (rule(1), None))], bad)
+        _core.adamw_step([item(value, grad, moments, absmax)], bad)
 
 
 def train(kind, **options):
@@ -121,18 +126,22 @@ def test_the_optimiser_launches_a_kernel_a_parameter(kind, emulated_driver):
 def test_arguments_are_checked_before_a_launch(emulated_driver):
     value, grad, bad = torch.randn(300), torch.randn(300), torch.zeros(1, dtype=torch.int64)
     moments, absmax = fresh(300, 8)
-    good = ((value, grad, moments, absmax, 0), (rule(1), None))
+    good = item(value, grad, moments, absmax)
     for parts, error, message in (
-        ((value, grad[1:], moments, absmax, 0), ValueError, "grad has shape"),
-        ((value, grad, moments, (absmax[0][1:], absmax[1]), 0), ValueError, "absmax1 has shape"),
-        ((value, grad, moments, None, 0), TypeError, "state1 has dtype uint8; must be float32"),
-        ((value.double(), grad, moments, absmax, 0), TypeError, "value has dtype float64"),
-        ((value, grad.half(), moments, absmax, 0), TypeError, "grad has dtype float16"),
-        ((value[::2], grad[:150], fresh(150, 8)[0], None, 0), TypeError, "state1"),
-        ((value[::2], grad[:150], *fresh(150, 32), 0), ValueError, "value is strided"),
+        ((value, grad[1:], moments, absmax), ValueError, "grad has shape"),
+        ((value, grad, moments, (absmax[0][1:], absmax[1])), ValueError, "absmax1 has shape"),
+        ((value, grad, moments, None), TypeError, "state1 has dtype uint8; must be float32"),
+        ((value.double(), grad, moments, absmax), TypeError, "value has dtype float64"),
+        ((value, grad.half(), moments, absmax), TypeError, "grad has dtype float16"),
+        ((value[::2], grad[:150], fresh(150, 8)[0], None), TypeError, "state1"),
+        ((value[::2], grad[:150], *fresh(150, 32)), ValueError, "value is strided"),
     ):
         with pytest.raises(error, match=message):
-            _core.adamw_step([good, (parts, (rule(1), None))], bad)
+            _core.adamw_step([good, item(*parts)], bad)
     with pytest.raises(ValueError, match="rule is .*NaN.*; must be finite numbers"):
-        _core.adamw_step([(good[0], ((0.9, 0.99, 1e-8, float("nan"), 1.0), None))], bad)
+        _core.adamw_step([good._replace(rule=rule(1)._replace(step_size=float("nan")))], bad)
+    with pytest.raises(ValueError, match="one of absmax1 and absmax2 is None"):
+        _core.adamw_step([good._replace(absmax2=None)], bad)
+    with pytest.raises(ValueError, match=r"bad has shape \[2\]; must be \(1,\)"):
+        _core.adamw_step([good], torch.zeros(2, dtype=torch.int64))
     assert emulated_driver.launches() == []

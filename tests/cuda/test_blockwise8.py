@@ -34,13 +34,13 @@ def values(count: int, dtype: torch.dtype) -> torch.Tensor:
 def test_both_ways_are_those_of_the_slices(dtype, name, count, blocksize, emulated_driver):
     x, code = values(count, dtype), MAPS[name]
     with emulated_driver.reversed():
-        codes, absmax = _core.quantize_blockwise(x, code, blocksize, False)
+        codes, absmax = _core.quantize_blockwise(x, code, blocksize)
     back = _core.dequantize_blockwise(codes, absmax, code, blocksize, str(dtype)[6:])
     launched = [launch.kernel for launch in emulated_driver.launches()]
     expected = [f"blockwise8_{way}_{NAMES[dtype]}" for way in ("quantize", "dequantize")]
     assert launched == (expected if count else [])
     with slices():
-        expected_codes, expected_absmax = _core.quantize_blockwise(x, code, blocksize, False)
+        expected_codes, expected_absmax = _core.quantize_blockwise(x, code, blocksize)
         expected_back = _core.dequantize_blockwise(codes, absmax, code, blocksize, str(dtype)[6:])
     assert same_bits(codes, expected_codes)
     assert same_bits(absmax, expected_absmax)
@@ -53,9 +53,9 @@ def test_around_every_midpoint(name):
     middles = ((code[1:].double() + code[:-1].double()) / 2).float()
     up, down = torch.tensor(2.0), torch.tensor(-2.0)
     x = torch.cat([middles, middles.nextafter(up), middles.nextafter(down), torch.ones(3)])
-    codes, _ = _core.quantize_blockwise(x, code, 1024, False)
+    codes, _ = _core.quantize_blockwise(x, code, 1024)
     with slices():
-        assert torch.equal(codes, _core.quantize_blockwise(x, code, 1024, False)[0])
+        assert torch.equal(codes, _core.quantize_blockwise(x, code, 1024)[0])
 
 
 @pytest.mark.parametrize("special", [0.0, -0.0, float("nan"), float("inf"), 1e-45, -3e38])
@@ -63,9 +63,9 @@ def test_blocks_of_every_kind(special):
     for base in (torch.zeros(90), values(90, torch.float32)):
         x = base.clone()
         x[[3, 80]] = special
-        codes, absmax = _core.quantize_blockwise(x, MAPS["signed"], 32, False)
+        codes, absmax = _core.quantize_blockwise(x, MAPS["signed"], 32)
         with slices():
-            expected = _core.quantize_blockwise(x, MAPS["signed"], 32, False)
+            expected = _core.quantize_blockwise(x, MAPS["signed"], 32)
         assert same_bits(codes, expected[0]) and same_bits(absmax, expected[1])
 
 
@@ -74,25 +74,17 @@ def test_nothing_is_read_beyond_its_end(dtype):
     code = at_a_page_s_end(MAPS["signed"])
     for count in (1, 255, 700):
         x = at_a_page_s_end(values(count, dtype))
-        codes, absmax = map(at_a_page_s_end, _core.quantize_blockwise(x, code, 256, False))
+        codes, absmax = map(at_a_page_s_end, _core.quantize_blockwise(x, code, 256))
         _core.dequantize_blockwise(codes, absmax, code, 256, str(dtype)[6:])
-
-
-def test_steps_are_taken_by_the_slices(emulated_driver):
-    x = values(100, torch.float32)
-    codes, _ = _core.quantize_blockwise(x, MAPS["signed"], 32, True)
-    assert emulated_driver.launches() == []
-    with slices():
-        assert torch.equal(codes, _core.quantize_blockwise(x, MAPS["signed"], 32, True)[0])
 
 
 def test_arguments_are_checked_before_a_launch(emulated_driver):
     x, code = values(64, torch.float32), MAPS["signed"]
     codes, absmax = torch.zeros(64, dtype=torch.uint8), torch.ones(2)
     with pytest.raises(ValueError, match="code is not; must be in ascending order"):
-        _core.quantize_blockwise(x, code.flip(0), 32, False)
+        _core.quantize_blockwise(x, code.flip(0), 32)
     with pytest.raises(ValueError, match="blocksize is 0"):
-        _core.quantize_blockwise(x, code, 0, False)
+        _core.quantize_blockwise(x, code, 0)
     with pytest.raises(ValueError, match="absmax has shape"):
         _core.dequantize_blockwise(codes, absmax[:1], code, 32, "float32")
     with pytest.raises(ValueError, match="code has shape"):

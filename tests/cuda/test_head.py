@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import reference
 from oddsmith import _core, functional
+from oddsmith.head.arguments import HeadArguments, Needs, ObjectiveArguments, PairArguments
 
 FIELDS = functional.LinearORPOOutput._fields
 PAIRS = ((4, 7), (1, 3), (4, 5), (2, 9))
@@ -370,8 +371,10 @@ def test_the_host_runs_ahead(emulated_driver, dtype, needs, softcap):
     def operators(num_scored):
         with Recorder() as recorder:
             _core.linear_orpo(
-                *(hidden, weight, None, targets, softcap, 1.0, sequence, completion),
-                *(2, num_scored, 0.29, "full", "logsigmoid", None, needs),
+                HeadArguments(hidden, weight, None, targets, softcap, 1.0),
+                PairArguments(sequence, completion, 2, num_scored),
+                ObjectiveArguments(0.29, "full", "logsigmoid", None),
+                Needs(*needs),
             )
         return set(recorder.names)
 

@@ -16,7 +16,7 @@ from support import emulation
 RUN = """
 import torch
 from oddsmith import _core
-arguments = torch.arange(8.0), torch.linspace(-1, 1, 256), 4, False
+arguments = torch.arange(8.0), torch.linspace(-1, 1, 256), 4
 codes, absmax = _core.quantize_blockwise(*arguments)
 _core.emulate_cuda(False)
 expected_codes, expected_absmax = _core.quantize_blockwise(*arguments)

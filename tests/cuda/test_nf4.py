@@ -5,6 +5,7 @@ import torch
 
 from oddsmith import _core
 from oddsmith.functional import dequantize_nf4, linear_nf4, quantize_nf4
+from oddsmith.quant.arguments import NestedScales, PackedWeight
 from support.slices import DTYPES, at_a_page_s_end, same_bits, slices
 
 pytestmark = pytest.mark.usefixtures("emulated_driver")
@@ -127,8 +128,10 @@ def test_any_nested_block_size(nested_blocksize):
     packed = torch.randint(0, 256, (blocks * 16,), dtype=torch.uint8, generator=generator)
     codes = torch.randint(0, 256, (blocks,), dtype=torch.uint8, generator=generator)
     absmax = torch.rand(-(-blocks // nested_blocksize), generator=generator)
-    nested = absmax, torch.linspace(-1, 1, 256), torch.tensor([0.37]), nested_blocksize
-    arguments = packed, codes, nested, 32, [blocks, 32], "bfloat16"
+    nested = NestedScales(
+        absmax, torch.linspace(-1, 1, 256), torch.tensor([0.37]), nested_blocksize
+    )
+    arguments = PackedWeight(packed, codes, nested, 32), [blocks, 32], "bfloat16"
     ours = _core.dequantize_nf4(*arguments)
     with slices():
         assert same_bits(ours, _core.dequantize_nf4(*arguments))

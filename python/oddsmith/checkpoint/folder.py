@@ -63,7 +63,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """
     with file_errors():
         return {
-            name: Tensor(kind, tuple(shape)) for name, kind, shape in _core.checkpoint_tensors(path)
+            each["name"]: Tensor(each["kind"], tuple(each["shape"]))
+            for each in _core.checkpoint_tensors(path)
         }
 
 

@@ -57,7 +57,7 @@ def states_of(source: Checkpoint) -> dict[str, State]:
             raise UserError(f"{source.path}: {name} is int8 (LLM.int8()); only nf4 can be read")
     with file_errors():
         states = _core.checkpoint_states(source.shards, names)
-    return {name: State(*state) for name, state in zip(names, states)}
+    return {name: State(**state) for name, state in zip(names, states) if state is not None}
 
 
 def _kind(module: nn.Module, name: str) -> str:
@@ -202,7 +202,6 @@ def merge_adapter(
     compute_dtype: str | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
-    stepped: bool = False,
 ) -> Summary:
     """
     Merges a LoRA adapter into its base.
@@ -231,7 +230,6 @@ def merge_adapter(
             if not given, else that of the weights.
         overwrite (`bool`, *optional*, defaults to `False`): Replace a model in `out`.
         trust_remote_code (`bool`, *optional*, defaults to `False`): Run a model's own code.
-        stepped (`bool`, *optional*, defaults to `False`): As in [`write_checkpoint`].
 
     Raises:
         UserError: For files, tensors or arguments that do not fit, an adapter of another kind, NaN or
@@ -277,5 +275,4 @@ def merge_adapter(
         adapter=lora.file,
         extra_files=(tokenizer, lora.folder),
         overwrite=overwrite,
-        stepped=stepped,
     )

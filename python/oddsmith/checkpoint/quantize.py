@@ -80,7 +80,6 @@ def quantize_checkpoint(
     skip: Iterable[str] = (),
     overwrite: bool = False,
     trust_remote_code: bool = False,
-    stepped: bool = False,
 ) -> Summary:
     """
     Writes an NF4 checkpoint that transformers and bitsandbytes load.
@@ -100,7 +99,6 @@ def quantize_checkpoint(
         skip (`Iterable[str]`, *optional*): Modules to leave besides.
         overwrite (`bool`, *optional*, defaults to `False`): Replace a model in `out_dir`.
         trust_remote_code (`bool`, *optional*, defaults to `False`): Run a model's own code.
-        stepped (`bool`, *optional*, defaults to `False`): As in [`write_checkpoint`].
 
     Raises:
         UserError: For files, tensors or arguments that do not fit, NaN or infinity among the weights
@@ -135,4 +133,4 @@ def quantize_checkpoint(
     config["quantization_config"] = quantization_config(compute_dtype, double_quant, skipped)
     rules += casts(source, dtype, weights)
     out = Path(out_dir)
-    return write_checkpoint(source, out, rules, config, overwrite=overwrite, stepped=stepped)
+    return write_checkpoint(source, out, rules, config, overwrite=overwrite)

@@ -6,12 +6,12 @@ import contextlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..temporary import new_folder
 from .folder import INDEX, SHARD, WEIGHT_FILE, WEIGHTS, file_errors
 
 
@@ -68,7 +68,7 @@ def staged(out: Path, overwrite: bool) -> Iterator[Path]:
             if there:
                 raise UserError(f"{out}: has {sorted(there)[0]} already; --overwrite replaces it")
         out.parent.mkdir(parents=True, exist_ok=True)
-        stage = Path(tempfile.mkdtemp(prefix=".oddsmith-", dir=out if out.is_dir() else out.parent))
+        stage = new_folder(out if out.is_dir() else out.parent, ".oddsmith-")
     try:
         with file_errors():
             yield stage
@@ -86,9 +86,6 @@ def _publish(stage: Path, out: Path) -> None:
     for file in files:
         _sync(file)
     if not out.is_dir():
-        mask = os.umask(0)
-        os.umask(mask)
-        stage.chmod(0o777 & ~mask)  # mkdtemp lets nobody else in
         os.rename(stage, out)
         _sync(out.parent)
         return

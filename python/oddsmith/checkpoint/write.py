@@ -87,7 +87,6 @@ def write_checkpoint(
     adapter: Path | None = None,
     extra_files: tuple[list[Path], Path] | None = None,
     overwrite: bool = False,
-    stepped: bool = False,
 ) -> Summary:
     """
     Writes a checkpoint with every tensor as its rule says, and the files that go with it.
@@ -101,8 +100,6 @@ def write_checkpoint(
         extra_files (`(list[Path], Path)`, *optional*): Files that win over those of `source`, and the
             folder that they are in.
         overwrite (`bool`, *optional*, defaults to `False`): Replace a model that is there.
-        stepped (`bool`, *optional*, defaults to `False`): Choose 8-bit codes of scales as
-            bitsandbytes does on a CPU, for comparisons with it.
 
     Raises:
         UserError: For anything that is wrong with files, tensors or the disk.
@@ -119,10 +116,10 @@ def write_checkpoint(
         outputs = [stage / shard.name for shard in source.shards]
         bar = tqdm(total=read, unit="B", unit_scale=True, desc=out.name, disable=None, leave=False)
         with bar:
-            names = _core.convert_checkpoint(
-                source.shards, adapter, rules, outputs, dynamic_map(), stepped, bar.update
+            made = _core.convert_checkpoint(
+                source.shards, adapter, rules, outputs, dynamic_map(), bar.update
             )
-        files = {name: output.name for output, (found, _) in zip(outputs, names) for name in found}
+        files = {name: out.name for out, file in zip(outputs, made) for name in file["names"]}
         for output in outputs:
             if output.name not in files.values():  # it held nothing but parts of 4-bit weights
                 output.unlink()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import _core
+from .arguments import HeadArguments, Needs, ObjectiveArguments, PairArguments
 
 __all__ = ["LinearORPOOutput", "linear_logps", "linear_orpo"]
 
@@ -80,23 +81,19 @@ def _linear_orpo(
     need_weight: bool,
     need_bias: bool,
 ) -> list[Tensor]:
-    return _core.linear_orpo(
-        hidden,
-        weight,
-        bias,
-        targets,
-        softcap,
-        logit_scale,
-        sequence,
-        completion,
-        num_pairs,
-        num_scored,
-        beta,
-        nll_scope,
-        odds_ratio_link,
-        logits_budget,
-        (need_hidden, need_weight, need_bias),
+    report = _core.linear_orpo(
+        HeadArguments(hidden, weight, bias, targets, softcap, logit_scale),
+        PairArguments(sequence, completion, num_pairs, num_scored),
+        ObjectiveArguments(beta, nll_scope, odds_ratio_link, logits_budget),
+        Needs(need_hidden, need_weight, need_bias),
     )
+    gradients = report.pop("gradients")
+    return [
+        *LinearORPOOutput(**report),
+        gradients["hidden"],
+        gradients["weight"],
+        gradients["bias"],
+    ]
 
 
 @_linear_orpo.register_fake
@@ -138,7 +135,9 @@ def _linear_logps(
     logit_scale: float,
     need_expectation: bool,
 ) -> list[Tensor]:
-    return _core.linear_logps(hidden, weight, bias, targets, softcap, logit_scale, need_expectation)
+    head = HeadArguments(hidden, weight, bias, targets, softcap, logit_scale)
+    found = _core.linear_logps(head, need_expectation)
+    return [found["logps"], found["lse"], found["expectation"]]
 
 
 @_linear_logps.register_fake
@@ -161,17 +160,10 @@ def _linear_logps_backward(
     need_weight: bool,
     need_bias: bool,
 ) -> list[Tensor]:
-    return _core.linear_logps_backward(
-        hidden,
-        weight,
-        bias,
-        targets,
-        softcap,
-        logit_scale,
-        lse,
-        d_logps,
-        (need_hidden, need_weight, need_bias),
-    )
+    head = HeadArguments(hidden, weight, bias, targets, softcap, logit_scale)
+    needs = Needs(need_hidden, need_weight, need_bias)
+    gradients = _core.linear_logps_backward(head, lse, d_logps, needs)
+    return [gradients["hidden"], gradients["weight"], gradients["bias"]]
 
 
 @_linear_logps_backward.register_fake

@@ -4,7 +4,6 @@ import gzip
 import io
 import json
 import os
-import tempfile
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..errors import UserError
+from ..temporary import new_file
 from .pair import Pair
 
 FORMATS = (".jsonl", ".jsonl.gz", ".parquet")
@@ -62,11 +62,9 @@ class PairFile(AbstractContextManager):
         self._rows: list[dict[str, Any]] = []
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+            self._temporary, self._raw = new_file(path.parent, f".{path.name}.")
         except OSError as error:
             raise UserError(f"--output {path}: {error}") from error
-        self._temporary = Path(name)
-        self._raw = os.fdopen(handle, "wb")
         self._text: io.TextIOWrapper | None = None
         if self._kind != ".parquet":
             # Without a name and time in the header the same pairs make the same bytes.
@@ -120,8 +118,4 @@ class PairFile(AbstractContextManager):
         self._raw.flush()
         os.fsync(self._raw.fileno())
         self._raw.close()
-        # mkstemp lets nobody else read.
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(self._temporary, 0o666 & ~mask)
         os.replace(self._temporary, self.path)

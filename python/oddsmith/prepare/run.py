@@ -2,7 +2,6 @@
 
 import json
 import os
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ from tqdm.auto import tqdm
 
 from ..errors import UserError
 from ..sources.stream import RecordStream
+from ..temporary import new_file
 from .curation import REASONS, Curator, Rules
 from .diversity import Diversity
 from .formats import FORMATS, ReadOptions, read_units
@@ -202,15 +202,10 @@ def in_order(dropped: Counter) -> dict[str, int]:
 
 def write_json(content: dict[str, Any], path: Path) -> None:
     """Writes a JSON file, which appears when it is whole."""
-    with tempfile.NamedTemporaryFile(
-        "w", dir=path.parent, prefix=f".{path.name}.", encoding="utf-8", delete=False
-    ) as file:
-        json.dump(content, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-    mask = os.umask(0)
-    os.umask(mask)
-    os.chmod(file.name, 0o666 & ~mask)
-    os.replace(file.name, path)
+    temporary, file = new_file(path.parent, f".{path.name}.")
+    with file:
+        file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+    os.replace(temporary, path)
 
 
 def format_dropped(summary: dict[str, Any]) -> str:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from .. import _core
-from .nf4 import nested_parts, packed_bytes, scale_arguments
+from .arguments import packed_weight
+from .nf4 import packed_bytes, scale_arguments
 from .state import QuantState, dtype_name
 
 __all__ = ["linear_nf4", "linear_nf4_lora"]
@@ -26,9 +27,9 @@ def _linear_nf4(
     out_features: int,
     in_features: int,
 ) -> Tensor:
-    scales = nested_parts(nested_absmax, nested_code, offset, nested_blocksize)
-    shape = out_features, in_features
-    return _core.linear_nf4(x, packed, absmax, scales, blocksize, shape, bias)
+    scales = absmax, nested_absmax, nested_code, offset, nested_blocksize
+    weight = packed_weight(packed, *scales, blocksize)
+    return _core.linear_nf4(x, weight, (out_features, in_features), bias)
 
 
 @_linear_nf4.register_fake
@@ -51,11 +52,10 @@ def _linear_nf4_input_gradient(
     in_features: int,
     weight_dtype: torch.dtype,
 ) -> Tensor:
-    scales = nested_parts(nested_absmax, nested_code, offset, nested_blocksize)
+    scales = absmax, nested_absmax, nested_code, offset, nested_blocksize
+    weight = packed_weight(packed, *scales, blocksize)
     shape = out_features, in_features
-    return _core.linear_nf4_input_gradient(
-        grad, packed, absmax, scales, blocksize, shape, dtype_name(weight_dtype)
-    )
+    return _core.linear_nf4_input_gradient(grad, weight, shape, dtype_name(weight_dtype))
 
 
 @_linear_nf4_input_gradient.register_fake

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _core
+from .arguments import packed_weight
 from .state import QuantState, dtype_name, nf4_code
 
 __all__ = ["dequantize_nf4", "dynamic_map", "quantize_nf4"]
@@ -63,8 +64,9 @@ def _dequantize_nf4(
     shape: list[int],
     dtype: torch.dtype,
 ) -> Tensor:
-    scales = nested_parts(nested_absmax, nested_code, offset, nested_blocksize)
-    return _core.dequantize_nf4(packed, absmax, scales, blocksize, shape, dtype_name(dtype))
+    scales = absmax, nested_absmax, nested_code, offset, nested_blocksize
+    weight = packed_weight(packed, *scales, blocksize)
+    return _core.dequantize_nf4(weight, shape, dtype_name(dtype))
 
 
 @_dequantize_nf4.register_fake
@@ -72,13 +74,6 @@ def _(
     packed, absmax, nested_absmax, nested_code, offset, nested_blocksize, blocksize, shape, dtype
 ):
     return packed.new_empty(shape, dtype=dtype)
-
-
-def nested_parts(
-    absmax: Tensor | None, code: Tensor | None, offset: Tensor | None, blocksize: int
-) -> tuple[Tensor, Tensor, Tensor, int] | None:
-    """What the core wants to know of quantised scales; `None` if they are not quantised."""
-    return None if absmax is None else (absmax, code, offset, blocksize)
 
 
 def scale_arguments(
@@ -97,7 +92,7 @@ def packed_bytes(packed: Tensor) -> Tensor:
 
 
 def quantize_nf4(
-    tensor: Tensor, blocksize: int = 64, double_quant: bool = False, *, stepped: bool = False
+    tensor: Tensor, blocksize: int = 64, double_quant: bool = False
 ) -> tuple[Tensor, QuantState]:
     """Quantises a tensor to NF4 (Dettmers et al. 2023, arXiv 2305.14314).
 
@@ -121,8 +116,6 @@ def quantize_nf4(
             512, 1024, 2048 or 4096, counted along the flat tensor. The last block may be partial.
         double_quant (`bool`, *optional*, defaults to `False`): Quantise the scales to 8 bits, in
             blocks of 256: half a bit less a value.
-        stepped (`bool`, *optional*, defaults to `False`): Choose the codes of scales as
-            bitsandbytes does on a CPU, for comparisons with it.
 
     Returns:
         `(Tensor, QuantState)`: The codes, `((n + 1) // 2, 1)` `uint8`, the first of two in the high
@@ -147,9 +140,7 @@ def quantize_nf4(
         if absmax.numel() and not state.offset.isfinite():
             raise ValueError(f"quantize_nf4: {_why_not_finite(absmax, blocksize, tensor.numel())}")
         code = dynamic_map().to(tensor.device)
-        codes, largest = _core.quantize_blockwise(
-            absmax - state.offset, code, NESTED_BLOCKSIZE, stepped
-        )
+        codes, largest = _core.quantize_blockwise(absmax - state.offset, code, NESTED_BLOCKSIZE)
         state.absmax = codes
         state.state2 = QuantState(
             absmax=largest, code=code, blocksize=NESTED_BLOCKSIZE, dtype=torch.float32

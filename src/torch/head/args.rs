@@ -5,8 +5,8 @@ use tch::{Device, Kind, Tensor};
 use crate::base::error::{Error, Result};
 use crate::head::odds_ratio::NllScope;
 use crate::head::scores::{Objective, Outcome};
-use crate::torch::device::on_host;
-use crate::torch::dtype::dtype_name;
+use crate::torch::device::{check_devices, on_host};
+use crate::torch::dtype::{check_kind, dtype_name};
 use crate::torch::view::slice;
 
 /// The label that means "no row".
@@ -72,12 +72,13 @@ impl Args<'_> {
         Ok(())
     }
 
-    /// Checks shapes, dtypes and values, before anything is allocated. (Devices are checked in Python,
-    /// before dispatch.)
+    /// Checks devices, shapes, dtypes and values, before anything is allocated.
     ///
     /// # Errors
     /// The first argument that does not fit, by name.
     pub fn check(&self) -> Result<()> {
+        let others = [("weight", Some(self.weight)), ("targets", Some(self.targets)), ("bias", self.bias)];
+        check_devices(self.op, ("hidden", self.hidden), others)?;
         let kind = self.hidden.f_kind()?;
         if !matches!(kind, Kind::Float | Kind::Double | Kind::BFloat16 | Kind::Half) {
             let expected = "float32, bfloat16, float16 or float64".into();
@@ -146,6 +147,21 @@ impl Args<'_> {
         }
     }
 
+    /// Checks what a backward pass takes beside the arguments of its forward pass: a number a row.
+    ///
+    /// # Errors
+    /// The first argument that does not fit, by name.
+    pub fn check_backward(&self, lse: &Tensor, upstream: &Tensor) -> Result<()> {
+        let rows = self.hidden.size()[0];
+        for (argument, tensor) in [("lse", lse), ("upstream", upstream)] {
+            check_devices(self.op, ("hidden", self.hidden), [(argument, Some(tensor))])?;
+            check_kind(self.op, argument, tensor.f_kind()?, &[Kind::Float, Kind::Double])?;
+            let expected = format!("({rows},), a value a row of hidden");
+            self.shape(argument, tensor, &expected, tensor.size() == [rows])?;
+        }
+        Ok(())
+    }
+
     fn positive(&self, argument: &'static str, value: f64) -> Result<()> {
         if value.is_finite() && value > 0.0 {
             return Ok(());
@@ -178,6 +194,8 @@ impl Pairs<'_> {
     /// The first argument that does not fit, by name.
     pub fn check(&self, args: &Args<'_>, objective: Objective) -> Result<i64> {
         let rows = args.hidden.size()[0];
+        let others = [("sequence", Some(self.sequence)), ("completion", Some(self.completion))];
+        check_devices(args.op, ("hidden", args.hidden), others)?;
         args.row_argument("sequence", self.sequence, rows, Kind::Int64)?;
         args.row_argument("completion", self.completion, rows, Kind::Bool)?;
         args.positive("beta", objective.beta)?;
@@ -212,10 +230,51 @@ impl Pairs<'_> {
     }
 }
 
-/// What [`super::orpo`] returns, as tensors: loss, nll, chosen and rejected log-probabilities, log odds,
-/// their log-sigmoid, mean logits of both sides, pairs with an empty side; then the gradients of
-/// hidden, weight and bias, empty where not wanted.
-pub type Report = [Tensor; 12];
+/// What [`super::orpo`] returns, as tensors.
+#[derive(Debug)]
+pub struct Report {
+    /// `nll - beta * mean(link(log_odds))`, `()`.
+    pub loss: Tensor,
+    /// Token mean of the negative log-likelihood, `()`.
+    pub nll: Tensor,
+    /// Mean completion log-probabilities of the chosen sequences, `(B,)`.
+    pub chosen: Tensor,
+    /// Of the rejected ones, `(B,)`.
+    pub rejected: Tensor,
+    /// `(B,)`.
+    pub log_odds: Tensor,
+    /// Its log-sigmoid, `(B,)`.
+    pub log_sigmoid: Tensor,
+    /// Mean logit of the chosen side, `()`.
+    pub chosen_logits: Tensor,
+    /// Of the rejected side, `()`.
+    pub rejected_logits: Tensor,
+    /// Pairs with an empty side, `()` int64.
+    pub empty: Tensor,
+    /// Of hidden, weight and bias, empty where not wanted.
+    pub gradients: [Tensor; 3],
+}
+
+impl Report {
+    /// From its parts before the gradients, in their order.
+    #[must_use]
+    pub fn new(parts: [Tensor; 9], gradients: [Tensor; 3]) -> Self {
+        let [loss, nll, chosen, rejected, log_odds, log_sigmoid, chosen_logits, rejected_logits, empty] =
+            parts;
+        Self {
+            loss,
+            nll,
+            chosen,
+            rejected,
+            log_odds,
+            log_sigmoid,
+            chosen_logits,
+            rejected_logits,
+            empty,
+            gradients,
+        }
+    }
+}
 
 /// The outcome as tensors.
 ///
@@ -228,19 +287,17 @@ pub fn report(outcome: &Outcome, kind: Kind, device: Device, grads: [Tensor; 3])
     let one = |value: f64| -> Result<Tensor> { Ok(many(&[value])?.f_squeeze()?) };
     let log_odds: Vec<f64> = outcome.pairs.iter().map(|pair| pair.log_odds).collect();
     let log_sigmoid: Vec<f64> = outcome.pairs.iter().map(|pair| pair.log_sigmoid).collect();
-    let [d_hidden, d_weight, d_bias] = grads;
-    Ok([
-        one(outcome.loss)?,
-        one(outcome.nll)?,
-        many(&outcome.chosen)?,
-        many(&outcome.rejected)?,
-        many(&log_odds)?,
-        many(&log_sigmoid)?,
-        one(outcome.mean_logits[0])?,
-        one(outcome.mean_logits[1])?,
-        Tensor::f_from_slice(&[outcome.empty as i64])?.f_squeeze()?.f_to_device(device)?,
-        d_hidden,
-        d_weight,
-        d_bias,
-    ])
+    let empty = Tensor::f_from_slice(&[outcome.empty as i64])?.f_squeeze()?.f_to_device(device)?;
+    Ok(Report {
+        loss: one(outcome.loss)?,
+        nll: one(outcome.nll)?,
+        chosen: many(&outcome.chosen)?,
+        rejected: many(&outcome.rejected)?,
+        log_odds: many(&log_odds)?,
+        log_sigmoid: many(&log_sigmoid)?,
+        chosen_logits: one(outcome.mean_logits[0])?,
+        rejected_logits: one(outcome.mean_logits[1])?,
+        empty,
+        gradients: grads,
+    })
 }

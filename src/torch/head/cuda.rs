@@ -210,7 +210,7 @@ fn frozen(card: &GpuHead<'_>, batch: &Batch<'_>, objective: Objective) -> Result
         card.scale_rows(&d_hidden, &index, &coefficients)?;
     }
     let [d_weight, d_bias] = [card.nothing()?, card.nothing()?];
-    Ok(report(parts, [d_hidden, d_weight, d_bias]))
+    Ok(Report::new(parts, [d_hidden, d_weight, d_bias]))
 }
 
 fn trained(card: &GpuHead<'_>, batch: &Batch<'_>, objective: Objective, wants: Wants) -> Result<Report> {
@@ -228,7 +228,7 @@ fn trained(card: &GpuHead<'_>, batch: &Batch<'_>, objective: Objective, wants: W
     } else {
         card.nothing()?
     };
-    Ok(report(parts, [d_hidden, d_weight, d_bias]))
+    Ok(Report::new(parts, [d_hidden, d_weight, d_bias]))
 }
 
 /// Without gradients.
@@ -239,7 +239,7 @@ fn scores(card: &GpuHead<'_>, batch: &Batch<'_>, objective: Objective) -> Result
     }
     sweep_others(card, batch)?;
     let (_, parts) = batch.scores(objective)?;
-    Ok(report(parts, [card.nothing()?, card.nothing()?, card.nothing()?]))
+    Ok(Report::new(parts, [card.nothing()?, card.nothing()?, card.nothing()?]))
 }
 
 /// The logits of rows that need no score are summed too; under a softcap by a sweep of their own.
@@ -251,12 +251,7 @@ fn sweep_others(card: &GpuHead<'_>, batch: &Batch<'_>) -> Result<()> {
     Ok(())
 }
 
-fn report(parts: [Tensor; 9], gradients: [Tensor; 3]) -> Report {
-    let mut all = parts.into_iter().chain(gradients);
-    std::array::from_fn(|_| all.next().unwrap_or_default())
-}
-
-/// Multiplies a gradient of the head by a number on the card, in place and without waiting for it; false
+/// Multiplies a gradient of the head by a number on the GPU, in place and without waiting for it; false
 /// where there is no kernel for that.
 ///
 /// # Errors
@@ -266,7 +261,8 @@ pub fn scale(gradient: &Tensor, factor: &Tensor) -> Result<bool> {
         Kind::Float | Kind::BFloat16 | Kind::Half if factor.f_kind()? == Kind::Float => device::of(gradient)?,
         _ => None,
     };
-    let Some(device) = device.filter(|_| gradient.is_contiguous() && factor.device() == gradient.device())
+    let Some(device) = device
+        .filter(|_| gradient.is_contiguous() && factor.device() == gradient.device() && factor.numel() == 1)
     else {
         return Ok(false);
     };

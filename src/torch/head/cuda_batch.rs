@@ -8,6 +8,7 @@ use super::args::{Args, IGNORE, Pairs};
 use super::cuda_tiles::{GpuHead, Rows, Stats, round_up};
 use crate::base::error::Result;
 use crate::cuda::Arg;
+use crate::cuda::kernels::{HEAD_BATCH, WARP, constant};
 use crate::head::odds_ratio::{Link, NllScope};
 use crate::head::scores::Objective;
 use crate::torch::device::pointer;
@@ -16,11 +17,8 @@ use crate::torch::dtype::names;
 /// Rows of a block: the expectations of a frozen head take as much then as its tile does.
 const BLOCK_ROWS: i64 = 2048;
 
-/// Columns that a block of threads of `head_side_means` has.
-const WARP: i64 = 32;
-
-/// Numbers of a batch before those of its sequences: `Count` in `kernels/head_batch.cu`.
-const COUNTS: i64 = 5;
+/// Numbers of a batch before those of its sequences.
+const COUNTS: i64 = constant(HEAD_BATCH.text, "COUNTS");
 
 /// `0..count` in blocks of about the same size, as first and length.
 pub(super) fn blocks(count: i64) -> impl Iterator<Item = (i64, i64)> {
@@ -149,13 +147,14 @@ impl<'a> Batch<'a> {
         ];
         card.launch_batch(
             card.name(names!("head_side_means")),
+            // A block of threads has as many columns as a warp has threads.
             round_up(card.width(), WARP) / WARP,
             &arguments,
         )
     }
 
-    /// The coefficients of the scored rows, `(R,)` in `f32`, and the outcome: the first nine of
-    /// [`super::args::Report`]. All rows have been swept.
+    /// The coefficients of the scored rows, `(R,)` in `f32`, and the outcome: the parts of
+    /// [`super::args::Report::new`]. All rows have been swept.
     pub fn scores(&self, objective: Objective) -> Result<(Tensor, [Tensor; 9])> {
         let (card, pairs) = (self.card, self.pairs);
         let new = |size: &[i64], kind| Tensor::f_empty(size, (kind, card.place()));

@@ -11,18 +11,23 @@ use tch::{Device, Kind, Tensor};
 
 use super::args::Args;
 use crate::base::error::Result;
-use crate::cuda::{self, Arg, Launch, kernels};
+use crate::cuda::kernels::{HEAD_BATCH, HEAD_TILES, WARP, constant};
+use crate::cuda::{self, Arg, Launch};
 use crate::torch::device::pointer;
 use crate::torch::dtype::{named, names};
 
-/// Columns that a thread has of a row, threads of a block at most, and so the widest tile: as
-/// `kernels/head_tiles.cu`.
-const COLUMNS: i64 = 16;
-const MAX_THREADS: i64 = 512;
+/// Columns that a thread has of a row, threads of a block at most, and so the widest tile.
+const GROUP: i64 = constant(HEAD_TILES.text, "GROUP");
+const COLUMNS: i64 = GROUP * constant(HEAD_TILES.text, "GROUPS");
+const MAX_THREADS: i64 = constant(HEAD_TILES.text, "MAX_THREADS");
 const MAX_COLUMNS: i64 = COLUMNS * MAX_THREADS;
 
-/// Threads of the kernels that take a whole batch: as `kernels/head_batch.cu`.
-const BLOCK: u32 = 512;
+/// Threads of the kernels that take a whole batch.
+const BATCH_THREADS: i64 = constant(HEAD_BATCH.text, "BLOCK");
+
+/// Threads of the kernels that take rows of any width.
+const ROW_THREADS: i64 = 256;
+const _: () = assert!(ROW_THREADS <= MAX_THREADS);
 
 /// `gradient *= factor` in place, without reading the factor.
 pub(super) fn scale(device: cuda::Device, gradient: &Tensor, factor: &Tensor) -> Result<()> {
@@ -30,11 +35,13 @@ pub(super) fn scale(device: cuda::Device, gradient: &Tensor, factor: &Tensor) ->
     let kind = gradient.f_kind()?;
     let kernel = named(kind, names!("head_scale"));
     let count = gradient.numel() as i64;
-    let enough = round_up(count, COLUMNS * 256) / (COLUMNS * 256);
+    let enough = round_up(count, COLUMNS * ROW_THREADS) / (COLUMNS * ROW_THREADS);
     let grid = [(BLOCKS * device.multiprocessors()?).min(enough as u32), 1, 1];
     let args = [pointer(gradient, kind)?, Arg::i64(count), pointer(factor, Kind::Float)?];
-    device
-        .launch(&Launch { source: &kernels::HEAD_TILES, kernel, grid, block: [256, 1, 1], shared: 0 }, &args)
+    device.launch(
+        &Launch { source: &HEAD_TILES, kernel, grid, block: [ROW_THREADS as u32, 1, 1], shared: 0 },
+        &args,
+    )
 }
 
 pub(super) fn round_up(x: i64, step: i64) -> i64 {
@@ -197,20 +204,20 @@ impl<'a> GpuHead<'a> {
 
     fn launch(&self, kernel: &'static str, blocks: i64, threads: i64, args: &[Arg]) -> Result<()> {
         let (grid, block) = ([blocks as u32, 1, 1], [threads as u32, 1, 1]);
-        self.device.launch(&Launch { source: &kernels::HEAD_TILES, kernel, grid, block, shared: 0 }, args)
+        self.device.launch(&Launch { source: &HEAD_TILES, kernel, grid, block, shared: 0 }, args)
     }
 
     /// Launches a kernel of `kernels/head_batch.cu`.
     pub fn launch_batch(&self, kernel: &'static str, blocks: i64, args: &[Arg]) -> Result<()> {
-        let (grid, block) = ([blocks as u32, 1, 1], [BLOCK, 1, 1]);
-        self.device.launch(&Launch { source: &kernels::HEAD_BATCH, kernel, grid, block, shared: 0 }, args)
+        let (grid, block) = ([blocks as u32, 1, 1], [BATCH_THREADS as u32, 1, 1]);
+        self.device.launch(&Launch { source: &HEAD_BATCH, kernel, grid, block, shared: 0 }, args)
     }
 
     /// Columns of a tile of `rows` rows and about `elements` elements.
     pub fn columns(&self, rows: i64, elements: i64) -> i64 {
         // The matrix products like whole blocks of their own; kernels need a multiple of 8.
         let columns = (elements / rows.max(1)).clamp(128, MAX_COLUMNS) & !127;
-        columns.min(round_up(self.vocab(), 8))
+        columns.min(round_up(self.vocab(), GROUP))
     }
 
     /// The vocabulary, cut.
@@ -268,7 +275,7 @@ impl<'a> GpuHead<'a> {
 
     /// Runs a kernel on every row of a tile.
     fn on_tile(&self, kernel: &'static str, rows: &Rows, tile: &Range<i64>, args: &[Arg]) -> Result<()> {
-        let threads = round_up(tile.end - tile.start, 32 * COLUMNS) / COLUMNS;
+        let threads = round_up(tile.end - tile.start, WARP * COLUMNS) / COLUMNS;
         self.launch(kernel, rows.len(), threads, args)
     }
 
@@ -356,6 +363,6 @@ impl<'a> GpuHead<'a> {
     }
 
     fn row_threads(&self) -> i64 {
-        round_up(self.width(), 32).min(256)
+        round_up(self.width(), WARP).min(ROW_THREADS)
     }
 }

@@ -45,6 +45,7 @@ pub fn logps(args: &Args<'_>, expectation: bool) -> Result<[Tensor; 3]> {
 /// Arguments that do not fit, and what libtorch reports.
 pub fn logps_backward(args: &Args<'_>, lse: &Tensor, upstream: &Tensor, wants: Wants) -> Result<[Tensor; 3]> {
     args.check()?;
+    args.check_backward(lse, upstream)?;
     if let Some(device) = cuda::device(args)? {
         return cuda::logps_backward(args, device, lse, upstream, wants);
     }

@@ -4,14 +4,15 @@ use tch::{Kind, Tensor};
 
 use super::args::Item;
 use crate::base::error::Result;
-use crate::cuda::kernels::ADAMW;
+use crate::cuda::kernels::{ADAMW, WARP, constant};
 use crate::cuda::{Arg, Device, Launch};
-use crate::optim::adamw::BLOCK;
+use crate::optim::adamw;
 use crate::torch::device::{grid, pointer};
 
-// Sizes that the source has too.
-const THREADS: u32 = 256;
-const WARP: u32 = 32;
+const THREADS: i64 = constant(ADAMW.text, "THREADS");
+/// Elements that a warp takes: those that share a scale.
+const BLOCK: i64 = constant(ADAMW.text, "BLOCK");
+const _: () = assert!(BLOCK == adamw::BLOCK as i64);
 
 /// Kernels with moments of 8 and of 32 bits.
 fn kernels(value: Kind, grad: Kind) -> [&'static str; 2] {
@@ -43,8 +44,8 @@ pub(super) fn update(device: Device, item: &Item, bad: &Tensor) -> Result<()> {
     let rule = &item.rule;
     args.extend([rule.beta1, rule.beta2, rule.eps, rule.step_size, rule.keep].map(Arg::f32));
     args.push(Arg::i64(rule.seed.map_or(-1, i64::from)));
-    let each = BLOCK as i64 * i64::from(THREADS / WARP);
+    let each = BLOCK * (THREADS / WARP);
     let launch =
-        Launch { source: &ADAMW, kernel, grid: grid(count, each)?, block: [THREADS, 1, 1], shared: 0 };
+        Launch { source: &ADAMW, kernel, grid: grid(count, each)?, block: [THREADS as u32, 1, 1], shared: 0 };
     device.launch(&launch, &args)
 }

@@ -4,6 +4,7 @@ use tch::{Kind, Tensor};
 
 use crate::base::error::{Error, Result};
 use crate::optim::adamw::{BLOCK, LEAST_EPS, Rule};
+use crate::torch::device::check_devices;
 use crate::torch::dtype::{FLOATS, check_kind};
 
 /// The op, for messages.
@@ -74,11 +75,7 @@ impl Item {
                 let got = format!("{:?}", tensor.size());
                 return Err(Error::Shape { op: OP, argument, expected, got });
             }
-            if tensor.device() != self.value.device() {
-                let (expected, got) =
-                    (format!("{:?}", self.value.device()), format!("{:?}", tensor.device()));
-                return Err(Error::Value { op: OP, argument, expected, got });
-            }
+            check_devices(OP, ("value", &self.value), [(argument, Some(tensor))])?;
             if !tensor.is_contiguous() {
                 let got = "strided".to_owned();
                 return Err(Error::Value { op: OP, argument, expected: "contiguous".into(), got });

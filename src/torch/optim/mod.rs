@@ -5,7 +5,7 @@ pub mod args;
 
 use tch::{Device, Kind, Tensor};
 
-use super::device::{self, check_devices};
+use super::device::{self, check_devices, device_name};
 use super::dtype::check_kind;
 use super::threads::TorchThreads;
 use super::view::{slice, slice_in_place};
@@ -45,17 +45,20 @@ pub fn adamw_step(mut items: Vec<Item>, bad: &Tensor) -> Result<()> {
     check_kind(OP, "bad", bad.f_kind()?, &[Kind::Int64])?;
     for item in &items {
         item.check()?;
+        check_devices(OP, ("value", &item.value), [("bad", Some(bad))])?;
+    }
+    if bad.numel() != 1 {
+        let (expected, got) = ("(1,)".into(), format!("{:?}", bad.size()));
+        return Err(Error::Shape { op: OP, argument: "bad", expected, got });
     }
     let _guard = tch::no_grad_guard();
     let Some(first) = items.first() else { return Ok(()) };
     if let Some(card) = device::of(&first.value)? {
-        let others: Vec<_> = items.iter().map(|item| ("value", &item.value)).collect();
-        check_devices(OP, bad, &others)?;
         return items.iter().try_for_each(|item| adamw_cuda::update(card, item, bad));
     }
     if first.value.device() != Device::Cpu {
-        let got = format!("{:?}", first.value.device());
-        return Err(Error::Value { op: OP, argument: "device", expected: "the CPU or CUDA".into(), got });
+        let got = format!("on {}", device_name(first.value.device()));
+        return Err(Error::Value { op: OP, argument: "value", expected: "on cpu or cuda".into(), got });
     }
     let parameters = items.iter_mut().map(parameter).collect::<Result<Vec<_>>>()?;
     let found = step(&TorchThreads, parameters);

@@ -8,6 +8,7 @@ use crate::quant::BLOCK_SIZES;
 use crate::quant::blockwise8::MAP_LEN;
 use crate::quant::packed::Packed;
 use crate::quant::scales::Scales;
+use crate::torch::device::check_devices;
 use crate::torch::dtype::check_kind;
 use crate::torch::view::slice;
 
@@ -67,12 +68,20 @@ pub struct Weight {
 }
 
 impl Weight {
-    /// Checks dtypes and lengths for a tensor of `count` values, and makes the parts contiguous.
+    /// Checks devices, dtypes and lengths for a tensor of `count` values, and makes the parts contiguous.
     ///
     /// # Errors
     /// The first argument that does not fit, by name.
     pub fn checked(mut self, count: i64) -> Result<Self> {
         let op = self.op;
+        let nested = self.nested.as_ref();
+        let others = [
+            ("absmax", Some(&self.absmax)),
+            ("nested absmax", nested.map(|nested| &nested.absmax)),
+            ("nested code", nested.map(|nested| &nested.map)),
+            ("offset", nested.map(|nested| &nested.offset)),
+        ];
+        check_devices(op, ("packed", &self.packed), others)?;
         check_kind(op, "packed", self.packed.f_kind()?, &[Kind::Uint8])?;
         let block = check_blocksize(op, self.blocksize)? as i64;
         check_len(op, "packed", &self.packed, (count + 1) / 2, &format!("for {count} values"))?;

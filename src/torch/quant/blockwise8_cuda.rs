@@ -4,14 +4,14 @@
 use tch::{Kind, Tensor};
 
 use crate::base::error::Result;
-use crate::cuda::kernels::BLOCKWISE8;
+use crate::cuda::kernels::{BLOCKWISE8, WARP, constant};
 use crate::cuda::{Arg, Device, Launch};
-use crate::torch::device::{check_devices, grid, pointer};
+use crate::quant::blockwise8::MAP_LEN;
+use crate::torch::device::{grid, pointer};
 use crate::torch::dtype::named;
 
-// Sizes that the source has too.
-const WARP: i64 = 32;
-const THREADS: u32 = 256;
+const THREADS: i64 = constant(BLOCKWISE8.text, "THREADS");
+const _: () = assert!(constant(BLOCKWISE8.text, "MAP_LEN") == MAP_LEN as i64);
 
 /// As [`super::quantize_blockwise`] with the nearest code, of a contiguous tensor.
 pub(super) fn quantize(device: Device, x: &Tensor, map: &Tensor, blocksize: i64) -> Result<[Tensor; 2]> {
@@ -23,8 +23,8 @@ pub(super) fn quantize(device: Device, x: &Tensor, map: &Tensor, blocksize: i64)
     let launch = Launch {
         source: &BLOCKWISE8,
         kernel: named(kind, kernels),
-        grid: grid(blocks, i64::from(THREADS) / WARP)?,
-        block: [THREADS, 1, 1],
+        grid: grid(blocks, THREADS / WARP)?,
+        block: [THREADS as u32, 1, 1],
         shared: 0,
     };
     let args = [
@@ -48,15 +48,14 @@ pub(super) fn dequantize(
     blocksize: i64,
     kind: Kind,
 ) -> Result<Tensor> {
-    check_devices("dequantize_blockwise", codes, &[("absmax", absmax)])?;
     let values = Tensor::f_empty(codes.size(), (kind, codes.device()))?;
     let count = values.numel() as i64;
     let kernels = ["blockwise8_dequantize_f32", "blockwise8_dequantize_bf16", "blockwise8_dequantize_f16"];
     let launch = Launch {
         source: &BLOCKWISE8,
         kernel: named(kind, kernels),
-        grid: grid(count, i64::from(THREADS) * (16 / kind.elt_size_in_bytes() as i64))?,
-        block: [THREADS, 1, 1],
+        grid: grid(count, THREADS * (16 / kind.elt_size_in_bytes() as i64))?,
+        block: [THREADS as u32, 1, 1],
         shared: 0,
     };
     let args = [

@@ -84,6 +84,7 @@ fn with_width(tokens: &Tensor, width: i64) -> Vec<i64> {
 /// Arguments that do not fit, and what libtorch reports.
 pub fn forward(weight: Weight, size: Size, x: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     let op = weight.op;
+    check_devices(op, ("x", x), [("packed", Some(&weight.packed)), ("bias", bias)])?;
     let tokens = check_tokens(op, "x", x, size.columns)?;
     if let Some(bias) = bias {
         check_kind(op, "bias", bias.f_kind()?, &FLOATS)?;
@@ -98,9 +99,6 @@ pub fn forward(weight: Weight, size: Size, x: &Tensor, bias: Option<&Tensor>) ->
     let card = device::of(x)?;
     if card.is_some() || x.device() != Device::Cpu || tensor_ops() {
         let weight = weight.checked(size.count(op)?)?;
-        let others = [("packed", Some(&weight.packed)), ("bias", bias)];
-        let others: Vec<_> = others.into_iter().filter_map(|(name, tensor)| Some((name, tensor?))).collect();
-        check_devices(op, x, &others)?;
         if let Some(card) = card {
             let x = x.f_reshape([tokens, size.columns])?;
             if let Some(out) = nf4_cuda::few_tokens(card, &weight, size, &x, bias)? {
@@ -207,6 +205,7 @@ fn tiles<T: Float + Element>(
 /// Arguments that do not fit, and what libtorch reports.
 pub fn input_gradient(weight: Weight, size: Size, grad: &Tensor, weight_kind: Kind) -> Result<Tensor> {
     let op = weight.op;
+    check_devices(op, ("grad", grad), [("packed", Some(&weight.packed))])?;
     let tokens = check_tokens(op, "grad", grad, size.rows)?;
     check_kind(op, "weight_dtype", weight_kind, &FLOATS)?;
     let _guard = tch::no_grad_guard();

@@ -12,14 +12,14 @@ mod ops;
 use half::{bf16, f16};
 use tch::{Device, Kind, Tensor};
 
-use super::device::{self, tensor_ops};
+use super::device::{self, check_devices, tensor_ops};
 use super::dtype::{FLOATS, check_kind};
 use super::large;
 use super::threads::TorchThreads;
 use super::view::{Element, slice, slice_mut};
 use crate::base::error::{Error, Result};
 use crate::base::float::{Dtype, Float};
-use crate::quant::blockwise8::{self, Choice, Map};
+use crate::quant::blockwise8::{self, Map};
 use crate::quant::{codebook, nf4};
 use args::{Weight, blocks_of, check_blocksize, check_len, check_map, count, map};
 
@@ -92,17 +92,18 @@ pub fn dequantize_nf4(weight: Weight, shape: &[i64], kind: Kind) -> Result<Tenso
 ///
 /// # Errors
 /// Arguments that do not fit, and what libtorch reports.
-pub fn quantize_blockwise(x: &Tensor, code: &Tensor, blocksize: i64, choice: Choice) -> Result<[Tensor; 2]> {
+pub fn quantize_blockwise(x: &Tensor, code: &Tensor, blocksize: i64) -> Result<[Tensor; 2]> {
     const OP: &str = "quantize_blockwise";
     check_kind(OP, "tensor", x.f_kind()?, &FLOATS)?;
     if blocksize <= 0 {
         return Err(Error::value(OP, "blocksize", "a positive number", &blocksize));
     }
-    let map = Map::new(&map(OP, code)?, choice);
+    check_devices(OP, ("tensor", x), [("code", Some(code))])?;
+    let map = Map::new(&map(OP, code)?);
     let _guard = tch::no_grad_guard();
     let device = x.device();
-    if let (Choice::Nearest, Some(card)) = (choice, device::of(x)?) {
-        let code = code.f_to_device(device)?.f_contiguous()?;
+    if let Some(card) = device::of(x)? {
+        let code = code.f_contiguous()?;
         return blockwise8_cuda::quantize(card, &x.f_contiguous()?, &code, blocksize);
     }
     // Scales are few: other devices send them here.
@@ -137,6 +138,7 @@ pub fn dequantize_blockwise(
     if blocksize <= 0 {
         return Err(Error::value(OP, "blocksize", "a positive number", &blocksize));
     }
+    check_devices(OP, ("codes", codes), [("absmax", Some(absmax)), ("code", Some(code))])?;
     let count = codes.numel() as i64;
     check_len(OP, "absmax", absmax, blocks_of(count, blocksize), &format!("for {count} codes"))?;
     let _guard = tch::no_grad_guard();
@@ -145,7 +147,7 @@ pub fn dequantize_blockwise(
         // Whether the values ascend is not asked: the answer would have to be waited for.
         check_map(OP, code)?;
         let (codes, absmax) = (codes.f_contiguous()?, absmax.f_contiguous()?);
-        let code = code.f_to_device(device)?.f_contiguous()?;
+        let code = code.f_contiguous()?;
         return blockwise8_cuda::dequantize(card, &codes, &absmax, &code, blocksize, kind);
     }
     let map = map(OP, code)?;

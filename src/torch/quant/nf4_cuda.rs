@@ -5,18 +5,17 @@ use tch::{Kind, Tensor};
 use super::args::{Size, Weight};
 use super::ops;
 use crate::base::error::Result;
-use crate::cuda::kernels::NF4;
+use crate::cuda::kernels::{NF4, WARP, constant};
 use crate::cuda::{Arg, Device, Launch};
-use crate::torch::device::{check_devices, grid, pointer};
+use crate::torch::device::{grid, pointer};
 use crate::torch::dtype::named;
 
-// Sizes that the source has too.
-const WARP: i64 = 32;
-const QUANTIZE_THREADS: u32 = 256;
-const DEQUANTIZE_THREADS: u32 = 256;
-const DEQUANTIZE_STEPS: i64 = 4;
-const MULTIPLY_THREADS: u32 = 128;
-const MULTIPLY_ROWS: i64 = 2;
+const QUANTIZE_THREADS: i64 = constant(NF4.text, "QUANTIZE_THREADS");
+const DEQUANTIZE_THREADS: i64 = constant(NF4.text, "DEQUANTIZE_THREADS");
+const DEQUANTIZE_STEPS: i64 = constant(NF4.text, "DEQUANTIZE_STEPS");
+const MULTIPLY_THREADS: i64 = constant(NF4.text, "MULTIPLY_THREADS");
+const MULTIPLY_ROWS: i64 = constant(NF4.text, "ROWS");
+const CODES: i64 = constant(NF4.text, "CODES");
 
 /// Most tokens that are multiplied straight from the codes. A product by the library reads and writes
 /// the weight in full besides, eight times the bytes of the codes, whatever the number of tokens.
@@ -31,8 +30,8 @@ pub(super) fn quantize(device: Device, x: &Tensor, blocksize: i64) -> Result<[Te
     let launch = Launch {
         source: &NF4,
         kernel: named(kind, ["nf4_quantize_f32", "nf4_quantize_bf16", "nf4_quantize_f16"]),
-        grid: grid(blocks, i64::from(QUANTIZE_THREADS) / WARP)?,
-        block: [QUANTIZE_THREADS, 1, 1],
+        grid: grid(blocks, QUANTIZE_THREADS / WARP)?,
+        block: [QUANTIZE_THREADS as u32, 1, 1],
         shared: 0,
     };
     let args = [
@@ -66,16 +65,8 @@ fn arguments(weight: &Weight) -> Result<Arguments> {
         Arguments { parts: [packed, absmax, none, none, none, Arg::i32(0)], block_shift, _scales: scales }
     };
     let Some(nested) = &weight.nested else {
-        check_devices(weight.op, &weight.packed, &[("absmax", &weight.absmax)])?;
         return Ok(plain(None, pointer(&weight.absmax, Kind::Float)?));
     };
-    let parts = [
-        ("absmax", &weight.absmax),
-        ("nested absmax", &nested.absmax),
-        ("nested code", &nested.map),
-        ("offset", &nested.offset),
-    ];
-    check_devices(weight.op, &weight.packed, &parts)?;
     if !(nested.blocksize as u64).is_power_of_two() {
         // No writer makes these; kernels that divide would be slower for all.
         let scales = ops::scales(weight)?;
@@ -102,8 +93,8 @@ pub(super) fn dequantize(device: Device, weight: &Weight, shape: &[i64], kind: K
     let launch = Launch {
         source: &NF4,
         kernel: named(kind, ["nf4_dequantize_f32", "nf4_dequantize_bf16", "nf4_dequantize_f16"]),
-        grid: grid(count, i64::from(DEQUANTIZE_THREADS) * DEQUANTIZE_STEPS * group)?,
-        block: [DEQUANTIZE_THREADS, 1, 1],
+        grid: grid(count, DEQUANTIZE_THREADS * DEQUANTIZE_STEPS * group)?,
+        block: [DEQUANTIZE_THREADS as u32, 1, 1],
         shared: 0,
     };
     let rest = [pointer(&values, kind)?, Arg::i64(count), arguments.block_shift];
@@ -124,7 +115,7 @@ pub(super) fn few_tokens(
     let (Ok(rows), Ok(columns)) = (i32::try_from(size.rows), i32::try_from(size.columns)) else {
         return Ok(None);
     };
-    if !(1..=FEW).contains(&tokens) || columns % 8 != 0 {
+    if !(1..=FEW).contains(&tokens) || columns % CODES as i32 != 0 {
         return Ok(None);
     }
     let x = x.f_contiguous()?;
@@ -143,8 +134,8 @@ pub(super) fn few_tokens(
     let launch = Launch {
         source: &NF4,
         kernel: named(kind, kernels),
-        grid: grid(size.rows, i64::from(MULTIPLY_THREADS) / WARP * MULTIPLY_ROWS)?,
-        block: [MULTIPLY_THREADS, 1, 1],
+        grid: grid(size.rows, MULTIPLY_THREADS / WARP * MULTIPLY_ROWS)?,
+        block: [MULTIPLY_THREADS as u32, 1, 1],
         shared: 0,
     };
     let rest = [

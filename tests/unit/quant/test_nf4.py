@@ -138,7 +138,7 @@ def test_double_quantisation_equals_the_reference(path, shape):
 def test_blockwise_bytes_round_trip():
     values, code = heavy_tailed(3, 1001), dynamic_map()
     for blocksize in (1, 7, 256, 5000):
-        codes, absmax = _core.quantize_blockwise(values, code, blocksize, False)
+        codes, absmax = _core.quantize_blockwise(values, code, blocksize)
         truth, scales = reference.quantize_blockwise(values, code, blocksize)
         assert torch.equal(codes, truth) and torch.equal(absmax, scales)
         spread = absmax.repeat_interleave(blocksize)[: values.numel()].view(values.shape)

@@ -12,12 +12,11 @@ from torch.optim import Optimizer
 
 from ..checks import check_adam, is_count
 from . import saved_state
-from .bitsandbytes import compatible_maps, compatible_step
 from .fsdp import gathered, local, split
 from .moments import is_8bit, layout, maps
 from .pages import FilePages, PinnedPages
 from .staging import Staged, slot_capacity
-from .step import NonFinite, Update, adamw_step, numbers
+from .step import AdamUpdate, NonFinite, adamw_step, rule_of
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +49,6 @@ class BlockAdamW(Optimizer):
         seed: int = 0,
         pages: FilePages | None = None,
         device_budget: int | None = None,
-        compatible: bool = False,
     ):
         if not isinstance(seed, int) or isinstance(seed, bool):
             raise ValueError(f"seed is {seed!r}; must be an integer")
@@ -64,7 +62,6 @@ class BlockAdamW(Optimizer):
         self.seed = seed
         self._pages = pages
         self._device_budget = device_budget
-        self._compatible = compatible
         self._staged: dict[torch.device, Staged] = {}
         self._bad = NonFinite()
         self._reported = False
@@ -73,7 +70,7 @@ class BlockAdamW(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         # What torch leaves out, for copies; the room that state passes through they make themselves.
         self._synchronize()
-        own = ("seed", "_pages", "_device_budget", "_compatible", "_bad", "_reported")
+        own = ("seed", "_pages", "_device_budget", "_bad", "_reported")
         return {
             **super().__getstate__(),
             **{name: getattr(self, name) for name in own},
@@ -162,17 +159,14 @@ class BlockAdamW(Optimizer):
             state = self.state[parameter]
             state["step"] += 1
             value, grad = local(parameter), local(parameter.grad)
-            if self._compatible and is_8bit(state):
-                compatible_step(value, grad, state, group)
-                continue
             if not value.is_contiguous():
                 copies.append((value, value.contiguous()))
                 value = copies[-1][1]
             if grad.dtype != value.dtype:
                 grad = grad.float()
             seed = self._draw(index, state["step"]) if group["stochastic_rounding"] else None
-            rule = numbers(group, state["step"])
-            updates.append(Update(value, grad.contiguous(), state, rule, seed))
+            rule = rule_of(group, state["step"])
+            updates.append(AdamUpdate(value, grad.contiguous(), state, rule, seed))
         self._run(updates)
         for value, moved in copies:
             value.copy_(moved)
@@ -180,9 +174,9 @@ class BlockAdamW(Optimizer):
             self.report()
         return loss
 
-    def _run(self, updates: list[Update]) -> None:
+    def _run(self, updates: list[AdamUpdate]) -> None:
         here = []
-        away: dict[torch.device, list[Update]] = {}
+        away: dict[torch.device, list[AdamUpdate]] = {}
         for update in updates:
             same = update.state["state1"].device == update.value.device
             (here if same else away.setdefault(update.value.device, [])).append(update)
@@ -238,8 +232,7 @@ class BlockAdamW(Optimizer):
                 self.state[parameter] = state
 
     def _maps(self, device: torch.device) -> dict[str, Tensor]:
-        both = compatible_maps() if self._compatible else maps(device)
-        return dict(zip(("qmap1", "qmap2"), both))
+        return dict(zip(("qmap1", "qmap2"), maps(device)))
 
     def _home(self, device: torch.device) -> torch.device:
         """Where the state of parameters on a device is."""
@@ -271,11 +264,7 @@ class BlockAdamW(Optimizer):
                 copy[key] = room.copy_(copy[key])
         for (device, _), copy in zip(states, placed):
             if is_8bit(copy):
-                home = self._home(device)
-                keys = ("qmap1", "qmap2")
-                copy |= (
-                    {k: copy[k].to(home) for k in keys} if self._compatible else self._maps(home)
-                )
+                copy |= self._maps(self._home(device))
         return placed
 
     def _synchronize(self) -> None:
@@ -318,9 +307,7 @@ class BlockAdamW(Optimizer):
                     own = local(parameter)
                     state = {k: split(parameter, v) for k, v in saved_state.unwrap(state).items()}
                     saved_state.check(state, own.numel(), f"{name}: state of parameter {key}")
-                    state = saved_state.converted(
-                        state, self._bits(parameter, group), self._compatible
-                    )
+                    state = saved_state.converted(state, self._bits(parameter, group))
                     for entry, (shape, _) in layout(own.shape, 32).items():
                         state[entry] = state[entry].view(shape)
                     state["step"] = int(state["step"])

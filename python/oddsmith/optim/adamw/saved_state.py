@@ -54,21 +54,20 @@ def check(state: dict[str, Any], numel: int, where: str) -> None:
             raise ValueError(f"{where}: {key} is {found.dtype}; must be {state['state1'].dtype}")
 
 
-def converted(state: dict[str, Any], bits: int, keep_maps: bool = False) -> dict[str, Any]:
+def converted(state: dict[str, Any], bits: int) -> dict[str, Any]:
     """
-    A checked state with moments of `bits`, and codes of ours unless `keep_maps`.
+    A checked state with moments of `bits`, and codes of ours.
 
     Args:
         state (`dict`): As bitsandbytes or we have saved it.
         bits (`int`): 8 or 32.
-        keep_maps (`bool`): Leave bitsandbytes' codes as they are.
     """
     rest = {key: value for key, value in state.items() if key not in _WRAPPED_KEYS}
     moments = {key: state[key] for key in _WRAPPED_KEYS if key in state}
     if is_8bit(state) and bits == 8:
-        if keep_maps or has_our_maps(state):
-            if not keep_maps:
-                moments |= dict(zip(("qmap1", "qmap2"), maps(state["state1"].device)))
+        if has_our_maps(state):
+            # Tensors that all states share.
+            moments |= dict(zip(("qmap1", "qmap2"), maps(state["state1"].device)))
             return {**rest, **moments}
         return {**rest, **encode(*decode(state))}
     first, second = (each.to(torch.float32) for each in decode(state))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .moments import BLOCKSIZE, blocks_of, is_8bit
 from .pages import ALIGNMENT, carve, padded_bytes
-from .step import NonFinite, Update, adamw_step
+from .step import AdamUpdate, NonFinite, adamw_step
 
 # One on its way in, one that is computed with, one on its way out.
 _SLOTS = 3
@@ -22,7 +22,7 @@ _SLOTS = 3
 class Piece:
     """A part of an update whose state fits in a slot."""
 
-    update: Update
+    update: AdamUpdate
     start: int
     stop: int
 
@@ -36,7 +36,7 @@ class Piece:
             parts |= {key: state[key][blocks] for key in ("absmax1", "absmax2")}
         return parts
 
-    def on_device(self, state: dict[str, Tensor]) -> Update:
+    def on_device(self, state: dict[str, Tensor]) -> AdamUpdate:
         """The part's update, with the state that has come to the device."""
         update, elements = self.update, slice(self.start, self.stop)
         return replace(
@@ -57,7 +57,7 @@ def bytes_of(state: dict[str, Any], elements: int) -> int:
     return 2 * sum(map(padded_bytes, entries))
 
 
-def batches(updates: list[Update], capacity: int) -> Iterator[list[Piece]]:
+def batches(updates: list[AdamUpdate], capacity: int) -> Iterator[list[Piece]]:
     """Pieces in order, together as many as a slot of `capacity` bytes has room for."""
     batch: list[Piece] = []
     free = capacity
@@ -120,7 +120,7 @@ class Staged:
             # The slots' memory may have been another tensor's, whose last use is still to come.
             self._in.wait_stream(torch.cuda.current_stream(device))
 
-    def step(self, updates: list[Update], bad: NonFinite) -> None:
+    def step(self, updates: list[AdamUpdate], bad: NonFinite) -> None:
         """Applies updates whose values are on the device, and whose state is in the host's memory."""
         if self._in is not None:
             # What the last step has taken back.

@@ -1,4 +1,4 @@
-"""The step of AdamW: numbers of the rule, and the kernel or the ops that apply it."""
+"""The step of AdamW: the numbers of its rule, and the kernel or the ops that apply it."""
 
 from __future__ import annotations
 
@@ -12,16 +12,14 @@ import torch
 from torch import Tensor
 
 from ... import _core
+from .arguments import Item, Rule
 from .moments import decode, encode, is_8bit
-
-# beta1, beta2, what is added to the root of the second moment, step size, what decay leaves.
-Numbers = tuple[float, float, float, float, float]
 
 # Devices that the core has kernels for.
 _KERNELS = ("cpu", "cuda")
 
 
-def numbers(group: dict[str, Any], step: int) -> Numbers:
+def rule_of(group: dict[str, Any], step: int) -> Rule:
     """
     The rule of a group's parameters at their step, counted from 1.
 
@@ -32,17 +30,17 @@ def numbers(group: dict[str, Any], step: int) -> Numbers:
     second = math.sqrt(1.0 - beta2**step)
     step_size = -group["lr"] * second / (1.0 - beta1**step)
     keep = 1.0 - group["lr"] * group["weight_decay"]
-    return beta1, beta2, group["eps"] * second, step_size, keep
+    return Rule(beta1, beta2, group["eps"] * second, step_size, keep)
 
 
 @dataclass
-class Update:
+class AdamUpdate:
     """What a step does to one tensor, in place."""
 
     value: Tensor  # contiguous; fp32, bf16 or fp16
     grad: Tensor  # contiguous, of its shape; of its dtype or fp32
     state: dict[str, Any]  # `state1`, `state2`, and the scales of 8-bit ones
-    numbers: Numbers
+    rule: Rule
     seed: int | None = None  # of stochastic rounding, 32 bits
     first: int = 0  # place of the first element, if this is a part of a parameter
 
@@ -64,7 +62,7 @@ class NonFinite:
         return sum(int(count) for count in self._counts.values())
 
 
-def adamw_step(updates: Iterable[Update], bad: NonFinite) -> None:
+def adamw_step(updates: Iterable[AdamUpdate], bad: NonFinite) -> None:
     """
     Applies updates, those on a device together.
 
@@ -72,10 +70,10 @@ def adamw_step(updates: Iterable[Update], bad: NonFinite) -> None:
     moments begin again.
 
     Args:
-        updates (`Iterable[Update]`): What is to be done.
+        updates (`Iterable[AdamUpdate]`): What is to be done.
         bad (`NonFinite`): Counts such elements.
     """
-    by_device: dict[torch.device, list[Update]] = defaultdict(list)
+    by_device: dict[torch.device, list[AdamUpdate]] = defaultdict(list)
     for update in updates:
         if update.value.numel():
             by_device[update.value.device].append(update)
@@ -88,17 +86,24 @@ def adamw_step(updates: Iterable[Update], bad: NonFinite) -> None:
                 _with_ops(update, bad.on(device))
 
 
-def _item(update: Update) -> tuple[Any, Any]:
+def _item(update: AdamUpdate) -> Item:
     state = update.state
-    absmax = (state["absmax1"], state["absmax2"]) if is_8bit(state) else None
-    moments = (state["state1"], state["state2"])
-    parts = (update.value, update.grad, moments, absmax, update.first)
-    return parts, (update.numbers, update.seed)
+    return Item(
+        update.value,
+        update.grad,
+        state["state1"],
+        state["state2"],
+        state.get("absmax1"),
+        state.get("absmax2"),
+        update.first,
+        update.rule,
+        update.seed,
+    )
 
 
-def _with_ops(update: Update, bad: Tensor) -> None:
+def _with_ops(update: AdamUpdate, bad: Tensor) -> None:
     """The same through torch's ops, where there is no kernel; rounds to the nearest."""
-    beta1, beta2, eps, step_size, keep = update.numbers
+    beta1, beta2, eps, step_size, keep = update.rule
     value, grad, state = update.value, update.grad.float(), update.state
     square = grad * grad
     finite = square.isfinite()

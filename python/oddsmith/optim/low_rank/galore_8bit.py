@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..adamw.arguments import Rule
 from ..adamw.moments import MIN_8BIT_SIZE, decode, encode, has_our_maps, layout, maps
-from ..adamw.step import NonFinite, Update, adamw_step
+from ..adamw.step import AdamUpdate, NonFinite, adamw_step
 from .galore import OPTIONS_DOC, GaLoreOptimizer
 from .rules import AdamWCore, Group, State
 
@@ -59,8 +60,9 @@ class AdamW8bitCore(AdamWCore):
                 copies.append((target, target.contiguous()))
                 target = copies[-1][1]
             # eps comes before the correction here, and decay is the optimiser's.
-            rule = (*group["betas"], group["eps"], -lr * self.correction(state, group), 1.0)
-            updates.append(Update(target, grad.contiguous(), state, rule))
+            step_size = -lr * self.correction(state, group)
+            rule = Rule(*group["betas"], group["eps"], step_size, keep=1.0)
+            updates.append(AdamUpdate(target, grad.contiguous(), state, rule))
         adamw_step(updates, self._bad)
         for target, moved in copies:
             target.copy_(moved)

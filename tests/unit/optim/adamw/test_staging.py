@@ -7,7 +7,7 @@ from oddsmith.optim import AdamW8bit, PagedAdamW8bit
 from oddsmith.optim.adamw.moments import blocks_of, layout, maps
 from oddsmith.optim.adamw.saved_state import unwrap
 from oddsmith.optim.adamw.staging import Staged, batches, bytes_of
-from oddsmith.optim.adamw.step import NonFinite, Update, adamw_step, numbers
+from oddsmith.optim.adamw.step import AdamUpdate, NonFinite, adamw_step, rule_of
 from support.gradients import given, randn, weights_of
 
 RULE = {"lr": 0.02, "betas": (0.8, 0.95), "eps": 1e-5, "weight_decay": 0.1}
@@ -38,8 +38,8 @@ def update_of(shape, bits, step, dtype, seed=None):
              layout(value.shape, bits).items()}  # fmt: skip
     if bits == 8:
         state |= dict(zip(("qmap1", "qmap2"), maps(value.device)))
-    rule = numbers(RULE, step)
-    return Update(value, randn(*shape, seed=step).to(dtype), state, rule, seed)
+    rule = rule_of(RULE, step)
+    return AdamUpdate(value, randn(*shape, seed=step).to(dtype), state, rule, seed)
 
 
 def updates_of(step=1, dtype=torch.float32, seed=None):
@@ -55,7 +55,7 @@ def test_pieces_change_no_bit(budget, dtype):
     staged, bad = Staged(torch.device("cpu"), budget), NonFinite()
     for step in range(1, 5):
         for update in (*whole, *parts):
-            update.numbers, update.grad = numbers(RULE, step), update.grad.roll(1)
+            update.rule, update.grad = rule_of(RULE, step), update.grad.roll(1)
         adamw_step(whole, bad)
         staged.step(parts, bad)
     staged.synchronize()

@@ -7,7 +7,7 @@ import torch
 
 from oddsmith.optim.adamw import step as adamw_step
 from oddsmith.optim.adamw.moments import decode, layout, maps
-from oddsmith.optim.adamw.step import NonFinite, Update, numbers
+from oddsmith.optim.adamw.step import AdamUpdate, NonFinite, rule_of
 from support.gradients import randn
 
 CPU = torch.device("cpu")
@@ -38,7 +38,7 @@ def stepped(bits, dtype, shape, steps=5):
         if step == 3:
             grad.view(-1)[[0, 5, 900]] = torch.tensor([math.nan, math.inf, -math.inf], dtype=dtype)
         group = {"lr": 0.03, "betas": (0.8, 0.93), "eps": 1e-5, "weight_decay": 0.2}
-        adamw_step.adamw_step([Update(value, grad, state, numbers(group, step))], bad)
+        adamw_step.adamw_step([AdamUpdate(value, grad, state, rule_of(group, step))], bad)
     return value, state, bad.total()
 
 
@@ -68,7 +68,7 @@ def test_numbers_by_hand():
     # At step 2: 1 - 0.8^2 is 0.36, and the root of 1 - 0.75^2 that of 0.4375.
     root = math.sqrt(0.4375)
     expected = (0.8, 0.75, 0.01 * root, -0.1 * root / 0.36, 0.98)
-    assert numbers(group, 2) == pytest.approx(expected)
+    assert rule_of(group, 2) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("ops", [False, True])
@@ -80,7 +80,7 @@ def test_a_step_by_hand(ops, monkeypatch):
     state = {"state1": torch.full((3,), 0.1), "state2": torch.full((3,), 0.2)}
     bad = NonFinite()
     rule = (0.8, 0.75, 0.01, -0.3, 0.9)
-    adamw_step.adamw_step([Update(value, grad, state, rule)], bad)
+    adamw_step.adamw_step([AdamUpdate(value, grad, state, rule)], bad)
     first = 0.8 * 0.1 + 0.2 * grad[:2]
     second = 0.75 * 0.2 + 0.25 * grad[:2] ** 2
     moved = (torch.tensor([1.0, -2.0]) - 0.3 * first / (second.sqrt() + 0.01)) * 0.9
@@ -101,10 +101,10 @@ def test_counts_are_kept():
 
 
 def test_nothing_is_no_update():
-    empty = Update(
+    empty = AdamUpdate(
         torch.zeros(0),
         torch.zeros(0),
         {},
-        numbers({"lr": 1.0, "betas": (0.9, 0.9), "eps": 1.0, "weight_decay": 0.0}, 1),
+        rule_of({"lr": 1.0, "betas": (0.9, 0.9), "eps": 1.0, "weight_decay": 0.0}, 1),
     )
     adamw_step.adamw_step([empty], NonFinite())

@@ -1,4 +1,5 @@
-//! The kernels of cards, for their checks on a machine without one.
+//! What only tests use: switches between the paths of an op, and the kernels' binaries. In builds with the
+//! feature `testing`.
 
 use std::collections::HashMap;
 
@@ -7,6 +8,7 @@ use pyo3::prelude::*;
 use super::error::detached;
 use crate::base::error::Error;
 use crate::cuda::{self, kernels, nvrtc::nvrtc};
+use crate::torch::device;
 
 /// Names of the sources of kernels.
 #[pyfunction]
@@ -29,7 +31,13 @@ fn compile_kernels(py: Python<'_>, source: &str, architecture: &str) -> PyResult
     Ok((compiled.cubin, compiled.log))
 }
 
-/// Lets CPU tensors take the path of cards, through the driver that `ODDSMITH_CUDA_DRIVER` names.
+/// Makes CPU tensors take the path of other devices.
+#[pyfunction]
+fn use_tensor_ops(on: bool) {
+    device::use_tensor_ops(on);
+}
+
+/// Makes CPU tensors take the path of CUDA tensors, through the driver that `ODDSMITH_CUDA_DRIVER` names.
 #[pyfunction]
 fn emulate_cuda(on: bool) {
     cuda::emulate(on);
@@ -39,5 +47,6 @@ fn emulate_cuda(on: bool) {
 pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(kernel_sources, module)?)?;
     module.add_function(wrap_pyfunction!(compile_kernels, module)?)?;
+    module.add_function(wrap_pyfunction!(use_tensor_ops, module)?)?;
     module.add_function(wrap_pyfunction!(emulate_cuda, module)?)
 }
