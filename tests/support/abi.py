@@ -15,6 +15,7 @@ _new_capsule.restype = ctypes.py_object
 _new_capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
 _free = ctypes.CDLL(None).free
 _free.argtypes = [ctypes.c_void_p]
+LIBRARY.at_free.argtypes = LIBRARY.ats_free.argtypes = [ctypes.c_void_p]
 
 KINDS = {
     torch.uint8: 0,
@@ -67,8 +68,8 @@ class Scalar:
         else:
             self.pointer = function("ats_float", ctypes.c_void_p)(ctypes.c_double(value))
 
-    def __del__(self):
-        function("ats_free")(ctypes.c_void_p(self.pointer))
+    def __del__(self, free=LIBRARY.ats_free):
+        free(self.pointer)
 
 
 class Lent:
@@ -77,8 +78,8 @@ class Lent:
     def __init__(self, tensor: torch.Tensor):
         self.pointer = handle(tensor)
 
-    def __del__(self):
-        function("at_free")(ctypes.c_void_p(self.pointer))
+    def __del__(self, free=LIBRARY.at_free):
+        free(self.pointer)
 
 
 def converted(argument: Any, kept: list) -> list:

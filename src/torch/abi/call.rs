@@ -150,3 +150,44 @@ macro_rules! operators {
     )* };
 }
 pub(super) use operators;
+
+#[cfg(test)]
+mod tests {
+    use tch::Tensor;
+
+    use super::*;
+    use crate::torch::abi::handle::place_of;
+
+    fn owned(handle: Handle) -> Tensor {
+        // SAFETY: the handle is given up.
+        unsafe { Tensor::from_ptr(handle.into_raw()) }
+    }
+
+    #[test]
+    fn every_kind_of_argument_arrives() {
+        let mut x = Tensor::f_from_slice(&[1.0f32, 2.0, 3.0, 4.0]).expect("a tensor");
+        let handle = x.as_mut_ptr();
+        let cpu = place_of(-1).expect("the CPU");
+        let (double, copy) = (Value::dtype(7), Value::Bool(true));
+        let arguments =
+            [Value::Tensor(handle), Value::Device(cpu), double, Value::Bool(false), copy, Value::None];
+        let moved = owned(call(c"aten::to", c"device", arguments).expect("a copy"));
+        assert_ne!(moved.data_ptr(), x.data_ptr());
+        assert_eq!(Vec::<f64>::try_from(&moved).expect("values"), [1.0, 2.0, 3.0, 4.0]);
+
+        let rows = [handle, handle];
+        let stacked = call(c"aten::stack", c"", [Value::Tensors(&rows), Value::Int(0)]).expect("rows");
+        let dims = Value::Ints(&[0]);
+        let arguments = [Value::Tensor(stacked.raw()), Value::Some(&dims), Value::Bool(true), Value::None];
+        let sums = owned(call(c"aten::sum", c"dim_IntList", arguments).expect("sums"));
+        assert_eq!(sums.size(), [1, 4]);
+        assert_eq!(Vec::<f32>::try_from(sums.view([4])).expect("values"), [2.0, 4.0, 6.0, 8.0]);
+    }
+
+    #[test]
+    fn an_operator_that_is_not_there_is_an_error() {
+        let mut x = Tensor::f_from_slice(&[1i64]).expect("a tensor");
+        let error = call(c"aten::no_such", c"overload", [Value::Tensor(x.as_mut_ptr())]);
+        assert!(error.expect_err("none").starts_with("aten::no_such.overload: "));
+    }
+}

@@ -44,8 +44,7 @@ fn index_add(x: Tensor, along: i64, index: Tensor, source: Tensor) -> Result<Han
     let index = call(c"aten::view", c"", [Value::Tensor(index), Value::Ints(&row)])?;
     let arguments = [Value::Tensor(index.raw()), Value::Ints(shape), Value::Bool(false)];
     let index = call(c"aten::expand", c"", arguments)?;
-    let arguments =
-        [Value::Tensor(x), Value::Int(along), Value::Tensor(index.raw()), Value::Tensor(source)];
+    let arguments = [Value::Tensor(x), Value::Int(along), Value::Tensor(index.raw()), Value::Tensor(source)];
     call(c"aten::scatter_add", c"", arguments)
 }
 

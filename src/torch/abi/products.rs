@@ -61,22 +61,3 @@ unsafe extern "C" fn atg_addmm_out(out: *mut Tensor, to: Tensor, base: Tensor, x
 unsafe extern "C" fn atg_addmm_(out: *mut Tensor, to: Tensor, x: Tensor, y: Tensor) {
     unsafe { put(out, addmm(to, to, x, y).and_then(|()| share(to))) }
 }
-
-/// `to = base + x y` with sums and result in `dtype`.
-fn addmm_dtype(to: Tensor, base: Tensor, x: Tensor, y: Tensor, dtype: c_int) -> Result<Handle> {
-    let product = call(c"aten::mm", c"dtype", [Value::Tensor(x), Value::Tensor(y), Value::dtype(dtype)])?;
-    super::arithmetic::add_into(to, base, product.raw())?;
-    share(to)
-}
-
-#[unsafe(no_mangle)]
-unsafe extern "C" fn atg_addmm_dtype_out(
-    out: *mut Tensor,
-    to: Tensor,
-    base: Tensor,
-    x: Tensor,
-    y: Tensor,
-    dtype: c_int,
-) {
-    unsafe { put(out, addmm_dtype(to, base, x, y, dtype)) }
-}

@@ -81,7 +81,13 @@ impl Scalar {
         call(
             c"aten::to",
             c"dtype",
-            [Value::Tensor(alone.raw()), Value::dtype(dtype), Value::Bool(false), Value::Bool(false), Value::None],
+            [
+                Value::Tensor(alone.raw()),
+                Value::dtype(dtype),
+                Value::Bool(false),
+                Value::Bool(false),
+                Value::None,
+            ],
         )
     }
 }

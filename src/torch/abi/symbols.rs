@@ -167,8 +167,7 @@ impl Torch {
 static TORCH: OnceLock<Result<Torch, String>> = OnceLock::new();
 
 fn read() -> Result<Torch, String> {
-    let torch = Torch::read(&library::find)
-        .map_err(|missing| format!("lacks {}", missing.join(", ")))?;
+    let torch = Torch::read(&library::find).map_err(|missing| format!("lacks {}", missing.join(", ")))?;
     torch.check_numbers()?;
     Ok(torch)
 }

@@ -133,7 +133,8 @@ unsafe fn same_data(allocator: *mut Allocator) -> bool {
 fn setting() -> Option<&'static Setting> {
     static SETTING: OnceLock<Option<Setting>> = OnceLock::new();
     let read = || {
-        let (get, set) = (find(c"_ZN3c1015GetCPUAllocatorEv")?, find(c"_ZN3c1015SetCPUAllocatorEPNS_9AllocatorEh")?);
+        let (get, set) =
+            (find(c"_ZN3c1015GetCPUAllocatorEv")?, find(c"_ZN3c1015SetCPUAllocatorEPNS_9AllocatorEh")?);
         // SAFETY: the functions of these names; a name has the arguments in it.
         let setting = unsafe {
             Setting {
@@ -267,7 +268,9 @@ mod tests {
         let hide = |hidden: &'static CStr| move |name: &CStr| if name == hidden { None } else { find(name) };
         assert_eq!(same_functions(&hide(c"_ZTVN3c109AllocatorE")), None);
         // A table of another size, and one with another function in the place.
-        let swap = |from: &'static CStr, to: &'static CStr| move |name: &CStr| find(if name == from { to } else { name });
+        let swap = |from: &'static CStr, to: &'static CStr| {
+            move |name: &CStr| find(if name == from { to } else { name })
+        };
         assert_eq!(same_functions(&swap(c"_ZTVN3c109AllocatorE", c"_ZTSN3c109AllocatorE")), Some(false));
         let other = c"_ZN3c1015GetCPUAllocatorEv";
         let is_simple = c"_ZNK3c109Allocator18is_simple_data_ptrERKNS_7DataPtrE";

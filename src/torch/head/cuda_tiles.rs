@@ -29,6 +29,10 @@ const BATCH_THREADS: i64 = constant(HEAD_BATCH.text, "BLOCK");
 const ROW_THREADS: i64 = 256;
 const _: () = assert!(ROW_THREADS <= MAX_THREADS);
 
+/// Numbers that a thread adds, and blocks at most: then a thread takes more.
+const ADDED: i64 = 4;
+const MOST_BLOCKS: i64 = 1 << 16;
+
 /// `gradient *= factor` in place, without reading the factor.
 pub(super) fn scale(device: cuda::Device, gradient: &Tensor, factor: &Tensor) -> Result<()> {
     const BLOCKS: u32 = 8; // of a multiprocessor: as many threads as it takes
@@ -230,19 +234,34 @@ impl<'a> GpuHead<'a> {
         Ok(self.weight.f_narrow(0, tile.start, tile.end - tile.start)?)
     }
 
-    /// `out (+)= a b`, with `out` in `f32`.
+    /// `out (+)= a b`, with `out` in `f32`. libtorch adds to what is there where both factors are `f32`.
     fn product(&self, out: &Tensor, a: &Tensor, b: &Tensor, accumulate: bool) -> Result<()> {
         let _ = match (self.kind, accumulate) {
             (Kind::Float, false) => a.f_mm_out(out, b)?,
             (Kind::Float, true) => out.f_addmm_out(out, a, b)?,
-            (_, false) if self.mixed => a.f_mm_dtype_out(out, b, Kind::Float)?,
-            (_, true) if self.mixed => out.f_addmm_dtype_out(out, a, b, Kind::Float)?,
-            (_, accumulate) => {
-                let (a, b) = (a.f_to_kind(Kind::Float)?, b.f_to_kind(Kind::Float)?);
-                if accumulate { out.f_addmm_out(out, &a, &b)? } else { a.f_mm_out(out, &b)? }
+            (_, false) => self.widened(out, a, b)?,
+            (_, true) => {
+                let part = Tensor::f_empty(out.size(), (Kind::Float, self.place()))?;
+                return self.add(out, &self.widened(&part, a, b)?);
             }
         };
         Ok(())
+    }
+
+    /// `out = a b` of halves, with `out` in `f32`.
+    fn widened(&self, out: &Tensor, a: &Tensor, b: &Tensor) -> Result<Tensor> {
+        if self.mixed {
+            return Ok(a.f_mm_dtype_out(out, b, Kind::Float)?);
+        }
+        Ok(a.f_to_kind(Kind::Float)?.f_mm_out(out, &b.f_to_kind(Kind::Float)?)?)
+    }
+
+    /// `sums += part`, in place.
+    fn add(&self, sums: &Tensor, part: &Tensor) -> Result<()> {
+        let count = sums.numel() as i64;
+        let each = ADDED * ROW_THREADS;
+        let args = [pointer(sums, Kind::Float)?, pointer(part, Kind::Float)?, Arg::i64(count)];
+        self.launch("head_add", (round_up(count, each) / each).clamp(1, MOST_BLOCKS), ROW_THREADS, &args)
     }
 
     /// Computes the products of a tile.

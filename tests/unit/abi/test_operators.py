@@ -132,7 +132,7 @@ IN_PLACE = {
 }
 
 # Tested below by themselves, or by the library's own tests on a machine that has what they need.
-OTHERS = {"atg_empty", "atg_mm_dtype", "atg_mm_dtype_out", "atg_addmm_dtype_out"}
+OTHERS = {"atg_empty", "atg_mm_dtype", "atg_mm_dtype_out"}
 
 
 def exported():

@@ -30,6 +30,15 @@ def test_tensors_outlive_the_pool():
     assert float(still.sum()) == 1_200_000.0
 
 
+@needs_linux
+def test_no_memory_is_an_error_through_the_pool():
+    """libtorch throws in C++, from below the pool."""
+    with pooled_memory(CPU):
+        with pytest.raises(RuntimeError, match="allocate"):
+            torch.empty(1 << 50, dtype=torch.uint8)
+        assert torch.ones(300_000).sum() == 300_000
+
+
 def test_other_devices_are_left_alone(monkeypatch):
     monkeypatch.setattr(_core, "install_pool", lambda: pytest.fail("called"))
     with pooled_memory(torch.device("cuda")):
