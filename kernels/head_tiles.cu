@@ -335,13 +335,12 @@ SCALE(head_scale_f32, float)
 SCALE(head_scale_bf16, bf16)
 SCALE(head_scale_f16, f16)
 
-/// `sums += part`: libtorch adds up a product of halves in halves, or hands it out in `float`.
+/// `sums += part`, a block a row: libtorch adds up a product of halves in halves, or hands it out in `float`.
 extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) head_add(
-    float* sums, const float* part, i64 count) {
-    const i64 thread = static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x;
-    const i64 threads = static_cast<i64>(gridDim.x) * blockDim.x;
-#pragma unroll 4
-    for (i64 i = thread; i < count; i += threads) {
-        sums[i] += part[i];
+    float* sums, i64 stride, const float* part, i64 width) {
+    float* row = sums + blockIdx.x * stride;
+    const float* added = part + blockIdx.x * width;
+    for (i64 i = threadIdx.x; i < width; i += blockDim.x) {
+        row[i] += added[i];
     }
 }

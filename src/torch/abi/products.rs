@@ -6,7 +6,7 @@ use torch_sys::C_tensor;
 
 use super::call::{Value, call, operators};
 use super::error::{Result, check};
-use super::handle::{Handle, place, place_of, put, share};
+use super::handle::{place, place_of, put, share};
 use super::symbols::torch;
 
 type Tensor = *mut C_tensor;

@@ -10,7 +10,7 @@ use std::ops::Range;
 use tch::{Device, Kind, Tensor};
 
 use super::args::Args;
-use crate::base::error::Result;
+use crate::base::error::{Error, Result};
 use crate::cuda::kernels::{HEAD_BATCH, HEAD_TILES, WARP, constant};
 use crate::cuda::{self, Arg, Launch};
 use crate::torch::device::pointer;
@@ -28,10 +28,6 @@ const BATCH_THREADS: i64 = constant(HEAD_BATCH.text, "BLOCK");
 /// Threads of the kernels that take rows of any width.
 const ROW_THREADS: i64 = 256;
 const _: () = assert!(ROW_THREADS <= MAX_THREADS);
-
-/// Numbers that a thread adds, and blocks at most: then a thread takes more.
-const ADDED: i64 = 4;
-const MOST_BLOCKS: i64 = 1 << 16;
 
 /// `gradient *= factor` in place, without reading the factor.
 pub(super) fn scale(device: cuda::Device, gradient: &Tensor, factor: &Tensor) -> Result<()> {
@@ -256,12 +252,13 @@ impl<'a> GpuHead<'a> {
         Ok(a.f_to_kind(Kind::Float)?.f_mm_out(out, &b.f_to_kind(Kind::Float)?)?)
     }
 
-    /// `sums += part`, in place.
+    /// `sums += part`, in place; the rows of `sums` may be apart.
     fn add(&self, sums: &Tensor, part: &Tensor) -> Result<()> {
-        let count = sums.numel() as i64;
-        let each = ADDED * ROW_THREADS;
-        let args = [pointer(sums, Kind::Float)?, pointer(part, Kind::Float)?, Arg::i64(count)];
-        self.launch("head_add", (round_up(count, each) / each).clamp(1, MOST_BLOCKS), ROW_THREADS, &args)
+        let (&[rows, width], &[stride, 1]) = (&sums.size()[..], &sums.stride()[..]) else {
+            return Err(Error::Internal(format!("rows in one piece are added to, not {sums:?}")));
+        };
+        let (to, part) = (Arg::ptr(sums.data_ptr() as u64), pointer(part, Kind::Float)?);
+        self.launch("head_add", rows, ROW_THREADS, &[to, Arg::i64(stride), part, Arg::i64(width)])
     }
 
     /// Computes the products of a tile.
