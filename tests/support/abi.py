@@ -121,3 +121,18 @@ def call(name: str, *arguments: Any) -> torch.Tensor:
         assert not out.value
         raise RuntimeError(error)
     return tensor(out.value)
+
+
+class Mallinfo(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+    ]
+
+
+def allocated():
+    """Bytes that the C library has handed out."""
+    ask = ctypes.CDLL(None).mallinfo2
+    ask.restype = Mallinfo
+    info = ask()
+    return info.uordblks + info.hblkhd

@@ -23,7 +23,9 @@ def faults_of_library(path: Path) -> list[str]:
     report = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     needed = re.findall(r"\(NEEDED\).*\[(.*)\]", report)
     undefined = [name.split("@")[0] for name in re.findall(r" UND (\S+)", report)]
-    versions = {tuple(map(int, found.split("."))) for found in re.findall(r"@GLIBC_([\d.]+)", report)}
+    versions = {
+        tuple(map(int, found.split("."))) for found in re.findall(r"@GLIBC_([\d.]+)", report)
+    }
     faults = [f"needs {name}" for name in needed if name not in SYSTEM]
     faults += [f"leaves {name} undefined" for name in undefined if FOREIGN.match(name)]
     faults += [f"needs glibc {a}" for a in sorted(versions) if a > GLIBC]
@@ -48,4 +50,6 @@ if __name__ == "__main__":
     found = faults_of_wheel(wheel)
     if found:
         sys.exit("\n".join(f"{wheel}: {fault}" for fault in found))
-    print(f"{wheel}: {wheel.stat().st_size / 1e6:.1f} MB, for every Python from 3.10 and torch from 2.10 on")
+    print(
+        f"{wheel}: {wheel.stat().st_size / 1e6:.1f} MB, for every Python from 3.10 and torch from 2.10 on"
+    )

@@ -54,7 +54,9 @@ def test_a_torch_that_fails_the_self_test_is_refused():
     )
 
 
-@pytest.mark.parametrize("name", ["torch_call_dispatcher", "aoti_torch_get_sizes,torch_delete_list"])
+@pytest.mark.parametrize(
+    "name", ["torch_call_dispatcher", "aoti_torch_get_sizes,torch_delete_list"]
+)
 def test_a_function_that_is_missing_is_named(name):
     done = run("from oddsmith import functional", ODDSMITH_HIDE_TORCH_FUNCTIONS=name)
     assert done.returncode == 1
@@ -82,7 +84,9 @@ def test_a_function_that_not_every_torch_has_can_be_missing(name):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("name", ["_ZTVN3c109AllocatorE", "_ZN3c1015SetCPUAllocatorEPNS_9AllocatorEh"])
+@pytest.mark.parametrize(
+    "name", ["_ZTVN3c109AllocatorE", "_ZN3c1015SetCPUAllocatorEPNS_9AllocatorEh"]
+)
 def test_there_is_no_pool_where_libtorch_has_another_allocator(name):
     code = "from oddsmith import _core\nassert _core.install_pool() is False"
     assert run(code, ODDSMITH_HIDE_TORCH_FUNCTIONS=name).returncode == 0

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from support import abi
-from support.abi import Scalar, call
+from support.abi import Scalar, allocated, call
 from support.paths import ROOT
 
 CPU, INT = ctypes.c_int(-1), ctypes.c_int
@@ -25,7 +25,10 @@ def random(*shape, dtype=torch.float32):
 
 X, Y, SQUARE = random(3, 5), random(3, 5) + 1, random(5, 5)
 IDS = torch.tensor([[0, 2, 1], [2, 2, 0]])
-WHOLE, BYTES = random(4, 3, dtype=torch.int64), torch.tensor([[3, 250], [7, 128]], dtype=torch.uint8)
+WHOLE, BYTES = (
+    random(4, 3, dtype=torch.int64),
+    torch.tensor([[3, 250], [7, 128]], dtype=torch.uint8),
+)
 FLAGS = X > 0
 
 # Name: arguments as tch passes them, and the expression in Python.
@@ -176,7 +179,12 @@ def test_results_land_where_they_are_told_to(name):
         # A number next to a tensor without dimensions takes its dtype.
         ("atg_mul_scalar", torch.tensor(2.0), 0.1, torch.tensor(2.0) * 0.1),
         ("atg_mul_scalar", torch.tensor(2.0), 3, torch.tensor(2.0) * 3),
-        ("atg_sub_scalar", torch.tensor(7, dtype=torch.int32), 3, torch.tensor(4, dtype=torch.int32)),
+        (
+            "atg_sub_scalar",
+            torch.tensor(7, dtype=torch.int32),
+            3,
+            torch.tensor(4, dtype=torch.int32),
+        ),
         # Whole numbers and a real one give torch's default dtype.
         ("atg_mul_scalar", WHOLE, 0.1, WHOLE * 0.1),
         ("atg_div_scalar", WHOLE, 3, WHOLE / 3),
@@ -209,7 +217,11 @@ def test_missing_optional_arguments():
 
 
 def test_itself_where_nothing_changes():
-    for result in [call("atg_contiguous", X), call("atg_totype", X, X.dtype), call("atg_to", X, CPU)]:
+    for result in [
+        call("atg_contiguous", X),
+        call("atg_totype", X, X.dtype),
+        call("atg_to", X, CPU),
+    ]:
         assert result.data_ptr() == X.data_ptr()
 
 
@@ -218,7 +230,11 @@ def test_new_tensors_have_their_form():
         for dtype in abi.KINDS:
             new = call("atg_empty", shape, dtype, CPU)
             expected = torch.empty(shape, dtype=dtype)
-            assert (new.shape, new.dtype, new.stride()) == (expected.shape, dtype, expected.stride())
+            assert (new.shape, new.dtype, new.stride()) == (
+                expected.shape,
+                dtype,
+                expected.stride(),
+            )
 
 
 def test_views_share_storage_and_version():
@@ -304,7 +320,10 @@ WRONG = {
     "atg_narrow": ((X, 0, 2, 5), "aten::narrow: "),
     "atg_addmm_": ((X.clone(), X, X), "aten::addmm.out: "),
     "atg_add": ((X, Y[:, :3]), "aten::subtract.Tensor: "),
-    "atg_empty": (([1 << 50], torch.float32, CPU), "aten::empty: 4503599627370496 bytes for a tensor of shape"),
+    "atg_empty": (
+        ([1 << 50], torch.float32, CPU),
+        "aten::empty: 4503599627370496 bytes for a tensor of shape",
+    ),
     "atg_index_add": ((X, 3, IDS[0], Y), "aten::index_add: "),
 }
 
@@ -318,7 +337,9 @@ def test_errors_name_the_operator(name, capfd):
     assert abi.last_error() is None
     if name == "atg_mm":
         # From torch 2.13 on libtorch keeps the reason; before it prints it.
-        keeps = hasattr(ctypes.CDLL(torch._C.__file__), "torch_exception_get_what_without_backtrace")
+        keeps = hasattr(
+            ctypes.CDLL(torch._C.__file__), "torch_exception_get_what_without_backtrace"
+        )
         reason = "mat1 and mat2 shapes cannot be multiplied (3x5 and 3x5)"
         assert reason in (str(raised.value) if keeps else capfd.readouterr().err)
 
@@ -334,21 +355,6 @@ def test_errors_belong_to_their_thread():
     thread.join()
     assert found == [None]
     assert abi.last_error().startswith("aten::mm: ")
-
-
-class Mallinfo(ctypes.Structure):
-    _fields_ = [
-        (name, ctypes.c_size_t)
-        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
-    ]
-
-
-def allocated():
-    """Bytes that the C library has handed out."""
-    ask = ctypes.CDLL(None).mallinfo2
-    ask.restype = Mallinfo
-    info = ask()
-    return info.uordblks + info.hblkhd
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="glibc from 2.33 on counts")
