@@ -75,6 +75,9 @@ lint: test-build ## Formatting and lints, Rust and Python; CI runs the same
 	$(MAKE) --no-print-directory clippy
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/basedpyright
+	$(BIN)/python tests/support/check_stub.py
+	$(BIN)/lint-imports
 
 .PHONY: clippy
 clippy: ## Lints of the Rust code alone: the algorithms, then tensors and Python, as installed and as tested
@@ -126,5 +129,5 @@ wheel: $(BIN)/.tools ## The wheel for every Python and torch, on Linux with glib
 
 .PHONY: clean
 clean: ## Remove the environment and what Python has cached
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .mypy_cache .import_linter_cache .grimp_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +

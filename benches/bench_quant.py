@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 
 from oddsmith import functional
+from oddsmith.integrations.cpu_memory import pooled_memory
 from oddsmith.nn import Linear4bit
-from oddsmith.training.allocator import pooled_memory
 from side_by_side import Report, flags, interleave
 
 SHAPES = ((4096, 4096), (4096, 14336))

@@ -1,17 +1,17 @@
-// AdamW with moments of 8 or 32 bits: the twins of src/optim/adamw8bit.rs and src/optim/adamw.rs, equal to
-// the bit. A warp has a block of 256 elements, a lane 8 neighbours of it: codes are 8 bytes a lane, and
-// the largest magnitudes go from lane to lane without shared memory. 8-bit moments take 16 bytes of traffic
-// an element of f32, where AdamW with f32 moments takes 28.
+// AdamW with moments of 8 or 32 bits: bit-identical to src/optim/adamw8bit.rs and src/optim/adamw.rs. A warp
+// has one block of 256 elements, a lane 8 consecutive ones: a lane's codes are 8 bytes, and the largest
+// magnitudes go from lane to lane without shared memory. Per f32 element, 8-bit moments move 16 bytes, f32
+// moments 28.
 #include "common.cuh"
 
 constexpr int THREADS = 256;
 constexpr int BLOCK = 256;
 constexpr int EACH = BLOCK / WARP;
 
-/// What the elements of a parameter have in common, see `Rule` in src/optim/adamw.rs.
+/// What is the same for all elements of a parameter; see `Rule` in src/optim/adamw.rs.
 struct Rule {
     float beta1, beta2, eps, step_size, keep;
-    i64 seed;  // of stochastic rounding, for bf16; negative for the nearest
+    i64 seed;  // of stochastic rounding, for bf16; negative: round to nearest
 };
 
 // ---- the 8-bit format, see src/optim/octave.rs ----
@@ -26,7 +26,7 @@ __device__ __forceinline__ float inverse(float top, float absmax) {
     return absmax > LEAST ? __fdiv_rn(top, absmax) : 0.0f;
 }
 
-/// The code of the value nearest to `y`, not negative, as a float.
+/// The code of the value nearest to `y >= 0`, as a float.
 __device__ __forceinline__ float code_of(float y) {
     const u32 octave = (__float_as_uint(y) >> 23) - 127u;
     const u32 third = (octave * 171u) >> 9;
@@ -81,7 +81,7 @@ __device__ __forceinline__ Element updated(const Rule& rule, float value, float 
     return Element{value, m, v, root, finite};
 }
 
-/// Between two values of bf16: the upper one with the probability that keeps the mean.
+/// Stochastic rounding to bf16: the upper neighbour with the probability that keeps the mean.
 __device__ __forceinline__ float nudged(float x, u32 place, u32 seed) {
     u32 noise = place ^ seed;
     noise = (noise ^ (noise >> 16)) * 0x85ebca6bu;
@@ -93,7 +93,7 @@ __device__ __forceinline__ float nudged(float x, u32 place, u32 seed) {
 
 // ---- a lane's elements ----
 
-/// Some lanes of the last block have fewer than 8 elements; behind them is what changes nothing.
+/// In the last block some lanes have fewer than 8 elements; the rest is filled with values without effect.
 template <typename T>
 __device__ __forceinline__ void read(const T* source, int here, bool aligned, float (&values)[EACH]) {
     if (here == EACH && aligned) {
@@ -176,7 +176,7 @@ __device__ __forceinline__ void write_codes(
     }
 }
 
-/// Which elements of a parameter a lane has: none, where the block is behind the end.
+/// Which elements of a parameter a lane has: none if the block starts past the end.
 struct Place {
     i64 block, start;
     int here;
@@ -218,7 +218,7 @@ __device__ __forceinline__ void eight_bits(
 ) {
     const Place place(count);
     if (place.block * BLOCK >= count) {
-        return;  // with its whole warp
+        return;  // all lanes of the warp return together
     }
     float values[EACH], grads[EACH], m[EACH], roots[EACH];
     u32 m_code[EACH], v_code[EACH];
@@ -308,6 +308,6 @@ __device__ __forceinline__ void full(
 KERNELS(f32, float, float)
 KERNELS(bf16, bf16, bf16)
 KERNELS(f16, f16, f16)
-// Values of half precision with f32 gradients.
+// 16-bit values with f32 gradients.
 KERNELS(bf16_f32, bf16, float)
 KERNELS(f16_f32, f16, float)

@@ -1,5 +1,5 @@
 // 8-bit blockwise quantisation with a map of 256 ascending values (Dettmers et al. 2022,
-// arXiv 2110.02861). The twin of src/quant/blockwise8.rs with the nearest code, equal to the bit.
+// arXiv 2110.02861). Bit-identical to src/quant/blockwise8.rs with the nearest code.
 #include "common.cuh"
 
 constexpr int MAP_LEN = 256;
@@ -18,7 +18,7 @@ __device__ __forceinline__ float round_down(double x) {
     return __uint_as_float(nearest > 0.0f ? bits - 1 : bits + 1);
 }
 
-/// How many midpoints are below `x`; none is below NaN.
+/// Number of midpoints below `x`; zero for NaN.
 __device__ __forceinline__ u32 code_of(const float (&midpoints)[MAP_LEN], float x) {
     u32 code = 0;
 #pragma unroll
@@ -28,14 +28,14 @@ __device__ __forceinline__ u32 code_of(const float (&midpoints)[MAP_LEN], float 
     return code;
 }
 
-/// A warp a block of values.
+/// One warp per block of values.
 template <typename T>
 __device__ __forceinline__ void quantize(
     const T* __restrict__ values, const float* __restrict__ map, u8* __restrict__ codes,
     float* __restrict__ absmax, i64 count, i64 blocksize
 ) {
-    // A `float` is above an exact midpoint if it is above the midpoint rounded down, so that the search
-    // needs no doubles, of which some cards have few units.
+    // A `float` is above an exact midpoint if it is above the midpoint rounded down, so the search needs no
+    // doubles, which are slow on some GPUs.
     __shared__ float midpoints[MAP_LEN];
     for (int i = static_cast<int>(threadIdx.x); i < MAP_LEN - 1; i += THREADS) {
         const double sum = static_cast<double>(map[i]) + static_cast<double>(map[i + 1]);
@@ -51,7 +51,7 @@ __device__ __forceinline__ void quantize(
     const i64 end = count - first < blocksize ? count : first + blocksize;
     u32 bits = 0;
     for (i64 i = first + lane; i < end; i += WARP) {
-        // As integers, so that NaN is above every number.
+        // Compared as integers, so that NaN is above every number.
         bits = max(bits, __float_as_uint(load(values, i)) & 0x7fffffffu);
     }
     const float largest = __uint_as_float(warp_max(bits));
@@ -65,7 +65,7 @@ __device__ __forceinline__ void quantize(
     }
 }
 
-/// 16 bytes of values a thread, where a block ends with one.
+/// 16 bytes of values per thread, if the block size is a multiple of that.
 template <typename T>
 __device__ __forceinline__ void dequantize(
     const u8* __restrict__ codes, const float* __restrict__ map, const float* __restrict__ absmax,

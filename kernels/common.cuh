@@ -1,7 +1,7 @@
 // What the kernels share: types, conversions, 16-byte accesses, reductions.
 //
 // Compiled by NVRTC (C++17, no system header) for the device, and by the host's compiler in the
-// emulator of tests/cuda: what is inline PTX here has a twin for the host beside it, equal to the bit.
+// emulator of tests/cuda: inline PTX has a bit-identical host version beside it.
 #pragma once
 
 using u8 = unsigned char;
@@ -40,7 +40,7 @@ __device__ __forceinline__ bf16 to_bf16(float value) {
 
 // ---- half <-> float ----
 
-/// Exact. NaN becomes 0x7fffffff, which is what the instruction gives.
+/// Exact. NaN becomes 0x7fffffff, as the instruction does it.
 __device__ __forceinline__ float to_float(f16 value) {
 #ifdef __CUDA_ARCH__
     float result;
@@ -58,7 +58,7 @@ __device__ __forceinline__ float to_float(f16 value) {
     if (magnitude >= 0x0400u) {
         return __uint_as_float(sign | ((magnitude << 13) + (112u << 23)));
     }
-    // Subnormal: a whole number of 2^-24, which a float holds exactly.
+    // Subnormal: an integer multiple of 2^-24, exact in float.
     const float steps = static_cast<float>(magnitude) * 5.9604644775390625e-8f;
     return __uint_as_float(sign | __float_as_uint(steps));
 #endif
@@ -84,7 +84,7 @@ __device__ __forceinline__ f16 to_f16(float value) {
         const float shifted = __fadd_rn(__uint_as_float(magnitude), 0.5f);
         return f16{static_cast<u16>(sign | (__float_as_uint(shifted) - 0x3f000000u))};
     }
-    // Rounding may carry into the exponent, up to infinity, and is right then too.
+    // Rounding may carry into the exponent, up to infinity, which is correct.
     const u32 rounded = magnitude - (112u << 23) + 0x0fffu + ((magnitude >> 13) & 1u);
     return f16{static_cast<u16>(sign | (rounded >> 13))};
 #endif
@@ -124,9 +124,8 @@ __device__ __forceinline__ void store(T* target, i64 index, float value) {
     target[index] = from_float<T>(value);
 }
 
-/// Two elements of 16 bits in a word, the first in its low half, each rounded to nearest, ties to even.
-/// NaN becomes 0x7fff. From sm_80 on a single instruction, where rounding a bfloat16 by itself takes
-/// seven.
+/// Two 16-bit elements in a 32-bit word, the first in the low half, each rounded to nearest, ties to even.
+/// NaN becomes 0x7fff. One instruction from sm_80 on; rounding a single bfloat16 takes seven.
 template <typename T>
 __device__ __forceinline__ u32 pack(float low, float high);
 
@@ -156,7 +155,7 @@ __device__ __forceinline__ u32 pack<f16>(float low, float high) {
 
 // ---- 16 bytes at once ----
 
-/// How many elements of `T` there are in 16 bytes: 4 floats, 8 halves.
+/// How many elements of `T` are in 16 bytes: 4 floats, 8 halves.
 template <typename T>
 constexpr int LANES = 16 / static_cast<int>(sizeof(T));
 
@@ -214,8 +213,8 @@ struct Sum {
     static __device__ __forceinline__ float of(float a, float b) { return __fadd_rn(a, b); }
 };
 
-/// Over the lanes of a whole warp, as a butterfly: 16, 8, 4, 2, 1. A sum's order is fixed by that,
-/// and since `a + b == b + a` to the bit, all lanes have the same bits.
+/// Over all lanes of a warp, as a butterfly: 16, 8, 4, 2, 1. This fixes the order of a sum, and since `a + b
+/// == b + a` bit for bit, all lanes get the same bits.
 template <typename Op>
 __device__ __forceinline__ float warp_reduce(float value) {
 #pragma unroll
@@ -225,9 +224,9 @@ __device__ __forceinline__ float warp_reduce(float value) {
     return value;
 }
 
-/// Over a one-dimensional block of whole warps: each warp, then the warps' results by a butterfly.
-/// All threads of the block must come here. Two barriers: the second lets the next call reuse the
-/// shared words.
+/// Over a one-dimensional block of full warps: each warp, then the warps' results by a butterfly.
+/// All threads of the block must call this. Two barriers: the second lets the next call reuse the shared
+/// memory.
 template <typename Op>
 __device__ __forceinline__ float block_reduce(float value) {
     __shared__ float partial[WARP];
@@ -248,7 +247,7 @@ __device__ __forceinline__ float warp_max(float value) {
     return warp_reduce<Max>(value);
 }
 
-/// Of the bits of numbers that are not negative, among which NaN is above every number.
+/// Maximum of the bits of non-negative floats; NaN is above every number.
 __device__ __forceinline__ u32 warp_max(u32 bits) {
 #pragma unroll
     for (int distance = WARP / 2; distance > 0; distance /= 2) {

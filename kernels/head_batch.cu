@@ -1,12 +1,12 @@
-// The ORPO head around the tiles of head_tiles.cu: which rows of a batch are scored, and from their
-// statistics to the loss and to the coefficient of each row's gradient. One block takes a batch, so
-// that the host has nothing to wait for. The references are src/head/layout.rs, src/head/scores.rs and
+// The ORPO head around the tiles of head_tiles.cu: sorts out which rows of a batch are scored, then turns
+// their statistics into the loss and the coefficient of each row's gradient. One block does a batch, so that
+// the host does not wait. The references are src/head/layout.rs, src/head/scores.rs and
 // src/head/odds_ratio.rs.
 #include "common.cuh"
 
 constexpr int BLOCK = 512;
 
-/// Places in the counts of a batch.
+/// Indices into the counts of a batch.
 enum Count { SCORED, NLL_TOKENS, CHOSEN_ROWS, REJECTED_ROWS, INVALID, COMPLETIONS };
 /// Counts before those of sequences.
 constexpr int COUNTS = 5;
@@ -14,9 +14,9 @@ static_assert(COMPLETIONS == COUNTS, "the host makes room for so many");
 
 /// Sorts the rows of a batch by their part in the loss. One block of BLOCK threads.
 ///
-/// `index`: the scored rows in the batch's order, then the others in reverse. `owners`, by place in
-/// `index`: the sequence of a completion token, -1 for a chosen prompt's, and for an unscored row its
-/// sequence. `counts`: as in Count, then the completion tokens of each of `2 * pairs` sequences.
+/// `index`: the scored rows in the batch's order, then the others in reverse. `owners`, in the order of
+/// `index`: the sequence of a completion token or of an unscored row, -1 for a chosen prompt token. `counts`:
+/// as in Count, then the completion tokens of each of `2 * pairs` sequences.
 extern "C" __global__ void __launch_bounds__(BLOCK) head_layout(
     const i64* targets, const i64* sequence, const u8* completion, int rows, int pairs, i64 vocab,
     int full, i64* index, int* owners, int* counts) {
@@ -79,9 +79,9 @@ extern "C" __global__ void __launch_bounds__(BLOCK) head_layout(
     }
 }
 
-/// The mean hidden state of each side, `[2, width]`, and for halves what its rounding has lost,
-/// `[2, width]` more: since logits are linear, their sums are those of the side's logits over its rows.
-/// A block of BLOCK threads has WARP columns.
+/// The mean hidden state of each side, `[2, width]`, and for 16-bit types what rounding lost, `[2, width]`
+/// more: since logits are linear, their sums are those of the side's logits over its rows. One block of BLOCK
+/// threads per WARP columns.
 template <typename T>
 __device__ __forceinline__ void side_means(
     const T* hidden, i64 width, const i64* sequence, int rows, int pairs, const int* counts, T* means) {
@@ -168,7 +168,7 @@ __device__ double warp_sum(double value) {
     return value;
 }
 
-/// Over a block of BLOCK threads, in an order of its own; every thread gets the result.
+/// Sum over a block of BLOCK threads, in a fixed order; every thread gets the result.
 __device__ double block_sum(double value) {
     __shared__ double partial[BLOCK / WARP];
     value = warp_sum(value);
@@ -184,13 +184,13 @@ __device__ double block_sum(double value) {
     return value;
 }
 
-/// From the statistics of the rows to the loss, its parts and the coefficient of every scored row. One
+/// Turns the statistics of the rows into the loss, its parts and the coefficient of every scored row. One
 /// block of BLOCK threads.
 ///
 /// Statistics are in the order of `index`: `scored` rows, then under a softcap the other rows, and
-/// without one the means of the sides. `scratch` has room for `scored + 4 * pairs` numbers. Of what
-/// the caller has said about the batch, anything wrong makes the loss and the coefficients NaN: a
-/// number of scored rows that is not the batch's, and words and sequences that do not exist.
+/// without one the means of the sides. `scratch` has room for `scored + 4 * pairs` numbers. Wrong arguments
+/// make the loss and the coefficients NaN: a wrong number of scored rows, or tokens and sequences that do not
+/// exist.
 extern "C" __global__ void __launch_bounds__(BLOCK) head_scores(
     const float* max, const double* sum, const float* label, const double* total,
     const int* owners, const int* counts, int rows, int scored, int pairs, i64 vocab, double beta,
@@ -243,7 +243,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK) head_scores(
         values += term.value;
         missing += whole ? 0.0 : 1.0;
     }
-    values = block_sum(values);  // also: the slopes are there
+    values = block_sum(values);  // also a barrier: the slopes are written
     missing = block_sum(missing);
 
     const double weight = beta / (pairs > 0 ? pairs : 1);
@@ -258,14 +258,14 @@ extern "C" __global__ void __launch_bounds__(BLOCK) head_scores(
 
     double sides[2] = {0.0, 0.0};
     if (capped) {
-        for (int i = thread; i < rows; i += BLOCK) {  // all of the batch
+        for (int i = thread; i < rows; i += BLOCK) {  // all rows of the batch
             sides[0] += owners[i] < pairs ? total[i] : 0.0;
             sides[1] += owners[i] < pairs ? 0.0 : total[i];
         }
         sides[0] = block_sum(sides[0]) / (counts[CHOSEN_ROWS] > 0 ? counts[CHOSEN_ROWS] : 1);
         sides[1] = block_sum(sides[1]) / (counts[REJECTED_ROWS] > 0 ? counts[REJECTED_ROWS] : 1);
     } else {
-        // A mean in two parts has gone through the bias twice.
+        // A mean in two parts has had the bias added twice.
         for (int part = 0; part < parts; ++part) {
             sides[0] += total[scored + 2 * part] - (part == 0 || bias_sum == nullptr ? 0.0f : *bias_sum);
             sides[1] += total[scored + 2 * part + 1] - (part == 0 || bias_sum == nullptr ? 0.0f : *bias_sum);

@@ -1,18 +1,17 @@
 // The ORPO head on a tile of logits: what happens between the matrix products, which are libtorch's.
 //
-// A tile holds the raw products of some rows with some words, in float, a row every `stride` elements
-// (a multiple of 8). A block has a row, and a thread keeps its part of it in registers from the one
-// read to the one write, so that results may lie where the products were, in the type that the next
-// product multiplies in. The reference is src/head/engine.rs; the online softmax is Milakov and
-// Gimelshein 2018 (arXiv 1805.02867).
+// A tile holds the raw products of some rows with some tokens, in float, a row every `stride` elements (a
+// multiple of 8). There is one block per row; a thread reads its part of the row once, keeps it in registers
+// and writes it once, so that results can overwrite the products, in the type that the next product needs.
+// The reference is src/head/engine.rs; the online softmax is Milakov and Gimelshein 2018 (arXiv 1805.02867).
 #include "common.cuh"
 
-constexpr int GROUP = 8;   // neighbouring columns of a thread: 16 bytes of halves
-constexpr int GROUPS = 2;  // of a thread
+constexpr int GROUP = 8;   // consecutive columns of a thread: 16 bytes of a 16-bit type
+constexpr int GROUPS = 2;  // per thread
 constexpr int MAX_THREADS = 512;  // so a tile is up to 8192 wide: src/torch/head/cuda_tiles.rs
-constexpr int MIN_BLOCKS = 2;     // on a multiprocessor: 64 registers hold it all
+constexpr int MIN_BLOCKS = 2;     // per multiprocessor, which leaves 64 registers per thread
 
-/// What a product goes through on its way to a logit: `z = scale * (product + bias)`, then
+/// From a product to a logit: `z = scale * (product + bias)`, then
 /// `softcap * tanh(z / softcap)` if `softcap` is not zero.
 struct Transform {
     const float* bias;  // of the tile's columns, or null
@@ -80,7 +79,7 @@ struct Part {
     }
 };
 
-/// What is known of each row's softmax after some tiles.
+/// Running statistics of each row's softmax.
 struct Stats {
     float* max;
     double* sum;    // of exp(logit - max)
@@ -88,17 +87,17 @@ struct Stats {
     double* total;  // sum of the logits
 };
 
-/// Exponentials are at most one. Half precision has more room above it than below: by this factor
-/// nothing over 2^-40 is lost.
+/// Exponentials are at most one, and f16 has more range above one than below: with this factor nothing over
+/// 2^-40 is lost.
 template <typename T>
 constexpr float HEADROOM = 1.0f;
 template <>
 constexpr float HEADROOM<f16> = 32768.0f;
 
 /// Adds a tile to the statistics. With `EXPECT` the tile becomes `HEADROOM * exp(logit - max)`, times
-/// the softcap's slope, and what a row has accumulated shrinks as its maximum moves. The shift is the
-/// maximum itself, not a bound on it, and its own exponential, which is one, is counted apart: the log
-/// odds of a likely token are made of what is left beside it, down to where `1 + x` ends in double.
+/// the softcap's slope, and the row's accumulated sum is scaled down when its maximum moves. The shift is the
+/// maximum itself, not a bound on it, and its own exponential, which is one, is counted separately: the log
+/// odds of a likely token depend on the rest of the sum, down to where `1 + x` loses `x` in double.
 template <typename T, bool EXPECT>
 __device__ __forceinline__ void sweep(
     float* tile, i64 stride, i64 first, int columns, Transform transform, const i64* targets,
@@ -130,7 +129,7 @@ __device__ __forceinline__ void sweep(
     const float before = first == 0 ? Max::identity() : stats.max[row];
     const float max = fmaxf(before, largest);
     const float shrink = before == max ? 1.0f : expf(before - max);
-    // A maximum drops NaN, an exponential does not; if there is nothing but -inf, they are all zero.
+    // fmaxf drops NaN, expf does not; if all logits are -inf, all exponentials are zero.
     const float shift = max == Max::identity() ? 0.0f : max;
 
     float peaks = 0.0f;
@@ -174,7 +173,7 @@ __device__ __forceinline__ void sweep(
     }
 }
 
-/// Statistics alone: no gradient is wanted, or the logits are visited again.
+/// Statistics only: without a gradient, or if the logits are computed again later.
 extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) head_forward(
     float* tile, i64 stride, i64 first, int columns, const float* bias, float scale, float softcap,
     const i64* targets, float* max, double* sum, float* label, double* total) {
@@ -210,7 +209,7 @@ __device__ __forceinline__ void gradient(
     if (threadIdx.x == 0) {
         shared_log = static_cast<float>(log(sum[row]));
     }
-    __syncthreads();  // also: everything has been read that is written below
+    __syncthreads();  // also: all values that are overwritten below have been read
     const float shift = max[row];
     const float log_sum = shared_log;
     const float factor = coefficients[row] * transform.scale;
@@ -221,7 +220,7 @@ __device__ __forceinline__ void gradient(
         for (int i = 0; i < GROUP; ++i) {
             const int column = Part::column(g) + i;
             const float logit = part.values[g][i];
-            // Two steps: the first is exact for likely words, and the logarithm keeps its digits.
+            // Two subtractions: the first is exact for likely tokens, so no digits of the logarithm are lost.
             const float power = expf((logit - shift) - log_sum);
             const float error = column == wanted ? power - 1.0f : power;
             const bool zero = factor == 0.0f || column >= columns;
@@ -243,8 +242,8 @@ GRADIENT(head_gradient_f32, float)
 GRADIENT(head_gradient_bf16, bf16)
 GRADIENT(head_gradient_f16, f16)
 
-/// `d_hidden[index[row]] = coefficient * scale * (accumulated / sum - slope * weight[target])`, where
-/// no coefficients count as ones. A block a row.
+/// `d_hidden[index[row]] = coefficient * scale * (accumulated / sum - slope * weight[target])`, where null
+/// coefficients count as ones. One block per row.
 template <typename T>
 __device__ __forceinline__ void finish(
     const float* accumulated, i64 stride, const T* weight, i64 width, float scale, float softcap,
@@ -258,13 +257,13 @@ __device__ __forceinline__ void finish(
     __syncthreads();
     const float inverse = shared_inverse;
     const float factor = (coefficients == nullptr ? 1.0f : coefficients[row]) * scale;
-    // NaN if the target is no word, in which case its row of the weight does not exist.
+    // NaN if the target is outside the vocabulary: the weight has no such row.
     const float back = Transform{nullptr, scale, softcap}.slope(label[row]);
-    const T* word = weight + (isnan(label[row]) ? 0 : targets[row]) * width;
+    const T* label_weight = weight + (isnan(label[row]) ? 0 : targets[row]) * width;
     const float* expected = accumulated + row * stride;
     T* out = d_hidden + index[row] * width;
     for (i64 i = threadIdx.x; i < width; i += blockDim.x) {
-        const float target = isnan(label[row]) ? label[row] : back * load(word, i);
+        const float target = isnan(label[row]) ? label[row] : back * load(label_weight, i);
         store(out, i, factor * (expected[i] * inverse - target));
     }
 }
@@ -282,7 +281,7 @@ FINISH(head_finish_f32, float)
 FINISH(head_finish_bf16, bf16)
 FINISH(head_finish_f16, f16)
 
-/// `rows[index[row]] *= coefficient`. A block a row.
+/// `rows[index[row]] *= coefficient`. One block per row.
 template <typename T>
 __device__ __forceinline__ void scale_rows(
     T* rows, i64 width, const i64* index, const float* coefficients) {
@@ -302,7 +301,7 @@ SCALE_ROWS(head_scale_rows_f32, float)
 SCALE_ROWS(head_scale_rows_bf16, bf16)
 SCALE_ROWS(head_scale_rows_f16, f16)
 
-/// `values *= *factor`, which nobody has read on the host: usually one, and then there is nothing to do.
+/// `values *= *factor`. The factor stays on the GPU; it is usually one, and then nothing is done.
 template <typename T>
 __device__ __forceinline__ void scale_all(T* values, i64 count, const float* factor) {
     const float by = *factor;

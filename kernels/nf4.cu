@@ -1,15 +1,16 @@
 // NF4 (Dettmers et al. 2023, arXiv 2305.14314): quantise, dequantise, multiply by a few tokens.
 //
-// The twins of src/quant/nf4.rs and src/quant/product.rs; quantise and dequantise equal them to the bit.
+// The same operations as src/quant/nf4.rs and src/quant/product.rs; quantise and dequantise are
+// bit-identical.
 #include "common.cuh"
 
-/// Bits of the 16 values, as in src/quant/codebook.rs, which a test compares them with.
+/// Bits of the 16 values; a test compares them with src/quant/codebook.rs.
 __constant__ u32 NF4[16] = {
     0xbf800000u, 0xbf3239b1u, 0xbf066b30u, 0xbeca32a0u, 0xbe91a24du, 0xbe3d353fu, 0xbdba7871u, 0x00000000u,
     0x3da2faffu, 0x3e24cae3u, 0x3e7c04ddu, 0x3ead033au, 0x3ee1a4b8u, 0x3f1007abu, 0x3f3913b3u, 0x3f800000u,
 };
 
-/// Bits of the midpoints between them.
+/// Bits of the midpoints between the values.
 __constant__ u32 MIDPOINTS[15] = {
     0xbf591cd8u, 0xbf1c5270u, 0xbeeb8480u, 0xbeadea76u, 0xbe703cecu, 0xbe0d38bcu, 0xbd3a7871u, 0x3d22faffu,
     0x3df64862u, 0x3e5067e0u, 0x3e9582d4u, 0x3ec753f9u, 0x3f006d04u, 0x3f248dafu, 0x3f5c89dau,
@@ -17,7 +18,7 @@ __constant__ u32 MIDPOINTS[15] = {
 
 /// The scales of the blocks, plain or themselves quantised.
 struct Scales {
-    /// `float`, one a block; if there is a map, `u8` codes of them.
+    /// `float`, one per block; with a map, `u8` codes.
     const void* absmax;
     /// 256 values, or null.
     const float* map;
@@ -27,7 +28,7 @@ struct Scales {
     const float* offset;
     int nested_shift;
 
-    /// Of several blocks, without a branch between them: all loads of a kind are under way together.
+    /// The scales of several blocks, without a branch between them, so that their loads overlap.
     template <int N>
     __device__ __forceinline__ void get(const i64 (&blocks)[N], float (&scales)[N]) const {
         if (map == nullptr) {
@@ -59,11 +60,11 @@ struct Scales {
     }
 };
 
-// ---- quantise: a warp a block ----
+// ---- quantise: one warp per block ----
 
 constexpr int QUANTIZE_THREADS = 256;
 
-/// 15 for NaN, which is below nothing.
+/// The nearest code; 15 for NaN.
 __device__ __forceinline__ u32 nearest(float x) {
     u32 code = 0;
 #pragma unroll
@@ -88,7 +89,7 @@ __device__ __forceinline__ void quantize(
     const int len = whole ? blocksize : static_cast<int>(count - first);
     u32 bits = 0;
     for (int i = lane; i < len; i += WARP) {
-        // As integers, so that NaN is above every number.
+        // Compared as integers, so that NaN is above every number.
         bits = max(bits, __float_as_uint(load(values, first + i)) & 0x7fffffffu);
     }
     const float largest = __uint_as_float(warp_max(bits));
@@ -98,7 +99,7 @@ __device__ __forceinline__ void quantize(
         absmax[block] = whole ? largest : scale;
     }
     for (int i = 2 * lane; i < len; i += 2 * WARP) {
-        u32 codes[2] = {7, 7};  // zero, where an odd number ends
+        u32 codes[2] = {7, 7};  // padding of an odd number of values: the code of zero
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
             if (i + j < len) {
@@ -110,12 +111,12 @@ __device__ __forceinline__ void quantize(
     }
 }
 
-// ---- dequantise: 16 bytes of values a thread, four times ----
+// ---- dequantise: 16 bytes of values per thread, four times ----
 
 constexpr int DEQUANTIZE_THREADS = 256;
 constexpr int DEQUANTIZE_STEPS = 4;
 
-/// The code in shared memory, where 16 words lie in 16 banks: look-ups never wait for each other.
+/// The code values in shared memory: 16 words are in 16 banks, so look-ups have no bank conflicts.
 __device__ __forceinline__ void fill(float (&code)[16]) {
     if (threadIdx.x < 16) {
         code[threadIdx.x] = __uint_as_float(NF4[threadIdx.x]);
@@ -128,7 +129,7 @@ __device__ __forceinline__ float value_of(const float (&code)[16], u32 word, int
     return code[word >> (4 * (i ^ 1)) & 15u];
 }
 
-/// Words of 2 or 4 bytes of codes, which may lie at any address.
+/// Loads words of 2 or 4 bytes of codes from any address.
 template <int BYTES, int N>
 __device__ __forceinline__ void load_codes(const u8* packed, const i64 (&places)[N], u32 (&words)[N]) {
     const bool aligned = reinterpret_cast<u64>(packed) % BYTES == 0;
@@ -169,14 +170,14 @@ __device__ __forceinline__ void dequantize(
         i64 blocks[DEQUANTIZE_STEPS];
 #pragma unroll
         for (int step = 0; step < DEQUANTIZE_STEPS; ++step) {
-            // Past the end the last group is read again, and not written.
+            // Past the end, the last group is read again but not written.
             groups[step] = min(first + step * DEQUANTIZE_THREADS, whole - 1);
             blocks[step] = groups[step] * GROUP >> block_shift;
         }
         load_codes<BYTES>(packed, groups, words);
         scales.get(blocks, scale);
     }
-    fill(code);  // while the loads are under way
+    fill(code);  // overlaps with the loads
 #pragma unroll
     for (int step = 0; step < DEQUANTIZE_STEPS; ++step) {
         if (first + step * DEQUANTIZE_THREADS < whole) {
@@ -188,7 +189,7 @@ __device__ __forceinline__ void dequantize(
             store_16_bytes(values + groups[step] * GROUP, wide);
         }
     }
-    // Fewer than a group are left: a thread each, of the first block.
+    // The remainder is smaller than a group: one thread per value, in the first block.
     const i64 last = whole * GROUP + threadIdx.x;
     if (blockIdx.x == 0 && last < count) {
         const float value = value_of(code, packed[last / 2], static_cast<int>(last & 1));
@@ -196,12 +197,12 @@ __device__ __forceinline__ void dequantize(
     }
 }
 
-// ---- multiply: a warp for two rows of the weight ----
+// ---- multiply: one warp per two rows of the weight ----
 
 constexpr int MULTIPLY_THREADS = 128;
-/// Rows share what is read of the tokens.
+/// Rows of a warp share the loads of the tokens.
 constexpr int ROWS = 2;
-/// Codes of a word, which lie in one block.
+/// Codes in a 32-bit word; they are in one block.
 constexpr int CODES = 8;
 
 template <typename T>
@@ -233,7 +234,7 @@ __device__ __forceinline__ void multiply(
     if (row >= rows) {
         return;
     }
-    // Steps whose loads are under way together: as many as the registers hold beside the sums.
+    // Steps whose loads overlap: as many as fit in registers beside the sums.
     constexpr int STEPS = TOKENS == 1 ? 4 : TOKENS <= 4 ? 2 : 1;
     constexpr int WIDTH = WARP * CODES;
     float sums[ROWS][TOKENS] = {};
@@ -243,8 +244,8 @@ __device__ __forceinline__ void multiply(
         float scale[STEPS * ROWS];
 #pragma unroll
         for (int i = 0; i < STEPS * ROWS; ++i) {
-            // Past the end of a row its beginning is read, for a row that is not there the one before;
-            // neither is added up.
+            // Past the end of a row its beginning is read, and for a missing second row the first; neither is
+            // added to the sums.
             const int column = first + i / ROWS * WIDTH;
             const i64 start = (row + i % ROWS < rows ? row + i % ROWS : row) * columns;
             const i64 place = start + (column < columns ? column : first);

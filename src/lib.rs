@@ -1,7 +1,7 @@
 //! The hot path of oddsmith: ORPO (odds-ratio preference optimisation) without the logits.
 //!
-//! Algorithms work on slices and know neither torch nor Python: [`head`], [`data`], [`quant`], [`optim`],
-//! [`checkpoint`], on what they share in [`base`]. Adapters carry them to tensors (`torch`), to NVIDIA GPUs
+//! Algorithms work on slices, without torch and Python: [`head`], [`data`], [`quant`], [`optim`],
+//! [`checkpoint`], with shared code in [`base`]. Adapters carry them to tensors (`torch`), to NVIDIA GPUs
 //! (`cuda`) and to Python (`python`), each behind a cargo feature of its name, so that an import in the
 //! wrong direction does not compile.
 

@@ -1,10 +1,10 @@
-//! Imports between the rooms of this crate run one way, and files of a room in no circle.
+//! Tests that imports between the folders ("rooms") of this crate run one way, without circles in a room.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// What a room may import, beside itself.
+/// The other rooms that a room may import.
 const ALLOWED: [(&str, &[&str]); 10] = [
     ("base", &[]),
     ("checkpoint", &["base", "quant"]),
@@ -33,14 +33,14 @@ fn code(path: &Path) -> String {
     text.lines().filter(|line| !line.trim_start().starts_with("//")).collect::<Vec<_>>().join("\n")
 }
 
-/// The module of a file, such as `quant::nf4`; of a `mod.rs` the folder's.
+/// The module of a file, such as `quant::nf4`; for a `mod.rs`, the module of its folder.
 fn module(path: &Path, root: &Path) -> String {
     let inside = path.strip_prefix(root).expect("a file of src").with_extension("");
     let names: Vec<_> = inside.iter().map(|name| name.to_string_lossy().into_owned()).collect();
     names.join("::").trim_end_matches("::mod").to_owned()
 }
 
-/// Full paths of what a file imports by `use`, and of the paths that it names in place.
+/// Full paths of all imports of a file, by `use` or by a path in the code.
 fn imports(path: &Path, root: &Path) -> BTreeSet<String> {
     let (own, code) = (module(path, root), code(path));
     let parent =
@@ -111,7 +111,7 @@ fn no_files_import_each_other_in_a_circle() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
     let files = sources(&root);
     let modules: BTreeSet<String> = files.iter().map(|path| module(path, &root)).collect();
-    // The longest module that a path begins with; a `mod.rs` only where something of its own is meant.
+    // The longest module that a path begins with; a `mod.rs` only for its own items.
     let target = |import: &str| {
         let mut name = import;
         loop {
@@ -143,7 +143,7 @@ fn no_files_import_each_other_in_a_circle() {
 #[test]
 fn vector_instructions_are_looked_for_in_one_place() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
-    // The units for bf16 are those of libtorch's products, with a limit of oneDNN's own.
+    // bf16 units matter only for libtorch's products, which have a separate limit of oneDNN.
     let allowed = ["base::simd", "torch::quant::linear"];
     let files = sources(&root).into_iter().filter(|path| !path.ends_with("rooms.rs"));
     let looking = files.filter(|path| code(path).contains("is_x86_feature_detected!("));

@@ -1,4 +1,4 @@
-"""What all tests share."""
+"""Fixtures of all tests."""
 
 import os
 from pathlib import Path
@@ -17,13 +17,13 @@ if WORKERS:
     os.environ.setdefault("OMP_NUM_THREADS", str(share))
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-# What the compiled core computes in a team of threads.
+# Ops that the compiled core computes with several threads.
 TEAMS = ("parity", "property", "unit/head", "unit/quant", "unit/optim", "unit/packing")
 
 
 @pytest.fixture(autouse=WORKERS > 0)
 def team(request):
-    """Two threads at least, however many workers there are, where teams of threads are tested."""
+    """At least two threads, for any number of workers, in tests of several threads."""
     where = request.path.relative_to(Path(__file__).parent).as_posix()
     if not where.startswith(TEAMS):
         yield
@@ -56,10 +56,10 @@ def tensor_ops_switch():
 
 @pytest.fixture
 def emulated_driver(monkeypatch):
-    """For one test, CPU tensors take the path of CUDA tensors, through an emulated driver, and end where
-    memory does.
+    """For one test, CPU tensors take the path of CUDA tensors, with an emulated driver, and end at
+    the end of accessible memory.
 
-    Recorder and switches of the driver are those of `emulation.Driver`.
+    Returns the `emulation.Driver` with its recorder and switches.
     """
     import torch
 
@@ -67,7 +67,7 @@ def emulated_driver(monkeypatch):
     from support import emulation
 
     if torch.cuda.is_available():
-        # The driver is opened once a process, and tests/gpu need the card's.
+        # The driver is opened once per process, and tests/gpu need that of the GPU.
         pytest.skip("there is a card: its driver is in use")
     library = emulation.build()
     monkeypatch.setenv("ODDSMITH_CUDA_DRIVER", str(library))

@@ -1,4 +1,4 @@
-"""Every op in a few naive lines that hold everything: what the fast ones are compared with."""
+"""Naive versions of all ops in a few lines, for comparison with the fast ones."""
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ def linear_logps(hidden, weight, targets, bias=None, softcap=None, logit_scale=1
 
 
 def log1mexp(x):
-    # Each branch sees arguments for which it is finite, so that the other's gradient is no NaN.
+    # Each branch gets arguments for which it is finite, so that no gradient is NaN.
     ln2 = 0.6931471805599453
     far, near = x.clamp(max=-ln2), x.clamp(min=-ln2, max=-1e-45)
     return torch.where(x < -ln2, torch.log1p(-torch.exp(far)), torch.log(-torch.expm1(near)))
@@ -39,7 +39,7 @@ def linear_orpo(
     nll_scope="full",
     odds_ratio_link="logsigmoid",
 ):
-    """The loss and a dict of what is reported beside it."""
+    """The loss and a dict of the reported metrics."""
     logps = linear_logps(hidden, weight, targets, bias, softcap, logit_scale)
     pairs = int(sequence.max()) // 2 + 1
     scored, chosen = targets != -100, sequence < pairs
@@ -66,7 +66,7 @@ def linear_orpo(
 
 
 def quantize_nf4(tensor, code, blocksize):
-    """Packed bytes and scales, a block after the other."""
+    """Packed bytes and scales, block by block."""
     midpoints = (code[1:] + code[:-1]) / 2
     codes, scales = [], []
     for block in tensor.detach().float().flatten().split(blocksize):
@@ -90,7 +90,7 @@ def dequantize_nf4(packed, absmax, code, blocksize, shape, dtype=torch.float32):
 
 
 def quantize_blockwise(tensor, values, blocksize):
-    """The nearest of `values`, of two the lower."""
+    """The nearest of `values`; the lower one on a tie."""
     codes, scales = [], []
     for block in tensor.flatten().split(blocksize):
         scale = block.abs().max()
@@ -154,7 +154,7 @@ class GaLoreAdamW:
 
 
 class Apollo:
-    """One matrix (Zhu et al. 2024, algorithm 1); `limited` says whether the limiter has acted."""
+    """One matrix (Zhu et al. 2024, algorithm 1); `limited` is whether the limiter was active."""
 
     def __init__(self, weight, scale_type, scale):
         self.weight, self.scale_type, self.scale = weight.clone(), scale_type, scale

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .integrations import import_hook
 
-# A script that loads a 4-bit model may import nothing else of this package.
+# A script that loads a 4-bit model may not import any other module of this package.
 import_hook.install()
 
 if TYPE_CHECKING:
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from . import optim as optim
     from .config import ORPOConfig as ORPOConfig
     from .integrations.bitsandbytes_layers import adopt as adopt
-    from .integrations.transformers_quantizer import NF4Config as NF4Config
-    from .integrations.transformers_quantizer import use_for_bitsandbytes as use_for_bitsandbytes
+    from .integrations.nf4_config import NF4Config as NF4Config
+    from .integrations.nf4_config import use_for_bitsandbytes as use_for_bitsandbytes
     from .trainer import ORPOTrainer as ORPOTrainer
 
     __version__: str
@@ -40,11 +40,11 @@ __all__ = [
 # Public names by module, imported at first use: torch and transformers take seconds, and
 # `oddsmith --help` needs neither.
 _LAZY = {
-    "NF4Config": ".integrations.transformers_quantizer",
+    "NF4Config": ".integrations.nf4_config",
     "ORPOConfig": ".config",
     "ORPOTrainer": ".trainer",
     "adopt": ".integrations.bitsandbytes_layers",
-    "use_for_bitsandbytes": ".integrations.transformers_quantizer",
+    "use_for_bitsandbytes": ".integrations.nf4_config",
 }
 _MODULES = ("functional", "nn", "optim")
 

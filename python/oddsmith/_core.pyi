@@ -1,18 +1,19 @@
 """The compiled core. Use [`oddsmith.functional`], which adds autograd and torch.compile."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from os import PathLike
-from typing import TypedDict
+from typing import TypedDict, final
 
 from torch import Tensor
 
-from .checkpoint.rules import Rule
+from .checkpoint.rules import TensorRule
 from .head.arguments import HeadArguments, Needs, ObjectiveArguments, PairArguments
 from .optim.adamw.arguments import Item
 from .quant.arguments import PackedWeight
 
 __version__: str
 
+@final
 class RowEncoder:
     """A tokenizer's JSON together with the rules for rows; see [`oddsmith.data.rust_rows.FastRows`]."""
 
@@ -39,14 +40,14 @@ class RowEncoder:
         parallel: bool,
     ) -> dict[str, bytes]:
         """
-        Buffers of the token columns of a batch; texts come as data and 64-bit offsets.
+        Buffers of the token columns of a batch; texts are given as data and 64-bit offsets.
 
         `{prompt,chosen,rejected}_{input_ids,offsets}` and `{chosen,rejected}_labels` are int32,
-        `overlength` and `empty` a byte for each row.
+        `overlength` and `empty` are one byte per row.
         """
 
 class _Gradients(TypedDict):
-    """Empty where not wanted."""
+    """Empty if not needed."""
 
     hidden: Tensor
     weight: Tensor
@@ -115,13 +116,15 @@ class _WrittenParts(TypedDict):
     len: int  # bytes of its tensors, at most
 
 def checkpoint_tensors(path: _Path) -> list[_TensorParts]: ...
-def checkpoint_states(base: list[_Path], names: list[str]) -> list[_StateParts | None]: ...
-def converted_size(base: list[_Path], adapter: _Path | None, rules: list[Rule]) -> int: ...
+def checkpoint_states(base: Sequence[_Path], names: list[str]) -> list[_StateParts | None]: ...
+def converted_size(
+    base: Sequence[_Path], adapter: _Path | None, rules: list[TensorRule]
+) -> int: ...
 def convert_checkpoint(
-    base: list[_Path],
+    base: Sequence[_Path],
     adapter: _Path | None,
-    rules: list[Rule],
-    outputs: list[_Path],
+    rules: list[TensorRule],
+    outputs: Sequence[_Path],
     code: Tensor,
     progress: Callable[[int], object],
 ) -> list[_WrittenParts]: ...
@@ -132,7 +135,7 @@ def use_tensor_ops(on: bool) -> None:
     """Make CPU tensors take the path of other devices."""
 
 def emulate_cuda(on: bool) -> None:
-    """Make CPU tensors take the path of CUDA tensors, through the driver ODDSMITH_CUDA_DRIVER names."""
+    """Make CPU tensors take the path of CUDA tensors, with the driver in ODDSMITH_CUDA_DRIVER."""
 
 def kernel_sources() -> list[str]:
     """Names of the files in kernels/."""

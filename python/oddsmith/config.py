@@ -3,11 +3,15 @@
 import math
 import numbers
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from transformers import TrainingArguments
-from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available, logging
+from transformers.utils import logging
+from transformers.utils.import_utils import (
+    is_torch_bf16_gpu_available,
+    is_torch_xla_available,
+)
 
 from .legacy_arguments import LEGACY_NAMES, LegacyArguments, flag, resolve_legacy
 
@@ -18,8 +22,15 @@ BETA_SCHEDULES = ("constant", "linear", "cosine")
 NLL_SCOPES = ("full", "completion")
 ODDS_RATIO_LINKS = ("logsigmoid", "identity")
 OVERLENGTH_POLICIES = ("truncate", "drop")
-# As they come from a command line or a YAML file, and as they are.
-_SHARE_PROMPT = {"auto": "auto", "true": True, "false": False}
+# The values as text, and as JSON or YAML types.
+_SHARE_PROMPT: dict[str, bool | Literal["auto"]] = {"auto": "auto", "true": True, "false": False}
+
+if TYPE_CHECKING:
+    SharePrompt = bool | Literal["auto"]
+else:
+    # HfArgumentParser cannot make a flag of such a union, so it passes the text, which is parsed
+    # here.
+    SharePrompt = str
 
 # What TRL assumed when max_length was None.
 _MAX_LENGTH_OF_NONE = 512
@@ -28,10 +39,10 @@ _MAX_LENGTH_OF_NONE = 512
 @dataclass
 class ORPOConfig(LegacyArguments, TrainingArguments):
     r"""
-    Arguments of [`ORPOTrainer`]: those of [`~transformers.TrainingArguments`] and the ones below.
+    Arguments of [`ORPOTrainer`]: those of [`~transformers.TrainingArguments`] and those below.
 
-    Takes the arguments of every TRL release, and the names that older releases of transformers had
-    ([`~oddsmith.legacy_arguments.LegacyArguments`]). Can be turned into command line flags with
+    Takes the arguments of every TRL release, and the names of older releases of transformers
+    ([`~oddsmith.legacy_arguments.LegacyArguments`]). Can be converted to command line flags with
     [`~transformers.HfArgumentParser`].
 
     Args:
@@ -41,25 +52,25 @@ class ORPOConfig(LegacyArguments, TrainingArguments):
             Steps between two logs; below 1 a fraction of all steps.
         gradient_checkpointing (`bool`, *optional*, defaults to `True`):
             Recompute activations in the backward pass. `activation_checkpointing`, its newer name
-            in transformers, wins if both are given.
+            in transformers, is used if both are given.
         bf16 (`bool`, *optional*):
             bfloat16 mixed precision. `None` means yes unless `fp16` is set. Falls back to fp32,
-            with a line in the log, where the hardware has no bfloat16.
+            with a log message, if the hardware has no bfloat16.
         beta (`float`, *optional*, defaults to `0.1`):
-            Weight of the odds ratio term (lambda in the paper). With a `beta_schedule` the value
-            training starts from.
+            Weight of the odds ratio term (lambda in the paper). With a `beta_schedule`, the value
+            at the start.
         beta_schedule (`str`, *optional*, defaults to `"constant"`):
-            `"constant"`, or how beta goes to `beta_end`: `"linear"` or `"cosine"`.
+            `"constant"`, or how beta changes to `beta_end`: `"linear"` or `"cosine"`.
         beta_end (`float`, *optional*):
             Value of beta at the end of training; required by, and only allowed with, a schedule.
         beta_anneal_start (`float`, *optional*, defaults to `0.0`):
-            Fraction of training, in [0, 1), during which beta stays as it is before it goes to
+            Fraction of training, in [0, 1), during which beta is constant before it changes to
             `beta_end`.
         nll_scope (`str`, *optional*, defaults to `"full"`):
             Tokens of the chosen sequence in the likelihood term: `"full"` (prompt and completion,
             as TRL) or `"completion"`.
         odds_ratio_link (`str`, *optional*, defaults to `"logsigmoid"`):
-            What is applied to the log odds ratio: `"logsigmoid"` (the paper and TRL) or
+            Function of the log odds ratio: `"logsigmoid"` (the paper and TRL) or
             `"identity"` (the raw log odds ratio, which has no bound).
         max_length (`int`, *optional*, defaults to `1024`):
             Most tokens of prompt and completion together. `None` means 512.
@@ -74,37 +85,35 @@ class ORPOConfig(LegacyArguments, TrainingArguments):
         overlength (`str`, *optional*, defaults to `"truncate"`):
             What happens to a pair that is too long: `"truncate"` or `"drop"`.
         label_pad_token_id (`int`, *optional*, defaults to `-100`):
-            Label of the positions that are not learnt.
+            Label of the positions that are not trained on.
         padding_value (`int`, *optional*):
             Token id that pads the inputs. `None`: that of the tokenizer.
         disable_dropout (`bool`, *optional*, defaults to `True`):
             Set every dropout of the model, the adapter's included, to 0.
         generate_during_eval (`bool`, *optional*, defaults to `False`):
             Log completions of the model with each evaluation.
-        is_encoder_decoder (`bool`, *optional*):
-            Kind of the model that `model_init` returns.
+        is_encoder_decoder (`bool`, *optional*):            Whether `model_init` returns an
+            encoder-decoder model.
         model_init_kwargs (`dict[str, Any]` or `str`, *optional*):
-            Keyword arguments, or a JSON object of them, for `from_pretrained` where the model is a
+            Keyword arguments, or a JSON object of them, for `from_pretrained` if the model is a
             string.
-        trust_remote_code (`bool`, *optional*, defaults to `False`):
-            Allow models that bring their own Python code.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):            Allow models with
+            Python code in their repository.
         dataset_num_proc (`int`, *optional*):
-            Processes that prepare the data. The tokenizer uses all cores within one process too.
+            Processes that prepare the data. The tokenizer uses all cores even with one process.
         padding_free (`bool`, *optional*, defaults to `True`):
-            Run the model on one packed row of the batch's real tokens, where its attention allows
-            it; the log says where it does not. Needs the fused head.
+            Run the model on one packed row of the batch's tokens without padding, if its attention
+            allows it; otherwise the log says why not. Needs the fused head.
         share_prompt (`bool` or `"auto"`, *optional*, defaults to `"auto"`):
-            Compute what the two sequences of a pair begin with once, in a packed row; the results
-            are the same. `"auto"`: where that saves at least 5 % of a pair's tokens.
+            Compute the common beginning of a pair's sequences once, in a packed row; the results
+            are the same. `"auto"`: if that saves at least 5 % of a pair's tokens.
         max_tokens_per_batch (`int`, *optional*):
-            Fill each training batch with pairs up to so many tokens, both sequences of a pair
-            counted in full, instead of `per_device_train_batch_size` pairs. An epoch has every pair
-            once.
+            Most tokens of a training batch, both sequences of a pair counted in full, instead of
+            `per_device_train_batch_size` pairs. An epoch has every pair once.
         use_fused_head (`bool`, *optional*, defaults to `True`):
-            Compute the loss in the fused head, which never holds the logits of a batch. `False`:
-            from logits.
+            Compute the loss in the fused head, without the logits of a batch. `False`: from logits.
         logits_budget (`int`, *optional*):
-            Bytes that the fused head may use for logits at a time. `None`: the head chooses.
+            Most bytes of logits that the fused head may hold. `None`: the head chooses.
     """
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
@@ -116,7 +125,8 @@ class ORPOConfig(LegacyArguments, TrainingArguments):
         default=10,
         metadata={"help": "Steps between two logs; below 1 a fraction of all training steps."},
     )
-    gradient_checkpointing: bool = field(
+    # Never None here, so that the command line has --no_gradient_checkpointing.
+    gradient_checkpointing: bool = field(  # pyright: ignore[reportIncompatibleVariableOverride]
         default=True,
         metadata={"help": "Recompute activations in the backward pass to save memory."},
     )
@@ -128,7 +138,7 @@ class ORPOConfig(LegacyArguments, TrainingArguments):
     beta: float = field(default=0.1, metadata={"help": "Weight of the odds ratio term."})
     beta_schedule: str = field(
         default="constant",
-        metadata={"help": "How beta goes to beta_end.", "choices": list(BETA_SCHEDULES)},
+        metadata={"help": "How beta changes to beta_end.", "choices": list(BETA_SCHEDULES)},
     )
     beta_end: float | None = field(
         default=None, metadata={"help": "Beta at the end of training, for a schedule."}
@@ -175,7 +185,7 @@ class ORPOConfig(LegacyArguments, TrainingArguments):
         },
     )
     label_pad_token_id: int = field(
-        default=-100, metadata={"help": "Label of positions that are not learnt."}
+        default=-100, metadata={"help": "Label of positions that are not trained on."}
     )
     padding_value: int | None = field(
         default=None, metadata={"help": "Token id that pads the inputs. Default: the tokenizer's."}
@@ -185,36 +195,36 @@ class ORPOConfig(LegacyArguments, TrainingArguments):
     generate_during_eval: bool = field(
         default=False, metadata={"help": "Log completions of the model with each evaluation."}
     )
-    is_encoder_decoder: bool | None = flag(None, "Kind of the model that `model_init` returns.")
+    is_encoder_decoder: bool | None = flag(None, "`model_init` returns an encoder-decoder model.")
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None,
         metadata={"help": "Keyword arguments (JSON on the command line) to load the model with."},
     )
     trust_remote_code: bool = field(
-        default=False, metadata={"help": "Allow models that bring their own Python code."}
+        default=False, metadata={"help": "Allow models with Python code in their repository."}
     )
     dataset_num_proc: int | None = field(
         default=None, metadata={"help": "Processes that prepare the data."}
     )
 
     padding_free: bool = field(
-        default=True, metadata={"help": "Run the model on real tokens only, where it can."}
+        default=True, metadata={"help": "Run the model without padding, if it allows it."}
     )
-    share_prompt: str = field(
+    share_prompt: SharePrompt = field(
         default="auto",
-        metadata={"help": "Compute each prompt once: auto (where it is worth it), true or false."},
+        metadata={"help": "Compute each prompt once: auto (if it saves time), true or false."},
     )
     max_tokens_per_batch: int | None = field(
-        default=None, metadata={"help": "Tokens of a training batch, in place of its pairs."}
+        default=None, metadata={"help": "Most tokens of a training batch, instead of pairs."}
     )
     use_fused_head: bool = field(
         default=True, metadata={"help": "Compute the loss in the fused head, without the logits."}
     )
     logits_budget: int | None = field(
-        default=None, metadata={"help": "Bytes the fused head may use for logits at a time."}
+        default=None, metadata={"help": "Most bytes of logits that the fused head may hold."}
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self._read_numbers()
         resolve_legacy(self)
         self._resolve_checkpointing()
@@ -222,12 +232,12 @@ class ORPOConfig(LegacyArguments, TrainingArguments):
         if self.max_length is None:
             logger.warning_once(f"`max_length` is None: using {_MAX_LENGTH_OF_NONE}.")
             self.max_length = _MAX_LENGTH_OF_NONE
-        self._check()
+        self._check(self.max_length)
         super().__post_init__()
         self._resolve_model_init_kwargs()
 
     def _read_numbers(self) -> None:
-        """Read floats that arrive as strings: YAML takes 8e-6, having no dot, for a string."""
+        """Read floats that arrive as strings: YAML reads 8e-6, which has no dot, as a string."""
         for each in fields(self):
             value = getattr(self, each.name)
             if isinstance(value, str) and each.type in (float, float | None):
@@ -237,8 +247,8 @@ class ORPOConfig(LegacyArguments, TrainingArguments):
                     raise ValueError(f"{each.name} is {value!r}; must be a number") from None
 
     def _resolve_checkpointing(self) -> None:
-        # transformers 5.2x warns about the old name even where it only holds this class's default.
-        # Before that there is no new name, and nothing to do.
+        # transformers 5.2x warns about the old name even if it only has this class's default.
+        # Earlier releases have no new name.
         for old, new in (
             ("gradient_checkpointing", "activation_checkpointing"),
             ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"),
@@ -248,11 +258,11 @@ class ORPOConfig(LegacyArguments, TrainingArguments):
 
     def _resolve_precision(self) -> None:
         if self.fp16 and self.bf16:
-            raise ValueError("fp16 and bf16 are both True; at most one may be")
+            raise ValueError("fp16 and bf16 are both True; at most one can be")
         wanted = not self.fp16 if self.bf16 is None else self.bf16
         if self.use_cpu:
-            # By default only where the CPU has the instructions: without them torch emulates, about
-            # a hundred times slower than fp32. Asked for explicitly, it is granted.
+            # By default only if the CPU has the instructions: without them torch emulates bfloat16,
+            # about a hundred times slower than fp32. An explicit bf16=True is kept.
             missing = wanted and self.bf16 is None and not _cpu_has_bf16()
         else:
             missing = (wanted or self.bf16_full_eval) and not (
@@ -261,23 +271,24 @@ class ORPOConfig(LegacyArguments, TrainingArguments):
         if missing:
             logger.warning_once("This hardware has no bfloat16: falling back to fp32.")
             wanted = False
-            self.bf16_full_eval = self.bf16_full_eval and self.use_cpu
-        self.bf16 = wanted
+            self.bf16_full_eval: bool = self.bf16_full_eval and self.use_cpu
+        # `bool` in the base class; here None means not given.
+        self.bf16 = wanted  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def _resolve_model_init_kwargs(self) -> None:
-        # TrainingArguments.__post_init__ has read a JSON object by now.
+        # TrainingArguments.__post_init__ has parsed JSON text.
         kwargs = self.model_init_kwargs
         if kwargs is None:
             return
         if not isinstance(kwargs, dict):
             raise ValueError(f"model_init_kwargs is {kwargs!r}; must be a dict or a JSON object")
         if "torch_dtype" in kwargs:
-            # The older name of dtype; to_dict makes only the newer one JSON-able.
+            # The older name of dtype; to_dict converts only the newer one.
             kwargs = dict(kwargs)
             kwargs.setdefault("dtype", kwargs.pop("torch_dtype"))
             self.model_init_kwargs = kwargs
 
-    def _check(self) -> None:
+    def _check(self, max_length: int) -> None:
         _check_positive("beta", self.beta)
         self.beta = float(self.beta)
         _check_choice("beta_schedule", self.beta_schedule, BETA_SCHEDULES)
@@ -292,13 +303,17 @@ class ORPOConfig(LegacyArguments, TrainingArguments):
                 "set beta_schedule to 'linear' or 'cosine'"
             )
         if not 0.0 <= self.beta_anneal_start < 1.0:
-            raise ValueError(f"beta_anneal_start is {self.beta_anneal_start}; must lie in [0, 1)")
+            raise ValueError(f"beta_anneal_start is {self.beta_anneal_start}; must be in [0, 1)")
         _check_choice("nll_scope", self.nll_scope, NLL_SCOPES)
         _check_choice("odds_ratio_link", self.odds_ratio_link, ODDS_RATIO_LINKS)
         _check_choice("truncation_mode", self.truncation_mode, TRUNCATION_MODES)
         _check_choice("overlength", self.overlength, OVERLENGTH_POLICIES)
-        self.share_prompt = _SHARE_PROMPT.get(str(self.share_prompt).lower(), self.share_prompt)
-        _check_choice("share_prompt", self.share_prompt, tuple(_SHARE_PROMPT.values()))
+        share_prompt = _SHARE_PROMPT.get(str(self.share_prompt).lower())
+        if share_prompt is None:
+            raise ValueError(
+                f"share_prompt is {self.share_prompt!r}; must be True, False or 'auto'"
+            )
+        self.share_prompt = share_prompt
         for name in (
             "max_length",
             "max_prompt_length",
@@ -313,29 +328,29 @@ class ORPOConfig(LegacyArguments, TrainingArguments):
         if self.label_pad_token_id >= 0:
             raise ValueError(
                 f"label_pad_token_id is {self.label_pad_token_id}; must be negative, so that it "
-                "is no token"
+                "is not a token id"
             )
-        if self.max_prompt_length is not None and self.max_prompt_length >= self.max_length:
+        if self.max_prompt_length is not None and self.max_prompt_length >= max_length:
             raise ValueError(
                 f"max_prompt_length is {self.max_prompt_length}; must be below max_length "
-                f"{self.max_length}, or nothing is left for the answers"
+                f"{max_length}, to leave tokens for the answers"
             )
 
     def beta_at(self, step: int, max_steps: int) -> float:
         """
         Beta of a training step.
 
-        `beta` for the first `beta_anneal_start` of training; from there to `beta_end`, which is
-        reached at `max_steps`, on a line or on half a cosine.
+        `beta` for the first `beta_anneal_start` of training; then linearly or by half a cosine to
+        `beta_end` at `max_steps`.
 
         Args:
-            step (`int`): Optimiser steps done so far.
-            max_steps (`int`): Optimiser steps of the whole training.
+            step (`int`): Optimiser steps so far.
+            max_steps (`int`): Optimiser steps of the training.
 
         Raises:
             ValueError: If there is a schedule and `max_steps` is not positive.
         """
-        if self.beta_schedule == "constant":
+        if self.beta_schedule == "constant" or self.beta_end is None:
             return self.beta
         if max_steps <= 0:
             raise ValueError(f"max_steps is {max_steps}; must be positive for a beta_schedule")
@@ -345,11 +360,15 @@ class ORPOConfig(LegacyArguments, TrainingArguments):
             done = 0.5 - 0.5 * math.cos(math.pi * done)
         return self.beta + (self.beta_end - self.beta) * done
 
+    def model_kwargs(self) -> dict[str, Any]:
+        """`model_init_kwargs`, empty if there are none."""
+        return self.model_init_kwargs if isinstance(self.model_init_kwargs, dict) else {}
+
     def to_dict(self) -> dict[str, Any]:
-        """All arguments as JSON-able values, without the older names, which are None here."""
+        """All arguments as JSON values, without the older names, which are None here."""
         kept = self.model_init_kwargs
         try:
-            # TrainingArguments.to_dict writes strings for dtypes into the nested dict itself.
+            # TrainingArguments.to_dict changes dtypes to strings inside the nested dict.
             self.model_init_kwargs = dict(kept) if isinstance(kept, dict) else kept
             all_values = super().to_dict()
         finally:
@@ -360,7 +379,7 @@ class ORPOConfig(LegacyArguments, TrainingArguments):
 def _check_positive(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise ValueError(f"{name} is {value!r}; must be a number")
-    if not (math.isfinite(value) and value > 0):
+    if not (math.isfinite(value) and float(value) > 0):
         raise ValueError(f"{name} is {value}; must be positive and finite")
 
 

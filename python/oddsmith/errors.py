@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend."""
+"""Errors that the user can fix."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ class UserError(Exception):
 
 @contextmanager
 def user_errors(what: str) -> Iterator[None]:
-    """Turns what goes wrong with the user's input into a [`UserError`]."""
+    """Turns exceptions about the user's input into a [`UserError`]."""
     try:
         yield
     except (ValueError, TypeError, OSError, ImportError) as error:

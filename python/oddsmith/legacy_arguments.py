@@ -1,19 +1,19 @@
-"""Names that older training scripts pass and that transformers 5 no longer knows.
+"""Names of older training scripts that transformers 5 no longer knows.
 
-One table each for the names that have a successor and for those that have none. Both become real
-dataclass fields of [`LegacyArguments`], so that `ORPOConfig(...)`, `HfArgumentParser`, YAML files
-and `--flag` accept them alike; [`resolve_legacy`] then moves the values to where they belong now.
+One table has the names with a successor, the other those without. Both become dataclass fields of
+[`LegacyArguments`], so that `ORPOConfig(...)`, `HfArgumentParser`, YAML files and `--flag` accept
+them; [`resolve_legacy`] then moves the values to the new names.
 """
 
 import math
-from dataclasses import field, make_dataclass
-from typing import Any
+from dataclasses import dataclass, field, make_dataclass
+from typing import TYPE_CHECKING, Any
 
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# name -> (type, the argument that holds the value now)
+# name -> (type, new name)
 RENAMED: dict[str, tuple[Any, str]] = {
     "evaluation_strategy": (str, "eval_strategy"),
     "no_cuda": (bool, "use_cpu"),
@@ -22,7 +22,7 @@ RENAMED: dict[str, tuple[Any, str]] = {
     "include_inputs_for_metrics": (bool, "include_for_metrics"),
 }
 
-# name -> (type, what to do instead; empty where nothing is to be done)
+# name -> (type, what to do instead; empty if nothing)
 IGNORED: dict[str, tuple[Any, str]] = {
     "overwrite_output_dir": (bool, ""),
     "logging_dir": (str, "set the environment variable TENSORBOARD_LOGGING_DIR"),
@@ -56,11 +56,11 @@ IGNORED: dict[str, tuple[Any, str]] = {
     "use_legacy_prediction_loop": (bool, ""),
 }
 
-# Optimisers that were renamed; every other name goes to transformers as it is.
+# Renamed optimisers; every other name is passed to transformers unchanged.
 RENAMED_OPTIM = {
     "adamw_hf": "adamw_torch",
     "galore_adamw_8bit_bnb": "galore_adamw_8bit",
-    # Transformers has the name in its list, but not as a value.
+    # transformers has this name in its list, but not as a value.
     "paged_adamw": "paged_adamw_32bit",
 }
 
@@ -69,8 +69,7 @@ def flag(default: bool | None, help: str) -> Any:
     """
     A dataclass field for a boolean that may also be None, with `--name` alone meaning True.
 
-    `HfArgumentParser` demands a value after the flag of such a field unless it is told otherwise
-    here.
+    `HfArgumentParser` requires a value after the flag of such a field unless this is set.
     """
     return field(default=default, metadata={"help": help, "nargs": "?", "const": True})
 
@@ -80,29 +79,69 @@ def _legacy_field(name: str, kind: Any, help: str) -> tuple[str, Any, Any]:
     return name, kind | None, made
 
 
-# A mixin made from the tables. None means "not given", whatever default the name once had.
-LegacyArguments = make_dataclass(
-    "LegacyArguments",
-    [
-        _legacy_field(name, kind, f"Older name; sets `{successor}`.")
-        for name, (kind, successor) in RENAMED.items()
-    ]
-    + [
-        _legacy_field(
-            name, kind, "Older name; accepted, has no effect" + (f": {hint}." if hint else ".")
-        )
-        for name, (kind, hint) in IGNORED.items()
-    ],
-)
-LegacyArguments.__module__ = __name__  # before Python 3.12 it would say "types"
-LegacyArguments.__doc__ = "Arguments of older releases of transformers, all None unless given."
+# A mixin made from the tables. None means "not given", whatever the old default was.
+if TYPE_CHECKING:
+    # For the type checker, which cannot read tables; a test compares them.
+    @dataclass
+    class LegacyArguments:
+        """Arguments of older releases of transformers, all None unless given."""
+
+        evaluation_strategy: str | None = None
+        no_cuda: bool | None = None
+        warmup_ratio: float | None = None
+        group_by_length: bool | None = None
+        include_inputs_for_metrics: bool | None = None
+        overwrite_output_dir: bool | None = None
+        logging_dir: str | None = None
+        save_safetensors: bool | None = None
+        per_gpu_train_batch_size: int | None = None
+        per_gpu_eval_batch_size: int | None = None
+        fp16_backend: str | None = None
+        half_precision_backend: str | None = None
+        fp16_opt_level: str | None = None
+        include_tokens_per_second: bool | None = None
+        push_to_hub_model_id: str | None = None
+        push_to_hub_organization: str | None = None
+        push_to_hub_token: str | None = None
+        use_mps_device: bool | None = None
+        ray_scope: str | None = None
+        past_index: int | None = None
+        jit_mode_eval: bool | None = None
+        tpu_num_cores: int | None = None
+        tpu_metrics_debug: bool | None = None
+        fsdp_min_num_params: int | None = None
+        fsdp_transformer_layer_cls_to_wrap: str | None = None
+        dispatch_batches: bool | None = None
+        split_batches: bool | None = None
+        use_ipex: bool | None = None
+        torchdynamo: str | None = None
+        adafactor: bool | None = None
+        mp_parameters: str | None = None
+        use_legacy_prediction_loop: bool | None = None
+
+else:
+    LegacyArguments = make_dataclass(
+        "LegacyArguments",
+        [
+            _legacy_field(name, kind, f"Older name; sets `{successor}`.")
+            for name, (kind, successor) in RENAMED.items()
+        ]
+        + [
+            _legacy_field(
+                name, kind, "Older name; accepted without effect" + (f": {hint}." if hint else ".")
+            )
+            for name, (kind, hint) in IGNORED.items()
+        ],
+    )
+    LegacyArguments.__module__ = __name__  # before Python 3.12 it is "types"
+    LegacyArguments.__doc__ = "Arguments of older releases of transformers, all None unless given."
 
 LEGACY_NAMES = frozenset(RENAMED) | frozenset(IGNORED)
 
 
 def resolve_legacy(args: Any) -> None:
     """
-    Move the values of older names to today's arguments, in place, and clear the older names.
+    Move the values of older names to the new names, in place, and clear the older names.
 
     They are cleared so that `dataclasses.replace`, `to_dict` and pickling neither move a value
     twice nor undo a later change of the new name. Each old name is reported once in the log.
@@ -118,21 +157,21 @@ def resolve_legacy(args: Any) -> None:
         value = getattr(args, name)
         if value is None:
             continue
-        logger.warning_once(f"`{name}` is an older name: its value goes to `{successor}`.")
+        logger.warning_once(f"`{name}` is an older name: its value is used for `{successor}`.")
         setattr(args, name, None)
         _RENAME[name](args, value)
 
     for name, (_, hint) in IGNORED.items():
         if getattr(args, name) is not None:
             logger.warning_once(
-                f"`{name}` is gone from transformers and has no effect"
+                f"`{name}` was removed from transformers and has no effect"
                 + (f": {hint}." if hint else ".")
             )
             setattr(args, name, None)
 
     renamed = RENAMED_OPTIM.get(getattr(args.optim, "value", args.optim))
     if renamed is not None:
-        logger.warning_once(f"optim={args.optim!r} is known as {renamed!r} now: using that.")
+        logger.warning_once(f"optim={args.optim!r} is now called {renamed!r}: using that.")
         args.optim = renamed
 
 
@@ -146,9 +185,9 @@ def _set_use_cpu(args: Any, value: bool) -> None:
 
 def _set_warmup_steps(args: Any, value: float) -> None:
     if not 0.0 <= value <= 1.0:
-        raise ValueError(f"warmup_ratio is {value}; must lie in [0, 1]")
+        raise ValueError(f"warmup_ratio is {value}; must be in [0, 1]")
     if args.warmup_steps == 0:
-        # transformers reads 1.0 as one step; the float below 1 still rounds up to every step.
+        # transformers reads 1.0 as one step; the largest float below 1 is rounded up to all steps.
         args.warmup_steps = min(float(value), math.nextafter(1.0, 0.0))
 
 

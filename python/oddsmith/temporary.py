@@ -1,8 +1,8 @@
-"""Temporary files and folders with the mode that new ones have.
+"""Temporary files and folders with the mode of new files.
 
-`tempfile` lets nobody else in, and what becomes a user's file must be changed again, for which the
-process would have to set its umask to read it: files that another thread makes meanwhile would be open to
-all. Here the system applies the umask.
+`tempfile` creates private files. To give them the usual mode, a process would have to set its umask
+to read it, and files that another thread creates meanwhile would be open to all. Here the system
+applies the umask.
 """
 
 from __future__ import annotations

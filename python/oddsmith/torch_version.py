@@ -25,7 +25,7 @@ def check(found: str) -> None:
     """Refuses a torch that is too old, and tries one that is newer than those tested.
 
     Args:
-        found: torch's version, such as "2.11.0+cu130".
+        found (`str`): torch's version, such as "2.11.0+cu130".
 
     Raises:
         ImportError: If it is older than 2.10, or newer than tested and the self-test fails.

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import PartialState
@@ -17,14 +17,15 @@ from .data.collator import PreferenceCollator
 from .data.rows import RowBuilder
 from .data.tokenizer import ensure_pad_token
 from .integrations import model_attention, model_head
+from .integrations.model_core import core_of
 from .training.adamw_names import ADAMW_NAMES, adamw_optimizer
-from .training.allocator import pooled_memory
 from .training.batch_hooks import BatchHooks
 from .training.evaluation_hooks import EvaluationHooks
-from .training.loss_hooks import LossHooks, Split
+from .training.loss_hooks import LossHooks
 from .training.low_rank_names import LOW_RANK_NAMES, low_rank_optimizer
-from .training.metrics import EMPTY_COMPLETIONS, FIRST_NON_FINITE, NON_FINITE, MetricStore
+from .training.metrics import EMPTY_COMPLETIONS, FIRST_NON_FINITE, NON_FINITE, MetricStore, Split
 from .training.model_card import CITATION, model_card
+from .training.model_loan import ModelLoan
 from .training.models import (
     check_model,
     load_model,
@@ -37,11 +38,11 @@ from .training.row_hooks import RowHooks
 logger = logging.get_logger(__name__)
 
 
-class ORPOTrainer(RowHooks, BatchHooks, LossHooks, EvaluationHooks, Trainer):
+class ORPOTrainer(ModelLoan, RowHooks, BatchHooks, LossHooks, EvaluationHooks, Trainer):
     r"""
     Trains a model on preference pairs with ORPO (Hong et al. 2024, arXiv 2403.07691).
 
-    Takes the place of TRL's trainer of the same name: same arguments, hooks, rows, loss and
+    A drop-in replacement of TRL's trainer of this name, with its arguments, hooks, rows, loss and
     metrics. The loss is computed in the model's output head, without the logits of the batch,
     unless the model's head or an overridden hook needs them.
 
@@ -51,19 +52,19 @@ class ORPOTrainer(RowHooks, BatchHooks, LossHooks, EvaluationHooks, Trainer):
         args ([`ORPOConfig`], *optional*):
             Arguments of the run.
         data_collator (`Callable`, *optional*):
-            Makes batches of rows; [`~oddsmith.data.collator.PreferenceCollator`] if not given.
+            Makes batches from rows; [`~oddsmith.data.collator.PreferenceCollator`] if not given.
         train_dataset (`Dataset` or `IterableDataset`):
             Rows with `chosen`, `rejected` and, unless it is implicit, `prompt`.
         eval_dataset (`Dataset`, `IterableDataset` or `dict` of them, *optional*):
-            Likewise; metrics of a dict are `eval_{key}_...`.
+            Rows for evaluation; metrics of a dict are `eval_{key}_...`.
         processing_class (`PreTrainedTokenizerBase`, *optional*):
             The tokenizer; that of the model if not given.
         model_init (`Callable`, *optional*):
-            Makes the model, in place of `model`.
+            Makes the model, instead of `model`.
         callbacks (`list[TrainerCallback]`, *optional*):
-            See [`~transformers.Trainer`], as the next three.
-        optimizers (`tuple`, *optional*): See there.
-        preprocess_logits_for_metrics (`Callable`, *optional*): See there.
+            See [`~transformers.Trainer`].
+        optimizers (`tuple`, *optional*): See [`~transformers.Trainer`].
+        preprocess_logits_for_metrics (`Callable`, *optional*): See [`~transformers.Trainer`].
         peft_config (`PeftConfig`, *optional*):
             Adapter to add to the model.
         compute_metrics (`Callable`, *optional*):
@@ -72,12 +73,12 @@ class ORPOTrainer(RowHooks, BatchHooks, LossHooks, EvaluationHooks, Trainer):
             Older name of `processing_class`.
 
     Raises:
-        ValueError: For arguments that do not go together, or rows that cannot be trained on.
+        ValueError: For arguments that contradict each other, or rows that cannot be used.
         TypeError: For an argument of the wrong type.
     """
 
-    # Each micro-batch's loss is a mean of its own: Trainer divides it by the accumulation steps.
-    loss_is_scaled_for_ga = False
+    # The loss of a micro-batch is its mean: Trainer divides it by the accumulation steps.
+    loss_is_scaled_for_ga: bool | None = False
 
     _tag_names = ["oddsmith", "orpo"]
     _name = "ORPO"
@@ -91,7 +92,7 @@ class ORPOTrainer(RowHooks, BatchHooks, LossHooks, EvaluationHooks, Trainer):
         self,
         model: PreTrainedModel | nn.Module | str | None = None,
         args: ORPOConfig | None = None,
-        data_collator: Callable | None = None,
+        data_collator: Callable[..., Any] | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Dataset | IterableDataset | dict[str, Any] | None = None,
         processing_class: Any = None,
@@ -100,7 +101,7 @@ class ORPOTrainer(RowHooks, BatchHooks, LossHooks, EvaluationHooks, Trainer):
         optimizers: tuple[Any, Any] = (None, None),
         preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
         peft_config: Any = None,
-        compute_metrics: Callable[[Any], dict] | None = None,
+        compute_metrics: Callable[[Any], dict[str, Any]] | None = None,
         tokenizer: Any = None,
     ):
         if args is None:
@@ -112,9 +113,9 @@ class ORPOTrainer(RowHooks, BatchHooks, LossHooks, EvaluationHooks, Trainer):
         self.model_init = model_init
         self._peft_config = peft_config
         self._peft_has_been_casted_to_bf16 = False
-        # The adapter's weights are random: they have to come from the seed too.
+        # The adapter's weights are random, so the seed must be set before.
         set_seed(args.seed)
-        revision = (args.model_init_kwargs or {}).get("revision")
+        revision = args.model_kwargs().get("revision")
         if isinstance(model, str):
             model = load_model(model, args)
         if model_init is None:
@@ -126,9 +127,9 @@ class ORPOTrainer(RowHooks, BatchHooks, LossHooks, EvaluationHooks, Trainer):
             processing_class = load_processing_class(model, revision, args)
         pad_token_id = ensure_pad_token(processing_class)
         self.processing_class = processing_class
-        self.padding_value = pad_token_id if args.padding_value is None else args.padding_value
+        self.padding_value: int = pad_token_id if args.padding_value is None else args.padding_value
         self._read_config(model.config)
-        self.use_dpo_data_collator = data_collator is None
+        self.use_dpo_data_collator: bool = data_collator is None
         if data_collator is None:
             data_collator = PreferenceCollator(
                 pad_token_id,
@@ -137,7 +138,7 @@ class ORPOTrainer(RowHooks, BatchHooks, LossHooks, EvaluationHooks, Trainer):
                 packing=self._packs(),
                 share_prompt=args.share_prompt,
             )
-            args.remove_unused_columns = False  # the model's forward names none of the columns
+            args.remove_unused_columns = False  # the model's forward has none of the columns
 
         self._rows = RowBuilder(
             processing_class,
@@ -149,30 +150,31 @@ class ORPOTrainer(RowHooks, BatchHooks, LossHooks, EvaluationHooks, Trainer):
             max_completion_length=args.max_completion_length,
             padding_value=self.padding_value,
         )
-        self.max_completion_length = self._rows.max_completion_length
+        self.max_completion_length: int | None = self._rows.max_completion_length
         with PartialState().local_main_process_first():
             train_dataset = self._prepare_rows(train_dataset, "train_dataset")
             if eval_dataset is not None:
                 eval_dataset = self._prepare_rows(eval_dataset, "eval_dataset")
         self._check_rows(train_dataset, eval_dataset, vocabulary_size(model))
 
-        if args.accelerator_config.dispatch_batches is None:
-            # By default one process would collate a stream's batches for all, and accelerate could
-            # neither slice their strings nor join batches of different lengths.
+        accelerator_config = cast(Any, args.accelerator_config)
+        if accelerator_config.dispatch_batches is None:
+            # By default one process collates a stream's batches for all, but accelerate cannot
+            # slice their strings or join batches of different lengths.
             parts = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
             if any(isinstance(part, IterableDataset) for part in (train_dataset, *parts)):
-                args.accelerator_config.dispatch_batches = False
+                accelerator_config.dispatch_batches = False
 
         self._stored_metrics = MetricStore()
         self._warned_of_non_finite: set[str] = set()
-        # Trainer calls model_init itself; it gets the model that was made above.
+        # Trainer calls model_init itself; give it the model from above.
         self._first_model = model if model_init is not None else None
         super().__init__(
             model=model if model_init is None else None,
             args=args,
             data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
+            train_dataset=cast(Any, train_dataset),
+            eval_dataset=cast(Any, eval_dataset),
             processing_class=processing_class,
             model_init=model_init,
             compute_metrics=compute_metrics,
@@ -180,10 +182,10 @@ class ORPOTrainer(RowHooks, BatchHooks, LossHooks, EvaluationHooks, Trainer):
             optimizers=optimizers,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
-        # What loss_is_scaled_for_ga says to transformers before 5.19.
+        # The form of loss_is_scaled_for_ga before transformers 5.19.
         self.model_accepts_loss_kwargs = False
-        if hasattr(self.model, "add_model_tags"):
-            self.model.add_model_tags(self._tag_names)
+        if callable(add_tags := getattr(self.model, "add_model_tags", None)):
+            add_tags(self._tag_names)
         self._announce_path()
 
     # ---- Start ----
@@ -194,48 +196,48 @@ class ORPOTrainer(RowHooks, BatchHooks, LossHooks, EvaluationHooks, Trainer):
         return self.processing_class
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
-        """A fresh model from `model_init`, with its adapter and without dropout."""
+        """A new model from `model_init`, with its adapter."""
         first, self._first_model = getattr(self, "_first_model", None), None
         return self._take_model(super().call_model_init(trial)) if first is None else first
 
-    def _take_model(self, model: nn.Module) -> nn.Module:
+    def _take_model(self, model: Any) -> nn.Module:
         check_model(model)
         model, casted = prepare_model(model, self.args, self._peft_config)
         self._peft_has_been_casted_to_bf16 = casted
-        self._plain_because = self._install_fused_head(model)
+        self._lend(model)
+        self._plain_because = self._check_fused_head(model)
         return model
 
-    def _install_fused_head(self, model: nn.Module) -> str | None:
-        """Why the loss has to go through logits, or None."""
+    def _check_fused_head(self, model: Any) -> str | None:
+        """Why the loss must be computed from logits, or None."""
         if not self.args.use_fused_head:
             return "use_fused_head is False"
         if model.config.is_encoder_decoder:
             return "it is an encoder-decoder model"
         if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
-            return "its adapter is made of virtual tokens"
+            return "its adapter consists of virtual tokens"
         try:
-            model_head.install(model)
+            model_head.check(model)
         except model_head.HeadMismatch as mismatch:
             return str(mismatch)
-        self._padded_because = self._install_packing(model)
+        self._padded_because = self._check_packing(model)
         return None
 
     def _packs(self) -> bool:
-        """Whether batches go through the model as packed rows."""
+        """Whether batches are run as packed rows."""
         from_logits = self._plain_because is not None or bool(self._own_loss_hooks())
         return self._padded_because is None and not from_logits
 
-    def _install_packing(self, model: nn.Module) -> str | None:
-        """Why batches have to keep their pads, or None."""
+    def _check_packing(self, model: nn.Module) -> str | None:
+        """Why batches need padding, or None."""
         if not self.args.padding_free:
             return "padding_free is False"
         if self.args.torch_compile:
-            return "torch_compile would compile again for the lengths of every batch"
+            return "torch_compile would recompile for the lengths of every batch"
         if getattr(model.config, "output_router_logits", False):
             return "its auxiliary loss is computed on a padded batch"
-        core = model.get_base_model() if hasattr(model, "get_base_model") else model
         try:
-            model_attention.install(core)
+            model_attention.check(core_of(model))
         except model_attention.CannotPack as cannot:
             return str(cannot)
         return None
@@ -246,43 +248,31 @@ class ORPOTrainer(RowHooks, BatchHooks, LossHooks, EvaluationHooks, Trainer):
         overridden = self._own_loss_hooks()
         reason = self._plain_because
         if overridden:
-            reason = f"{type(self).__name__} has its own {', '.join(overridden)}"
+            reason = f"{type(self).__name__} overrides {', '.join(overridden)}"
         if reason is not None and self.args.use_fused_head:
             logger.warning(f"The loss is computed from logits, not in the fused head: {reason}.")
         elif self._padded_because is not None and self.args.padding_free:
-            logger.warning(f"Batches go through the model with their pads: {self._padded_because}.")
+            logger.warning(f"Batches keep their padding: {self._padded_because}.")
 
     def _read_config(self, config: Any) -> None:
         args = self.args
-        self.beta = args.beta
-        self.max_length = args.max_length
-        self.max_prompt_length = args.max_prompt_length
-        self.truncation_mode = args.truncation_mode
-        self.label_pad_token_id = args.label_pad_token_id
-        self.generate_during_eval = args.generate_during_eval
-        self.is_encoder_decoder = config.is_encoder_decoder
+        self.beta: float = args.beta
+        self.max_length: int = cast(int, args.max_length)  # the configuration fills in a None
+        self.max_prompt_length: int | None = args.max_prompt_length
+        self.truncation_mode: str = args.truncation_mode
+        self.label_pad_token_id: int = args.label_pad_token_id
+        self.generate_during_eval: bool = args.generate_during_eval
+        self.is_encoder_decoder: bool = config.is_encoder_decoder
         if self.is_encoder_decoder:
-            self.decoder_start_token_id = config.decoder_start_token_id
-            self.pad_token_id = config.pad_token_id
-        self.aux_loss_enabled = getattr(config, "output_router_logits", False)
-        self.aux_loss_coef = getattr(config, "router_aux_loss_coef", 0.0)
+            self.decoder_start_token_id: int | None = config.decoder_start_token_id
+            self.pad_token_id: int | None = config.pad_token_id
+        self.aux_loss_enabled: bool = getattr(config, "output_router_logits", False)
+        self.aux_loss_coef: float = getattr(config, "router_aux_loss_coef", 0.0)
         if self.aux_loss_enabled and self.aux_loss_coef == 0.0:
             logger.warning(
                 "config.output_router_logits is True but config.router_aux_loss_coef is 0.0: the "
                 "auxiliary loss has no effect; set the coefficient."
             )
-
-    # ---- Run ----
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """See [`~transformers.Trainer.train`]."""
-        with pooled_memory(self.args.device):
-            return super().train(*args, **kwargs)
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """See [`~transformers.Trainer.evaluate`]."""
-        with pooled_memory(self.args.device):
-            return super().evaluate(*args, **kwargs)
 
     # ---- Optimizer ----
 
@@ -291,21 +281,22 @@ class ORPOTrainer(RowHooks, BatchHooks, LossHooks, EvaluationHooks, Trainer):
         args: TrainingArguments, model: nn.Module | None = None
     ) -> tuple[Any, dict[str, Any]]:
         """See [`~transformers.Trainer.get_optimizer_cls_and_kwargs`]; 8-bit and paged AdamW, GaLore
-        and APOLLO are ours.
+        and APOLLO are from oddsmith.
         """
         if args.optim in LOW_RANK_NAMES:
             return low_rank_optimizer(args, model)
         if args.optim in ADAMW_NAMES:
             return adamw_optimizer(args, model)
-        return Trainer.get_optimizer_cls_and_kwargs(args, model)
+        return Trainer.get_optimizer_cls_and_kwargs(args, cast(Any, model))
 
     def _own_optimizer(self) -> Any:
-        return getattr(self.optimizer, "optimizer", self.optimizer)  # in accelerate's wrapper
+        optimizer = getattr(self, "optimizer", None)
+        return getattr(optimizer, "optimizer", optimizer)  # without accelerate's wrapper
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         optimizer = self._own_optimizer()
         if getattr(optimizer, "layerwise", False):
-            return optimizer.pop_grad_norm()  # the gradients are gone
+            return optimizer.pop_grad_norm()  # the gradients are already freed
         return super()._get_grad_norm(model, grad_norm=grad_norm)
 
     # ---- Loss and metrics ----
@@ -318,9 +309,9 @@ class ORPOTrainer(RowHooks, BatchHooks, LossHooks, EvaluationHooks, Trainer):
         num_items_in_batch: Any = None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """
-        Loss of a micro-batch, its own mean; its metrics are kept for the next log.
+        Mean loss of a micro-batch; its metrics are kept for the next log.
 
-        `num_items_in_batch` is of no use here: the terms are means over tokens and over pairs.
+        `num_items_in_batch` is not used: the terms are means over tokens and over pairs.
         """
         with self._autocast():
             loss, metrics = self.get_batch_loss_metrics(model, inputs, train_eval="train")
@@ -334,7 +325,7 @@ class ORPOTrainer(RowHooks, BatchHooks, LossHooks, EvaluationHooks, Trainer):
         self._stored_metrics.add(train_eval, metrics, self._metric_weight)
 
     def _take_metrics(self, split: Split) -> dict[str, float]:
-        """Averages since the last call; says so if a loss was not finite."""
+        """Averages since the last call; warns if a loss was not finite."""
         metrics = self._stored_metrics.pop(split, self.accelerator)
         count, first = (metrics.pop(name, 0) for name in (NON_FINITE, FIRST_NON_FINITE))
         if count and split not in self._warned_of_non_finite:
@@ -342,12 +333,8 @@ class ORPOTrainer(RowHooks, BatchHooks, LossHooks, EvaluationHooks, Trainer):
             kind = "training" if split == "train" else "evaluation"
             logger.warning(
                 f"The {kind} loss was NaN or infinite, first at step {int(first)}. The logged loss "
-                + (
-                    "leaves such batches out"
-                    if self.args.logging_nan_inf_filter
-                    else "includes them"
-                )
-                + " (logging_nan_inf_filter). This is said once."
+                + ("excludes such batches" if self.args.logging_nan_inf_filter else "includes them")
+                + " (logging_nan_inf_filter). This is logged once."
             )
         prefix = "eval_" if split == "eval" else ""
         if not metrics.get(f"{prefix}{EMPTY_COMPLETIONS}", 1):
@@ -363,15 +350,16 @@ class ORPOTrainer(RowHooks, BatchHooks, LossHooks, EvaluationHooks, Trainer):
         elif "train_runtime" in logs:
             self._take_metrics("train")  # of steps after the last log
         elif any(key.startswith("eval_") for key in logs):
-            logs.update(self._take_metrics("eval"))  # of an evaluation_loop of one's own
+            logs.update(self._take_metrics("eval"))  # of an overridden evaluation_loop
         if hasattr(optimizer := self._own_optimizer(), "report"):
             optimizer.report()
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Of both sides of a batch; Trainer would look for `input_ids`."""
-        ids = [inputs.get(f"{side}_input_ids") for side in ("chosen", "rejected")]
-        if not all(map(torch.is_tensor, ids)):
+        """Tokens of both sides of a batch; Trainer would use `input_ids`."""
+        sides = [inputs.get(f"{side}_input_ids") for side in ("chosen", "rejected")]
+        ids = [side for side in sides if isinstance(side, Tensor)]
+        if len(ids) < 2:
             return 0
         name = getattr(self.model, "main_input_name", "input_ids")
         tokens = torch.empty(sum(side.numel() for side in ids), device="meta")
@@ -384,7 +372,8 @@ class ORPOTrainer(RowHooks, BatchHooks, LossHooks, EvaluationHooks, Trainer):
 
     # ---- Saving ----
 
-    def create_model_card(
+    # The arguments are those of TRL.
+    def create_model_card(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         model_name: str | None = None,
         dataset_name: str | None = None,
@@ -396,7 +385,7 @@ class ORPOTrainer(RowHooks, BatchHooks, LossHooks, EvaluationHooks, Trainer):
         Args:
             model_name (`str`, *optional*): Name of the trained model.
             dataset_name (`str`, *optional*): Id of the dataset.
-            tags (`str` or `list[str]`, *optional*): Tags beside those of the trainer.
+            tags (`str` or `list[str]`, *optional*): Tags to add to those of the trainer.
         """
         if not self.is_world_process_zero():
             return
@@ -404,13 +393,15 @@ class ORPOTrainer(RowHooks, BatchHooks, LossHooks, EvaluationHooks, Trainer):
         base = base if base and not Path(base).is_dir() else None
         tags = [tags] if isinstance(tags, str) else tags or []
         text = model_card(self.args, model_name, base, dataset_name, {*tags, *self._tag_names})
-        path = Path(self.args.output_dir) / "README.md"
+        path = Path(self.args.output_dir or ".") / "README.md"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         hub = self.args.hub_model_id
-        self.create_model_card(hub.split("/")[-1] if hub else Path(self.args.output_dir).name)
+        self.create_model_card(
+            hub.split("/")[-1] if hub else Path(self.args.output_dir or ".").name
+        )
         super()._save_checkpoint(model, trial)
 
 
@@ -427,11 +418,11 @@ def _check_arguments(
     if train_dataset is None:
         raise ValueError("train_dataset is None; must be a dataset of preference pairs")
     if tokenizer is not None and processing_class is not None:
-        raise ValueError("processing_class and tokenizer are two names of one argument; pass one")
+        raise ValueError("processing_class and tokenizer are names of the same argument; pass one")
     if (model is None) == (model_init is None):
         raise ValueError("one of model and model_init must be given, and not both")
     if args.model_init_kwargs and not isinstance(model, str):
         raise ValueError(
-            "model_init_kwargs is set but model is no name: the model has been made already; pass "
-            "its hub id or folder, or leave model_init_kwargs out"
+            "model_init_kwargs is set but model is not a name; pass "
+            "its hub id or folder, or remove model_init_kwargs"
         )

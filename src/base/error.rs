@@ -1,11 +1,11 @@
-//! What can go wrong, in one table.
+//! All errors, in one table.
 
 use std::fmt;
 
 /// `Result` with this crate's [`Error`].
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// An argument that does not fit, or a failure underneath.
+/// An invalid argument, or a failure of a library or the system.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Error {
     /// A tensor of the wrong shape.
@@ -61,9 +61,9 @@ pub enum Error {
     Io {
         /// The file.
         path: String,
-        /// The system's number of the error.
+        /// The error number of the system.
         code: Option<i32>,
-        /// The system's words.
+        /// The error message of the system.
         message: String,
     },
     /// The caller has asked to stop.
@@ -72,14 +72,14 @@ pub enum Error {
     Torch(String),
     /// What the CUDA driver or compiler reported.
     Cuda {
-        /// The kernel that was wanted; empty if none.
+        /// The kernel's name; empty if none.
         kernel: String,
         /// Grid, block and shared memory.
         launch: String,
         /// The report.
         message: String,
     },
-    /// A mistake of this library.
+    /// A bug of this library.
     Internal(String),
 }
 
@@ -113,11 +113,11 @@ impl fmt::Display for Error {
 impl std::error::Error for Error {}
 
 impl Error {
-    /// A failure of the system, with the file it is about.
+    /// An error of the system, with its file.
     #[must_use]
     pub fn io(path: &std::path::Path, error: &std::io::Error) -> Self {
         let path = path.display().to_string();
-        // Without " (os error 28)", which the number says.
+        // Without " (os error 28)": the number is kept separately.
         let text = error.to_string();
         let message = text.split(" (os error").next().unwrap_or_default().to_owned();
         Error::Io { path, code: error.raw_os_error(), message }
@@ -129,7 +129,7 @@ impl Error {
         Error::Value { op, argument, expected: expected.into(), got: got.to_string() }
     }
 
-    /// A value that does not fit, of the tensor of this name.
+    /// Adds the tensor's name to an error about a value.
     #[must_use]
     pub fn about(self, name: &str) -> Self {
         match self {
@@ -145,7 +145,7 @@ impl Error {
 impl From<tch::TchError> for Error {
     fn from(error: tch::TchError) -> Self {
         let text = error.to_string();
-        // What follows is libtorch's own stack, twenty lines of it.
+        // libtorch's stack trace of twenty lines follows.
         let end = text.find("\nException raised from").unwrap_or(text.len());
         Error::Torch(text[..end].to_owned())
     }

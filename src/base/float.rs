@@ -1,4 +1,4 @@
-//! The element types that quantised values come from and go to.
+//! The element types of models, which are quantised from and dequantised to.
 
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
@@ -8,7 +8,7 @@ pub trait Float: Copy + Default + Send + Sync + 'static {
     /// The type's name.
     const DTYPE: Dtype;
 
-    /// Widens to `f32`, which every value of the type fits.
+    /// Converts to `f32`, which is exact.
     fn widen(values: &[Self], wide: &mut [f32]);
 
     /// Rounds to the nearest, ties to even; NaN stays NaN.
@@ -17,20 +17,20 @@ pub trait Float: Copy + Default + Send + Sync + 'static {
     /// Rounds a single value, as [`Float::narrow`].
     fn narrow_one(wide: f32) -> Self;
 
-    /// The values themselves, where there is nothing to widen.
+    /// The values themselves if they are `f32`.
     #[must_use]
     fn as_f32(_values: &[Self]) -> Option<&[f32]> {
         None
     }
 
-    /// As [`Float::as_f32`], to be changed.
+    /// As [`Float::as_f32`], mutable.
     #[must_use]
     fn as_f32_mut(_values: &mut [Self]) -> Option<&mut [f32]> {
         None
     }
 }
 
-/// A dtype by name, where it is only rounded to.
+/// A dtype as a value, for rounding.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Dtype {
     /// `f32`: nothing to round.
@@ -42,7 +42,7 @@ pub enum Dtype {
 }
 
 impl Dtype {
-    /// Rounds to the dtype and widens again.
+    /// Rounds to the dtype and converts back.
     #[inline(always)]
     #[must_use]
     pub fn round(self, values: [f32; 16]) -> [f32; 16] {
@@ -119,7 +119,7 @@ impl Float for bf16 {
 impl Float for f16 {
     const DTYPE: Dtype = Dtype::F16;
 
-    // The slice forms use the processor's conversions where it has them.
+    // The slice forms use the processor's conversion instructions if it has them.
     #[inline(always)]
     fn widen(values: &[Self], wide: &mut [f32]) {
         values.convert_to_f32_slice(wide);

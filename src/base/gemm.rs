@@ -1,4 +1,4 @@
-//! Matrix products, which the algorithms borrow from their surroundings.
+//! Matrix products, which the caller of an algorithm supplies.
 //!
 //! Inside torch this is libtorch's GEMM (`crate::torch::gemm`); without it [`super::portable`] has plain
 //! loops.
@@ -22,20 +22,20 @@ pub trait Gemm<T>: Sync {
     /// `logits[rows, tile] = hidden[rows, width] weight[tile, width]^T`.
     ///
     /// # Errors
-    /// What the implementation reports.
+    /// Errors of the implementation.
     fn logits(&self, dims: Dims, hidden: &[T], weight: &[T], logits: &mut [T]) -> Result<()>;
 
     /// `d_hidden[rows, width] += grad[rows, tile] weight[tile, width]`.
     ///
     /// # Errors
-    /// What the implementation reports.
+    /// Errors of the implementation.
     fn d_hidden(&self, dims: Dims, grad: &[T], weight: &[T], d_hidden: &mut [T]) -> Result<()>;
 
-    /// `d_weight[tile, width] (+)= grad[rows, tile]^T hidden[rows, width]`; adds to what is there
-    /// if `accumulate`.
+    /// `d_weight[tile, width] (+)= grad[rows, tile]^T hidden[rows, width]`; adds to the old values if
+    /// `accumulate`.
     ///
     /// # Errors
-    /// What the implementation reports.
+    /// Errors of the implementation.
     fn d_weight(
         &self,
         dims: Dims,

@@ -1,8 +1,8 @@
-//! What every room stands on: errors, threads, matrix products, vector code, element types.
+//! What all modules share: errors, threads, matrix products, vector code, element types.
 //!
-//! [`error`] has every error in one table; [`threads`] and [`gemm`] say what the algorithms borrow, and
-//! [`portable`] lends it without torch; [`simd`] picks vector instructions; [`float`] has the element types
-//! of models and [`real`] those that the head computes in; [`huge_pages`] saves page faults.
+//! [`error`] has every error in one table; [`threads`] and [`gemm`] are the traits that callers supply, and
+//! [`portable`] implements them without torch; [`simd`] picks vector instructions; [`float`] has the element
+//! types of models and [`real`] those that the head computes in; [`huge_pages`] saves page faults.
 
 pub mod error;
 pub mod float;

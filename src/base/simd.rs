@@ -1,6 +1,6 @@
-//! Which vector instructions there are: one answer for all rooms.
+//! Which vector instructions the machine has: one answer for all modules.
 
-/// Instruction sets that vector code is written for.
+/// Instruction sets that have vector code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Level {
     /// AVX-512 with byte and word instructions.
@@ -11,8 +11,8 @@ pub enum Level {
     Baseline,
 }
 
-/// Defines a function from its body, an `#[inline(always)]` one, compiled for every level: it comes first
-/// among the function's arguments, and last among the body's parameters, as a number.
+/// Defines a function that dispatches on the level, from an `#[inline(always)]` body that is compiled for
+/// every level. The level is the first argument of the function and, as a number, the last one of the body.
 macro_rules! on_levels {
     (
         $(#[$doc:meta])*
@@ -34,7 +34,7 @@ macro_rules! on_levels {
             }
             match level {
                 #[cfg(target_arch = "x86_64")]
-                // SAFETY: a level is only ever one that this machine has.
+                // SAFETY: `level` is one that this machine has.
                 #[allow(unsafe_code)]
                 Level::Avx512 => unsafe { avx512($($arg),*) },
                 #[cfg(target_arch = "x86_64")]
@@ -49,8 +49,8 @@ macro_rules! on_levels {
 pub(crate) use on_levels;
 
 impl Level {
-    /// The best that this machine has; no better than `ATEN_CPU_CAPABILITY`, by which libtorch lets its
-    /// own vector code be limited to `avx2` or `default`.
+    /// The best level of this machine, limited by `ATEN_CPU_CAPABILITY` (`avx2` or `default`), which limits
+    /// libtorch's vector code too.
     #[must_use]
     pub fn best() -> Self {
         #[cfg(target_arch = "x86_64")]
@@ -73,7 +73,7 @@ impl Level {
         Level::Baseline
     }
 
-    /// The best of what is there that a value of `ATEN_CPU_CAPABILITY` allows.
+    /// The best available level that a value of `ATEN_CPU_CAPABILITY` allows.
     #[cfg(any(test, target_arch = "x86_64"))]
     fn limited(avx2: bool, avx512: bool, limit: &str) -> Self {
         match (avx2, avx512, limit) {
@@ -83,7 +83,7 @@ impl Level {
         }
     }
 
-    /// Every level that this machine has.
+    /// All levels of this machine.
     #[cfg(test)]
     #[must_use]
     pub fn available() -> &'static [Level] {

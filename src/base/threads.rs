@@ -1,4 +1,4 @@
-//! Threads, which the algorithms borrow from their surroundings, and loops that are split over them.
+//! Threads, which the caller of an algorithm supplies, and loops that are split over them.
 //!
 //! Inside torch these are torch's own OpenMP threads (`crate::torch::threads`); without it
 //! [`super::portable`] has those of rayon.
@@ -8,14 +8,14 @@ use std::sync::{Mutex, OnceLock};
 
 /// A fixed number of threads.
 pub trait Threads: Sync {
-    /// How many there are.
+    /// Number of threads.
     fn size(&self) -> usize;
 
-    /// Runs `task(0), .., task(tasks - 1)`, in parallel where it can, and returns when all are done.
+    /// Runs `task(0), .., task(tasks - 1)`, in parallel if possible, and returns when all are done.
     fn run(&self, tasks: usize, task: &(dyn Fn(usize) + Sync));
 }
 
-/// No thread but the caller's: for small work, and where others may not be there.
+/// Only the calling thread: for small work, and where other threads may not exist.
 #[derive(Clone, Copy, Debug)]
 pub struct Serial;
 
@@ -31,27 +31,27 @@ impl Threads for Serial {
 
 static LOADED_IN: OnceLock<u32> = OnceLock::new();
 
-/// Remembers the process that has loaded the library. Asked for later, in a child that a `fork` has made
-/// before the library was first used, it would be the child.
+/// Records the process that loaded the library. Recorded later, in a child that was forked before the library
+/// was first used, it would be the child.
 pub fn remember_process() {
     LOADED_IN.get_or_init(std::process::id);
 }
 
-/// True in a child of the process that has loaded the library. A parallel section there waits for threads
-/// that `fork` did not copy.
+/// True in a child of the process that loaded the library. A parallel section there waits for threads that
+/// `fork` did not copy.
 #[must_use]
 pub fn forked() -> bool {
     *LOADED_IN.get_or_init(std::process::id) != std::process::id()
 }
 
-/// Splits `0..items` evenly over the threads and hands each its range.
+/// Splits `0..items` evenly over the threads and gives each its range.
 pub fn split(threads: &dyn Threads, items: usize, f: impl Fn(Range<usize>) + Sync) {
     let parts = threads.size().clamp(1, items.max(1));
     threads.run(parts, &|part| f(items * part / parts..items * (part + 1) / parts));
 }
 
-/// Calls `f(row, columns, state)` for every row of a row-major matrix in parallel, where `states`
-/// has an entry a row.
+/// Calls `f(row, columns, state)` for every row of a row-major matrix in parallel, where `states` has one
+/// entry per row.
 pub fn for_rows<T: Send, S: Send>(
     threads: &dyn Threads,
     matrix: &mut [T],
@@ -62,7 +62,7 @@ pub fn for_rows<T: Send, S: Send>(
     let rows = states.len();
     debug_assert_eq!(matrix.len(), rows * width);
     let parts = threads.size().clamp(1, rows.max(1));
-    // Each thread takes its own disjoint chunk out of its slot; the lock is never contended.
+    // Each thread takes a disjoint chunk out of a slot; the locks are never contended.
     let mut slots = Vec::with_capacity(parts);
     let (mut matrix, mut states) = (matrix, states);
     for part in 0..parts {
@@ -82,8 +82,8 @@ pub fn for_rows<T: Send, S: Send>(
     });
 }
 
-/// Calls `f` with every item, in parallel; each item carries its own part of the output. A thread
-/// takes neighbours: two that write to one large page of fresh memory wait for each other.
+/// Calls `f` with every item, in parallel; each item has its part of the output. A thread takes consecutive
+/// items: two threads that write to the same new large page wait for each other.
 pub fn for_each<A: Send>(threads: &dyn Threads, items: impl Iterator<Item = A>, f: impl Fn(A) + Sync) {
     // The lock is never contended: each slot is taken once.
     let slots: Vec<_> = items.map(|item| Mutex::new(Some(item))).collect();

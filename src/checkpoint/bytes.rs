@@ -1,5 +1,5 @@
 //! Bytes of a file as values, and values as bytes of a file.
-#![allow(unsafe_code)] // the two functions that see one type as another
+#![allow(unsafe_code)] // the functions that reinterpret one type as another
 
 use std::borrow::Cow;
 
@@ -7,17 +7,17 @@ use half::{bf16, f16};
 
 use crate::base::float::{Dtype, Float};
 
-/// A type of which every pattern of bits is a value, stored as this machine does: little-endian, on every
-/// machine that torch runs on.
+/// A type of which every bit pattern is a value, in the byte order of the machine: little-endian wherever
+/// torch runs.
 ///
 /// # Safety
-/// The type has no padding and no forbidden values.
+/// The type has no padding and no invalid bit patterns.
 pub unsafe trait Plain: Float {
     /// Its name.
     const DTYPE: Dtype;
 }
 
-// SAFETY: 32 bits, all of them value.
+// SAFETY: 32 bits without padding.
 unsafe impl Plain for f32 {
     const DTYPE: Dtype = Dtype::F32;
 }
@@ -32,12 +32,11 @@ unsafe impl Plain for bf16 {
     const DTYPE: Dtype = Dtype::Bf16;
 }
 
-/// The values that begin at the first byte. Copied if that byte is not aligned, as in files that
-/// other programs have written.
+/// Bytes as values. Copied if the first byte is not aligned, as in files of some other programs.
 #[must_use]
 pub fn values<T: Plain>(bytes: &[u8]) -> Cow<'_, [T]> {
     let whole = bytes.len() / size_of::<T>();
-    // SAFETY: every pattern of bits is a T.
+    // SAFETY: every bit pattern is a T.
     let (before, values, _) = unsafe { bytes.align_to::<T>() };
     if before.is_empty() {
         return Cow::Borrowed(&values[..whole]);
@@ -50,12 +49,12 @@ pub fn values<T: Plain>(bytes: &[u8]) -> Cow<'_, [T]> {
 /// The bytes of values.
 #[must_use]
 pub fn bytes<T: Plain>(values: &[T]) -> &[u8] {
-    // SAFETY: a T has no padding, and bytes have no alignment.
+    // SAFETY: a T has no padding, and bytes need no alignment.
     unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), size_of_val(values)) }
 }
 
 fn bytes_mut<T: Plain>(values: &mut [T]) -> &mut [u8] {
-    // SAFETY: as for `bytes`; whatever is written is a T.
+    // SAFETY: as for `bytes`; any bytes written are a T.
     unsafe { std::slice::from_raw_parts_mut(values.as_mut_ptr().cast(), size_of_val(values)) }
 }
 

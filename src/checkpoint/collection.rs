@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use super::file::{Entry, TensorFile};
+use super::file::{TensorEntry, TensorFile};
 use crate::base::error::{Error, Result};
 
 /// A tensor and the file it is in.
@@ -12,10 +12,10 @@ pub struct Found<'a> {
     /// The file.
     pub file: &'a TensorFile,
     /// The tensor in it.
-    pub entry: &'a Entry,
+    pub entry: &'a TensorEntry,
 }
 
-/// Open files, none of which has a tensor of another.
+/// Open files; no tensor is in two of them.
 #[derive(Debug)]
 pub struct Collection {
     files: Vec<TensorFile>,
@@ -26,7 +26,7 @@ impl Collection {
     /// Opens all files.
     ///
     /// # Errors
-    /// The first file that cannot be read or is no safetensors file, and a name that two files have.
+    /// The first file that cannot be read or is not a safetensors file, and a tensor that two files have.
     pub fn open<P: AsRef<Path>>(paths: &[P]) -> Result<Self> {
         let (mut files, mut places) = (Vec::with_capacity(paths.len()), BTreeMap::new());
         for (place, path) in paths.iter().enumerate() {
@@ -35,7 +35,7 @@ impl Collection {
                 if let Some(other) = places.insert(name.clone(), place) {
                     let other: &TensorFile = &files[other];
                     return Err(
-                        file.wrong(format!("has a tensor {name:?}, and so has {}", other.path().display()))
+                        file.wrong(format!("has a tensor {name:?} that {} has too", other.path().display()))
                     );
                 }
             }
@@ -57,15 +57,16 @@ impl Collection {
         Some(Found { file, entry: &file.entries()[name] })
     }
 
-    /// A tensor that has to be there.
+    /// A tensor that must exist.
     ///
     /// # Errors
-    /// If it is not.
+    /// If it does not exist.
     pub fn get(&self, name: &str) -> Result<Found<'_>> {
         self.find(name).ok_or_else(|| {
             let path = self.files.first().map(|file| file.path().display().to_string());
             let (path, more) = (path.unwrap_or_default(), self.files.len().saturating_sub(1));
-            let others = if more > 0 { format!(" (nor in {more} other files)") } else { String::new() };
+            let others =
+                if more > 0 { format!(" ({more} other files do not have it either)") } else { String::new() };
             Error::File { path, problem: format!("has no tensor {name:?}{others}") }
         })
     }

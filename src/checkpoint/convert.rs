@@ -1,4 +1,4 @@
-//! A checkpoint with every tensor as its rule says.
+//! Converts a checkpoint: each tensor by its rule.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
@@ -12,29 +12,29 @@ use super::low_rank::LowRank;
 use super::output::{Disk, Output};
 use super::rule::{Target, TensorRule};
 use super::sink::{Sink, items};
-use super::source::Source;
+use super::source::TensorSource;
 use super::state::PARTS;
 use crate::base::error::{Error, Result};
 use crate::base::float::Dtype;
 use crate::quant::BLOCK_SIZES;
 
-/// Bytes that are read before the disk begins to write what became of them.
+/// Bytes that are read before the disk starts to write their results.
 const DISK: usize = 128 << 20;
 
-/// What is to be done.
+/// What to convert, and how.
 #[derive(Debug)]
 pub struct Job<'a> {
     /// The checkpoint.
     pub base: &'a Collection,
     /// The adapter, if rules name tensors of one.
     pub adapter: Option<&'a Collection>,
-    /// What becomes of tensors; those without a rule are copied, with what belongs to them.
+    /// Rules for tensors; those without a rule are copied, with their quantisation entries.
     pub rules: Vec<TensorRule>,
-    /// A new file for each file of the base.
+    /// One new file per file of the base.
     pub outputs: Vec<PathBuf>,
 }
 
-/// A file that is written.
+/// A written file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Written {
     /// Names of its tensors.
@@ -43,21 +43,21 @@ pub struct Written {
     pub len: usize,
 }
 
-/// Told the bytes of the base that have been dealt with since it was told last.
+/// Called with the number of bytes of the base that were converted since the last call.
 pub type Progress<'a> = dyn FnMut(usize) -> Result<()> + 'a;
 
 /// Runs a job.
 ///
 /// # Errors
-/// A rule that does not fit its tensor, a value that is not finite where it is quantised or changed, a
-/// damaged file, and what the system reports. Rules are checked before the first file is made; files
-/// that are made stay behind.
+/// A rule that does not fit its tensor, a value that is quantised or changed and not finite, a damaged file,
+/// and errors of the system. Rules are checked before the first file is created; created files are not
+/// removed.
 pub fn convert(
     job: &Job<'_>,
     engine: &ConvertEngine<'_>,
     progress: &mut Progress<'_>,
 ) -> Result<Vec<Written>> {
-    let plan = Plan::new(job)?;
+    let plan = ConvertPlan::new(job)?;
     let (disk, mut written) = (Disk::start(), Vec::new());
     for (file, path) in job.base.files().iter().zip(&job.outputs) {
         let names = file.in_order();
@@ -82,12 +82,12 @@ pub fn convert(
     Ok(written)
 }
 
-/// Bytes that the files of a job will take, at most.
+/// The most bytes that the files of a job can take.
 ///
 /// # Errors
-/// As [`convert`], before the first file is made.
+/// As [`convert`] before it creates the first file.
 pub fn size(job: &Job<'_>) -> Result<usize> {
-    let plan = Plan::new(job)?;
+    let plan = ConvertPlan::new(job)?;
     let mut len = 0;
     for file in job.base.files() {
         let items = file.in_order().into_iter().flat_map(|name| plan.items(file, name)).collect();
@@ -96,19 +96,19 @@ pub fn size(job: &Job<'_>) -> Result<usize> {
     Ok(len)
 }
 
-/// A rule that fits its tensor. Scales of 4-bit tensors are read again when their turn comes: those of
-/// a whole model would fill memory.
-struct Step<'a> {
+/// A rule that fits its tensor. Scales of 4-bit tensors are read again when the tensor is converted: the
+/// scales of all tensors would fill memory.
+struct ConvertStep<'a> {
     rule: &'a TensorRule,
     /// Sizes before and after.
     from: Vec<usize>,
     to: Vec<usize>,
 }
 
-struct Plan<'a> {
+struct ConvertPlan<'a> {
     job: &'a Job<'a>,
-    steps: BTreeMap<&'a str, Step<'a>>,
-    /// Entries of quantised tensors that are written anew.
+    steps: BTreeMap<&'a str, ConvertStep<'a>>,
+    /// Entries of quantised tensors that are replaced.
     gone: BTreeSet<String>,
 }
 
@@ -116,7 +116,7 @@ fn unfit(name: &str, argument: &'static str, expected: &str, got: String) -> Err
     Error::Value { op: "checkpoint", argument, expected: expected.into(), got }.about(name)
 }
 
-impl<'a> Plan<'a> {
+impl<'a> ConvertPlan<'a> {
     fn new(job: &'a Job<'a>) -> Result<Self> {
         if job.outputs.len() != job.base.files().len() {
             let (got, files) = (job.outputs.len(), job.base.files().len());
@@ -124,7 +124,7 @@ impl<'a> Plan<'a> {
         }
         let mut plan = Self { job, steps: BTreeMap::new(), gone: BTreeSet::new() };
         for rule in &job.rules {
-            let before = Source::open(job.base, &rule.name)?;
+            let before = TensorSource::open(job.base, &rule.name)?;
             if before.state.is_some() {
                 plan.gone.extend(PARTS.iter().map(|part| format!("{}{part}", rule.name)));
             }
@@ -147,14 +147,14 @@ impl<'a> Plan<'a> {
         self.job.adapter.ok_or_else(|| Error::Internal("a rule without its adapter".into()))
     }
 
-    fn source(&self, rule: &TensorRule) -> Result<Source<'a>> {
+    fn source(&self, rule: &TensorRule) -> Result<TensorSource<'a>> {
         match &rule.replacement {
-            None => Source::open(self.job.base, &rule.name),
-            Some(name) => Source::open(self.adapter()?, name),
+            None => TensorSource::open(self.job.base, &rule.name),
+            Some(name) => TensorSource::open(self.adapter()?, name),
         }
     }
 
-    fn step(&self, rule: &'a TensorRule, source: &Source<'a>) -> Result<Step<'a>> {
+    fn step(&self, rule: &'a TensorRule, source: &TensorSource<'a>) -> Result<ConvertStep<'a>> {
         let from = source.shape().to_vec();
         let mut to = from.clone();
         if rule.transposed {
@@ -172,7 +172,7 @@ impl<'a> Plan<'a> {
                 return Err(unfit(&rule.name, "shape", "a matrix with values", format!("{from:?}")));
             }
         }
-        let step = Step { rule, from, to };
+        let step = ConvertStep { rule, from, to };
         step.low_rank(self)?;
         Ok(step)
     }
@@ -223,19 +223,19 @@ fn copy(
     Ok(())
 }
 
-impl Step<'_> {
+impl ConvertStep<'_> {
     fn sizes(&self) -> (usize, usize) {
         let columns = if self.from.len() < 2 { 1 } else { self.from[self.from.len() - 1] };
         (self.from.iter().product::<usize>() / columns.max(1), columns)
     }
 
-    fn low_rank(&self, plan: &Plan<'_>) -> Result<Option<LowRank>> {
+    fn low_rank(&self, plan: &ConvertPlan<'_>) -> Result<Option<LowRank>> {
         let (rows, columns) = self.sizes();
         let update = self.rule.update.as_ref();
         update.map(|update| LowRank::read(plan.adapter()?, update, rows, columns)).transpose()
     }
 
-    /// Values that are worked on at a time: whole rows if rows are changed, and whole blocks.
+    /// Values in a chunk: full rows if rows are changed, and full blocks.
     fn chunk(&self, usual: usize) -> usize {
         const BLOCK: usize = BLOCK_SIZES[BLOCK_SIZES.len() - 1];
         if self.rule.update.is_none() {
@@ -248,7 +248,7 @@ impl Step<'_> {
 
     fn write(
         &self,
-        plan: &Plan<'_>,
+        plan: &ConvertPlan<'_>,
         engine: &ConvertEngine<'_>,
         output: &mut Output,
         len: usize,
@@ -269,7 +269,7 @@ impl Step<'_> {
             && low_rank.is_none()
             && !self.rule.transposed
             && source.dtype() == self.rule.target.dtype();
-        // The whole matrix for a transpose: the models that store weights the other way are small.
+        // All of the matrix for a transpose: the models that store weights transposed are small.
         let chunk = if self.rule.transposed { count.max(1) } else { self.chunk(engine.chunk) };
         for start in (0..count).step_by(chunk) {
             let size = chunk.min(count - start);
@@ -296,16 +296,16 @@ impl Step<'_> {
     }
 }
 
-/// Values that are written under the dtype they have, without a copy.
+/// Values that keep their dtype, written without a copy.
 fn direct(
-    source: &Source<'_>,
+    source: &TensorSource<'_>,
     place: (usize, usize),
     engine: &ConvertEngine<'_>,
     output: &Output,
     sink: &mut Sink<'_>,
 ) -> Result<()> {
     fn run<T: Plain>(
-        source: &Source<'_>,
+        source: &TensorSource<'_>,
         (start, size): (usize, usize),
         engine: &ConvertEngine<'_>,
         output: &Output,

@@ -1,4 +1,4 @@
-//! What a conversion borrows from its surroundings.
+//! What the caller of a conversion supplies.
 
 use crate::base::error::Result;
 use crate::base::gemm::Gemm;
@@ -11,12 +11,11 @@ pub struct ConvertEngine<'a> {
     pub threads: &'a dyn Threads,
     /// Matrix products.
     pub gemm: &'a dyn Gemm<f32>,
-    /// The mean of scales: the order of its additions decides the last bits, and libtorch's is that of
-    /// the format.
+    /// The mean of scales. The order of its additions decides the last bits; the format uses libtorch's.
     pub mean: &'a dyn Fn(&[f32]) -> Result<f32>,
     /// Values of 8-bit codes, ascending.
     pub map: &'a [f32; MAP_LEN],
-    /// Values that are worked on at a time: a multiple of every block size.
+    /// Values in a chunk: a multiple of every block size.
     pub chunk: usize,
 }
 

@@ -1,7 +1,7 @@
 //! A safetensors file, read through the page cache.
 //!
-//! Pages of a map count as memory of the process until it is gone, so a tensor is never mapped whole:
-//! its bytes come in windows.
+//! Mapped pages count as memory of the process until they are unmapped, so a tensor is mapped window by
+//! window, never all at once.
 #![allow(unsafe_code)] // a file as memory
 
 use std::collections::BTreeMap;
@@ -16,23 +16,23 @@ use safetensors::tensor::SafeTensorError;
 
 use crate::base::error::{Error, Result};
 
-/// Bytes of the length before the header.
+/// Size of the length field before the header.
 const LENGTH: usize = 8;
 
 /// A tensor of a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Entry {
+pub struct TensorEntry {
     /// Its dtype.
     pub kind: Kind,
     /// Its sizes.
     pub shape: Vec<usize>,
     /// Bytes that it takes.
     pub len: usize,
-    /// The first of them in the file.
+    /// Offset of its first byte in the file.
     start: usize,
 }
 
-impl Entry {
+impl TensorEntry {
     /// Number of values.
     #[must_use]
     pub fn count(&self) -> usize {
@@ -40,7 +40,7 @@ impl Entry {
     }
 }
 
-/// Bytes of a file as memory, for as long as this lives.
+/// Mapped bytes of a file, valid while this lives.
 #[derive(Debug)]
 pub struct Window(Option<Mmap>);
 
@@ -52,26 +52,26 @@ impl Deref for Window {
     }
 }
 
-/// An open file whose header has been checked: the tensors follow each other without gaps to the
-/// file's end, each as long as its dtype and shape ask for.
+/// An open file whose header has been checked: the tensors follow each other without gaps to the end of the
+/// file, and their lengths match dtype and shape.
 #[derive(Debug)]
 pub struct TensorFile {
     path: PathBuf,
     file: File,
-    entries: BTreeMap<String, Entry>,
+    entries: BTreeMap<String, TensorEntry>,
 }
 
 impl TensorFile {
     /// Opens a file and reads its header.
     ///
     /// # Errors
-    /// A file that cannot be read, or is no whole safetensors file.
+    /// A file that cannot be read, or is not a complete safetensors file.
     pub fn open(path: &Path) -> Result<Self> {
         let file = File::open(path).map_err(|error| Error::io(path, &error))?;
         let mut opened = Self { path: path.to_owned(), file, entries: BTreeMap::new() };
         let len = opened.len()?;
         if len < LENGTH {
-            return Err(opened.wrong(format!("has {len} bytes; no safetensors file is as short")));
+            return Err(opened.wrong(format!("has {len} bytes, too few for a safetensors file")));
         }
         let whole = opened.map(0..len)?;
         let (header, metadata) = SafeTensors::read_metadata(&whole).map_err(|error| {
@@ -80,9 +80,9 @@ impl TensorFile {
                     format!("is truncated or too long: the header does not describe its {len} bytes")
                 }
                 SafeTensorError::InvalidHeaderLength => {
-                    format!("is truncated or no safetensors file: the header ends after its {len} bytes")
+                    format!("is truncated or not a safetensors file: its header would end after byte {len}")
                 }
-                error => format!("is no safetensors file: {error}"),
+                error => format!("is not a safetensors file: {error}"),
             };
             opened.wrong(problem)
         })?;
@@ -90,13 +90,13 @@ impl TensorFile {
         let entries = metadata.tensors().into_iter().map(|(name, info)| {
             let (start, end) = info.data_offsets;
             let (kind, shape) = (info.dtype, info.shape.clone());
-            (name, Entry { kind, shape, len: end - start, start: data + start })
+            (name, TensorEntry { kind, shape, len: end - start, start: data + start })
         });
         opened.entries = entries.collect();
         Ok(opened)
     }
 
-    /// Where the file is.
+    /// The path of the file.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
@@ -104,7 +104,7 @@ impl TensorFile {
 
     /// Its tensors by name.
     #[must_use]
-    pub fn entries(&self) -> &BTreeMap<String, Entry> {
+    pub fn entries(&self) -> &BTreeMap<String, TensorEntry> {
         &self.entries
     }
 
@@ -116,7 +116,7 @@ impl TensorFile {
         names.into_iter().map(|(name, _)| name.as_str()).collect()
     }
 
-    /// An error about what is in this file.
+    /// An error about the contents of this file.
     #[must_use]
     pub fn wrong(&self, problem: String) -> Error {
         Error::File { path: self.path.display().to_string(), problem }
@@ -133,14 +133,14 @@ impl TensorFile {
         }
         let mut options = MmapOptions::new();
         options.offset(range.start as u64).len(range.len());
-        // SAFETY: the map is only read. Another program that writes to the file meanwhile changes the
-        // values that are read, which have no forbidden ones; one that cuts it short ends the process,
-        // as with every reader that maps files.
+        // SAFETY: the map is only read. If another program writes to the file meanwhile, other values are
+        // read, all of which are valid; if it truncates the file, the process ends with SIGBUS, as with every
+        // reader that maps files.
         let map = unsafe { options.map(&self.file) };
         Ok(Window(Some(map.map_err(|error| Error::io(&self.path, &error))?)))
     }
 
-    fn checked(&self, entry: &Entry, range: &Range<usize>) -> Result<Range<usize>> {
+    fn checked(&self, entry: &TensorEntry, range: &Range<usize>) -> Result<Range<usize>> {
         let (start, end) = (entry.start + range.start, entry.start + range.end);
         let len = self.len()?;
         if range.start > range.end || range.end > entry.len || end > len {
@@ -152,8 +152,8 @@ impl TensorFile {
     /// Bytes of a tensor.
     ///
     /// # Errors
-    /// If the file has shrunk, and what the system reports.
-    pub fn window(&self, entry: &Entry, range: Range<usize>) -> Result<Window> {
+    /// If the file has shrunk, and errors of the system.
+    pub fn window(&self, entry: &TensorEntry, range: Range<usize>) -> Result<Window> {
         let range = self.checked(entry, &range)?;
         self.map(range)
     }
@@ -162,12 +162,12 @@ impl TensorFile {
     ///
     /// # Errors
     /// As [`TensorFile::window`].
-    pub fn whole(&self, entry: &Entry) -> Result<Window> {
+    pub fn whole(&self, entry: &TensorEntry) -> Result<Window> {
         self.window(entry, 0..entry.len)
     }
 
-    /// Has the system read bytes that will be wanted next.
-    pub fn prefetch(&self, entry: &Entry, range: Range<usize>) {
+    /// Asks the system to read ahead the bytes that are needed next.
+    pub fn prefetch(&self, entry: &TensorEntry, range: Range<usize>) {
         let range = range.start.min(entry.len)..range.end.min(entry.len);
         #[cfg(unix)]
         if let Ok(Window(Some(map))) = self.window(entry, range) {

@@ -1,9 +1,9 @@
 //! Where tensors go in a file that is written out of order.
 //!
-//! The header comes first and its length depends on all sizes. Those of tensors are known beforehand;
-//! those of JSON texts are not, as they hold numbers that are computed last. So texts come last, room
-//! for the longest header is kept, and what is left of it is blanks, which the format allows. Tensors are
-//! sorted by the size of their elements, as safetensors' own writer does, so that each is aligned.
+//! The header comes first and its length depends on all sizes. Those of tensors are known in advance; those
+//! of JSON texts are not, because they contain numbers that are computed last. So texts come last, and the
+//! header has the largest size it may need, padded with spaces, which the format allows. Tensors are sorted
+//! by the size of their elements, as safetensors' own writer does, so that each is aligned.
 
 use std::collections::HashMap;
 
@@ -21,14 +21,14 @@ pub struct LayoutEntry {
     pub kind: Kind,
     /// Its sizes.
     pub shape: Vec<usize>,
-    /// Bytes that it takes; of a text, at most.
+    /// Bytes that it takes; an upper bound for a text.
     pub len: usize,
-    /// A text: bytes whose number is not known yet.
+    /// A text, whose length is not known yet.
     pub text: bool,
 }
 
 impl LayoutEntry {
-    /// A tensor of bits that fill whole bytes.
+    /// A tensor whose bits fill full bytes.
     #[must_use]
     pub fn new(name: String, kind: Kind, shape: Vec<usize>) -> Self {
         let len = shape.iter().product::<usize>() * kind.bitsize() / 8;
@@ -45,9 +45,9 @@ impl LayoutEntry {
 /// The places of all tensors of a file.
 #[derive(Debug)]
 pub struct Layout {
-    /// In the order of the file, texts last.
+    /// Entries in the order of the file, texts last.
     items: Vec<LayoutEntry>,
-    /// First bytes of those that are no texts.
+    /// Offsets of the entries that are not texts.
     starts: HashMap<String, usize>,
     header: usize,
 }
@@ -76,13 +76,13 @@ impl Layout {
         Ok(layout)
     }
 
-    /// Bytes of the file, at most.
+    /// The most bytes that the file can have.
     #[must_use]
     pub fn len(&self) -> usize {
         8 + self.header + self.items.iter().map(|item| item.len).sum::<usize>()
     }
 
-    /// True if there is no tensor.
+    /// True if there are no tensors.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.items.is_empty()
@@ -96,17 +96,16 @@ impl Layout {
     /// Where the bytes of a tensor go.
     ///
     /// # Errors
-    /// If it is none of this file, or a text.
+    /// If it is not in this file, or is a text.
     pub fn start(&self, name: &str) -> Result<u64> {
         let start = self.starts.get(name);
         start.map(|&start| start as u64).ok_or_else(|| Error::Internal(format!("no place for {name:?}")))
     }
 
-    /// The first bytes of the file, and where the texts begin, once they are there: `texts` has one for
-    /// every name of a text.
+    /// The header, and the offset and bytes of the texts; `texts` has one text for every text entry.
     ///
     /// # Errors
-    /// If a text is missing or longer than was said.
+    /// If a text is missing or longer than its bound.
     pub fn finish(&self, texts: &[(String, String)]) -> Result<(Vec<u8>, u64, Vec<u8>)> {
         let find =
             |item: &LayoutEntry| texts.iter().find(|(name, _)| *name == item.name).map(|(_, text)| text);

@@ -1,5 +1,5 @@
-//! What an adapter adds to a matrix (`LoRA`, Hu et al. 2021, arXiv 2106.09685), and the lengths it gives
-//! its rows (`DoRA`, Liu et al. 2024, arXiv 2402.09353).
+//! The update that an adapter adds to a matrix (`LoRA`, Hu et al. 2021, arXiv 2106.09685), and the norms that
+//! it gives its rows (`DoRA`, Liu et al. 2024, arXiv 2402.09353).
 
 use half::{bf16, f16};
 
@@ -12,10 +12,10 @@ use crate::base::error::{Error, Result};
 use crate::base::gemm::{Dims, Gemm};
 use crate::base::threads::{Serial, Threads, for_rows};
 
-/// An update in memory.
+/// A low-rank update in memory.
 #[derive(Debug)]
 pub struct LowRank {
-    /// `(rows, rank)`, times the scale.
+    /// `(rows, rank)`, multiplied by the scale.
     left: Vec<f32>,
     /// `(rank, columns)`.
     right: Vec<f32>,
@@ -24,7 +24,7 @@ pub struct LowRank {
     magnitude: Option<Vec<f32>>,
 }
 
-/// A small tensor in `f32`, with its two sizes; a vector is a column.
+/// Reads a small tensor as `f32`, with its two sizes; a vector is a column.
 fn matrix(from: &Collection, factor: &Factor) -> Result<(Vec<f32>, usize, usize)> {
     let found = from.get(&factor.name)?;
     let (rows, columns) = match found.entry.shape[..] {
@@ -62,7 +62,7 @@ impl LowRank {
     /// Reads the matrices of an update of a `rows` by `columns` matrix.
     ///
     /// # Errors
-    /// Tensors that are missing, of another shape or dtype, or not finite.
+    /// Tensors that are missing, have another shape or dtype, or are not finite.
     pub fn read(from: &Collection, update: &MergeUpdate, rows: usize, columns: usize) -> Result<Self> {
         let (mut left, got_rows, rank) = matrix(from, &update.left)?;
         let (right, right_rank, got_columns) = match &update.right {
@@ -95,10 +95,10 @@ impl LowRank {
         Ok(Self { left, right, rank, columns, magnitude })
     }
 
-    /// Changes the rows from `first` on, `values` of them.
+    /// Applies the update to `values`, the rows from `first` on.
     ///
     /// # Errors
-    /// What the product reports.
+    /// Errors of the product.
     pub fn apply(
         &self,
         threads: &dyn Threads,
@@ -117,7 +117,7 @@ impl LowRank {
         };
         let mut lengths = magnitude
             .get(first..first + rows)
-            .ok_or_else(|| Error::Internal("lengths of rows".into()))?
+            .ok_or_else(|| Error::Internal("row norms of DoRA are missing".into()))?
             .to_vec();
         for_rows(threads, values, self.columns, &mut lengths, |_, row, length| {
             let norm = row.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>().sqrt() as f32;

@@ -1,10 +1,10 @@
-//! Checkpoints on disk: quantised, and merged with an adapter, without a model in memory.
+//! Quantises checkpoints on disk and merges adapters into them, without a model in memory.
 //!
 //! A checkpoint is a set of safetensors files. [`file`] reads one through the page cache, a window at a
-//! time, and [`collection`] several as one; [`state`] has the entries that bitsandbytes keeps beside a
-//! 4-bit weight; [`layout`] and [`output`] write a file whose sizes are known before its values are.
-//! [`convert`] goes through the tensors with rules of [`rule`]: each is copied, cast, updated by an
-//! adapter ([`low_rank`]) or quantised ([`sink`]), a chunk at a time ([`source`]).
+//! time, and [`collection`] several as one; [`state`] has the entries that bitsandbytes stores with a 4-bit
+//! weight; [`layout`] and [`output`] write a file whose sizes are known before its values. [`convert`]
+//! goes through the tensors with rules of [`rule`]: each is copied, cast, updated by an adapter
+//! ([`low_rank`]) or quantised ([`sink`]), a chunk at a time ([`source`]).
 
 pub mod bytes;
 pub mod collection;
@@ -22,5 +22,5 @@ pub mod state;
 #[cfg(test)]
 mod tests;
 
-/// Values that are worked on at a time: 16 MiB of `bf16`. A multiple of every block size.
+/// Values in a chunk: 16 MiB of `bf16`. A multiple of every block size.
 pub const CHUNK: usize = 8 << 20;

@@ -1,4 +1,4 @@
-//! A safetensors file in the making.
+//! A safetensors file while it is written.
 
 use std::fs::{File, OpenOptions};
 use std::path::{Path, PathBuf};
@@ -8,7 +8,7 @@ use std::thread::JoinHandle;
 use super::layout::Layout;
 use crate::base::error::{Error, Result};
 
-/// A new file, written at any place. What is there before [`Output::finish`] is no safetensors file.
+/// A new file, written in any order. It is not a valid safetensors file before [`Output::finish`].
 #[derive(Debug)]
 pub struct Output {
     path: PathBuf,
@@ -18,10 +18,10 @@ pub struct Output {
 }
 
 impl Output {
-    /// Makes the file.
+    /// Creates the file.
     ///
     /// # Errors
-    /// If it exists or cannot be made.
+    /// If it exists or cannot be created.
     pub fn create(path: &Path, layout: Layout) -> Result<Self> {
         let file = OpenOptions::new().write(true).create_new(true).open(path);
         let file = file.map_err(|error| Error::io(path, &error))?;
@@ -31,7 +31,7 @@ impl Output {
     /// Writes bytes of a tensor, `at` bytes after its first.
     ///
     /// # Errors
-    /// If there is no such tensor, and what the system reports: a full disk among others.
+    /// If there is no such tensor, and errors of the system, such as a full disk.
     pub fn write(&self, name: &str, at: usize, bytes: &[u8]) -> Result<()> {
         let start = self.layout.start(name)? + at as u64;
         self.write_at(bytes, start)
@@ -46,10 +46,10 @@ impl Output {
         self.texts.push((name, text));
     }
 
-    /// Writes texts and header. The file is whole, but perhaps not on the disk yet: see [`Disk`].
+    /// Writes texts and header. The file is complete, but may not be on the disk yet: see [`Disk`].
     ///
     /// # Errors
-    /// If a text is missing, and what the system reports.
+    /// If a text is missing, and errors of the system.
     pub fn finish(&self) -> Result<()> {
         let (header, start, texts) = self.layout.finish(&self.texts)?;
         self.write_at(&texts, start)?;
@@ -57,10 +57,10 @@ impl Output {
     }
 }
 
-/// A file that has to be on the disk.
+/// A request to write a file to the disk.
 type Request = (PathBuf, File);
 
-/// A thread that waits for the disk, so that the others need not.
+/// A thread that waits for the disk, so that the other threads do not.
 #[derive(Debug)]
 pub struct Disk {
     requests: SyncSender<Request>,
@@ -88,29 +88,29 @@ impl Disk {
         Ok((output.path.clone(), file))
     }
 
-    /// Has the disk begin with what is written so far, unless it is busy.
+    /// Starts to flush what is written so far to the disk, unless the disk is busy.
     ///
     /// # Errors
-    /// What the system reports.
+    /// Errors of the system.
     pub fn begin(&self, output: &Output) -> Result<()> {
-        // A full channel means that the thread has enough to do.
+        // A full channel means that the thread is busy.
         let _ = self.requests.try_send(Self::request(output)?);
         Ok(())
     }
 
-    /// Has all of a file written.
+    /// Flushes a complete file to the disk.
     ///
     /// # Errors
-    /// What the system reports.
+    /// Errors of the system.
     pub fn complete(&self, output: &Output) -> Result<()> {
         let gone = |_| Error::Internal("the thread that waits for the disk is gone".into());
         self.requests.send(Self::request(output)?).map_err(gone)
     }
 
-    /// Waits until the disk has everything.
+    /// Waits until everything is on the disk.
     ///
     /// # Errors
-    /// The first failure of the disk.
+    /// The first error of the disk.
     pub fn wait(self) -> Result<()> {
         drop(self.requests);
         let gone = |_| Error::Internal("the thread that waits for the disk has panicked".into());

@@ -1,15 +1,15 @@
-//! What becomes of a tensor.
+//! Rules: how each tensor is converted.
 
 use crate::base::float::Dtype;
 
 /// How a tensor is written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Target {
-    /// Under this dtype.
+    /// In this dtype.
     Float(Dtype),
     /// As 4-bit codes, with the entries of bitsandbytes.
     Nf4 {
-        /// Dtype that values are rounded to before they are quantised: that of the model in memory.
+        /// Dtype that values are rounded to before quantisation: the dtype of the model in memory.
         dtype: Dtype,
         /// Values that share a scale.
         blocksize: usize,
@@ -33,31 +33,31 @@ impl Target {
 pub struct Factor {
     /// Its name in the adapter.
     pub name: String,
-    /// Its transpose is meant.
+    /// Use its transpose.
     pub transposed: bool,
 }
 
-/// What an adapter adds to a matrix: `scale * left right`.
+/// The update of an adapter to a matrix: `scale * left right`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct MergeUpdate {
     /// `(rows, rank)`.
     pub left: Factor,
-    /// `(rank, columns)`; a single one for a vector.
+    /// `(rank, columns)`; one column for a vector.
     pub right: Option<Factor>,
     /// Factor on the product.
     pub scale: f32,
-    /// Lengths that the rows of the sum are brought to (`DoRA`), by name in the adapter.
+    /// Norms that the rows of the sum are scaled to (`DoRA`), by name in the adapter.
     pub magnitude: Option<String>,
 }
 
-/// What becomes of a tensor that is not copied as it is.
+/// How a tensor is converted; tensors without a rule are copied.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TensorRule {
     /// Its name, before and after.
     pub name: String,
-    /// A tensor of the adapter that takes its place.
+    /// A tensor of the adapter that replaces it.
     pub replacement: Option<String>,
-    /// What is added.
+    /// The update that is added.
     pub update: Option<MergeUpdate>,
     /// Written as its transpose.
     pub transposed: bool,

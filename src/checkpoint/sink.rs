@@ -1,4 +1,4 @@
-//! The values of a tensor on their way into a file: rounded, quantised, checked.
+//! Writes the values of a tensor to a file: rounds, quantises, checks.
 
 use half::{bf16, f16};
 
@@ -24,7 +24,7 @@ fn kind(dtype: Dtype) -> Kind {
     }
 }
 
-/// What a tensor of this shape takes in the file.
+/// The entries of a tensor of this shape in the file.
 #[must_use]
 pub fn items(name: &str, shape: &[usize], target: Target) -> Vec<LayoutEntry> {
     let (dtype, blocksize, double) = match target {
@@ -57,22 +57,22 @@ pub struct Sink<'a> {
     name: &'a str,
     shape: &'a [usize],
     target: Target,
-    /// What is not finite is a mistake; otherwise only what rounding has made so.
+    /// Any value that is not finite is an error; otherwise only one that rounding made infinite.
     strict: bool,
     absmax: Vec<f32>,
 }
 
 impl<'a> Sink<'a> {
-    /// Begins a tensor. If `strict`, every value has to be finite.
+    /// Begins a tensor. If `strict`, every value must be finite.
     #[must_use]
     pub fn new(name: &'a str, shape: &'a [usize], target: Target, strict: bool) -> Self {
         Self { name, shape, target, strict, absmax: Vec::new() }
     }
 
-    /// Writes the values from `at` on, where a block begins.
+    /// Writes the values from `at` on, which is the start of a block.
     ///
     /// # Errors
-    /// A value that is not finite, and what the system reports.
+    /// A value that is not finite, and errors of the system.
     pub fn write(
         &mut self,
         engine: &ConvertEngine<'_>,
@@ -102,7 +102,7 @@ impl<'a> Sink<'a> {
         self.write_as(engine, output, at, &values)
     }
 
-    /// Writes values that are of the target's dtype already.
+    /// Writes values that already have the target's dtype.
     ///
     /// # Errors
     /// As [`Sink::write`].
@@ -130,13 +130,13 @@ impl<'a> Sink<'a> {
         output.write(self.name, at / 2, &packed)
     }
 
-    /// The first value that is not finite where it should be.
+    /// Reports the first value that is not finite but must be.
     fn check<T: Plain>(&self, at: usize, values: &[T], counts: impl Fn(usize) -> bool) -> Result<()> {
         let mut wide = [0.0; 1024];
         for (piece, values) in values.chunks(1024).enumerate() {
             let wide = &mut wide[..values.len()];
             T::widen(values, wide);
-            // Without a branch first: nearly always there is none.
+            // First a pass without branches: nearly always all are finite.
             if wide.iter().map(|x| x.to_bits() & 0x7fff_ffff).fold(0, u32::max) < f32::INFINITY.to_bits() {
                 continue;
             }
@@ -153,16 +153,18 @@ impl<'a> Sink<'a> {
         let got = if got.is_nan() { "NaN".to_owned() } else { format!("{got}") };
         let place = format!("{got} in row {}, column {}", flat / columns, flat % columns);
         let expected = match self.target {
-            Target::Nf4 { .. } => "finite, as a block with NaN or infinity has no other values".into(),
+            Target::Nf4 { .. } => {
+                "finite, because NaN or infinity would change all values of its block".into()
+            }
             Target::Float(dtype) => format!("finite in {}", super::state::dtype_name(dtype)),
         };
         Error::Value { op: "checkpoint", argument: "a value", expected, got: place }.about(self.name)
     }
 
-    /// Writes what belongs to the tensor as a whole.
+    /// Writes the entries of the complete tensor.
     ///
     /// # Errors
-    /// What the mean or the system reports.
+    /// Errors of the mean or the system.
     pub fn finish(self, engine: &ConvertEngine<'_>, output: &mut Output) -> Result<()> {
         let Target::Nf4 { dtype, blocksize, double } = self.target else {
             return Ok(());

@@ -15,14 +15,14 @@ use crate::quant::scales::Scales;
 
 /// A tensor of floating point values.
 #[derive(Debug)]
-pub struct Source<'a> {
-    /// Where its bytes are.
+pub struct TensorSource<'a> {
+    /// The file and entry with its bytes.
     pub found: Found<'a>,
-    /// If it is quantised.
+    /// Its quantisation state, if it is quantised.
     pub state: Option<State>,
 }
 
-/// The dtype of a plain tensor, `None` if it is no float that models have.
+/// The dtype of a plain tensor, `None` if it is not a float type of models.
 #[must_use]
 pub fn float(kind: Kind) -> Option<Dtype> {
     match kind {
@@ -33,14 +33,14 @@ pub fn float(kind: Kind) -> Option<Dtype> {
     }
 }
 
-/// Widens in parallel.
+/// Converts to `f32` in parallel.
 pub fn widen<T: Float>(threads: &dyn Threads, values: &[T], wide: &mut [f32]) {
     const PIECE: usize = 16_384;
     let items = values.chunks(PIECE).zip(wide.chunks_mut(PIECE));
     for_each(threads, items, |(values, wide)| T::widen(values, wide));
 }
 
-/// Rounds in parallel.
+/// Rounds from `f32` in parallel.
 pub fn narrow<T: Float>(threads: &dyn Threads, wide: &[f32], values: &mut [T]) {
     const PIECE: usize = 16_384;
     let items = wide.chunks(PIECE).zip(values.chunks_mut(PIECE));
@@ -56,11 +56,11 @@ pub fn narrow<T: Float>(threads: &dyn Threads, wide: &[f32], values: &mut [T]) {
     });
 }
 
-impl<'a> Source<'a> {
+impl<'a> TensorSource<'a> {
     /// A tensor by name.
     ///
     /// # Errors
-    /// If it is missing, quantised in another way, or holds no floats.
+    /// If it is missing, has another quantisation, or is not a float tensor.
     pub fn open(from: &'a Collection, name: &str) -> Result<Self> {
         let found = from.get(name)?;
         let state = State::read(from, name)?;
@@ -95,10 +95,10 @@ impl<'a> Source<'a> {
         }
     }
 
-    /// The values from `start` on, where a block begins.
+    /// The values from `start` on, which is the start of a block.
     ///
     /// # Errors
-    /// What the system reports.
+    /// Errors of the system.
     pub fn read(&self, threads: &dyn Threads, start: usize, wide: &mut [f32]) -> Result<()> {
         let range = self.bytes(start, wide.len());
         let bytes = self.found.file.window(self.found.entry, range.clone())?;
@@ -122,10 +122,10 @@ impl<'a> Source<'a> {
         Ok(())
     }
 
-    /// Hands `f` the values from `start` on as they are in the file, if that is as `T`.
+    /// Calls `f` with the values from `start` on as stored in the file, if their type is `T`.
     ///
     /// # Errors
-    /// What the system reports.
+    /// Errors of the system.
     pub fn direct<T: Plain, R>(
         &self,
         start: usize,

@@ -1,7 +1,7 @@
-//! The entries that bitsandbytes keeps beside a 4-bit weight.
+//! The entries that bitsandbytes stores with a 4-bit weight.
 //!
-//! Beside `weight`, the codes, are `weight.absmax` and `weight.quant_map`; under double quantisation
-//! `weight.nested_absmax` and `weight.nested_quant_map`; and the rest as the bytes of a JSON object in
+//! `weight` has the codes. With it come `weight.absmax` and `weight.quant_map`, with double quantisation
+//! `weight.nested_absmax` and `weight.nested_quant_map`, and a JSON object with the rest as the bytes of
 //! `weight.quant_state.bitsandbytes__nf4`.
 
 use serde_json::{Map, Value};
@@ -16,16 +16,16 @@ use crate::quant::blockwise8::MAP_LEN;
 use crate::quant::codebook::NF4;
 use crate::quant::scales::Scales;
 
-/// Scales that share one of their own.
+/// Scales that share one scale in double quantisation.
 pub const NESTED_BLOCKSIZE: usize = 256;
 
 const JSON: &str = ".quant_state.bitsandbytes__";
 
-/// Names of the entries beside a weight, after its own.
+/// Suffixes of the entries of a weight, after its name.
 pub const PARTS: [&str; 5] =
     [".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", ".quant_state.bitsandbytes__nf4"];
 
-/// The name that a dtype has in Python.
+/// The name of a dtype in Python.
 #[must_use]
 pub fn dtype_name(dtype: Dtype) -> &'static str {
     match dtype {
@@ -35,20 +35,20 @@ pub fn dtype_name(dtype: Dtype) -> &'static str {
     }
 }
 
-/// The dtype of a name in Python.
+/// The dtype with a name in Python.
 #[must_use]
 pub fn dtype_of(name: &str) -> Option<Dtype> {
     [Dtype::F32, Dtype::F16, Dtype::Bf16].into_iter().find(|&dtype| dtype_name(dtype) == name)
 }
 
-/// The scales of a weight, in memory: a 32nd of its values at most.
+/// The scales of a weight, in memory: at most one per 32 values.
 #[derive(Clone, Debug, PartialEq)]
 enum Owned {
     Plain(Vec<f32>),
     Nested { codes: Vec<u8>, map: Vec<f32>, absmax: Vec<f32>, blocksize: usize, offset: f32 },
 }
 
-/// A 4-bit weight without its codes.
+/// The state of a 4-bit weight: all but its codes.
 #[derive(Clone, Debug, PartialEq)]
 pub struct State {
     /// Sizes of the matrix.
@@ -64,13 +64,13 @@ impl State {
     /// The state of a weight, `None` if the tensor is not quantised.
     ///
     /// # Errors
-    /// Another kind of quantisation, parts that are missing or no JSON, and parts that disagree with each
-    /// other or with the codes; the message names weight and part.
+    /// Another kind of quantisation, parts that are missing or not JSON, and parts that do not fit each other
+    /// or the codes; the message names weight and part.
     pub fn read(from: &Collection, name: &str) -> Result<Option<Self>> {
         let weight = from.get(name)?;
         let wrong = |problem: String| weight.file.wrong(format!("{name}: {problem}"));
         if weight.entry.kind == Kind::I8 {
-            return Err(wrong("is int8; of quantised weights only nf4 can be read".into()));
+            return Err(wrong("is quantised to int8; only nf4 can be read".into()));
         }
         let json = format!("{name}{JSON}");
         let Some(found) = from.names_from(&json).next() else {
@@ -81,7 +81,7 @@ impl State {
         };
         let quant_type = &found[json.len()..];
         if quant_type != "nf4" {
-            return Err(wrong(format!("is {quant_type}; of quantised weights only nf4 can be read")));
+            return Err(wrong(format!("is quantised to {quant_type}; only nf4 can be read")));
         }
         let reader = Reader { from, name, weight };
         reader.state().map(Some)
@@ -99,7 +99,7 @@ impl State {
         matches!(self.scales, Owned::Nested { .. })
     }
 
-    /// The scales of the blocks of `count` values from `start` on, where a block begins.
+    /// The scales of the blocks of `count` values from `start` on, which is the start of a block.
     ///
     /// # Panics
     /// If there are not that many.
@@ -154,9 +154,9 @@ impl Reader<'_> {
     fn state(&self) -> Result<State> {
         let text = self.bytes(".quant_state.bitsandbytes__nf4", Kind::U8)?;
         let json = serde_json::from_slice::<Value>(&text)
-            .map_err(|error| self.wrong(&format!("quant_state is no JSON: {error}")))?;
+            .map_err(|error| self.wrong(&format!("quant_state is not JSON: {error}")))?;
         let Value::Object(json) = json else {
-            return Err(self.wrong("quant_state is no JSON object"));
+            return Err(self.wrong("quant_state is not a JSON object"));
         };
         let quant_type = json.get("quant_type").and_then(Value::as_str);
         if quant_type != Some("nf4") {
@@ -178,16 +178,16 @@ impl Reader<'_> {
                 format!("quant_state has shape {shape:?}, which does not fit the {len} bytes of codes");
             return Err(self.wrong(&problem));
         };
-        let code = self.floats(".quant_map", NF4.len(), "a value a code")?;
+        let code = self.floats(".quant_map", NF4.len(), "one per code")?;
         if code != NF4 {
-            return Err(self.wrong("quant_map has other values than NF4"));
+            return Err(self.wrong("quant_map does not have the values of NF4"));
         }
         let scales = self.scales(&json, count.div_ceil(blocksize))?;
         Ok(State { shape, dtype, blocksize, scales })
     }
 
     fn scales(&self, json: &Map<String, Value>, blocks: usize) -> Result<Owned> {
-        const WHY: &str = "one a block";
+        const WHY: &str = "one per block";
         let nested = json.keys().any(|key| key.starts_with("nested_"))
             || self.from.find(&format!("{}.nested_absmax", self.name)).is_some();
         if !nested {
@@ -205,8 +205,8 @@ impl Reader<'_> {
         };
         let codes = self.bytes(".absmax", Kind::U8)?;
         self.check_len(".absmax", codes.len(), blocks, WHY)?;
-        let map = self.floats(".nested_quant_map", MAP_LEN, "a value a code")?;
-        let absmax = self.floats(".nested_absmax", blocks.div_ceil(blocksize), "one a block of scales")?;
+        let map = self.floats(".nested_quant_map", MAP_LEN, "one per code")?;
+        let absmax = self.floats(".nested_absmax", blocks.div_ceil(blocksize), "one per block of scales")?;
         Ok(Owned::Nested { codes, map, absmax, blocksize, offset: offset as f32 })
     }
 
@@ -263,8 +263,8 @@ pub fn repr(x: f64) -> String {
         return format!("{}{name}", if x < 0.0 { "-" } else { "" });
     }
     let mut scientific = format!("{x:e}");
-    // Two texts of this length may be as near, as the values of f32 end after few digits; Python takes
-    // the even one.
+    // Two texts of this length can be equally near, because values of f32 have few digits; Python takes the
+    // even one.
     let places = scientific.chars().take_while(|&c| c != 'e').filter(char::is_ascii_digit).count() - 1;
     let even = format!("{x:.places$e}");
     if even.parse() == Ok(x) {
@@ -279,7 +279,7 @@ pub fn repr(x: f64) -> String {
     plain(digits, exponent)
 }
 
-/// Digits with one before the point, times ten to the power of `exponent`, without an exponent.
+/// Writes `digits * 10^exponent`, where `digits` has one digit before the point, without an exponent.
 fn plain(digits: &str, exponent: i32) -> String {
     let (sign, digits) = digits.strip_prefix('-').map_or(("", digits), |rest| ("-", rest));
     let digits = digits.replace('.', "");
@@ -298,7 +298,7 @@ mod tests {
     use super::*;
 
     #[test]
-    #[allow(clippy::excessive_precision)] // to the last digit, as that is what they are about
+    #[allow(clippy::excessive_precision)] // the last digit is what is tested
     fn numbers_are_written_as_python_writes_them() {
         let cases = [
             (0.123_779_296_875, "0.123779296875"),
@@ -318,7 +318,7 @@ mod tests {
             (123.456, "123.456"),
             (120.0, "120.0"),
             (0.012, "0.012"),
-            // 0.080219268798828125 and 0.0001220703125 + 2^-34, which end in a 5: to the even digit.
+            // 0.080219268798828125 and 0.0001220703125 + 2^-34, which end in a 5: round to the even digit.
             (0.080_219_268_798_828_125, "0.08021926879882812"),
             (f64::from(f32::from_bits(0x3e80_0001)), "0.2500000298023224"),
         ];
@@ -329,7 +329,7 @@ mod tests {
     }
 
     #[test]
-    #[allow(clippy::excessive_precision)] // likewise
+    #[allow(clippy::excessive_precision)] // the last digit is what is tested
     fn the_json_is_that_of_the_format() {
         let plain = r#"{"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [8, 64]}"#;
         assert_eq!(json(&[8, 64], Dtype::Bf16, 64, None), plain);

@@ -62,7 +62,7 @@ fn write(folder: &Path, name: &str, tensors: &[Made]) -> PathBuf {
 }
 
 /// A sum in the order of the values.
-#[allow(clippy::unnecessary_wraps)] // as the engine wants it
+#[allow(clippy::unnecessary_wraps)] // the engine's type
 fn mean(values: &[f32]) -> Result<f32> {
     Ok(values.iter().sum::<f32>() / values.len() as f32)
 }
@@ -160,7 +160,7 @@ fn scales_are_quantised_as_a_whole() {
     let json = String::from_utf8_lossy(data(&file, "w.quant_state.bitsandbytes__nf4")).into_owned();
     assert!(json.ends_with(&format!("\"nested_offset\": {:?}}}", f64::from(offset))), "{json}");
 
-    // Read back: every value within the width of a step of its block.
+    // Read back: every value is within one step of its block.
     let path = folder.path().join("out");
     let source = Collection::open(&[&path]).expect("a file");
     let state = State::read(&source, "w").expect("a state").expect("quantised");
@@ -183,7 +183,7 @@ fn a_transpose_is_quantised_as_such() {
     assert!(data(&file, "w.quant_state.bitsandbytes__nf4").ends_with(b"\"shape\": [40, 24]}"));
 }
 
-/// `base + scale * left right`, rows brought to the lengths of `magnitude`.
+/// `base + scale * left right`, rows scaled to the norms of `magnitude`.
 fn merged(
     base: &[f32],
     update: (&[f32], &[f32], f32),
@@ -219,7 +219,7 @@ fn close(got: &[u8], want: &[f64]) {
 #[test]
 fn updates_are_added_in_every_form() {
     let folder = folder();
-    // 4 chunks: 4096 columns' worth of rows is 4096 / gcd(4096, 24) = 512 rows, so rows are many.
+    // 4 chunks: a chunk of full rows and full blocks is a multiple of 4096 / gcd(4096, 24) = 512 rows.
     let (rows, columns, rank) = (1200, 24, 3);
     let base = wave(rows * columns);
     let left: Vec<f32> = wave(rows * rank).iter().map(|x| x * 0.1).collect();
@@ -303,7 +303,7 @@ fn a_four_bit_base_is_read_copied_and_written_again() {
         let again =
             run(folder.path(), &tensors, &[], vec![to_nf4("w", Dtype::Bf16, 64, double)]).expect("a file");
         if !double {
-            // Codes are values of their own block, so they are found again.
+            // Values that were decoded are encoded to the same codes.
             for (name, data) in &by_name {
                 assert_eq!(self::data(&again, name), *data, "{name}");
             }
@@ -381,7 +381,7 @@ fn values_that_are_not_finite_are_named() {
     let base = [made("w", Kind::F32, &[130, 64], bytes(&weight))];
     let message = problem(run(folder.path(), &base, &[], vec![to_nf4("w", Dtype::F32, 64, true)]));
     assert!(message.contains("NaN in row 129, column 5 of w"), "{message}");
-    // Copies and casts keep what is there; casts do not add to it.
+    // Copies and casts keep values that are not finite; casts do not create new ones.
     let file = run(folder.path(), &base, &[], vec![to_float("w", Dtype::F16)]).expect("a file");
     assert!(values::<half::f16>(data(&file, "w"))[129 * 64 + 5].is_nan());
     weight[7] = 1e5;
@@ -389,7 +389,7 @@ fn values_that_are_not_finite_are_named() {
     let message = problem(run(folder.path(), &base, &[], vec![to_float("w", Dtype::F16)]));
     assert!(message.contains("inf in row 0, column 7 of w; must be finite in float16"), "{message}");
     run(folder.path(), &base, &[], vec![to_float("w", Dtype::Bf16)]).expect("room in bf16");
-    // A sum has to be finite everywhere.
+    // All values of a sum must be finite.
     let adapter = [
         made("b", Kind::F32, &[130, 1], bytes(&[1.0f32; 130])),
         made("a", Kind::F32, &[1, 64], bytes(&[1.0f32; 64])),

@@ -1,7 +1,7 @@
 //! Compiled kernels on disk.
 //!
-//! A file is written beside its place and renamed into it, so that processes that start at once each
-//! find a whole one or none. What does not read back as it was written is made anew.
+//! A file is written under a temporary name and renamed, so that processes that start at the same time find a
+//! complete file or none. A file whose digest is wrong is compiled again.
 
 use std::ffi::OsString;
 use std::fs;
@@ -10,21 +10,21 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::SystemTime;
 
-/// Bytes that all files may take together.
+/// Most bytes of all files together.
 const MOST: u64 = 64 << 20;
 
 const MAGIC: &[u8; 16] = b"oddsmith cubin 1";
-/// The magic, the key, the length and the digest of what follows.
+/// The magic, the key, the length and the digest of the rest.
 const HEADER: usize = 16 + 16 + 8 + 16;
 
-/// A digest of 128 bits: FNV-1a, the same on every machine and in every build.
+/// FNV-1a with 128 bits, which is the same on every machine and in every build.
 #[must_use]
 pub fn digest<'a>(parts: impl IntoIterator<Item = &'a [u8]>) -> u128 {
     const PRIME: u128 = 0x0000_0000_0100_0000_0000_0000_0000_013b;
     const START: u128 = 0x6c62_272e_07bb_0142_62b8_2175_6295_c58d;
     let step = |hash: u128, &byte: &u8| (hash ^ u128::from(byte)).wrapping_mul(PRIME);
     parts.into_iter().fold(START, |hash, part| {
-        // With its length, so that a byte cannot move from one part to the next unnoticed.
+        // With its length, so that moving a byte from one part to the next changes the digest.
         let hash = part.iter().fold(hash, step);
         (part.len() as u64).to_le_bytes().iter().fold(hash, step)
     })
@@ -45,11 +45,11 @@ impl Cache {
         Self { folder: folder(|name| std::env::var_os(name)), most: MOST }
     }
 
-    /// What was stored under the key, else what `make` returns, which is stored. A folder that cannot
-    /// be written to costs the time to make it again.
+    /// The file of the key, or the result of `make`, which is stored. If the folder cannot be written to, it
+    /// is made again each time.
     ///
     /// # Errors
-    /// Those of `make`.
+    /// The errors of `make`.
     pub fn get_or_make<E>(
         &self,
         name: &str,
@@ -67,13 +67,13 @@ impl Cache {
         Ok(bytes)
     }
 
-    /// Removes the oldest files until the rest fits, `kept` not among them.
+    /// Removes the oldest files until the rest fits, but never `kept`.
     fn trim(&self, kept: &Path) -> io::Result<()> {
         let Some(folder) = &self.folder else { return Ok(()) };
         let mut files: Vec<(SystemTime, u64, PathBuf)> = Vec::new();
         for entry in fs::read_dir(folder)?.flatten() {
             let path = entry.path();
-            // Files that a process left half-written count too.
+            // Files that a process did not finish count too.
             let ours = path.extension().is_some_and(|kind| kind == "cubin" || kind == "part");
             if let (true, Ok(metadata)) = (ours, entry.metadata()) {
                 files.push((metadata.modified()?, metadata.len(), path));
@@ -138,7 +138,7 @@ mod tests {
         Cache { folder: Some(folder.join("kernels")), most: MOST }
     }
 
-    /// Asks for a key; returns what came and whether it was made.
+    /// Asks for a key; returns the bytes and whether they were made.
     fn ask(cache: &Cache, key: u128, content: &[u8]) -> (Vec<u8>, bool) {
         let mut made = false;
         let make = || -> Result<_, ()> {
@@ -157,7 +157,7 @@ mod tests {
 
     #[test]
     fn the_digest_is_that_of_the_published_function() {
-        // FNV-1a of 128 bits of "a" is d228cb696f1a8caf78912b704e4a8964, then eight bytes of length.
+        // The 128-bit FNV-1a of "a" is d228cb696f1a8caf78912b704e4a8964; then come eight bytes of length.
         let step = |hash: u128, byte: u8| {
             (hash ^ u128::from(byte)).wrapping_mul(0x0000_0000_0100_0000_0000_0000_0000_013b)
         };
@@ -224,7 +224,7 @@ mod tests {
         for key in 0..5 {
             ask(&cache, key, &[key as u8; 100]);
             let path = folder.path().join("kernels").join(format!("op-{key:032x}.cubin"));
-            // Clocks of file systems are coarse.
+            // File times have a low resolution.
             let time = SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(100 + key as u64);
             fs::File::options()
                 .append(true)
@@ -232,7 +232,7 @@ mod tests {
                 .and_then(|file| file.set_modified(time))
                 .expect("set");
         }
-        // The fifth made room as it came in, with the time of its writing: the newest.
+        // Storing the fifth removed the oldest; the fifth is the newest.
         let there = [0, 1, 2, 3, 4]
             .map(|key| folder.path().join("kernels").join(format!("op-{key:032x}.cubin")).exists());
         assert_eq!(there, [false, false, true, true, true]);

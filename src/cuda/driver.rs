@@ -1,4 +1,4 @@
-//! The CUDA driver, as far as launching goes.
+//! The functions of the CUDA driver that launching needs.
 #![allow(unsafe_code)] // calls into the library, with the types of cuda.h
 
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
@@ -35,14 +35,14 @@ library! {
     }
 }
 
-/// The variable that names another driver library.
+/// The environment variable that names another driver library.
 #[cfg(feature = "testing")]
 pub const VARIABLE: &str = "ODDSMITH_CUDA_DRIVER";
 
 /// The library, opened and initialised on first use: the system's, or that of an emulator.
 ///
 /// # Errors
-/// What the system or the driver reports.
+/// Errors of the system or the driver.
 pub fn driver() -> Result<&'static Driver, String> {
     static DRIVER: OnceLock<Result<Driver, String>> = OnceLock::new();
     DRIVER.get_or_init(open).as_ref().map_err(Clone::clone)
@@ -62,7 +62,7 @@ fn open() -> Result<Driver, String> {
 }
 
 impl Driver {
-    /// An error in the driver's words.
+    /// An error with the driver's message.
     ///
     /// # Errors
     /// Unless the code is zero.
@@ -72,7 +72,7 @@ impl Driver {
         }
         let text = |get: unsafe extern "C" fn(c_int, *mut *const c_char) -> c_int| {
             let mut text = ptr::null();
-            // SAFETY: yields a constant string, or leaves null for a number it does not know.
+            // SAFETY: returns a constant string, or null for an unknown number.
             let known = unsafe { get(code, &raw mut text) } == 0 && !text.is_null();
             // SAFETY: as above.
             if known { unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned() } else { "?".into() }
@@ -80,7 +80,7 @@ impl Driver {
         Err(format!("{call}: {} ({code}): {}", text(self.error_name), text(self.error_string)))
     }
 
-    /// Number of the newest CUDA that the driver knows: 13000 for 13.0.
+    /// The newest CUDA version that the driver supports: 13000 for 13.0.
     #[must_use]
     pub fn release(&self) -> i32 {
         let mut version = 0;

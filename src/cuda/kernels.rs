@@ -1,37 +1,37 @@
-//! The sources of kernels/, embedded.
+//! The embedded sources of kernels/.
 
-/// A source file, compiled by itself.
+/// A source file, compiled separately.
 #[derive(Debug)]
-pub struct Source {
-    /// The name of the file, without its end.
+pub struct KernelSource {
+    /// The name of the file, without its extension.
     pub name: &'static str,
     /// Its text.
     pub text: &'static str,
 }
 
-/// What every source may include, as `common.cuh`.
+/// The header that every source can include, as `common.cuh`.
 pub const COMMON: &str = include_str!("../../kernels/common.cuh");
 
 /// `AdamW` with moments of 8 and of 32 bits.
-pub static ADAMW: Source = Source { name: "adamw", text: include_str!("../../kernels/adamw.cu") };
+pub static ADAMW: KernelSource = KernelSource { name: "adamw", text: include_str!("../../kernels/adamw.cu") };
 
 /// 8-bit blockwise quantisation.
-pub static BLOCKWISE8: Source =
-    Source { name: "blockwise8", text: include_str!("../../kernels/blockwise8.cu") };
+pub static BLOCKWISE8: KernelSource =
+    KernelSource { name: "blockwise8", text: include_str!("../../kernels/blockwise8.cu") };
 
 /// The ORPO head: rows of a batch, and their loss.
-pub static HEAD_BATCH: Source =
-    Source { name: "head_batch", text: include_str!("../../kernels/head_batch.cu") };
+pub static HEAD_BATCH: KernelSource =
+    KernelSource { name: "head_batch", text: include_str!("../../kernels/head_batch.cu") };
 
 /// The ORPO head: softmax and gradient on tiles of logits.
-pub static HEAD_TILES: Source =
-    Source { name: "head_tiles", text: include_str!("../../kernels/head_tiles.cu") };
+pub static HEAD_TILES: KernelSource =
+    KernelSource { name: "head_tiles", text: include_str!("../../kernels/head_tiles.cu") };
 
 /// NF4: quantise, dequantise, multiply.
-pub static NF4: Source = Source { name: "nf4", text: include_str!("../../kernels/nf4.cu") };
+pub static NF4: KernelSource = KernelSource { name: "nf4", text: include_str!("../../kernels/nf4.cu") };
 
 /// All sources.
-pub static ALL: [&Source; 5] = [&ADAMW, &BLOCKWISE8, &HEAD_BATCH, &HEAD_TILES, &NF4];
+pub static ALL: [&KernelSource; 5] = [&ADAMW, &BLOCKWISE8, &HEAD_BATCH, &HEAD_TILES, &NF4];
 
 /// The value of `constexpr int NAME = 123;` in a source: sizes of a launch are said once, beside the kernel.
 ///

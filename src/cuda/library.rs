@@ -1,7 +1,7 @@
 //! A shared library as a table of functions.
 
-/// Declares a struct with a function pointer for each listed symbol, and `load`, which looks them all
-/// up. The library stays open as long as the struct lives.
+/// Declares a struct with a function pointer for each listed symbol, and `load`, which looks up all of them.
+/// The library stays open as long as the struct lives.
 macro_rules! library {
     ($(#[$doc:meta])* struct $name:ident {
         $(fn $field:ident = $symbol:ident($($argument:ty),* $(,)?) -> $result:ty;)*
@@ -30,7 +30,7 @@ macro_rules! library {
 
 pub(super) use library;
 
-/// What the system says of a library that does not open.
+/// The system's reason why a library does not open.
 pub fn reason(error: &libloading::Error) -> String {
     std::error::Error::source(error).map_or_else(|| error.to_string(), ToString::to_string)
 }

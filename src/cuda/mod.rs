@@ -1,13 +1,12 @@
-//! Kernels of kernels/ on an NVIDIA card: compiled for it on first use, launched on torch's stream.
+//! Kernels of kernels/ on an NVIDIA GPU: compiled for it on first use, launched on torch's stream.
 //!
-//! Nothing of CUDA is opened before a kernel is wanted. A source is compiled by NVRTC for the exact
-//! architecture of the card, kept on disk ([`cache`]) and loaded into the primary context, which is
-//! torch's. A launch is asynchronous and waits for nothing. The first launch of a source loads its
-//! module, which a CUDA graph under capture forbids: run an op once before capturing it, as torch asks
-//! for its own.
+//! No CUDA library is opened before the first kernel. NVRTC compiles a source for the exact architecture of
+//! the GPU; the result is kept on disk ([`cache`]) and loaded into the primary context, which torch uses too.
+//! Launches are asynchronous. The first launch of a source loads its module, which is not allowed while a
+//! CUDA graph is captured: run an op once before capturing it, as with torch's ops.
 //!
-//! Kernels are named `<op>_<dtype>`, take what [`Arg`] makes, in order, and are compiled with
-//! [`nvrtc::OPTIONS`]: a fused multiply-add only where the source says `fmaf`.
+//! Kernels are named `<op>_<dtype>`, take [`Arg`]s in order, and are compiled with [`nvrtc::OPTIONS`]: no
+//! fused multiply-add except `fmaf` in the source.
 
 pub mod cache;
 mod driver;
@@ -22,25 +21,25 @@ use std::sync::atomic::{AtomicU8, Ordering};
 
 use crate::base::error::{Error, Result};
 use driver::driver;
-use kernels::Source;
+use kernels::KernelSource;
 
-/// A card and the stream to launch on.
+/// A GPU and the stream to launch on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Device {
-    /// Number of the card, as torch counts.
+    /// Index of the GPU in torch.
     pub ordinal: i32,
     /// `cudaStream_t`; zero for the default stream.
     pub stream: u64,
 }
 
-/// A kernel with the shape of its launch.
+/// A kernel with its launch dimensions.
 #[derive(Clone, Copy, Debug)]
 pub struct Launch {
-    /// Where the kernel is.
-    pub source: &'static Source,
+    /// The source of the kernel.
+    pub source: &'static KernelSource,
     /// Its name.
     pub kernel: &'static str,
-    /// Blocks; nothing is launched where one of the three is zero.
+    /// Blocks; nothing is launched if one of the three is zero.
     pub grid: [u32; 3],
     /// Threads of a block.
     pub block: [u32; 3],
@@ -48,7 +47,7 @@ pub struct Launch {
     pub shared: u32,
 }
 
-/// An argument of a kernel, in the bytes that the kernel reads.
+/// An argument of a kernel, as bytes.
 #[derive(Clone, Copy, Debug)]
 #[repr(C, align(8))]
 pub struct Arg([u8; 8]);
@@ -68,7 +67,7 @@ macro_rules! argument {
 
 impl Arg {
     argument! {
-        ptr: u64, "An address on the card, for any pointer.";
+        ptr: u64, "An address on the GPU, for any pointer.";
         i32: i32, "`int`.";
         u32: u32, "`unsigned int`.";
         i64: i64, "`long long`.";
@@ -81,8 +80,8 @@ impl Device {
     /// Puts a kernel on the stream and returns.
     ///
     /// # Errors
-    /// [`Error::Cuda`]: no driver or compiler, or what either reports, with the kernel's name and the
-    /// shape of the launch. An error of a kernel that ran before on the stream may come up here too.
+    /// [`Error::Cuda`]: no driver or compiler, or an error of either, with the kernel's name and the launch
+    /// dimensions. An error of an earlier kernel on the stream can be reported here too.
     pub fn launch(&self, launch: &Launch, args: &[Arg]) -> Result<()> {
         if launch.grid.contains(&0) {
             return Ok(());
@@ -93,7 +92,7 @@ impl Device {
     #[allow(unsafe_code)] // calls into the driver
     fn try_launch(&self, launch: &Launch, args: &[Arg]) -> std::result::Result<(), String> {
         const MAX_DYNAMIC_SHARED_SIZE_BYTES: i32 = 8;
-        /// What any kernel may have without asking.
+        /// Dynamic shared memory that needs no opt-in.
         const GRANTED: u32 = 48 << 10;
         let driver = driver()?;
         let kernel = module::kernel(self.ordinal, launch.source, launch.kernel)?;
@@ -101,7 +100,7 @@ impl Device {
         let function = kernel.function as driver::Handle;
         if launch.shared > GRANTED {
             let shared = launch.shared as i32;
-            // SAFETY: a function that stays loaded.
+            // SAFETY: the function stays loaded.
             let code = unsafe { (driver.set_function)(function, MAX_DYNAMIC_SHARED_SIZE_BYTES, shared) };
             driver.check(code, "cuFuncSetAttribute")?;
         }
@@ -109,8 +108,8 @@ impl Device {
             args.iter().map(|arg| (&raw const arg.0).cast_mut().cast()).collect();
         let ([gx, gy, gz], [bx, by, bz]) = (launch.grid, launch.block);
         let stream = self.stream as driver::Handle;
-        // SAFETY: the driver copies the arguments before it returns. That their number and types, and
-        // the memory behind the pointers, are what the kernel wants is the adapter's promise.
+        // SAFETY: the driver copies the arguments before it returns. The adapter guarantees their number and
+        // types and the memory behind the pointers.
         let code = unsafe {
             (driver.launch)(
                 function,
@@ -132,22 +131,22 @@ impl Device {
     /// Number of multiprocessors.
     ///
     /// # Errors
-    /// [`Error::Cuda`]: what the driver reports.
+    /// [`Error::Cuda`]: an error of the driver.
     pub fn multiprocessors(&self) -> Result<u32> {
-        Ok(self.card()?.multiprocessors)
+        Ok(self.gpu()?.multiprocessors)
     }
 
     /// Compute capability: 9 and 0 for `sm_90`.
     ///
     /// # Errors
-    /// [`Error::Cuda`]: what the driver reports.
+    /// [`Error::Cuda`]: an error of the driver.
     pub fn capability(&self) -> Result<(i32, i32)> {
-        Ok(self.card()?.capability)
+        Ok(self.gpu()?.capability)
     }
 
-    fn card(&self) -> Result<module::Card> {
+    fn gpu(&self) -> Result<module::Gpu> {
         let unknown = |message| Error::Cuda { kernel: String::new(), launch: String::new(), message };
-        module::card(self.ordinal).map_err(unknown)
+        module::gpu(self.ordinal).map_err(unknown)
     }
 }
 
@@ -160,7 +159,7 @@ impl Launch {
     }
 }
 
-/// True if the driver opens: a build of torch for other cards calls them CUDA devices too.
+/// True if NVIDIA's driver can be opened: torch builds for other GPUs call them CUDA devices too.
 #[must_use]
 pub fn is_available() -> bool {
     driver().is_ok()

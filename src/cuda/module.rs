@@ -1,4 +1,4 @@
-//! Kernels on a card: compiled for it, loaded into torch's context, kept.
+//! Kernels on a GPU: compiled for it, loaded into torch's context, never unloaded.
 #![allow(unsafe_code)] // calls into the driver
 
 use std::collections::HashMap;
@@ -8,12 +8,12 @@ use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
 
 use super::cache::{Cache, digest};
 use super::driver::{Driver, Handle, driver};
-use super::kernels::{COMMON, Source};
+use super::kernels::{COMMON, KernelSource};
 use super::nvrtc::{OPTIONS, nvrtc};
 
-/// A card, with the context that torch uses too.
+/// A GPU, with the context that torch uses too.
 #[derive(Clone, Copy, Debug)]
-pub struct Card {
+pub struct Gpu {
     /// The primary context, an address.
     context: usize,
     /// Compute capability: 9 and 0 for `sm_90`.
@@ -22,21 +22,21 @@ pub struct Card {
     pub multiprocessors: u32,
 }
 
-/// Cards by number, and modules by card and source: loaded once, never unloaded.
+/// GPUs by index, and modules by GPU and source: loaded once, never unloaded.
 #[derive(Debug, Default)]
 struct Loaded {
-    cards: HashMap<i32, Card>,
+    gpus: HashMap<i32, Gpu>,
     modules: HashMap<(i32, &'static str), usize>,
 }
 
 static LOADED: Mutex<Option<Loaded>> = Mutex::new(None);
-/// By card, source and name.
+/// By GPU, source and name.
 type Kernels = HashMap<(i32, &'static str, &'static str), Kernel>;
 
-/// Apart from [`LOADED`]: a launch does not wait for what another has compiled.
+/// Not in [`LOADED`]: a launch does not wait while another thread compiles.
 static KERNELS: RwLock<Option<Kernels>> = RwLock::new(None);
 
-/// A kernel on a card, with the context it is loaded in; both are addresses.
+/// A kernel on a GPU, with the context it is loaded in; both are addresses.
 #[derive(Clone, Copy, Debug)]
 pub struct Kernel {
     pub function: usize,
@@ -44,23 +44,23 @@ pub struct Kernel {
 }
 
 fn loaded() -> MutexGuard<'static, Option<Loaded>> {
-    // Nothing panics between two changes that belong together.
+    // No panic can leave the tables inconsistent.
     LOADED.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The card of this number.
+/// The GPU of this index.
 ///
 /// # Errors
-/// What the driver reports.
-pub fn card(ordinal: i32) -> Result<Card, String> {
-    card_of(loaded().get_or_insert_default(), ordinal)
+/// Errors of the driver.
+pub fn gpu(ordinal: i32) -> Result<Gpu, String> {
+    gpu_of(loaded().get_or_insert_default(), ordinal)
 }
 
-fn card_of(loaded: &mut Loaded, ordinal: i32) -> Result<Card, String> {
+fn gpu_of(loaded: &mut Loaded, ordinal: i32) -> Result<Gpu, String> {
     const MULTIPROCESSOR_COUNT: i32 = 16;
     const CAPABILITY: [i32; 2] = [75, 76];
-    if let Some(card) = loaded.cards.get(&ordinal) {
-        return Ok(*card);
+    if let Some(gpu) = loaded.gpus.get(&ordinal) {
+        return Ok(*gpu);
     }
     let driver = driver()?;
     let (mut device, mut context) = (0, ptr::null_mut());
@@ -74,16 +74,16 @@ fn card_of(loaded: &mut Loaded, ordinal: i32) -> Result<Card, String> {
     };
     let capability = (attribute(CAPABILITY[0])?, attribute(CAPABILITY[1])?);
     let multiprocessors = attribute(MULTIPROCESSOR_COUNT)?.max(1) as u32;
-    // SAFETY: writes a handle. It is never released: the process holds it as long as torch may.
+    // SAFETY: writes a handle. It is never released, because torch may use it until the process ends.
     let code = unsafe { (driver.retain_context)(&raw mut context, device) };
     driver.check(code, "cuDevicePrimaryCtxRetain")?;
-    let card = Card { context: context as usize, capability, multiprocessors };
-    loaded.cards.insert(ordinal, card);
-    Ok(card)
+    let gpu = Gpu { context: context as usize, capability, multiprocessors };
+    loaded.gpus.insert(ordinal, gpu);
+    Ok(gpu)
 }
 
-/// Makes a card's context current on this thread while it lives. torch reads the current card off the
-/// context, so that the one before comes back.
+/// Makes a GPU's context current on this thread while it lives, and then restores the previous one, from
+/// which torch reads its current device.
 #[derive(Debug)]
 pub struct Current {
     driver: &'static Driver,
@@ -92,7 +92,7 @@ pub struct Current {
 
 impl Current {
     /// # Errors
-    /// What the driver reports.
+    /// Errors of the driver.
     pub fn new(driver: &'static Driver, context: usize) -> Result<Self, String> {
         let mut before = ptr::null_mut();
         // SAFETY: writes a handle.
@@ -101,7 +101,7 @@ impl Current {
         if before == wanted {
             return Ok(Self { driver, before: None });
         }
-        // SAFETY: a context that is retained for good.
+        // SAFETY: the context is never released.
         driver.check(unsafe { (driver.set_context)(wanted) }, "cuCtxSetCurrent")?;
         Ok(Self { driver, before: Some(before) })
     }
@@ -110,17 +110,17 @@ impl Current {
 impl Drop for Current {
     fn drop(&mut self) {
         if let Some(before) = self.before {
-            // SAFETY: the context that was current, or null for none.
+            // SAFETY: the context that was current before, or null.
             unsafe { (self.driver.set_context)(before) };
         }
     }
 }
 
-/// A kernel on a card, compiled and loaded on its first use.
+/// A kernel on a GPU, compiled and loaded on its first use.
 ///
 /// # Errors
-/// What the compiler or the driver reports.
-pub fn kernel(ordinal: i32, source: &'static Source, name: &'static str) -> Result<Kernel, String> {
+/// Errors of the compiler or the driver.
+pub fn kernel(ordinal: i32, source: &'static KernelSource, name: &'static str) -> Result<Kernel, String> {
     let key = (ordinal, source.name, name);
     let known = KERNELS.read().unwrap_or_else(PoisonError::into_inner);
     if let Some(kernel) = known.as_ref().and_then(|known| known.get(&key)) {
@@ -129,37 +129,37 @@ pub fn kernel(ordinal: i32, source: &'static Source, name: &'static str) -> Resu
     drop(known);
     let mut loaded = loaded();
     let loaded = loaded.get_or_insert_default();
-    let (driver, card) = (driver()?, card_of(loaded, ordinal)?);
-    let _current = Current::new(driver, card.context)?;
+    let (driver, gpu) = (driver()?, gpu_of(loaded, ordinal)?);
+    let _current = Current::new(driver, gpu.context)?;
     let module = module_of(loaded, ordinal, source)?;
     let symbol = CString::new(name).map_err(|error| error.to_string())?;
     let mut function = ptr::null_mut();
-    // SAFETY: a module that stays loaded, and a string.
+    // SAFETY: the module stays loaded; the string is alive.
     let code = unsafe { (driver.get_function)(&raw mut function, module as Handle, symbol.as_ptr()) };
     driver.check(code, "cuModuleGetFunction")?;
-    let kernel = Kernel { function: function as usize, context: card.context };
+    let kernel = Kernel { function: function as usize, context: gpu.context };
     let mut known = KERNELS.write().unwrap_or_else(PoisonError::into_inner);
     known.get_or_insert_default().insert(key, kernel);
     Ok(kernel)
 }
 
-/// The module of a source, in the current context, which is the card's.
-fn module_of(loaded: &mut Loaded, ordinal: i32, source: &'static Source) -> Result<usize, String> {
+/// The module of a source, in the current context, which is the GPU's.
+fn module_of(loaded: &mut Loaded, ordinal: i32, source: &'static KernelSource) -> Result<usize, String> {
     if let Some(&module) = loaded.modules.get(&(ordinal, source.name)) {
         return Ok(module);
     }
-    let card = card_of(loaded, ordinal)?;
-    let cubin = cubin(source, &format!("sm_{}{}", card.capability.0, card.capability.1))?;
+    let gpu = gpu_of(loaded, ordinal)?;
+    let cubin = cubin(source, &format!("sm_{}{}", gpu.capability.0, gpu.capability.1))?;
     let (driver, mut module) = (driver()?, ptr::null_mut());
-    // SAFETY: a whole cubin, which the driver copies.
+    // SAFETY: a complete cubin, which the driver copies.
     let code = unsafe { (driver.load_module)(&raw mut module, cubin.as_ptr().cast()) };
     driver.check(code, "cuModuleLoadData")?;
     loaded.modules.insert((ordinal, source.name), module as usize);
     Ok(module as usize)
 }
 
-/// The binary of a source for an architecture, from the cache on disk where it is there.
-fn cubin(source: &Source, architecture: &str) -> Result<Vec<u8>, String> {
+/// The binary of a source for an architecture, from the cache on disk if it is there.
+fn cubin(source: &KernelSource, architecture: &str) -> Result<Vec<u8>, String> {
     let nvrtc = nvrtc()?;
     let versions = format!("{:?} {}", nvrtc.release(), driver()?.release());
     let parts = [source.text, COMMON, &OPTIONS.join(" "), architecture, &versions];

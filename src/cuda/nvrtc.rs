@@ -1,4 +1,4 @@
-//! NVRTC: CUDA C++ to a cubin for one architecture. Needs no card and no driver.
+//! NVRTC: CUDA C++ to a cubin for one architecture. Needs no GPU and no driver.
 #![allow(unsafe_code)] // calls into the library, with the types of nvrtc.h
 
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
@@ -8,7 +8,7 @@ use std::sync::OnceLock;
 
 use libloading::Library;
 
-use super::kernels::{COMMON, Source};
+use super::kernels::{COMMON, KernelSource};
 use super::library::{library, reason};
 
 type Program = *mut c_void;
@@ -30,20 +30,20 @@ library! {
     }
 }
 
-/// What every kernel is compiled with, beside its architecture. No fast arithmetic, and no fused
-/// multiply-add that the source does not ask for: results are those of the slice algorithms, to the bit.
+/// Options for all kernels, in addition to the architecture. No fast arithmetic and no implicit fused
+/// multiply-add, so that results are bit-identical to the CPU algorithms.
 pub const OPTIONS: [&str; 2] = ["-std=c++17", "--fmad=false"];
 
-/// Releases of the library, the newest first, with where NVIDIA's wheels keep them beside torch.
+/// Releases of the library, the newest first, with their folders in NVIDIA's wheels.
 #[cfg(target_os = "linux")]
 const NAMES: [(&str, &str); 2] =
     [("libnvrtc.so.13", "nvidia/cu13/lib"), ("libnvrtc.so.12", "nvidia/cuda_nvrtc/lib")];
 
-/// The library, opened on first use: what `ODDSMITH_NVRTC` names, else the one that torch has loaded,
-/// else that of the wheels beside torch, else the system's.
+/// The library, opened on first use: the one in `ODDSMITH_NVRTC`, or the one that torch has loaded, or the
+/// one of NVIDIA's wheels, or the system's.
 ///
 /// # Errors
-/// Where it was looked for.
+/// The places that were searched.
 pub fn nvrtc() -> Result<&'static Nvrtc, String> {
     static NVRTC: OnceLock<Result<Nvrtc, String>> = OnceLock::new();
     NVRTC.get_or_init(|| open().and_then(Nvrtc::load)).as_ref().map_err(Clone::clone)
@@ -70,9 +70,9 @@ fn find() -> Option<Library> {
 #[cfg(target_os = "linux")]
 fn find() -> Option<Library> {
     use libloading::os::unix;
-    // Another release than torch's may make cubins that torch's driver does not read.
+    // A release other than torch's may make cubins that the driver cannot read.
     let loaded = NAMES.iter().find_map(|&(name, _)| {
-        // SAFETY: a library that is loaded already runs no code on opening.
+        // SAFETY: opening a library that is already loaded runs no code.
         unsafe { unix::Library::open(Some(name), libc::RTLD_NOLOAD | libc::RTLD_NOW) }.ok()
     });
     let beside = || {
@@ -90,34 +90,34 @@ fn packages(maps: &str) -> Option<PathBuf> {
     Some(PathBuf::from(&folder[folder.find('/')?..]))
 }
 
-/// NVRTC opens its built-in functions by name only, so those of the same folder are loaded before.
+/// NVRTC opens its library of built-in functions by name only, so the one in the same folder is loaded first.
 fn open_path(path: &Path) -> Result<Library, libloading::Error> {
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
     let entries = folder.and_then(|folder| folder.read_dir().ok());
     for entry in entries.into_iter().flatten().flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();
         if name.starts_with("libnvrtc-builtins.so") {
-            // SAFETY: a library of constants.
+            // SAFETY: a library of constants without initialisers.
             if let Ok(library) = unsafe { Library::new(entry.path()) } {
                 std::mem::forget(library);
             }
         }
     }
-    // SAFETY: NVIDIA's library, whose initialisers need nothing.
+    // SAFETY: NVIDIA's library, whose initialisers have no precondition.
     unsafe { Library::new(path) }
 }
 
-/// What a compilation yields.
+/// The result of a compilation.
 #[derive(Clone, Debug)]
 pub struct Compiled {
     /// The binary, an ELF file.
     pub cubin: Vec<u8>,
-    /// What the compiler had to say.
+    /// The compiler's log.
     pub log: String,
 }
 
 impl Nvrtc {
-    /// Number of the release, as `(13, 0)`.
+    /// The release, such as `(13, 0)`.
     #[must_use]
     pub fn release(&self) -> (i32, i32) {
         let (mut major, mut minor) = (0, 0);
@@ -138,14 +138,19 @@ impl Nvrtc {
     /// Compiles a source for an architecture such as `sm_90`, with [`OPTIONS`] and `extra` ones.
     ///
     /// # Errors
-    /// What the compiler reports, with the line.
-    pub fn compile(&self, source: &Source, architecture: &str, extra: &[&str]) -> Result<Compiled, String> {
+    /// Errors of the compiler, with the line.
+    pub fn compile(
+        &self,
+        source: &KernelSource,
+        architecture: &str,
+        extra: &[&str],
+    ) -> Result<Compiled, String> {
         let text = |text: &str| CString::new(text).map_err(|error| error.to_string());
         let (code, name) = (text(source.text)?, text(source.name)?);
         let (header, header_name) = (text(COMMON)?, text("common.cuh")?);
         let (headers, header_names) = ([header.as_ptr()], [header_name.as_ptr()]);
         let mut program = ptr::null_mut();
-        // SAFETY: strings that live through the call, one header with its name.
+        // SAFETY: the strings outlive the call; one header with its name.
         let created = unsafe {
             (self.create)(
                 &raw mut program,
@@ -158,7 +163,7 @@ impl Nvrtc {
         };
         self.check(created, "nvrtcCreateProgram")?;
         let compiled = self.compile_program(program, architecture, extra);
-        // SAFETY: made above, not used after.
+        // SAFETY: created above, not used afterwards.
         unsafe { (self.destroy)(&raw mut program) };
         compiled
     }
@@ -174,7 +179,7 @@ impl Nvrtc {
         let options = options.map(CString::new).collect::<Result<Vec<_>, _>>();
         let options = options.map_err(|error| error.to_string())?;
         let pointers: Vec<_> = options.iter().map(|option| option.as_ptr()).collect();
-        // SAFETY: as many strings as the number says, alive through the call.
+        // SAFETY: the number of strings is correct and they outlive the call.
         let code = unsafe { (self.compile)(program, pointers.len() as c_int, pointers.as_ptr()) };
         let log = self.text_of(program, self.log_size, self.log, "nvrtcGetProgramLog")?;
         let log = String::from_utf8_lossy(&log).trim_end_matches(['\0', '\n']).to_owned();
@@ -183,7 +188,7 @@ impl Nvrtc {
         Ok(Compiled { cubin, log })
     }
 
-    /// A result that the library gives the size of first.
+    /// Reads a result whose size the library returns first.
     fn text_of(
         &self,
         program: Program,
@@ -195,7 +200,7 @@ impl Nvrtc {
         // SAFETY: writes a number.
         self.check(unsafe { size(program, &raw mut len) }, call)?;
         let mut bytes = vec![0u8; len];
-        // SAFETY: writes as many bytes as it has said.
+        // SAFETY: writes as many bytes as the size says.
         self.check(unsafe { get(program, bytes.as_mut_ptr().cast()) }, call)?;
         Ok(bytes)
     }

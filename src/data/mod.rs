@@ -1,7 +1,7 @@
-//! Rows of a preference dataset: the token ids of a prompt with each of two answers.
+//! Rows of a preference dataset: token ids of a prompt with a chosen and a rejected answer.
 //!
-//! [`triplet`] puts a row together, [`truncate`] says what is cut from it, and `tokenize` (feature
-//! `tokenize`, the only importer of the tokenizer library) encodes the text of whole batches.
+//! [`triplet`] builds a row, [`truncate`] decides what is cut from it, and `tokenize` (feature
+//! `tokenize`, the only importer of the tokenizer library) encodes the text of batches.
 
 #[cfg(feature = "tokenize")]
 mod pool;

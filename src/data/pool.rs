@@ -8,7 +8,7 @@ use rayon::{ThreadPool, ThreadPoolBuilder};
 use crate::base::error::{Error, Result};
 
 /// A pool of threads, started at first use in each process: a forked process (a worker of a
-/// `DataLoader`) inherits the pool's memory without its threads, and would wait for them for ever.
+/// `DataLoader`) inherits the pool's memory without its threads, and would wait for them forever.
 #[derive(Debug, Default)]
 pub struct Pool {
     started: Mutex<Option<(u32, Arc<ThreadPool>)>>,
@@ -26,7 +26,7 @@ impl Pool {
             Some((process, pool)) if *process == process::id() => return Ok(pool.clone()),
             _ => {}
         }
-        // The parent's: ending it would signal threads that are not there.
+        // Leak the parent's pool: dropping it would signal threads that do not exist.
         mem::forget(started.take());
         let pool = ThreadPoolBuilder::new().thread_name(|index| format!("oddsmith-{index}")).build();
         let pool = Arc::new(pool.map_err(|error| Error::Internal(error.to_string()))?);
@@ -46,7 +46,7 @@ mod tests {
         let pool = Pool::default();
         let first = pool.get().unwrap();
         assert!(Arc::ptr_eq(&first, &pool.get().unwrap()));
-        // As a forked process finds it.
+        // The state that a forked process inherits.
         let parent = std::process::id() + 1;
         *pool.started.lock().unwrap() = Some((parent, first.clone()));
         let own = pool.get().unwrap();

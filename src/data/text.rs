@@ -1,8 +1,8 @@
-//! Columns of text, as Arrow has them.
+//! Columns of text in Arrow's format.
 
 use crate::base::error::{Error, Result};
 
-/// Strings end to end.
+/// Concatenated strings.
 #[derive(Debug)]
 pub struct Texts<'a> {
     data: &'a str,
@@ -12,12 +12,11 @@ pub struct Texts<'a> {
 impl<'a> Texts<'a> {
     /// Wraps the buffers of an Arrow `large_string` column.
     ///
-    /// `data`: UTF-8; `offsets`: 64-bit integers in the machine's byte order, one more than there are
-    /// strings.
+    /// `data`: UTF-8; `offsets`: 64-bit integers in the machine's byte order, one more than strings.
     ///
     /// # Errors
     ///
-    /// [`Error::Value`] if the bytes are no UTF-8, or the offsets do not lie in them in order.
+    /// [`Error::Value`] if the bytes are not UTF-8, or the offsets are not ascending positions in them.
     pub fn new(argument: &'static str, data: &'a [u8], offsets: &[u8]) -> Result<Self> {
         let wrong = |expected: &str, got: String| Error::Value {
             op: "tokenize",
@@ -34,7 +33,7 @@ impl<'a> Texts<'a> {
         for pair in offsets.windows(2) {
             if data.get(pair[0]..pair[1]).is_none() {
                 let got = format!("a string from {} to {} of {} bytes", pair[0], pair[1], data.len());
-                return Err(wrong("strings that lie within the data", got));
+                return Err(wrong("strings within the data", got));
             }
         }
         Ok(Self { data, offsets })
@@ -46,13 +45,13 @@ impl<'a> Texts<'a> {
         self.offsets.len() - 1
     }
 
-    /// Whether there is no string.
+    /// True if there are no strings.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// A string; must be below [`Self::len`].
+    /// The string at an index, which must be below [`Self::len`].
     #[must_use]
     pub fn get(&self, index: usize) -> &'a str {
         &self.data[self.offsets[index]..self.offsets[index + 1]]
@@ -82,7 +81,7 @@ mod tests {
         assert!(refused(b"a", &[]).contains("0 bytes; must be 8 bytes of offset"));
         assert!(refused(b"a", &bytes(&[0, 1])[..9]).contains("9 bytes"));
         for offsets in [[0, 2, 2], [1, 0, 1], [-1, 0, 1]] {
-            assert!(refused(b"a", &bytes(&offsets)).contains("must be strings that lie within the data"));
+            assert!(refused(b"a", &bytes(&offsets)).contains("must be strings within the data"));
         }
         // Between the two bytes of a character.
         assert!(refused("é".as_bytes(), &bytes(&[0, 1, 2])).contains("from 0 to 1 of 2 bytes"));

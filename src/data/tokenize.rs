@@ -1,4 +1,4 @@
-//! Whole batches of text to rows of token ids, in parallel. The only importer of `tokenizers`.
+//! Encodes batches of text to rows of token ids, in parallel. The only module that uses `tokenizers`.
 
 use std::str::FromStr;
 use std::sync::{Mutex, PoisonError};
@@ -14,7 +14,7 @@ use super::pool::Pool;
 use super::text::Texts;
 use super::triplet::{Columns, Marks, Row, SIDES, Triplet};
 use super::truncate::Limits;
-use super::words::{Memory, Words, are_separate};
+use super::words::{WordCache, Words, are_separate};
 use crate::base::error::{Error, Result};
 
 /// Text of a batch of rows.
@@ -37,29 +37,29 @@ pub struct RowEncoder {
     marks: Marks,
     limits: Limits,
     pool: Pool,
-    /// What each thread remembers; none where the library encodes whole texts.
-    memories: Vec<Mutex<Memory>>,
+    /// Word cache of each thread; none if the library encodes complete texts.
+    word_caches: Vec<Mutex<WordCache>>,
     /// Whether words can be encoded one by one.
     separate: bool,
 }
 
-/// Whether the model merges each word by itself with the same result; see [`super::words`].
+/// Whether merging each word separately gives the same result; see [`super::words`].
 fn has_separate_words(model: &BPE) -> bool {
     let vocabulary = model.get_vocab();
-    // A character that leaves no token would let its neighbours merge.
+    // A character without a token would let its neighbours merge.
     let bytes = || (0..=255u8).all(|byte| vocabulary.contains_key(&format!("<0x{byte:02X}>")));
     let unknown = match &model.unk_token {
         Some(token) => !token.contains('▁'),
         None => model.byte_fallback && bytes(),
     };
-    // These look at the word as a whole.
+    // These settings apply to a complete word.
     let whole = model.ignore_merges
         || model.continuing_subword_prefix.is_some()
         || model.end_of_word_suffix.is_some();
     unknown && !whole && are_separate(vocabulary.keys().map(String::as_str))
 }
 
-/// Whether the post-processor leaves tokens as they are, where it may add none.
+/// Whether the post-processor keeps tokens unchanged if it may not add special tokens.
 fn keeps_tokens(tokenizer: &Tokenizer) -> bool {
     let ids = [0, 1, 2];
     let tokens = ids.map(|id| Token::new(id, "a".into(), (id as usize, id as usize + 1)));
@@ -74,38 +74,38 @@ impl RowEncoder {
     ///
     /// # Errors
     ///
-    /// [`Error::Tokenizer`] if this is no tokenizer that the library knows, or it has ids from 2^31.
+    /// [`Error::Tokenizer`] if the library cannot read the tokenizer, or an id is 2^31 or more.
     pub fn new(json: &str, split_special_tokens: bool, marks: Marks, limits: Limits) -> Result<Self> {
         let mut tokenizer = Tokenizer::from_str(json).map_err(|error| Error::Tokenizer(error.to_string()))?;
         let marked = [marks.bos, marks.eos];
         let highest = tokenizer.get_vocab(true).into_values().chain(marked.into_iter().flatten()).max();
         if highest.is_some_and(|id| i32::try_from(id).is_err()) {
-            return Err(Error::Tokenizer(format!("token id {highest:?} is no 32-bit integer")));
+            return Err(Error::Tokenizer(format!("token id {highest:?} is not a 32-bit integer")));
         }
         tokenizer.with_truncation(None).map_err(|error| Error::Tokenizer(error.to_string()))?;
         tokenizer.with_padding(None);
         tokenizer.set_encode_special_tokens(split_special_tokens);
-        let (mut memories, mut separate) = (Vec::new(), false);
+        let (mut word_caches, mut separate) = (Vec::new(), false);
         if let ModelWrapper::BPE(model) = tokenizer.get_model()
             && model.dropout.is_none()
             && keeps_tokens(&tokenizer)
         {
             separate = has_separate_words(model);
             let threads = thread::available_parallelism().map_or(1, usize::from);
-            memories.resize_with(threads, Mutex::default);
+            word_caches.resize_with(threads, Mutex::default);
         }
-        Ok(Self { tokenizer, marks, limits, pool: Pool::default(), memories, separate })
+        Ok(Self { tokenizer, marks, limits, pool: Pool::default(), word_caches, separate })
     }
 
-    /// Appends the ids of a text, without special tokens: those of the library's `encode`.
-    fn encode(&self, text: &str, memory: Option<&mut Memory>, to: &mut Vec<u32>) -> tokenizers::Result<()> {
-        let Some(memory) = memory else {
+    /// Appends the ids of a text without special tokens, the same as the library's `encode`.
+    fn encode(&self, text: &str, cache: Option<&mut WordCache>, to: &mut Vec<u32>) -> tokenizers::Result<()> {
+        let Some(cache) = cache else {
             to.extend_from_slice(self.tokenizer.encode_fast(text, false)?.get_ids());
             return Ok(());
         };
         let model = self.tokenizer.get_model();
         let mut recall = |word: &str, to: &mut Vec<u32>| -> tokenizers::Result<()> {
-            memory.recall(word, to, |word, to| {
+            cache.recall(word, to, |word, to| {
                 to.extend(model.tokenize(word)?.into_iter().map(|token| token.id));
                 Ok(())
             })
@@ -125,19 +125,19 @@ impl RowEncoder {
         Ok(())
     }
 
-    /// This thread's memory, if texts are encoded by words.
-    fn memory(&self) -> Option<&Mutex<Memory>> {
+    /// The word cache of this thread, if texts are encoded word by word.
+    fn cache(&self) -> Option<&Mutex<WordCache>> {
         let thread = rayon::current_thread_index().unwrap_or(0);
-        self.memories.get(thread % self.memories.len().max(1))
+        self.word_caches.get(thread % self.word_caches.len().max(1))
     }
 
-    /// The columns of a batch: each prompt encoded once, and once together with each answer.
+    /// The columns of a batch: each prompt is encoded once alone and once with each answer.
     ///
-    /// `parallel`: use every core; otherwise the calling thread does it all.
+    /// `parallel`: use every core; otherwise only the calling thread.
     ///
     /// # Errors
     ///
-    /// [`Error::Row`] for the first row that cannot be made, [`Error::Value`] if the columns of text
+    /// [`Error::Row`] for the first row that cannot be encoded, [`Error::Value`] if the columns of text
     /// have different lengths or a column has more than 2^31 - 1 tokens.
     pub fn columns(&self, batch: &Batch<'_>, parallel: bool) -> Result<Columns> {
         let count = batch.prompts.len();
@@ -155,7 +155,7 @@ impl RowEncoder {
             let mut text = String::new();
             (0..count).map(|row| self.row(batch, row, &mut text)).collect()
         };
-        // Not collected as a `Result` above: of several errors that would take any, not the first.
+        // Not collected as a `Result` above: that would return any of several errors, not the first.
         let rows = rows.into_iter().collect::<Result<Vec<Row>>>()?;
         Columns::of(&rows, &self.marks).ok_or_else(|| Error::Value {
             op: "tokenize",
@@ -170,10 +170,10 @@ impl RowEncoder {
             row: format!("{} row {}", batch.name, batch.first_row + row as u64),
             fault,
         };
-        let mut memory = self.memory().map(|memory| memory.lock().unwrap_or_else(PoisonError::into_inner));
+        let mut cache = self.cache().map(|cache| cache.lock().unwrap_or_else(PoisonError::into_inner));
         let mut encode = |text: &str, field: &str| -> Result<Vec<u32>> {
             let mut ids = Vec::with_capacity(text.len() / 2);
-            let done = self.encode(text, memory.as_deref_mut(), &mut ids);
+            let done = self.encode(text, cache.as_deref_mut(), &mut ids);
             done.map_err(|error| fault(format!("{field} cannot be tokenised: {error}")))?;
             Ok(ids)
         };
@@ -198,12 +198,12 @@ mod tests {
     use crate::data::text::Texts;
     use crate::data::triplet::{Columns, Marks};
     use crate::data::truncate::{Keep, Limits};
-    use crate::data::words::Memory;
+    use crate::data::words::WordCache;
 
     const MARKS: Marks = Marks { bos: Some(1), eos: Some(2), label_pad: -100 };
     const LIMITS: Limits = Limits { max_length: 20, max_prompt_length: None, keep: Keep::End };
 
-    /// Letters, of which "a" and "b" merge; truncates to 1 token and pads to 9 unless told not to.
+    /// Letters, of which "a" and "b" merge; the file asks for truncation to 1 token and padding to 9.
     const LETTERS: &str = r#"{
         "version": "1.0",
         "truncation": {"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 0},
@@ -243,7 +243,7 @@ mod tests {
     #[test]
     fn rows_are_encoded_whole_and_without_padding() {
         let made = columns(&encoder(false), &[["ca", "c", "bb"], ["c", "a", "</s>"]], true).unwrap();
-        // "a" and "b" merge over the boundary, so the "a" is the rejected answer's.
+        // "a" and "b" merge over the boundary, so the "a" belongs to the rejected answer.
         assert_eq!(made.ids[0].values, [1, 5, 1, 5]);
         assert_eq!(made.ids[1].values, [1, 5, 3, 5, 2, 1, 5, 3, 2]);
         assert_eq!(made.ids[2].values, [1, 5, 6, 4, 2, 1, 5, 2]);
@@ -301,7 +301,7 @@ mod tests {
         let fused = (r#""fuse_unk": false"#, r#""fuse_unk": true"#);
         let ignoring = (r#""ignore_merges": false"#, r#""ignore_merges": true"#);
         let over = (r#", "b▁": 11, "b▁a": 12"#, r#", ["b", "▁"], ["b▁", "a"]"#);
-        // The last three would differ if they were cut.
+        // The last three would have other ids if they were cut into words.
         let cases = [
             (true, marked(&[unknown], "", "")),
             (true, marked(&[unknown, fused], "", "")),
@@ -312,11 +312,11 @@ mod tests {
         let letters = [' ', 'a', 'b', 'é', ' '];
         for (separate, encoder) in &cases {
             assert_eq!(encoder.separate, *separate);
-            let mut memory = Memory::default();
+            let mut cache = WordCache::default();
             for case in 0..5_usize.pow(6) {
                 let text: String = (0..6).map(|place| letters[case / 5_usize.pow(place) % 5]).collect();
                 let (mut ids, mut whole) = (Vec::new(), Vec::new());
-                encoder.encode(&text, Some(&mut memory), &mut ids).unwrap();
+                encoder.encode(&text, Some(&mut cache), &mut ids).unwrap();
                 encoder.encode(&text, None, &mut whole).unwrap();
                 assert_eq!(ids, whole, "{text:?}");
             }

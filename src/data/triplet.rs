@@ -1,19 +1,19 @@
-//! One row: a prompt and two answers, joined, split where the answers begin, marked and cut.
+//! One row: joins a prompt with its two answers, finds where the answers begin, adds BOS and EOS, truncates.
 
 use std::fmt;
 use std::ops::Range;
 
 use super::truncate::{Lengths, Limits};
 
-/// Sides of a pair, in the order of every array of two here.
+/// The sides of a pair; arrays of two in this file have this order.
 pub const SIDES: [&str; 2] = ["chosen", "rejected"];
 
-/// Token ids that every row is marked with.
+/// Special token ids and the label of prompt tokens.
 #[derive(Clone, Copy, Debug)]
 pub struct Marks {
-    /// In front of the prompt, unless it is there.
+    /// Added before the prompt, unless it already starts with it.
     pub bos: Option<u32>,
-    /// Behind the answer, unless it is there.
+    /// Added after the answer, unless it already ends with it.
     pub eos: Option<u32>,
     /// Label of prompt tokens.
     pub label_pad: i32,
@@ -22,16 +22,16 @@ pub struct Marks {
 /// A row as the tokenizer encodes it, without special tokens.
 #[derive(Clone, Copy, Debug)]
 pub struct Triplet<'a> {
-    /// The prompt by itself.
+    /// The prompt alone.
     pub prompt: &'a [u32],
     /// The prompt together with each answer.
     pub full: [&'a [u32]; 2],
 }
 
-/// Why a triplet makes no row.
+/// Why a triplet cannot become a row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Misfit {
-    /// Prompt and answer merge to fewer tokens than the prompt has alone.
+    /// Prompt and answer together have fewer tokens than the prompt alone.
     Shrunk {
         /// The answer's name.
         side: &'static str,
@@ -63,17 +63,17 @@ impl fmt::Display for Misfit {
 /// Token ids of a row: prompt, then the chosen and the rejected sequence.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Row {
-    /// All three, one after another.
+    /// The ids of all three, concatenated.
     pub ids: Vec<i32>,
-    /// Tokens of each.
+    /// Number of tokens of each.
     pub lengths: [usize; 3],
     /// Prompt tokens at the start of the chosen and the rejected sequence.
     pub masked: [usize; 2],
-    /// Whether the pair was too long.
+    /// True if the pair was truncated.
     pub overlength: bool,
 }
 
-/// Tokens with one more in front or behind, not copied yet.
+/// Tokens with an optional BOS and EOS, not copied yet.
 #[derive(Clone, Copy)]
 struct Marked<'a> {
     front: Option<u32>,
@@ -100,14 +100,14 @@ impl<'a> Marked<'a> {
     }
 }
 
-/// Where the answer begins: behind the prompt, or a token earlier where the end of the prompt merged
-/// with the answer; that token belongs to the answer.
+/// Where the answer begins: after the prompt, or one token earlier if the end of the prompt merged with the
+/// answer; the merged token belongs to the answer.
 fn boundary(triplet: &Triplet<'_>, side: usize) -> Result<usize, Misfit> {
     let (prompt, full) = (triplet.prompt, triplet.full[side]);
     if full.len() < prompt.len() {
         return Err(Misfit::Shrunk { side: SIDES[side], full: full.len(), prompt: prompt.len() });
     }
-    // Nothing is the start of everything, so a prompt that is not has a last token.
+    // An empty prompt is a prefix of everything, so a prompt that is not a prefix has a last token.
     Ok(if full.starts_with(prompt) { prompt.len() } else { prompt.len() - 1 })
 }
 
@@ -118,7 +118,7 @@ impl Triplet<'_> {
     ///
     /// # Errors
     ///
-    /// [`Misfit`] if the answers cannot be told from the prompt.
+    /// [`Misfit`] if prompt and answer cannot be separated.
     pub fn row(&self, marks: &Marks, limits: &Limits) -> Result<Row, Misfit> {
         let cuts = [boundary(self, 0)?, boundary(self, 1)?];
         let [chosen, rejected] = [0, 1].map(|side| &self.full[side][..cuts[side]]);
@@ -127,7 +127,7 @@ impl Triplet<'_> {
             return Err(Misfit::Prompts);
         }
 
-        // A last token that merged with either answer is no part of the prompt to generate from.
+        // A last token that merged with an answer is not part of the prompt for generation.
         let alone = Marked::front(&self.prompt[..cuts[0].min(cuts[1])], marks.bos);
         let prompts = [chosen, rejected].map(|ids| Marked::front(ids, marks.bos));
         let answers = [0, 1].map(|side| Marked::back(&self.full[side][cuts[side]..], marks.eos));
@@ -149,7 +149,7 @@ impl Triplet<'_> {
     }
 }
 
-/// Lists of different lengths, end to end, as Arrow has them.
+/// Lists of different lengths, concatenated, in Arrow's format.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Lists {
     /// The items of all lists.
@@ -171,14 +171,14 @@ pub struct Columns {
     pub ids: [Lists; 3],
     /// Labels of the chosen and the rejected sequence, which have the offsets of their ids.
     pub labels: [Vec<i32>; 2],
-    /// 1 where the pair was too long.
+    /// 1 where the pair was truncated.
     pub overlength: Vec<u8>,
-    /// 1 where no label of either side is a token.
+    /// 1 where neither side has a label.
     pub empty: Vec<u8>,
 }
 
 impl Columns {
-    /// Puts rows end to end; `None` if one column has more than 2^31 - 1 tokens.
+    /// Concatenates rows; `None` if one column has more than 2^31 - 1 tokens.
     #[must_use]
     pub fn of(rows: &[Row], marks: &Marks) -> Option<Self> {
         let mut columns = Self::default();
@@ -243,7 +243,7 @@ mod tests {
 
     #[test]
     fn a_token_that_merged_with_an_answer_is_the_answer_s() {
-        // 6 became 16 before the rejected answer: its prompt, and the one by itself, lose the 6.
+        // 6 became 16 before the rejected answer: its prompt, and the prompt alone, lose the 6.
         let made = row(&[5, 6], &[5, 6, 7], &[5, 16]).unwrap();
         assert_eq!(made.ids, [1, 5, 1, 5, 6, 7, 2, 1, 5, 16, 2]);
         assert_eq!((made.lengths, made.masked), ([2, 5, 4], [3, 2]));
@@ -311,7 +311,7 @@ mod tests {
             Columns::of(&rows, &marks).unwrap().empty
         };
         assert_eq!(cut(2, -100), [1]);
-        assert_eq!(cut(3, -100), [0]); // the rejected prompt is a token shorter
-        assert_eq!(cut(2, 0), [0]); // labels of prompts are token ids then
+        assert_eq!(cut(3, -100), [0]); // the rejected prompt is one token shorter
+        assert_eq!(cut(2, 0), [0]); // then the prompt has labels
     }
 }

@@ -1,4 +1,4 @@
-//! What is cut from a pair that is too long, worked out from lengths alone.
+//! What is cut from a pair that is too long, computed from the lengths only.
 
 use std::ops::Range;
 
@@ -25,35 +25,35 @@ pub struct Limits {
 /// Tokens of a pair, BOS and EOS counted. Chosen comes before rejected.
 #[derive(Clone, Copy, Debug)]
 pub struct Lengths {
-    /// The prompt by itself, as generation takes it.
+    /// The prompt alone, as used for generation.
     pub alone: usize,
-    /// The prompt in front of each answer: a token that merged with an answer is not in it.
+    /// The prompt before each answer, without a token that merged with the answer.
     pub prompts: [usize; 2],
     /// The answers.
     pub answers: [usize; 2],
 }
 
-/// What is left of a pair.
+/// What is kept of a pair.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Kept {
-    /// Of the prompt by itself.
+    /// Tokens of the prompt alone.
     pub alone: Range<usize>,
-    /// Of the prompt in front of each answer.
+    /// Tokens of the prompt before each answer.
     pub prompts: [Range<usize>; 2],
     /// Leading tokens of each answer.
     pub answers: [usize; 2],
-    /// Whether the pair was too long.
+    /// True if the pair was too long.
     pub overlength: bool,
 }
 
 impl Limits {
     /// Cuts a pair to length.
     ///
-    /// Without `max_prompt_length` each answer is cut to what its prompt leaves of `max_length`; a
-    /// prompt that fills it stays whole and its answers are empty (the rule of TRL 1.16). With it
-    /// (the rule of TRL up to 0.27) the longer answer decides for both sides, so that they keep the
-    /// same prompt: if prompt and longer answer do not fit, the prompt is cut to
-    /// `max_prompt_length`, and if that is not enough the answers are cut to the rest.
+    /// Without `max_prompt_length` each answer is cut to `max_length` minus its prompt; a prompt of
+    /// `max_length` tokens or more is kept and its answers are empty (the rule of TRL 1.16). With it (the
+    /// rule of TRL up to 0.27) the longer answer decides for both sides, so that they keep the same prompt:
+    /// if prompt and longer answer do not fit, the prompt is cut to `max_prompt_length`, and if that is not
+    /// enough the answers are cut to the remaining length.
     #[must_use]
     pub fn cut(&self, lengths: &Lengths) -> Kept {
         let whole = Kept {
@@ -119,7 +119,7 @@ mod tests {
         assert_eq!(cut(8), kept([4, 2], false));
         assert_eq!(cut(7), kept([3, 2], true));
         assert_eq!(cut(5), kept([1, 1], true));
-        // The prompt fills it: it stays whole, and nothing of the answers is left.
+        // The prompt fills max_length: it is kept, and the answers become empty.
         assert_eq!(cut(4), kept([0, 0], true));
         assert_eq!(cut(3), kept([0, 0], true));
     }
@@ -144,15 +144,15 @@ mod tests {
 
     #[test]
     fn then_the_answers_by_the_longer_one() {
-        // 5 + 9 > 12 still: both sides keep at most 12 - 5, which the shorter one has not.
+        // 5 + 9 > 12: both sides keep at most 12 - 5; the shorter answer has fewer.
         let kept = limits(12, Some(5), Keep::End).cut(&pair(9, 9, 2));
         assert_eq!(kept.prompts, [4..9, 4..9]);
         assert_eq!(kept.answers, [7, 2]);
-        // An answer longer than max_length by itself leaves no room for any prompt.
+        // An answer longer than max_length leaves no room for a prompt.
         let kept = limits(12, Some(5), Keep::End).cut(&pair(3, 40, 1));
         assert_eq!((kept.alone, kept.prompts, kept.answers), (0..3, [0..3, 0..3], [7, 1]));
         assert!(kept.overlength);
-        // As without: a pair that fits is left alone.
+        // A pair that fits is not changed.
         assert!(!limits(12, Some(5), Keep::End).cut(&pair(9, 3, 2)).overlength);
     }
 

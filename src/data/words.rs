@@ -1,20 +1,20 @@
-//! Words of a text, and the tokens of the words seen before.
+//! Splits a text into words, and caches the tokens of words.
 //!
-//! A BPE model of `SentencePiece`'s kind takes a whole text as one word: its merges run through a heap
-//! of all neighbours, and no part of a text is ever met again. Most such models cannot merge over the
-//! beginning of a word, because no token has a mark of a space behind another character. Then each
-//! word is merged by itself with the same result, and frequent words need to be merged once.
+//! A BPE model of `SentencePiece`'s kind takes a complete text as one word: its merges use a heap of all
+//! neighbours, and nothing can be cached. Most such models cannot merge across the beginning of a word,
+//! because no token has a space mark after another character. Then merging each word separately gives the
+//! same result, and frequent words are merged once.
 
 use std::collections::HashMap;
 
 /// A space, in the alphabet of `SentencePiece`.
 const MARK: char = '▁';
 
-/// Words that are remembered; of longer or more words the memory is not worth it.
+/// Limits of the cache: longer or more words are not worth the memory.
 const MOST_WORDS: usize = 1 << 16;
 const LONGEST_WORD: usize = 64;
 
-/// Cuts a text before each mark of a space that another character precedes.
+/// Cuts a text before each space mark that follows another character.
 #[derive(Clone, Debug)]
 pub struct Words<'a>(&'a str);
 
@@ -42,7 +42,7 @@ impl<'a> Iterator for Words<'a> {
     }
 }
 
-/// Whether no token reaches over the beginning of a word, and the mark itself is one.
+/// Whether no token crosses the beginning of a word, and the space mark is a token.
 #[must_use]
 pub fn are_separate<'a>(mut tokens: impl Iterator<Item = &'a str>) -> bool {
     let mut marked = false;
@@ -52,14 +52,14 @@ pub fn are_separate<'a>(mut tokens: impl Iterator<Item = &'a str>) -> bool {
     }) && marked
 }
 
-/// Tokens of words seen before.
+/// A cache of the tokens of words.
 #[derive(Debug, Default)]
-pub struct Memory {
+pub struct WordCache {
     known: HashMap<Box<str>, Box<[u32]>>,
 }
 
-impl Memory {
-    /// Appends the ids of a word, from memory or by `encode`.
+impl WordCache {
+    /// Appends the ids of a word, from the cache or by `encode`.
     ///
     /// # Errors
     ///
@@ -85,7 +85,7 @@ impl Memory {
 
 #[cfg(test)]
 mod tests {
-    use super::{Memory, Words, are_separate};
+    use super::{WordCache, Words, are_separate};
 
     #[test]
     fn words_begin_with_their_spaces() {
@@ -107,7 +107,7 @@ mod tests {
 
     #[test]
     fn a_word_is_encoded_once() {
-        let (mut memory, mut calls, mut ids) = (Memory::default(), 0, vec![9]);
+        let (mut cache, mut calls, mut ids) = (WordCache::default(), 0, vec![9]);
         let long = "x".repeat(65);
         for word in ["ab", "c", "ab", &long, &long] {
             let encode = |word: &str, to: &mut Vec<u32>| {
@@ -115,11 +115,11 @@ mod tests {
                 to.extend([word.len() as u32, 7]);
                 Ok::<(), ()>(())
             };
-            memory.recall(word, &mut ids, encode).unwrap();
+            cache.recall(word, &mut ids, encode).unwrap();
         }
         assert_eq!(ids, [9, 2, 7, 1, 7, 2, 7, 65, 7, 65, 7]);
         assert_eq!(calls, 4); // the long one twice
-        assert_eq!(memory.recall("d", &mut ids, |_, _| Err("no")), Err("no"));
+        assert_eq!(cache.recall("d", &mut ids, |_, _| Err("no")), Err("no"));
         assert_eq!(ids.len(), 11);
     }
 }

@@ -1,11 +1,10 @@
 //! The two sweeps over the vocabulary that every variant of the head is made of.
 //!
-//! A sweep goes over the vocabulary in tiles: the product of the rows with the tile's words, then
-//! a pass over the product while it is in the cache. What differs between the variants is only
-//! what a sweep keeps:
+//! A sweep goes over the vocabulary in tiles: the product of the rows with the tile's tokens, then a pass
+//! over the product while it is in the cache. The variants differ only in what a sweep keeps:
 //!
 //! - [`Engine::forward`] keeps per-row statistics, and the logits if asked;
-//! - [`Engine::expectation`] accumulates `E_softmax[w]` on the way, rescaling when a row's maximum
+//! - [`Engine::expectation`] accumulates `E_softmax[w]`, rescaling when a row's maximum
 //!   moves (online softmax: Milakov and Gimelshein 2018, arXiv 1805.02867), so that a frozen head
 //!   needs one sweep;
 //! - [`Engine::backward`] turns logits, kept or recomputed, into gradients.
@@ -25,15 +24,15 @@ use crate::base::threads::{Threads, for_rows};
 /// vocabularies into several tiles.
 const TILE: usize = if cfg!(test) { 1 << 12 } else { 1 << 21 };
 
-/// Rows that share one sweep at most, which bounds the tile for long batches.
+/// Most rows that share one sweep, which bounds the tile for long batches.
 pub const MAX_ROWS: usize = 4096;
 
-/// Gathered rows: hidden states times the head's logit scale, and the word to score in each.
+/// Gathered rows: hidden states times the head's logit scale, and the token to score in each.
 #[derive(Debug)]
 pub struct Rows<T> {
     /// Row-major, `[len, width]`.
     pub hidden: Vec<T>,
-    /// Word whose log-probability is wanted; none for rows of which only the logits' sum is.
+    /// Token whose log-probability is needed; none for rows that only need the sum of their logits.
     pub targets: Vec<Option<usize>>,
 }
 
@@ -63,7 +62,7 @@ impl<T: Real> Rows<T> {
         self.targets.len()
     }
 
-    /// True if there is no row.
+    /// True if there are no rows.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.targets.is_empty()
@@ -78,7 +77,7 @@ pub struct Stats {
     sum: f64,
     /// The target's logit.
     label: f64,
-    /// Sum of the logits, where it is wanted.
+    /// Sum of the logits, if needed.
     pub total: f64,
     /// Factor by which this tile's new maximum shrinks what was accumulated before.
     rescale: f64,
@@ -118,20 +117,20 @@ impl Stats {
     }
 }
 
-/// Room for logits that the forward sweep leaves to the backward sweep, which computes again what
-/// did not fit. Tiles are contiguous, so that both sweeps run on dense matrices; the room is
-/// reused from block to block, because fresh pages cost as much as a pass.
+/// Memory for logits that the forward sweep keeps for the backward sweep, which recomputes what did not fit.
+/// Tiles are contiguous, so that both sweeps run on dense matrices; the memory is reused from block to block,
+/// because touching new pages costs as much as a pass.
 #[derive(Debug)]
 pub struct Kept<T> {
     room: Vec<T>,
-    /// End of each kept tile: the first ones of a sweep.
+    /// End of each kept tile; the first tiles of a sweep are kept.
     ends: Vec<usize>,
-    /// A tile did not fit, so no later one is kept either.
+    /// A tile did not fit; later tiles are not kept either.
     full: bool,
 }
 
 impl<T: Real> Kept<T> {
-    /// Room for so many elements.
+    /// Allocates room for `elements` elements.
     #[must_use]
     pub fn new(elements: usize) -> Self {
         let mut room = vec![T::ZERO; elements];
@@ -144,7 +143,7 @@ impl<T: Real> Kept<T> {
         self.full = false;
     }
 
-    /// The next tile's place, if it fits.
+    /// The memory of the next tile, if it fits.
     fn push(&mut self, size: usize) -> Option<&mut [T]> {
         let start = self.ends.last().copied().unwrap_or(0);
         self.full |= start + size > self.room.len();
@@ -163,7 +162,7 @@ impl<T: Real> Kept<T> {
     }
 }
 
-/// Where the gradients go. Absent parts are not computed.
+/// Outputs for the gradients. Absent ones are not computed.
 #[derive(Debug, Default)]
 pub struct Gradients<'a, T> {
     /// `[rows, width]`, zero at the start.
@@ -176,7 +175,7 @@ pub struct Gradients<'a, T> {
     pub accumulate: bool,
 }
 
-/// The first `size` elements of `scratch`, whatever they hold.
+/// The first `size` elements of `scratch`, uninitialised.
 fn room<T: Real>(scratch: &mut Vec<T>, size: usize) -> &mut [T] {
     if scratch.len() < size {
         *scratch = vec![T::ZERO; size];
@@ -185,7 +184,7 @@ fn room<T: Real>(scratch: &mut Vec<T>, size: usize) -> &mut [T] {
     &mut scratch[..size]
 }
 
-/// A head with the means to compute on it.
+/// A head with its GEMM and threads.
 pub struct Engine<'a, T> {
     /// The head.
     pub head: &'a Head<'a, T>,
@@ -205,7 +204,7 @@ impl<T: Real> Engine<'_, T> {
     /// Statistics of every row; `keep` receives the logits as far as they fit.
     ///
     /// # Errors
-    /// What the matrix products report.
+    /// Errors of the matrix products.
     pub fn forward(&self, rows: &Rows<T>, mut keep: Option<&mut Kept<T>>) -> Result<Vec<Stats>> {
         let mut stats = vec![Stats::default(); rows.len()];
         let (mut scratch, mut widened) = (Vec::new(), Vec::new());
@@ -226,11 +225,11 @@ impl<T: Real> Engine<'_, T> {
     }
 
     /// Statistics of every row and `d logp / d hidden`, negated: `E_softmax[w] - w_target` (times
-    /// the softcap's slope and the logit scale), so that a row's gradient is one factor away.
+    /// the softcap's slope and the logit scale), so that a row's gradient is this times one factor.
     /// Rows without a target get zeros.
     ///
     /// # Errors
-    /// What the matrix products report.
+    /// Errors of the matrix products.
     pub fn expectation(&self, rows: &Rows<T>, out: &mut [T]) -> Result<Vec<Stats>> {
         let width = self.head.width();
         let mut stats = vec![Stats::default(); rows.len()];
@@ -257,25 +256,25 @@ impl<T: Real> Engine<'_, T> {
             self.gemm.d_hidden(self.dims(rows.len(), &tile), logits, weight, out)?;
         }
         for_rows(self.threads, out, width, &mut stats, |i, row, s| {
-            let Some(word) = rows.targets[i] else {
+            let Some(token) = rows.targets[i] else {
                 return row.fill(T::ZERO);
             };
             let scale = self.head.logit_scale();
             row::scale(row, T::from_f64(1.0 / s.sum) * scale);
             let slope = self.label_slope(s.label);
             let mut target = vec![T::ZERO; width];
-            self.head.word(word, &mut target);
+            self.head.weight_row(token, &mut target);
             row::axpy(row, -(scale * T::from_f64(slope)), &target);
         });
         Ok(stats)
     }
 
     /// Gradients of `sum_i -scale_i * logp_i`: every row's softmax minus its target's one-hot,
-    /// times `scale`. `kept` are logits of a forward sweep over the same rows, which are used up;
-    /// others are computed again.
+    /// times `scale`. `kept` has logits of a forward sweep over the same rows, which are overwritten; the
+    /// rest are recomputed.
     ///
     /// # Errors
-    /// What the matrix products report.
+    /// Errors of the matrix products.
     pub fn backward(
         &self,
         rows: &Rows<T>,
@@ -300,7 +299,7 @@ impl<T: Real> Engine<'_, T> {
                 logits
             };
             for_rows(self.threads, logits, tile.len(), &mut labels, |i, x, _| {
-                let column = rows.targets[i].and_then(|word| word.checked_sub(tile.start));
+                let column = rows.targets[i].and_then(|token| token.checked_sub(tile.start));
                 let label = column.filter(|&c| c < x.len()).map(|c| (c, x[c].to_f64()));
                 if scale[i] == 0.0 {
                     return x.fill(T::ZERO);
@@ -354,7 +353,7 @@ impl<T: Real> Engine<'_, T> {
         for_rows(self.threads, logits, dims.tile, stats, |i, x, s| {
             let max = row::to_logits(x, transform).to_f64();
             let target = rows.targets[i];
-            let column = target.and_then(|word| word.checked_sub(tile.start));
+            let column = target.and_then(|token| token.checked_sub(tile.start));
             if let Some(logit) = column.and_then(|column| x.get(column)) {
                 s.label = logit.to_f64();
             }

@@ -1,11 +1,11 @@
-//! Which rows of a batch play which part in the loss.
+//! The role of each row of a batch in the loss.
 
 use super::odds_ratio::NllScope;
 
-/// A batch of pairs as the caller names it: one entry a row that predicts a token.
+/// A batch of pairs: one entry per row that predicts a token.
 #[derive(Clone, Copy, Debug)]
 pub struct Batch<'a> {
-    /// The token that follows, or negative where the row needs no score.
+    /// The next token, or negative if the row needs no score.
     pub targets: &'a [i64],
     /// `0..pairs` for chosen sequences, `pairs..2 * pairs` for the rejected ones, in the same order.
     pub sequence: &'a [i64],
@@ -15,12 +15,12 @@ pub struct Batch<'a> {
     pub pairs: usize,
 }
 
-/// The part of a row in the loss.
+/// The role of a row in the loss.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
     /// Only its logits' mean is reported.
     None,
-    /// A prompt token of a chosen sequence: its coefficient is known beforehand.
+    /// A prompt token of a chosen sequence: its coefficient is known in advance.
     Prompt,
     /// A completion token of the chosen sequence of this pair.
     Chosen(usize),
@@ -37,11 +37,11 @@ pub struct Layout {
     pub chosen: Vec<Vec<usize>>,
     /// Completion rows of each pair's rejected sequence.
     pub rejected: Vec<Vec<usize>>,
-    /// Chosen prompt rows, where they count.
+    /// Chosen prompt rows, if they count.
     pub prompt: Vec<usize>,
     /// Number of tokens in the negative log-likelihood.
     pub nll_tokens: usize,
-    /// Rows of each side, whatever their role.
+    /// Rows of each side, of any role.
     pub side_rows: [usize; 2],
 }
 

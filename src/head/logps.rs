@@ -1,4 +1,4 @@
-//! Log-probabilities of target words, and their gradients.
+//! Log-probabilities of target tokens, and their gradients.
 
 use std::ops::Range;
 
@@ -7,7 +7,7 @@ use super::weight::Matrix;
 use crate::base::error::Result;
 use crate::base::real::Real;
 
-/// Log-probabilities, one a row; rows without a target have zeros.
+/// Log-probabilities, one per row; rows without a target have zeros.
 #[derive(Debug, Default)]
 pub struct Logps {
     /// `log softmax(logits)[target]`.
@@ -22,8 +22,8 @@ fn blocks(targets: &[i64]) -> Vec<Vec<usize>> {
     index.chunks(MAX_ROWS).map(<[usize]>::to_vec).collect()
 }
 
-/// Words to score in the rows `index`.
-fn words(targets: &[i64], index: &[usize]) -> Vec<Option<usize>> {
+/// Tokens to score in the rows `index`.
+fn tokens(targets: &[i64], index: &[usize]) -> Vec<Option<usize>> {
     index.iter().map(|&i| usize::try_from(targets[i]).ok()).collect()
 }
 
@@ -44,7 +44,7 @@ pub(super) fn scatter<T: Real>(
 /// at the start, it also receives `-d logp / d hidden`.
 ///
 /// # Errors
-/// What the matrix products report.
+/// Errors of the matrix products.
 pub fn forward<T: Real>(
     engine: &Engine<'_, T>,
     hidden: Matrix<'_, T>,
@@ -54,7 +54,7 @@ pub fn forward<T: Real>(
     let width = engine.head.width();
     let mut out = Logps { logps: vec![0.0; targets.len()], lse: vec![0.0; targets.len()] };
     for index in blocks(targets) {
-        let rows = Rows::gather(engine.threads, engine.head, hidden, &index, words(targets, &index));
+        let rows = Rows::gather(engine.threads, engine.head, hidden, &index, tokens(targets, &index));
         let stats = if let Some(expectation) = expectation.as_deref_mut() {
             let mut block = vec![T::ZERO; rows.len() * width];
             let stats = engine.expectation(&rows, &mut block)?;
@@ -74,7 +74,7 @@ pub fn forward<T: Real>(
 /// Gradients of `sum(upstream * logps)`, where `lse` comes from [`forward`].
 ///
 /// # Errors
-/// What the matrix products report.
+/// Errors of the matrix products.
 pub fn backward<T: Real>(
     engine: &Engine<'_, T>,
     hidden: Matrix<'_, T>,
@@ -85,7 +85,7 @@ pub fn backward<T: Real>(
 ) -> Result<()> {
     let width = engine.head.width();
     for index in blocks(targets) {
-        let rows = Rows::gather(engine.threads, engine.head, hidden, &index, words(targets, &index));
+        let rows = Rows::gather(engine.threads, engine.head, hidden, &index, tokens(targets, &index));
         let pick = |x: &[f64], sign: f64| index.iter().map(|&i| sign * x[i]).collect::<Vec<_>>();
         let mut block = vec![T::ZERO; if grads.hidden.is_some() { rows.len() * width } else { 0 }];
         let mut part = Gradients {
@@ -104,7 +104,7 @@ pub fn backward<T: Real>(
     Ok(())
 }
 
-/// A batch without any target leaves the weight's gradient unwritten: it is zero.
+/// Without any target, the sweep does not write the weight's gradient: set it to zero.
 pub(super) fn zero_if_untouched<T: Real>(grads: &mut Gradients<'_, T>) {
     if !grads.accumulate {
         for part in [grads.weight.as_deref_mut(), grads.bias.as_deref_mut()].into_iter().flatten() {

@@ -10,8 +10,7 @@
 //! ```
 //!
 //! `N` tokens in the negative log-likelihood, `B` pairs, slopes from [`super::odds_ratio`]. So the
-//! coefficient can be applied after the fact, and what the variants of [`super::plan`] differ in is
-//! how they wait for it.
+//! coefficient can be applied later, and the variants of [`super::plan`] differ in how they wait for it.
 
 use std::iter::zip;
 
@@ -26,7 +25,7 @@ use crate::base::error::Result;
 use crate::base::real::Real;
 use crate::base::threads::for_rows;
 
-/// A computation under way.
+/// The state of one computation.
 struct Run<'a, 'e, T> {
     engine: &'a Engine<'e, T>,
     hidden: Matrix<'a, T>,
@@ -35,7 +34,7 @@ struct Run<'a, 'e, T> {
     scores: Scores,
     /// Log-sum-exp of the rows swept so far.
     lse: Vec<f64>,
-    /// The sums of each side's rows still have to go through a sweep.
+    /// The sums of each side's rows have not been swept yet.
     sums_pending: bool,
 }
 
@@ -43,7 +42,7 @@ struct Run<'a, 'e, T> {
 /// all rows of the batch and is zero at the start.
 ///
 /// # Errors
-/// What the matrix products report.
+/// Errors of the matrix products.
 pub fn orpo<T: Real>(
     engine: &Engine<'_, T>,
     hidden: Matrix<'_, T>,
@@ -109,7 +108,7 @@ impl<T: Real> Run<'_, '_, T> {
         sums.into_iter().map(|sum| T::from_f64(sum) * self.engine.head.logit_scale()).collect()
     }
 
-    /// Takes over what a sweep found out about the rows `index`.
+    /// Stores the results of a sweep for the rows `index`.
     fn record(&mut self, index: &[usize], stats: &[Stats]) {
         let capped = self.engine.head.softcap().is_some();
         for (&row, stats) in zip(index, stats) {
@@ -122,7 +121,7 @@ impl<T: Real> Run<'_, '_, T> {
                     stats.total;
             }
         }
-        // The two rows of sums, where the block carried them.
+        // The two rows of sums, if the block had them.
         for (side, stats) in stats[index.len()..].iter().enumerate() {
             let bias = self.engine.head.bias_sum();
             self.scores.totals[side] = stats.total - bias + self.scores.layout.side_rows[side] as f64 * bias;
@@ -143,7 +142,7 @@ impl<T: Real> Run<'_, '_, T> {
         rest.chunks(MAX_ROWS).try_for_each(|index| self.sweep(index))
     }
 
-    /// A forward sweep of its own.
+    /// A separate forward sweep.
     fn sweep(&mut self, index: &[usize]) -> Result<()> {
         let rows = self.gather(index);
         let stats = self.engine.forward(&rows, None)?;
@@ -197,7 +196,7 @@ impl<T: Real> Run<'_, '_, T> {
         Ok(())
     }
 
-    /// 3 U, or more where not all logits fit: blocks of whole pairs, filled up with prompt rows.
+    /// 3 U, or more if not all logits fit: blocks of complete pairs, filled up with prompt rows.
     fn keep(&mut self, limit: usize, elements: usize, grads: &mut Gradients<'_, T>) -> Result<()> {
         // The first block carries two more rows.
         let mut kept = Kept::new(elements + 2 * self.engine.head.vocab());
@@ -215,7 +214,7 @@ impl<T: Real> Run<'_, '_, T> {
         Ok(())
     }
 
-    /// Forward and backward over rows whose coefficients the block itself settles.
+    /// Forward and backward over rows whose coefficients depend on this block only.
     fn kept_block(
         &mut self,
         index: &[usize],
@@ -238,7 +237,7 @@ impl<T: Real> Run<'_, '_, T> {
         grads: &mut Gradients<'_, T>,
     ) -> Result<()> {
         let width = self.width();
-        // Rows of sums take part in the products with a coefficient of zero.
+        // The rows of sums have a coefficient of zero.
         let padded = |x: Vec<f64>| x.into_iter().chain([0.0; 2]).take(rows.len()).collect::<Vec<_>>();
         let lse = padded(index.iter().map(|&row| self.lse[row]).collect());
         let scale = padded(coefficients.to_vec());
@@ -257,7 +256,7 @@ impl<T: Real> Run<'_, '_, T> {
         Ok(())
     }
 
-    /// 4 U: a whole forward, then a whole backward that computes the logits again.
+    /// 4 U: a complete forward, then a complete backward that recomputes the logits.
     fn recompute(&mut self, grads: &mut Gradients<'_, T>) -> Result<()> {
         self.forward()?;
         let index: Vec<usize> = self.scores.layout.scored().collect();
@@ -269,8 +268,8 @@ impl<T: Real> Run<'_, '_, T> {
         Ok(())
     }
 
-    /// 3 U in small blocks: the weight gradient of each side of a pair is gathered with
-    /// coefficient one, and added when the pair's slopes are known.
+    /// 3 U in small blocks: the weight gradient of each side of a pair is accumulated with coefficient one,
+    /// and added when the pair's slopes are known.
     fn accumulators(&mut self, grads: &mut Gradients<'_, T>) -> Result<()> {
         let (vocab, width) = (self.engine.head.vocab(), self.width());
         let (wants_weight, wants_bias) = (grads.weight.is_some(), grads.bias.is_some());

@@ -1,6 +1,6 @@
 //! Which variant of the head runs, from a byte budget.
 //!
-//! `U` is one product of all rows with the whole weight.
+//! `U` is one product of all rows with the full weight.
 //!
 //! | variant | head | products | extra memory |
 //! |---|---|---|---|
@@ -11,15 +11,15 @@
 //! | recompute | trained | 4 U | a tile |
 
 /// Bytes of logits that may be kept when the caller sets no budget: an eighth of what the batch's
-/// logits would take, and never less than 140 MiB. That is a sixth or less of what a loss on
-/// materialised logits needs beside its gradients.
+/// logits would take, and never less than 140 MiB. A loss on materialised logits needs at least six times as
+/// much, without its gradients.
 #[must_use]
 pub fn default_budget(rows: usize, vocab: usize, element: usize) -> usize {
     (rows * vocab * element / 8).max(140 << 20)
 }
 
 /// Rows at which a product runs at full speed: blocks of pairs are not merged beyond it, because
-/// that would cost memory and gain nothing.
+/// that would cost memory without a gain.
 const FULL_SPEED: usize = 512;
 
 /// Rows of a block whose logits the accumulators variant keeps.
@@ -36,7 +36,7 @@ pub enum Variant {
         /// Elements that are kept.
         elements: usize,
     },
-    /// Each side's weight gradient is accumulated on its own and added with its coefficient.
+    /// Each side's weight gradient is accumulated separately and added with its coefficient.
     Accumulators,
     /// Logits are computed twice.
     Recompute,
@@ -45,7 +45,7 @@ pub enum Variant {
 /// What the choice depends on.
 #[derive(Clone, Copy, Debug)]
 pub struct Sizes {
-    /// Words.
+    /// Vocabulary size.
     pub vocab: usize,
     /// Hidden size.
     pub width: usize,
@@ -68,12 +68,12 @@ pub fn choose(sizes: Sizes, budget: usize) -> Variant {
     if longest_pair > 2 * width && accumulators <= budget {
         return Variant::Accumulators;
     }
-    // Sweeping pair by pair reads the weight once a pair: not worth it for a few kept tiles.
+    // Sweeping pair by pair reads the weight once per pair: not worth it for a few kept tiles.
     if longest_pair <= 8 * fits { keep(longest_pair) } else { Variant::Recompute }
 }
 
-/// Packs consecutive items of the given sizes into blocks of at most `limit` rows; an item larger
-/// than that gets a block of its own. Returns the end of each block.
+/// Packs consecutive items of the given sizes into blocks of at most `limit` rows; a larger item gets a
+/// separate block. Returns the end of each block.
 #[must_use]
 pub fn pack(sizes: &[usize], limit: usize) -> Vec<usize> {
     let (mut ends, mut filled) = (Vec::new(), 0);

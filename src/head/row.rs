@@ -13,8 +13,7 @@ use crate::base::simd::Level;
 /// independent chains to hide the latency of an addition.
 const LANES: usize = 16;
 
-/// What the row's raw products go through on the way to a logit `l`, with `z = x + bias`:
-/// `l = softcap * tanh(z / softcap)`, or `l = z`.
+/// From a raw product `x` to a logit `l`, with `z = x + bias`: `l = softcap * tanh(z / softcap)`, or `l = z`.
 #[derive(Clone, Copy, Debug)]
 pub struct Transform<'a, T> {
     /// Bias of the tile's columns, if the head has one.
@@ -51,7 +50,7 @@ macro_rules! pass {
 }
 
 pass! {
-    /// Turns raw products into logits, in place, and returns the largest. NaN wins over numbers.
+    /// Turns raw products into logits, in place, and returns the largest; NaN if any is NaN.
     to_logits(x: &mut [T], transform: Transform<'_, T>) -> T = to_logits_body
 }
 pass! {
@@ -59,14 +58,14 @@ pass! {
     exp_sum(x: &[T], shift: T) -> f64 = exp_sum_body
 }
 pass! {
-    /// Replaces `x` by `exp(x - shift)` and returns their sum. Under a softcap what is left is
-    /// `exp(x - shift) * (1 - (x / softcap)^2)`, the factor that a gradient goes back through;
-    /// the sum is still that of the exponentials.
+    /// Replaces `x` by `exp(x - shift)` and returns their sum. With a softcap the stored values are `exp(x -
+    /// shift) * (1 - (x / softcap)^2)`, which include its slope for the gradient; the sum is still that of
+    /// the exponentials.
     exp_in_place(x: &mut [T], shift: T, softcap: Option<T>) -> f64 = exp_in_place_body
 }
 pass! {
     /// Replaces logits by `scale * exp(x - shift)`, times the softcap's slope if there is one:
-    /// with `shift` the log-sum-exp, the gradient of the row's loss but for its label.
+    /// with `shift` the log-sum-exp, the gradient of the row's loss except for its label.
     softmax_gradient(x: &mut [T], shift: T, scale: T, softcap: Option<T>) = softmax_gradient_body
 }
 pass! {
@@ -104,8 +103,8 @@ fn to_logits_body<T: Real, const FMA: bool>(x: &mut [T], transform: Transform<'_
     }
     let larger = |a: T, b: T| if a > b { a } else { b };
     let mut lanes = [T::LOWEST; LANES];
-    // A maximum by comparison drops NaN; x - x is 0 for a finite number and NaN for NaN (and
-    // infinity, which is no logit either).
+    // A maximum by comparison drops NaN; x - x is 0 for a finite number and NaN for NaN (and for infinity,
+    // which is not a valid logit).
     let mut poison = [T::ZERO; LANES];
     let chunks = x.chunks_exact(LANES);
     let tail = chunks.remainder();
@@ -121,7 +120,7 @@ fn to_logits_body<T: Real, const FMA: bool>(x: &mut [T], transform: Transform<'_
         max = larger(v, max);
         poisoned += v * T::ZERO;
     }
-    // -inf is a legal logit (a masked word); only NaN and +inf must reach the loss.
+    // -inf is a valid logit (a masked token); only NaN and +inf must reach the loss.
     if poisoned.partial_cmp(&T::ZERO).is_none() && x.iter().any(|v| v.to_f64().is_nan()) {
         return T::from_f64(f64::NAN);
     }

@@ -1,4 +1,4 @@
-//! From log-probabilities to the loss: what is left when the vocabulary has been swept.
+//! From log-probabilities to the loss: the part after the sweeps over the vocabulary.
 
 use super::layout::{Batch, Layout, Role};
 use super::odds_ratio::{self, Link, NllScope, Pair};
@@ -16,7 +16,7 @@ pub struct Objective {
     pub budget: Option<usize>,
 }
 
-/// The loss and what is reported beside it.
+/// The loss and the reported metrics.
 #[derive(Clone, Debug, Default)]
 pub struct Outcome {
     /// `nll - beta * mean(value)`.
@@ -35,7 +35,7 @@ pub struct Outcome {
     pub empty: usize,
 }
 
-/// A batch's rows and what has been found out about them so far.
+/// A batch's rows and their results so far.
 #[derive(Debug)]
 pub struct Scores {
     /// Rows by role.
@@ -49,7 +49,7 @@ pub struct Scores {
 }
 
 impl Scores {
-    /// Nothing is known yet.
+    /// No results yet.
     #[must_use]
     pub fn new(batch: Batch<'_>, objective: Objective) -> Self {
         Self {
@@ -61,8 +61,8 @@ impl Scores {
         }
     }
 
-    /// The mean completion log-probabilities of a pair and its odds-ratio term; a pair with an
-    /// empty side has none.
+    /// The mean completion log-probabilities of a pair and its odds-ratio term; none for a pair with an empty
+    /// side.
     fn pair(&self, pair: usize) -> (f64, f64, Option<Pair>) {
         let (chosen, rejected) = (&self.layout.chosen[pair], &self.layout.rejected[pair]);
         let mean = |index: &[usize]| match index.len() {

@@ -1,4 +1,4 @@
-//! The head against a naive one that materialises every logit, in `f64`.
+//! Compares the head with a naive one that materialises every logit, in `f64`.
 
 use super::engine::{Engine, Gradients};
 use super::layout::Batch;
@@ -83,13 +83,13 @@ impl Case {
 
     fn logits(&self, row: usize) -> Vec<f64> {
         let h = &self.hidden[row * self.width..(row + 1) * self.width];
-        let words = self.weight.chunks_exact(self.width).enumerate();
+        let rows = self.weight.chunks_exact(self.width).enumerate();
         let logit = |(v, w): (usize, &[f64])| {
             let dot: f64 = h.iter().zip(w).map(|(h, w)| h * w).sum();
             let z = self.logit_scale * (dot + self.bias.as_ref().map_or(0.0, |b| b[v]));
             self.softcap.map_or(z, |cap| cap * (z / cap).tanh())
         };
-        words.map(logit).collect()
+        rows.map(logit).collect()
     }
 
     fn naive_logp(&self, row: usize) -> f64 {
@@ -97,7 +97,7 @@ impl Case {
         logits[self.targets[row] as usize] - logits.iter().map(|l| l.exp()).sum::<f64>().ln()
     }
 
-    /// The loss, straight from its definition.
+    /// The loss by its definition.
     fn naive_loss(&self, objective: Objective) -> f64 {
         let rows = 0..self.targets.len();
         let mean = |rows: Vec<usize>| {
@@ -242,7 +242,7 @@ fn gradients_are_slopes_of_the_loss() {
 #[test]
 fn variants_agree() {
     for mut case in cases() {
-        // Long enough a pair, against the width, for accumulators to be chosen.
+        // The pair is long enough, relative to the width, for the accumulators variant.
         case.width = 2;
         case.hidden.truncate(case.targets.len() * 2);
         case.weight.truncate(case.vocab * 2);

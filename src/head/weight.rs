@@ -31,7 +31,7 @@ impl<T: Real> Matrix<'_, T> {
         }
     }
 
-    /// True if there is no element.
+    /// True if there are no elements.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len() == 0
@@ -75,7 +75,7 @@ pub struct Head<'a, T> {
 }
 
 impl<'a, T: Real> Head<'a, T> {
-    /// A head of `vocab` words over hidden states of `width`. The shapes have been checked: the
+    /// A head of `vocab` tokens on hidden states of `width`. The caller has checked the shapes: the
     /// weight has `vocab * width` elements, the bias `vocab`.
     #[must_use]
     pub fn new(
@@ -103,7 +103,7 @@ impl<'a, T: Real> Head<'a, T> {
         }
     }
 
-    /// Number of words.
+    /// Vocabulary size.
     #[must_use]
     pub fn vocab(&self) -> usize {
         self.vocab
@@ -116,8 +116,8 @@ impl<'a, T: Real> Head<'a, T> {
     }
 
     /// Factor on the raw products. It is folded into the hidden states when they are gathered,
-    /// and into the bias: with `h' = scale * h`, logits and `d_weight` come out right as they are,
-    /// and only `d_hidden` and `d_bias` need the factor again.
+    /// and into the bias: with `h' = scale * h`, logits and `d_weight` are correct directly, and only
+    /// `d_hidden` and `d_bias` need the factor again.
     #[must_use]
     pub fn logit_scale(&self) -> T {
         self.logit_scale
@@ -135,13 +135,13 @@ impl<'a, T: Real> Head<'a, T> {
         self.bias.iter().flatten().map(|b| b.to_f64()).sum()
     }
 
-    /// What the raw products of the words in `tile` go through.
+    /// From raw products to logits for the tokens in `tile`.
     #[must_use]
     pub fn transform(&self, tile: Range<usize>) -> Transform<'_, T> {
         Transform { bias: self.bias.as_ref().map(|b| &b[tile]), softcap: self.softcap }
     }
 
-    /// Weight rows of the words in `tile`; `scratch` holds them if they have to be widened.
+    /// Weight rows of the tokens in `tile`; `scratch` holds them if they have to be widened.
     pub fn tile<'s>(&'s self, threads: &dyn Threads, tile: Range<usize>, scratch: &'s mut Vec<T>) -> &'s [T] {
         let (first, width) = (tile.start, self.width);
         if let Matrix::Native(weight) = self.weight {
@@ -149,12 +149,12 @@ impl<'a, T: Real> Head<'a, T> {
         }
         scratch.resize(tile.len() * width, T::ZERO);
         let mut none = vec![(); tile.len()];
-        for_rows(threads, scratch, width, &mut none, |row, out, ()| self.word(first + row, out));
+        for_rows(threads, scratch, width, &mut none, |row, out, ()| self.weight_row(first + row, out));
         scratch
     }
 
-    /// Copies the weight row of one word.
-    pub fn word(&self, word: usize, out: &mut [T]) {
-        self.weight.read(word * self.width..(word + 1) * self.width, out);
+    /// Copies the weight row of one token.
+    pub fn weight_row(&self, token: usize, out: &mut [T]) {
+        self.weight.read(token * self.width..(token + 1) * self.width, out);
     }
 }

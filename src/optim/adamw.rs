@@ -1,51 +1,51 @@
 //! `AdamW` (Loshchilov and Hutter 2019, arXiv 1711.05101): the rule, and its form with `f32` moments.
 //!
-//! Where it says fused multiply-add it is one on every processor, and elsewhere every operation rounds by
-//! itself, so that all vector code and the CUDA kernel have the same bits.
+//! `mul_add` is a fused multiply-add on every processor and every other operation is rounded, so that all
+//! vector code and the CUDA kernel give the same bits.
 
 use crate::base::float::{Dtype, Float};
 use crate::base::simd::on_levels;
 
-/// Elements of a block: 8-bit moments share a scale, and the passes work on one at a time.
+/// Elements of a block: its 8-bit moments share a scale, and the passes work block by block.
 pub const BLOCK: usize = 256;
 
-/// Added to a root at least, so that a gradient of zero is not divided by zero, and one whose square is
-/// zero in `f32` (2e-23) not by something smaller than itself.
+/// Smallest value added to a root, so that a gradient of zero is not divided by zero, and one whose square is
+/// zero in `f32` (2e-23) is not divided by something smaller than itself.
 pub const LEAST_EPS: f32 = 1e-20;
 
-/// What a parameter's elements have in common in a step `t`, counted from 1.
+/// What is the same for all elements of a parameter in step `t`, counted from 1.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Rule {
     /// Decay of the first moment.
     pub beta1: f32,
     /// Decay of the second.
     pub beta2: f32,
-    /// `eps * sqrt(1 - beta2^t)`: added to the root before the correction of its bias. At least
+    /// `eps * sqrt(1 - beta2^t)`: added to the root before the bias correction. At least
     /// [`LEAST_EPS`].
     pub eps: f32,
     /// `-lr * sqrt(1 - beta2^t) / (1 - beta1^t)`.
     pub step_size: f32,
     /// `1 - lr * weight_decay`.
     pub keep: f32,
-    /// Of stochastic rounding, for `bf16`; none for the nearest.
+    /// Seed of stochastic rounding, for `bf16`; none: round to nearest.
     pub seed: Option<u32>,
 }
 
-/// The moments and the value of an element after a step, from those before. If the gradient, or its
-/// square, is not finite, the element stays, and its moments begin again.
+/// The moments and the value of an element after a step, from those before. If the gradient, or its square,
+/// is not finite, the element is kept and its moments are reset.
 ///
-/// Of the second moment the root comes too.
+/// Also returns the root of the second moment.
 #[inline(always)]
 pub(super) fn element(rule: &Rule, value: f32, grad: f32, m: f32, v: f32) -> AdamUpdate {
     let square = grad * grad;
-    // All bits, or none: a mask, for a branch would end the vector code. NaN compares as false too.
+    // A mask of all bits or none, because a branch would prevent vector code. NaN compares as false too.
     let finite = u32::from(square < f32::INFINITY).wrapping_neg();
     let masked = |x: f32| f32::from_bits(x.to_bits() & finite);
     let m = masked(rule.beta1.mul_add(m, (1.0 - rule.beta1) * grad));
     let v = masked(rule.beta2.mul_add(v, (1.0 - rule.beta2) * square));
     let root = v.sqrt();
-    // Zero over eps where the moments begin again. The factor is selected, not the value: a value that is
-    // stored in some lanes only is a masked store, and those take tens of cycles on some processors.
+    // Zero over eps where the moments are reset. The factor is selected, not the value: storing a value in
+    // some lanes only is a masked store, which takes tens of cycles on some processors.
     let keep = f32::from_bits((rule.keep.to_bits() & finite) | (1.0f32.to_bits() & !finite));
     let value = rule.step_size.mul_add(m / (root + rule.eps), value) * keep;
     AdamUpdate { value, m, v, root, bad: finite.wrapping_add(1) }
@@ -63,8 +63,8 @@ pub(super) struct AdamUpdate {
 
 /// Rounds a block's values to the dtype of the parameter.
 ///
-/// With a seed, `bf16` is rounded up with the probability that leaves the mean where it is. What is
-/// drawn depends on seed and place alone, so that a run can be repeated.
+/// With a seed, `bf16` is rounded up with the probability that keeps the mean. The random bits depend only on
+/// the seed and the element's index, so that a run can be repeated.
 #[inline(always)]
 pub(super) fn store<T: Float>(wide: &[f32; BLOCK], seed: Option<u32>, first: u64, values: &mut [T]) {
     if let (Some(seed), Dtype::Bf16) = (seed, T::DTYPE) {
@@ -84,7 +84,7 @@ pub(super) fn store<T: Float>(wide: &[f32; BLOCK], seed: Option<u32>, first: u64
     }
 }
 
-/// 16 even bits of a place (the finaliser of `MurmurHash3`).
+/// 16 uniform bits from an index (the finaliser of `MurmurHash3`).
 #[inline(always)]
 fn noise(place: u32, seed: u32) -> u32 {
     let mut bits = place ^ seed;
@@ -93,17 +93,18 @@ fn noise(place: u32, seed: u32) -> u32 {
     (bits ^ (bits >> 16)) & 0xffff
 }
 
-/// `x` between two values of `bf16`, as the upper one if the noise is less than the part above the lower.
+/// Rounds `x` to the upper of its two `bf16` neighbours if the noise is less than its distance from the
+/// lower.
 #[inline(always)]
 fn nudged(x: f32, noise: u32) -> f32 {
-    // Infinity and NaN stay; a mask, as in `element`.
+    // Infinity and NaN are kept; a mask, as in `element`.
     let finite = u32::from(x.abs() < f32::INFINITY).wrapping_neg();
     f32::from_bits(x.to_bits().wrapping_add(noise & finite) & (0xffff_0000 | !finite))
 }
 
 on_levels! {
-    /// One step of some elements with `f32` moments, `first` being the place of the first in its
-    /// parameter. Returns how many had a gradient that is not finite.
+    /// One step on some elements with `f32` moments; `first` is the index of the first one in its parameter.
+    /// Returns how many gradients were not finite.
     ///
     /// # Panics
     /// If the slices are not equally long.
@@ -162,7 +163,7 @@ pub(super) mod tests {
     use super::*;
     use crate::base::simd::Level;
 
-    /// The rule of step `t` with values of its own everywhere.
+    /// The rule of step `t` without default values.
     pub fn rule(t: i32) -> Rule {
         let (beta1, beta2, lr) = (0.85f64, 0.97f64, 3e-2);
         let (first, second) = (1.0 - beta1.powi(t), (1.0 - beta2.powi(t)).sqrt());
@@ -245,7 +246,7 @@ pub(super) mod tests {
         }
         let mean = sum / (400.0 * 256.0) * 512.0;
         assert!((mean - 1.0).abs() < 0.03, "{mean}");
-        // What bf16 has already stays; so do infinity and NaN.
+        // Values of bf16 are kept; so are infinity and NaN.
         let mut values = [bf16::ZERO; 3];
         let mut wide = [0.0; BLOCK];
         (wide[0], wide[1], wide[2]) = (1.5, f32::NEG_INFINITY, f32::NAN);

@@ -1,7 +1,7 @@
 //! `AdamW` with moments of 8 bits: a block is decoded, updated and encoded in one pass.
 //!
-//! After Dettmers et al. 2022 (arXiv 2110.02861): a code an element, a scale every 256 of the flat
-//! parameter. The parameter is updated by the new moments as they are before they are encoded.
+//! After Dettmers et al. 2022 (arXiv 2110.02861): one code per element, one scale per 256 elements of the
+//! flat parameter. The update uses the new moments before they are encoded.
 
 use super::adamw::{BLOCK, Rule, element, store};
 use super::octave::{
@@ -24,7 +24,7 @@ pub struct Codes<'a> {
 }
 
 impl Codes<'_> {
-    /// True if there is a code each for so many elements, and a scale a block.
+    /// True if there is one code per element and one scale per block.
     #[must_use]
     pub fn fits(&self, elements: usize) -> bool {
         let blocks = elements.div_ceil(BLOCK);
@@ -36,8 +36,8 @@ impl Codes<'_> {
 }
 
 on_levels! {
-    /// One step of some whole blocks, the last of which may be partial; `first` is the place of the first
-    /// element in its parameter. Returns how many elements had a gradient that is not finite.
+    /// One step on some blocks, the last of which may be partial; `first` is the index of the first element
+    /// in its parameter. Returns how many gradients were not finite.
     ///
     /// # Panics
     /// If the lengths do not fit.
@@ -64,7 +64,7 @@ fn blocks<P: Float, G: Float, const LEVEL: u8>(
     let (m, end_m) = codes.m.as_chunks_mut::<BLOCK>();
     let (v, end_v) = codes.v.as_chunks_mut::<BLOCK>();
     let mut scales = codes.m_absmax.iter_mut().zip(codes.v_absmax);
-    // Room for what is not as wide as f32, or no whole block: the loops have a fixed length.
+    // Buffers for narrower types and partial blocks: the loops have a fixed length.
     let (mut wide, mut grad, mut fresh) = ([0.0; BLOCK], [0.0; BLOCK], Fresh::new());
     let (mut bad, mut place) = (0, first);
     let whole = values.iter_mut().zip(grads).zip(m.iter_mut().zip(v)).zip(scales.by_ref());
@@ -82,7 +82,7 @@ fn blocks<P: Float, G: Float, const LEVEL: u8>(
         place += BLOCK as u64;
     }
     if let Some(scales) = scales.next() {
-        // No code or gradient of another block behind those of the last.
+        // Clear what the buffers still hold of another block.
         let n = end_values.len();
         let (mut all_m, mut all_v) = ([SIGNED_ZERO; BLOCK], [0; BLOCK]);
         grad[n..].fill(0.0);
@@ -98,7 +98,7 @@ fn blocks<P: Float, G: Float, const LEVEL: u8>(
     bad
 }
 
-/// A block's moments while they are not encoded.
+/// The decoded moments of a block.
 struct Fresh {
     m: [f32; BLOCK],
     roots: [f32; BLOCK],
@@ -111,8 +111,8 @@ impl Fresh {
     }
 }
 
-/// Updates a block in short loops. In a long one a processor runs out of registers to rename before it has
-/// begun rounds enough to fill the time that a square root and a division take.
+/// Updates a block in short loops. In a long loop a processor runs out of registers to rename before enough
+/// iterations are in flight to hide the latency of a square root and a division.
 #[inline(always)]
 fn block<const LEVEL: u8>(
     rule: &Rule,
@@ -129,7 +129,7 @@ fn block<const LEVEL: u8>(
     for (wide, &code) in fresh.roots.iter_mut().zip(v.iter()) {
         *wide = root_value(code) * root_scale;
     }
-    // Magnitudes compare as their bits do, and the maximum of integers has no order to keep.
+    // Magnitudes compare like their bits, and an integer maximum does not depend on the order.
     let (mut m_top, mut v_top, mut bad) = (0, 0, 0);
     let moments = fresh.m.iter_mut().zip(&mut fresh.roots);
     for ((value, &grad), (m, root)) in values.iter_mut().zip(grads).zip(moments) {
@@ -210,7 +210,7 @@ mod tests {
                 adamw::update(Level::Baseline, &rule(t), 0, &mut expected, &grads, &mut m, &mut v);
                 update(Level::best(), &rule(t), 0, &mut values, &grads, moments.codes());
                 assert_eq!(values, expected, "{n} {t}");
-                // The largest of a block, in the bits; the others to half a step of their codes.
+                // The largest of a block exactly, the others within half a step of their codes.
                 let [m_after, v_after] = moments.decoded();
                 for (block, absmax) in moments.m_absmax.iter().enumerate() {
                     let range = block * BLOCK..n.min((block + 1) * BLOCK);

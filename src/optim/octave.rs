@@ -1,41 +1,41 @@
 //! The 8-bit format of the moments: a number whose precision grows with its size.
 //!
 //! A magnitude is a code `q` below `2^k`, `k` being 7 beside a sign and 8 without. With `P` the largest
-//! power of two up to `q`, it stands for
+//! power of two up to `q`, its value is
 //!
 //! ```text
 //! value(q) = (7 q - 6 P) P^2,    value(0) = 0
 //! ```
 //!
 //! in units of `8^-k`: the codes from `P` to `2 P` divide the three octaves from `P^3` to `8 P^3` evenly.
-//! So do the dynamic maps of Dettmers et al. 2022 (arXiv 2110.02861) with decades for octaves, and for
-//! the same reason: most of a block lies within a decade of its largest magnitude, and the rest must
-//! not become zero. Powers of two instead of ten make both directions a few additions, multiplications
-//! and shifts, without a table: vector code, on processors and GPUs, with the same bits.
+//! The dynamic maps of Dettmers et al. 2022 (arXiv 2110.02861) do this with decades instead of octaves, for
+//! the same reason: most of a block is within a decade of its largest magnitude, and the rest must not become
+//! zero. With powers of two instead of ten, encoding and decoding are a few additions, multiplications and
+//! shifts without a table: vector code, with the same bits on CPU and GPU.
 //!
-//! The second moment is kept by its root, which spans half the decades: an element whose gradient is
-//! small beside its block's would otherwise be left with a first moment over a second of zero.
+//! The second moment is stored as its root, which spans half the decades: otherwise an element with a small
+//! gradient, relative to its block, would have a nonzero first moment and a second moment of zero.
 
 use super::adamw::BLOCK;
 use crate::base::simd::Level;
 
-/// Bits of a magnitude beside a sign.
+/// Bits of a magnitude with a sign.
 const SIGNED: u32 = 7;
-/// Bits of a magnitude without one.
+/// Bits of a magnitude without a sign.
 const UNSIGNED: u32 = 8;
 
-/// Code of zero, where there is a sign.
+/// Code of zero in codes with a sign.
 pub const SIGNED_ZERO: u8 = 128;
 
-/// Value of the largest code of `bits`, which a block's largest magnitude has.
+/// Value of the largest code of `bits`: the code of a block's largest magnitude.
 const fn top(bits: u32) -> f32 {
     (((1u64 << (bits + 2)) - 7) << (2 * bits - 2)) as f32
 }
 
-/// Largest magnitudes below this are taken for zero: their inverse is too large.
+/// Block maxima below this count as zero: their inverse is too large.
 const LEAST: f32 = 1e-30;
 
-/// What magnitudes are multiplied by before they are encoded.
+/// Factor on magnitudes before they are encoded.
 #[inline(always)]
 const fn inverse(bits: u32, absmax: f32) -> f32 {
     if absmax > LEAST { top(bits) / absmax } else { 0.0 }
@@ -58,21 +58,21 @@ pub const fn root_inverse(absmax: f32) -> f32 {
 /// The code of the value nearest to `y`, which is not negative and at most [`top`], as a float.
 #[inline(always)]
 fn code(y: f32) -> f32 {
-    // The octave of y, by its exponent, and the third octaves below.
+    // The octave of y from its exponent, divided by three.
     let octave = (y.to_bits() >> 23).wrapping_sub(127);
     let third = octave.wrapping_mul(171) >> 9;
     let power = f32::from_bits((third.wrapping_add(127)) << 23);
-    // y / power^2, by its exponent. The first term has no rounding: 6 power more is rounded once.
+    // y / power^2 by its exponent is exact; adding 6 * power rounds once.
     let scaled = f32::from_bits(y.to_bits().wrapping_sub(third << 24));
     let linear = power.mul_add(6.0, scaled) * (1.0 / 7.0);
     // From 1 on this is below y; between the values 0 and 1 the code is y itself.
     if linear < y { linear } else { y }
 }
 
-/// A float whose last eight bits are the nearest integer of `q`, of two the even, plus `zero`.
+/// A float whose last eight bits are `q` rounded to the nearest integer (ties to even), plus `zero`.
 #[inline(always)]
 fn nearest(q: f32, zero: u8) -> f32 {
-    // 1.5 * 2^23 leaves no bit for what comes after the point.
+    // Adding 1.5 * 2^23 leaves no bits for the fraction.
     q + (12_582_912.0 + f32::from(zero))
 }
 
@@ -81,7 +81,7 @@ fn nearest(q: f32, zero: u8) -> f32 {
 pub fn pack<const LEVEL: u8>(sums: &[f32; BLOCK], codes: &mut [u8; BLOCK]) {
     #[cfg(target_arch = "x86_64")]
     if LEVEL == Level::Avx2 as u8 {
-        // SAFETY: a level is only ever one that this machine has.
+        // SAFETY: `level` is one that this machine has.
         #[allow(unsafe_code)]
         return unsafe { pack_avx2(sums, codes) };
     }
@@ -90,17 +90,17 @@ pub fn pack<const LEVEL: u8>(sums: &[f32; BLOCK], codes: &mut [u8; BLOCK]) {
     }
 }
 
-/// 32 codes at a time, where compilers make four times as many shuffles of the loop.
+/// 32 codes at a time: compilers use four times as many shuffles for the plain loop.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2")]
 #[inline]
-#[allow(clippy::cast_ptr_alignment)] // the load and the store need none
+#[allow(clippy::cast_ptr_alignment)] // the load and the store need no alignment
 fn pack_avx2(sums: &[f32; BLOCK], codes: &mut [u8; BLOCK]) {
     use std::arch::x86_64::{
         __m256i, _mm256_and_si256, _mm256_loadu_si256, _mm256_packus_epi16, _mm256_packus_epi32,
         _mm256_permutevar8x32_epi32, _mm256_set1_epi32, _mm256_setr_epi32, _mm256_storeu_si256,
     };
-    // Packing goes by halves of a register.
+    // Packing works on each half of a register.
     let order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
     for (codes, sums) in codes.as_chunks_mut::<32>().0.iter_mut().zip(sums.as_chunks::<32>().0) {
         let part = |i: usize| {
@@ -122,7 +122,7 @@ fn pack_avx2(sums: &[f32; BLOCK], codes: &mut [u8; BLOCK]) {
 /// The value of a code that is an integer in a float, with its sign.
 #[inline(always)]
 fn value(q: f32) -> f32 {
-    // With sign and exponent alone; 0 of 0.
+    // The sign and exponent only; 0 for 0.
     let power = f32::from_bits(q.to_bits() & 0xff80_0000);
     q.mul_add(7.0, -6.0 * power) * (power * power)
 }
@@ -151,7 +151,7 @@ pub fn signed_value(code: u8) -> f32 {
     value((i32::from(code) - i32::from(SIGNED_ZERO)) as f32) * (1.0 / top(SIGNED))
 }
 
-/// Root that a code stands for, in units of its block's largest root.
+/// Root of a code, in units of its block's largest root.
 #[inline(always)]
 #[must_use]
 pub fn root_value(code: u8) -> f32 {
@@ -198,7 +198,7 @@ mod tests {
         assert!(plain.iter().zip(sums).all(|(code, sum)| *code == sum.to_bits().to_le_bytes()[0]));
     }
 
-    /// The formula of the module's page in `f64`.
+    /// The formula of the module's documentation in `f64`.
     fn plain(bits: u32, q: u32) -> f64 {
         let power = if q == 0 { 0.0 } else { f64::from(1u32 << q.ilog2()) };
         let unit = |q: f64, power: f64| (7.0 * q - 6.0 * power) * power * power;
@@ -227,7 +227,7 @@ mod tests {
     fn codes_are_the_nearest() {
         let steps = (0..200_000).map(|i| 10f32.powf(-8.0 * i as f32 / 200_000.0));
         for x in steps.chain([0.0, 1.0, 1e-9, f32::MIN_POSITIVE]) {
-            // A code is a step off in no more than 1e-4 of the distance between two.
+            // A code is off by one only within 1e-4 of the gap around a midpoint.
             let check = |found: f64, values: &dyn Fn(u8) -> f32| {
                 let distance = |code: u8| (f64::from(values(code)) - f64::from(x)).abs();
                 let nearest = (0..=255u8).min_by(|&a, &b| distance(a).total_cmp(&distance(b))).unwrap();

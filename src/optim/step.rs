@@ -10,7 +10,7 @@ use crate::base::float::Float;
 use crate::base::simd::Level;
 use crate::base::threads::{Threads, for_each};
 
-/// Elements of a task: whole blocks, and enough of them to be worth a queue's while.
+/// Elements of a task: full blocks, and enough of them that scheduling costs little.
 const GRAIN: usize = 64 * BLOCK;
 
 /// The moments of a parameter.
@@ -22,7 +22,7 @@ pub enum Moments<'a> {
     Eight(Codes<'a>),
 }
 
-/// The values of a parameter and their gradients, in the dtypes that go together.
+/// The values of a parameter and their gradients, in the supported pairs of dtypes.
 #[derive(Debug)]
 pub enum Values<'a> {
     /// `f32`, both.
@@ -47,20 +47,20 @@ impl Values<'_> {
     }
 }
 
-/// A parameter on its way through a step.
+/// A parameter in a step.
 #[derive(Debug)]
 pub struct Parameter<'a> {
     /// Values and gradients.
     pub values: Values<'a>,
     /// Its state.
     pub moments: Moments<'a>,
-    /// What its group and its count of steps come to.
+    /// The rule from its group and its step count.
     pub rule: Rule,
-    /// Place of the first element, if these are a part of a parameter.
+    /// Index of the first element, if this is a part of a parameter.
     pub first: u64,
 }
 
-/// Updates all parameters; returns how many elements had a gradient that is not finite.
+/// Updates all parameters; returns how many gradients were not finite.
 ///
 /// # Panics
 /// If a parameter's slices are not equally long.
@@ -100,7 +100,7 @@ fn update<P: Float, G: Float>(
     }
 }
 
-/// A parameter in pieces of whole blocks.
+/// Splits a parameter into pieces of full blocks.
 fn pieces(parameter: Parameter<'_>) -> Vec<Parameter<'_>> {
     let Parameter { values, moments, rule, first } = parameter;
     let count = values.len().div_ceil(GRAIN);

@@ -23,7 +23,7 @@ struct FactorParts {
     transposed: bool,
 }
 
-/// `oddsmith.checkpoint.rules.Update`.
+/// `oddsmith.checkpoint.rules.MergeUpdate`.
 #[derive(FromPyObject)]
 struct UpdateParts {
     left: FactorParts,
@@ -32,7 +32,7 @@ struct UpdateParts {
     magnitude: Option<String>,
 }
 
-/// `oddsmith.checkpoint.rules.Rule`.
+/// `oddsmith.checkpoint.rules.TensorRule`.
 #[derive(FromPyObject)]
 struct RuleParts {
     name: String,
@@ -84,7 +84,7 @@ struct TensorParts {
     shape: Vec<usize>,
 }
 
-/// What is known of a 4-bit weight, as a dictionary.
+/// The state of a 4-bit weight, as a dictionary.
 #[derive(IntoPyObject)]
 struct StateParts {
     shape: Vec<usize>,
@@ -144,7 +144,7 @@ fn with_job<R>(
     f(&Job { base: &base, adapter: adapter.as_ref(), rules, outputs })
 }
 
-/// Checks everything that can be checked before writing, and returns the bytes that will be written.
+/// Checks all rules before writing, and returns the number of bytes to write.
 #[pyfunction]
 fn converted_size(
     py: Python<'_>,
@@ -153,7 +153,7 @@ fn converted_size(
     rules: Vec<RuleParts>,
 ) -> PyResult<usize> {
     let rules = self::rules(rules)?;
-    // Their names are not looked at.
+    // The names of these outputs are not used.
     let outputs = base.clone();
     detached(py, move || with_job((base, adapter), rules, outputs, size))
 }
@@ -173,7 +173,7 @@ fn convert_checkpoint(
         return Err(PyValueError::new_err("checkpoint: base has no files"));
     }
     let rules = self::rules(rules)?;
-    // What the callback raised, while the core hears that it has to stop.
+    // The exception of the callback; the core is only told to stop.
     let raised = Mutex::new(None);
     let mut tell = |bytes: usize| {
         let told = Python::attach(|py| {

@@ -18,7 +18,7 @@ type Column = (PyBackedBytes, PyBackedBytes);
 #[pyclass(name = "RowEncoder", module = "oddsmith._core", frozen)]
 struct PyRowEncoder(RowEncoder);
 
-#[allow(clippy::needless_pass_by_value)] // what pyo3 extracts, it hands over
+#[allow(clippy::needless_pass_by_value)] // pyo3 passes extracted values by value
 #[pymethods]
 impl PyRowEncoder {
     #[new]

@@ -15,7 +15,7 @@ impl From<Error> for PyErr {
                 PyValueError::new_err(message)
             }
             Error::Dtype { .. } => PyTypeError::new_err(message),
-            // Python makes FileNotFoundError and its like of the number.
+            // Python derives FileNotFoundError and similar classes from the number.
             Error::Io { path, code: Some(code), message } => PyOSError::new_err((code, message, path)),
             Error::Io { .. } => PyOSError::new_err(message),
             Error::Tokenizer(_)
@@ -27,8 +27,8 @@ impl From<Error> for PyErr {
     }
 }
 
-/// Runs `f` without the GIL. A panic becomes an ordinary exception: pyo3's own `PanicException`
-/// is no `Exception`, and would pass through handlers that expect one.
+/// Runs `f` without the GIL. A panic becomes an ordinary exception: pyo3's `PanicException` is not an
+/// `Exception`, so `except Exception` would not catch it.
 pub fn detached<R: Send>(py: Python<'_>, f: impl FnOnce() -> Result<R> + Send) -> PyResult<R> {
     let run = move || catch_unwind(AssertUnwindSafe(f));
     let result = py.detach(run).unwrap_or_else(|panic| {

@@ -11,7 +11,7 @@ use crate::head::scores::Objective;
 use crate::torch::head;
 use crate::torch::head::args::{Args, Pairs, Report, Wants};
 
-/// `oddsmith.head.arguments.HeadArguments`: what every op of the head starts with.
+/// `oddsmith.head.arguments.HeadArguments`: the common arguments of the head's ops.
 #[derive(FromPyObject)]
 struct HeadArguments {
     hidden: PyTensor,
@@ -56,7 +56,7 @@ struct ForwardParts {
     expectation: PyTensor,
 }
 
-/// Gradients, as a dictionary; empty where not wanted.
+/// Gradients, as a dictionary; empty if not needed.
 #[derive(IntoPyObject)]
 struct GradientParts {
     hidden: PyTensor,
@@ -64,7 +64,7 @@ struct GradientParts {
     bias: PyTensor,
 }
 
-/// The loss and what is reported beside it, as a dictionary, with the names of `LinearORPOOutput`.
+/// The loss and the reported metrics, as a dictionary, with the names of `LinearORPOOutput`.
 #[derive(IntoPyObject)]
 struct ReportParts {
     loss: PyTensor,
@@ -189,7 +189,7 @@ fn linear_orpo(
     Ok(detached(py, run)?.into())
 }
 
-/// `gradient *= factor` in place, on a GPU; false where nothing has been done.
+/// `gradient *= factor` in place, on a GPU; false if nothing was done.
 #[pyfunction]
 fn scale_gradient(py: Python<'_>, gradient: PyTensor, factor: PyTensor) -> PyResult<bool> {
     detached(py, move || head::cuda::scale(&gradient.0, &factor.0))

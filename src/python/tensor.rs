@@ -1,4 +1,4 @@
-//! `torch.Tensor` on the border: a `tch::Tensor` that shares its storage and autograd state.
+//! Converts `torch.Tensor` to a `tch::Tensor` that shares its storage and autograd state.
 //!
 //! From torch 2.14 on libtorch has functions for it; before, `torch._C._aoti` passes handles as capsules.
 #![allow(unsafe_code)] // libtorch's bridge to Python objects

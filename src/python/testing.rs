@@ -1,5 +1,5 @@
-//! What only tests use: switches between the paths of an op, and the kernels' binaries. In builds with the
-//! feature `testing`.
+//! For tests only, with the cargo feature `testing`: switches between the paths of an op, and the kernels'
+//! binaries.
 
 use std::collections::HashMap;
 
@@ -16,15 +16,15 @@ fn kernel_sources() -> Vec<&'static str> {
     kernels::ALL.iter().map(|source| source.name).collect()
 }
 
-/// Compiles a source for an architecture such as `sm_90`, and returns the binary and the compiler's
-/// report of every kernel. The cache on disk is left alone.
+/// Compiles a source for an architecture such as `sm_90`, and returns the binary and the compiler's report of
+/// every kernel. The cache on disk is not used.
 #[pyfunction]
 fn compile_kernels(py: Python<'_>, source: &str, architecture: &str) -> PyResult<(Vec<u8>, String)> {
     let known: HashMap<_, _> = kernels::ALL.iter().map(|source| (source.name, *source)).collect();
     let compiled = detached(py, || {
         let failed = |message| Error::Cuda { kernel: String::new(), launch: String::new(), message };
         let Some(code) = known.get(source) else {
-            return Err(failed(format!("there is no source of kernels {source:?}")));
+            return Err(failed(format!("no kernel source is named {source:?}")));
         };
         nvrtc().and_then(|nvrtc| nvrtc.compile(code, architecture, &["--ptxas-options=-v"])).map_err(failed)
     })?;
@@ -37,7 +37,7 @@ fn use_tensor_ops(on: bool) {
     device::use_tensor_ops(on);
 }
 
-/// Makes CPU tensors take the path of CUDA tensors, through the driver that `ODDSMITH_CUDA_DRIVER` names.
+/// Makes CPU tensors take the path of CUDA tensors, with the driver in `ODDSMITH_CUDA_DRIVER`.
 #[pyfunction]
 fn emulate_cuda(on: bool) {
     cuda::emulate(on);

@@ -10,10 +10,10 @@ use crate::base::threads::{Threads, for_each};
 /// Values of a map.
 pub const MAP_LEN: usize = 256;
 
-/// A map with what a search in it needs.
+/// A map, prepared for searching.
 #[derive(Debug)]
 pub struct Map {
-    /// Midpoints of neighbours, exact.
+    /// Exact midpoints between consecutive values.
     midpoints: [f64; MAP_LEN - 1],
 }
 
@@ -42,11 +42,11 @@ impl Map {
     }
 }
 
-/// Quantises blocks of `blocksize` values: a code a value and the largest magnitude a block. A NaN
-/// makes its whole block NaN.
+/// Quantises blocks of `blocksize` values: one code per value and the largest magnitude per block. A NaN
+/// makes all of its block NaN.
 ///
 /// # Panics
-/// If `codes` or `absmax` are not as long as `values` asks for.
+/// If the lengths of `codes` or `absmax` do not match `values`.
 pub fn quantize<T: Float>(
     threads: &dyn Threads,
     values: &[T],
@@ -73,7 +73,7 @@ pub fn quantize<T: Float>(
 /// `map[code] * absmax` in `f32`, rounded to the element type.
 ///
 /// # Panics
-/// If `values` or `absmax` are not as long as `codes` asks for.
+/// If the lengths of `values` or `absmax` do not match `codes`.
 pub fn dequantize<T: Float>(
     threads: &dyn Threads,
     codes: &[u8],
@@ -101,7 +101,7 @@ mod tests {
     use super::*;
     use crate::base::portable::Portable;
 
-    /// Uneven, ascending, with zero and one, as the dynamic maps are.
+    /// Uneven, ascending, with zero and one, like the dynamic maps.
     fn map() -> [f32; MAP_LEN] {
         std::array::from_fn(|i| {
             let t = (i as f32 - 127.0) / 128.0;

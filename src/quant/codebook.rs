@@ -32,10 +32,10 @@ pub const MIDPOINTS: [f32; 15] = {
     midpoints
 };
 
-/// The code of zero, which also pads the last byte of an odd number of values.
+/// The code of zero, also the padding in the last byte of an odd number of values.
 pub const ZERO: u8 = 7;
 
-/// The code of a value that has been scaled to `[-1, 1]`; 15 for NaN, which is below nothing.
+/// The code of a value that has been scaled to `[-1, 1]`; 15 for NaN.
 #[inline]
 #[must_use]
 pub fn nearest(x: f32) -> u8 {

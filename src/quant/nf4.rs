@@ -1,10 +1,10 @@
 //! NF4: values to codes and back, bit-equal to bitsandbytes 0.50 on a CPU.
 //!
-//! The rules that are not obvious: a whole block is multiplied by the inverse of its scale, a partial
-//! last block divided by it; a scale below 1e-38 counts as 1e-38, and only a partial block keeps
-//! that as its scale, so a block of zeros has scale 0 and codes of zero. NaN makes a block's scale and
-//! codes NaN and 15, hence every value of it NaN; infinity makes the scale infinite, the finite values
-//! zero codes (and so NaN, `0 * inf`) and both infinities code 15.
+//! The rules that are not obvious: a full block is multiplied by the inverse of its scale, a partial last
+//! block is divided by it; a scale below 1e-38 counts as 1e-38, and only a partial block stores 1e-38 as its
+//! scale, so a block of zeros has scale 0 and codes of zero. A NaN makes the scale NaN and all codes 15, so
+//! every value of the block is NaN. An infinity makes the scale infinite, gives finite values the code of
+//! zero (which decodes to NaN, `0 * inf`) and both infinities code 15.
 
 use super::codebook::{MIDPOINTS, ZERO, nearest};
 use super::pack::LEAST;
@@ -17,11 +17,11 @@ use crate::base::threads::{Threads, for_each};
 /// Longest block.
 const LONGEST: usize = 4096;
 
-/// Quantises `values` in blocks: two codes a byte, the first in the high half, and a scale a block.
+/// Quantises `values` in blocks: two codes per byte, the first in the high half, and one scale per block.
 ///
 /// # Panics
-/// If `blocksize` is none of [`super::BLOCK_SIZES`], or `packed` or `absmax` are not as long as
-/// `values` asks for.
+/// If `blocksize` is none of [`super::BLOCK_SIZES`], or the lengths of `packed` or `absmax` do not match
+/// `values`.
 pub fn quantize<T: Float>(
     threads: &dyn Threads,
     values: &[T],
@@ -42,7 +42,7 @@ pub fn quantize<T: Float>(
 fn blocks_at<T: Float>(level: Level, values: &[T], blocksize: usize, packed: &mut [u8], absmax: &mut [f32]) {
     match level {
         #[cfg(target_arch = "x86_64")]
-        // SAFETY: a level is only ever one that this machine has.
+        // SAFETY: `level` is one that this machine has.
         #[allow(unsafe_code)]
         Level::Avx512 => unsafe { blocks_avx512(values, blocksize, packed, absmax) },
         #[cfg(target_arch = "x86_64")]
@@ -75,13 +75,13 @@ fn blocks<T: Float>(level: Level, values: &[T], blocksize: usize, packed: &mut [
     }
 }
 
-/// A block of any length, NaN and infinity among its values, and its scale.
+/// Quantises a block of any length, NaN and infinity included, and returns its scale.
 #[inline(never)]
 fn any_block<T: Float>(values: &[T], whole: bool, packed: &mut [u8]) -> f32 {
     let mut wide = [0.0f32; LONGEST];
     let wide = &mut wide[..values.len()];
     T::widen(values, wide);
-    // As integers, so that NaN is above every number.
+    // Compared as integers, so that NaN is above every number.
     let bits = wide.iter().map(|x| x.to_bits() & 0x7fff_ffff).fold(0, u32::max);
     let largest = f32::from_bits(bits);
     let scale = if largest < LEAST { LEAST } else { largest };
@@ -103,7 +103,7 @@ fn any_block<T: Float>(values: &[T], whole: bool, packed: &mut [u8]) -> f32 {
     if whole { largest } else { scale }
 }
 
-/// 32 values at a time, by counting midpoints: 15 comparisons are vector code, a search is not.
+/// 32 values at a time, by counting midpoints: 15 comparisons become vector code, a binary search does not.
 #[inline(always)]
 fn pack_finite(scaled: &[f32], packed: &mut [u8]) {
     for (scaled, packed) in scaled.chunks_exact(32).zip(packed.chunks_exact_mut(16)) {
@@ -119,7 +119,7 @@ fn pack_finite(scaled: &[f32], packed: &mut [u8]) {
     }
 }
 
-/// Any number of values, NaN among them.
+/// Any number of values, NaN included.
 fn pack_any(scaled: &[f32], packed: &mut [u8]) {
     for (pair, packed) in scaled.chunks(2).zip(packed) {
         *packed = nearest(pair[0]) << 4 | pair.get(1).map_or(ZERO, |&x| nearest(x));
@@ -137,10 +137,10 @@ pub fn dequantize<T: Float>(threads: &dyn Threads, packed: &Packed<'_>, values: 
     });
 }
 
-/// A rectangle of a row-major matrix: `columns` of it from `column` on, of every row from `row` on.
+/// A rectangle of a row-major matrix: `columns` columns starting at `column`, and the rows from `row` on.
 #[derive(Clone, Copy, Debug)]
 pub struct Tile {
-    /// Columns of the whole matrix.
+    /// Columns of the matrix.
     pub width: usize,
     /// First row.
     pub row: usize,
@@ -156,7 +156,7 @@ pub struct Tile {
 /// If the tile is not within the matrix.
 pub fn dequantize_tile<T: Float>(threads: &dyn Threads, packed: &Packed<'_>, tile: Tile, values: &mut [T]) {
     let level = Level::best();
-    // Strips are narrow: several rows make a task.
+    // Tiles can be narrow: a task has several rows.
     let rows = (GRAIN / tile.columns).max(1);
     for_each(threads, values.chunks_mut(rows * tile.columns).enumerate(), |(i, values)| {
         for (j, values) in values.chunks_exact_mut(tile.columns).enumerate() {

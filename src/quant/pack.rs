@@ -1,15 +1,15 @@
-//! Values to codes, a whole block at a time.
+//! Values to codes, one full block at a time.
 //!
-//! With AVX-512 a value finds its code in two look-ups: 32 equal buckets over `[-1, 1]` are narrower
-//! than the midpoints lie apart, so a bucket knows how many midpoints are below it and holds at most
-//! one, which is compared. With AVX2 it is a binary search of four comparisons.
+//! With AVX-512 a value finds its code in two look-ups: 32 equal buckets over `[-1, 1]` are narrower than the
+//! distance between midpoints, so the table has for each bucket the number of midpoints below it and the one
+//! midpoint, at most, inside it. With AVX2 it is a binary search of four comparisons.
 #![allow(unsafe_code)] // vector instructions, behind their run-time check, on pointers of checked length
 
 use super::codebook::MIDPOINTS;
 use crate::base::float::Float;
 use crate::base::simd::Level;
 
-/// Below this a scale has no inverse that is worth anything.
+/// Below this the inverse of a scale is not usable.
 pub(super) const LEAST: f32 = 1e-38;
 
 /// Packs a block, a multiple of 32 values, and returns its largest magnitude; `None` without vector
@@ -22,7 +22,7 @@ pub fn whole_block<T: Float>(level: Level, values: &[T], packed: &mut [u8]) -> O
     assert!(values.len().is_multiple_of(32) && packed.len() * 2 == values.len());
     let largest = match level {
         #[cfg(target_arch = "x86_64")]
-        // SAFETY: a level is only ever one that this machine has; the lengths were compared above.
+        // SAFETY: `level` is one that this machine has; the lengths were compared above.
         Level::Avx512 => unsafe { x86::block_avx512(values, packed) },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: as above.
@@ -32,7 +32,7 @@ pub fn whole_block<T: Float>(level: Level, values: &[T], packed: &mut [u8]) -> O
     largest.is_finite().then_some(largest)
 }
 
-/// What a block is multiplied by.
+/// Factor on a block.
 #[inline(always)]
 fn inverse(largest: f32) -> f32 {
     1.0 / if largest < LEAST { LEAST } else { largest }
@@ -42,14 +42,14 @@ fn inverse(largest: f32) -> f32 {
 const SLOPE: f32 = 15.5;
 const MIDDLE: f32 = 15.75;
 
-/// For each bucket the midpoint in it, and the number of those below.
+/// The midpoint in each bucket, and the number of midpoints below it.
 const BUCKETS: ([f32; 32], [u32; 32]) = {
     let (mut midpoints, mut below) = ([f32::INFINITY; 32], [0; 32]);
     let mut bucket = 0;
     while bucket < 32 {
         let mut i = 0;
         while i < 15 {
-            // None is near the edge of a bucket, where rounding could move it.
+            // No midpoint is near the edge of a bucket, where rounding could move it.
             let place = SLOPE * MIDPOINTS[i] + MIDDLE;
             if place >= bucket as f32 && place < (bucket + 1) as f32 {
                 midpoints[bucket] = MIDPOINTS[i];
@@ -65,7 +65,7 @@ const BUCKETS: ([f32; 32], [u32; 32]) = {
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    #[allow(clippy::wildcard_imports)] // a page of names otherwise
+    #[allow(clippy::wildcard_imports)] // dozens of names otherwise
     use std::arch::x86_64::*;
 
     use super::{BUCKETS, MIDDLE, SLOPE, inverse};
@@ -75,7 +75,7 @@ mod x86 {
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
     unsafe fn load_512<T: Float>(values: *const T) -> __m512 {
-        // SAFETY: 16 values are there, by the callers' contract.
+        // SAFETY: the callers guarantee 16 values.
         unsafe {
             match T::DTYPE {
                 Dtype::F32 => _mm512_loadu_ps(values.cast()),
@@ -89,13 +89,14 @@ mod x86 {
     }
 
     /// # Safety
-    /// The machine has the features, `values` are a multiple of 32, `packed` half as many.
+    /// The machine has the features, the number of values is a multiple of 32, and `packed` has half as many
+    /// bytes.
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
     pub unsafe fn block_avx512<T: Float>(values: &[T], packed: &mut [u8]) -> f32 {
         let from = values.as_ptr();
         // SAFETY: by the contract above.
         unsafe {
-            // As integers, so that NaN is above every number.
+            // Compared as integers, so that NaN is above every number.
             let magnitude = _mm512_set1_epi32(0x7fff_ffff);
             let mut largest = _mm512_setzero_si512();
             for i in (0..values.len()).step_by(16) {
@@ -119,7 +120,7 @@ mod x86 {
                 let code = _mm512_permutex2var_epi32(below[0], bucket, below[1]);
                 let above = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(x, midpoint);
                 let code = _mm512_mask_add_epi32(code, above, code, one);
-                // The first of two lanes into the high half of a byte, the second into the low.
+                // The first of two lanes goes to the high half of a byte, the second to the low.
                 let pair = _mm512_or_si512(_mm512_slli_epi64::<4>(code), _mm512_srli_epi64::<32>(code));
                 _mm_storel_epi64(packed.as_mut_ptr().add(i / 2).cast(), _mm512_cvtepi64_epi8(pair));
             }
@@ -130,7 +131,7 @@ mod x86 {
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
     unsafe fn load_256<T: Float>(values: *const T) -> __m256 {
-        // SAFETY: 8 values are there, by the callers' contract.
+        // SAFETY: the callers guarantee 8 values.
         unsafe {
             match T::DTYPE {
                 Dtype::F32 => _mm256_loadu_ps(values.cast()),
@@ -170,7 +171,7 @@ mod x86 {
                 let mut codes = [_mm256_setzero_si256(); 4];
                 for (j, code) in codes.iter_mut().enumerate() {
                     let x = _mm256_mul_ps(load_256(from.add(i + 8 * j)), scale);
-                    // All bits are set where x is above: minus one.
+                    // All bits are set if x is above: minus one.
                     let above = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_GT_OQ>(x, root));
                     *code = _mm256_sub_epi32(_mm256_setzero_si256(), above);
                     for table in [two, four, eight] {
@@ -179,7 +180,7 @@ mod x86 {
                         *code = _mm256_sub_epi32(_mm256_add_epi32(*code, *code), above);
                     }
                 }
-                // Within each half: four codes of each vector, in turn.
+                // Within each half: four codes of each vector, alternating.
                 let words =
                     [_mm256_packus_epi32(codes[0], codes[1]), _mm256_packus_epi32(codes[2], codes[3])];
                 let bytes = _mm256_packus_epi16(words[0], words[1]);
@@ -217,7 +218,7 @@ mod tests {
         values.extend((0..4000).map(|i| (i as f32 * 0.77).sin()));
         for level in Level::available() {
             for chunk in values.chunks(31) {
-                // One makes the scale one.
+                // A value of one makes the scale one.
                 let mut block = vec![1.0; 32];
                 block[1..=chunk.len()].copy_from_slice(chunk);
                 let mut packed = [0; 16];

@@ -7,9 +7,9 @@ use crate::base::float::{Dtype, Float};
 /// A flat 4-bit tensor.
 #[derive(Clone, Copy, Debug)]
 pub struct Packed<'a> {
-    /// Two codes a byte.
+    /// Two codes per byte.
     pub bytes: &'a [u8],
-    /// A scale a block.
+    /// One scale per block.
     pub scales: Scales<'a>,
     /// Values in a block.
     pub blocksize: usize,

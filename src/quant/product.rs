@@ -1,7 +1,7 @@
-//! Products of a few tokens with a 4-bit matrix, straight from the codes.
+//! Products of a few tokens with a 4-bit matrix, directly from the codes.
 //!
 //! One token reads every weight once, so unpacking the matrix to memory would cost more than the
-//! product. Here a weight is looked up in a register and multiplied at once.
+//! product. Here each weight is looked up in a register and multiplied immediately.
 #![allow(unsafe_code)] // vector instructions, behind their run-time check, on pointers of checked length
 
 use super::packed::Packed;
@@ -9,16 +9,16 @@ use super::unpack;
 use crate::base::simd::Level;
 use crate::base::threads::{Threads, for_each};
 
-/// Most tokens.
+/// Maximum number of tokens.
 pub const FEW: usize = 32;
 
-/// Tokens up to which looking every weight up once is faster than a product in `f32`.
+/// Up to this many tokens, looking up every weight once is faster than a product in `f32`.
 #[must_use]
 pub fn worth_it() -> usize {
     if Level::best() == Level::Avx512 { FEW } else { 16 }
 }
 
-/// Tokens that a look-up is shared by: what the registers hold sums for.
+/// Tokens that share a look-up: as many as have their sums in registers.
 const SHARED: usize = 4;
 
 /// Rows of the matrix that share a load of the tokens.
@@ -32,11 +32,11 @@ const STEP: usize = 128;
 
 /// `out[t, n] = sum_k x[t, k] weight[n, k]` for at most [`FEW`] tokens; `out` is `[tokens, rows]`.
 ///
-/// With AVX-512 the weights are `f32(code)` times scale whatever `via` says: the scale is multiplied
-/// in after the values of a block are added up, and nothing is rounded that need not be stored.
+/// With AVX-512 the weights are `f32(code)` times scale and `via` has no effect: the sum over a block is
+/// multiplied by the scale, and no weight is rounded to a storage type.
 ///
 /// # Panics
-/// If there are more tokens, or lengths that do not belong together.
+/// If there are more tokens, or the lengths do not match.
 pub fn few_tokens(threads: &dyn Threads, weight: &Packed<'_>, width: usize, x: &[f32], out: &mut [f32]) {
     let tokens = x.len() / width;
     assert!((1..=FEW).contains(&tokens) && x.len() == tokens * width && out.len().is_multiple_of(tokens));
@@ -47,7 +47,7 @@ pub fn few_tokens(threads: &dyn Threads, weight: &Packed<'_>, width: usize, x: &
     let from_codes = level == Level::Avx512 && width.is_multiple_of(weight.blocksize);
     let padded = width.next_multiple_of(STEP);
     let turned = if from_codes { turn(x, width, padded) } else { Vec::new() };
-    // The products of a row of the matrix lie apart in `out`, so they are collected transposed.
+    // The products of a matrix row are far apart in `out`, so they are collected transposed.
     let mut columns = vec![0.0f32; out.len()];
     for_each(threads, columns.chunks_mut(ROWS * tokens).enumerate(), |(task, columns)| {
         if from_codes {
@@ -70,8 +70,7 @@ pub fn few_tokens(threads: &dyn Threads, weight: &Packed<'_>, width: usize, x: &
     }
 }
 
-/// Products of the rows of a task, several at a time, for they share the loads of the tokens; on a
-/// machine with AVX-512.
+/// Products of the rows of a task with AVX-512; several rows at a time share the loads of the tokens.
 #[cfg(target_arch = "x86_64")]
 fn few_rows(
     weight: &Packed<'_>,
@@ -82,7 +81,7 @@ fn few_rows(
     columns: &mut [f32],
 ) {
     let blocks = width / weight.blocksize;
-    // Of each row, and what a step may read beyond them.
+    // The scales of each row, and those that a step may read beyond them.
     let mut scales = vec![0.0f32; TOGETHER * (blocks + 4)];
     let mut cursor = weight.scales.cursor();
     let vector = turned.len() / tokens;
@@ -100,8 +99,8 @@ fn few_rows(
             let shared = turned.len() / vector;
             let mut sums = [0.0f32; TOGETHER * SHARED];
             let job = x86::Rows { bytes, scales: &scales, blocksize: weight.blocksize, turned };
-            // SAFETY: the machine has the features; `bytes` are `rows` rows of whole blocks, `turned`
-            // has `shared` vectors, and the scales were made four longer above.
+            // SAFETY: the machine has the features; `bytes` are `rows` rows of full blocks, `turned` has
+            // `shared` vectors, and the scales have four extra values (above).
             unsafe {
                 match (rows, shared) {
                     (TOGETHER, 1) => job.sums::<TOGETHER, 1>(&mut sums),
@@ -119,14 +118,14 @@ fn few_rows(
     }
 }
 
-/// Each 128 values in the order in which their weights leave 16 words of eight codes: first what
-/// belongs to the lowest four bits of every word, then the next. Zeros fill the last step.
+/// Reorders each 128 values in the order in which the weights come out of 16 words of eight codes: first
+/// those of the lowest four bits of every word, then of the next. The last step is padded with zeros.
 fn turn(x: &[f32], width: usize, padded: usize) -> Vec<f32> {
     let mut turned = vec![0.0; x.len() / width * padded];
     for (turned, x) in turned.chunks_exact_mut(padded).zip(x.chunks_exact(width)) {
         for (i, value) in x.iter().enumerate() {
             let (step, word, code) = (i / STEP, i % STEP / 8, i % 8);
-            // Of a byte's two codes the first is the higher.
+            // The first code of a byte is in its high half.
             turned[step * STEP + (code ^ 1) * 16 + word] = *value;
         }
     }
@@ -136,7 +135,7 @@ fn turn(x: &[f32], width: usize, padded: usize) -> Vec<f32> {
 fn dot(level: Level, x: &[f32], y: &[f32]) -> f32 {
     match level {
         #[cfg(target_arch = "x86_64")]
-        // SAFETY: a level is only ever one that this machine has.
+        // SAFETY: `level` is one that this machine has.
         Level::Avx512 => unsafe { x86::dot_avx512(x, y) },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: as above.
@@ -162,7 +161,7 @@ fn dot_body<const FMA: bool>(x: &[f32], y: &[f32]) -> f32 {
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    #[allow(clippy::wildcard_imports)] // a page of names otherwise
+    #[allow(clippy::wildcard_imports)] // dozens of names otherwise
     use std::arch::x86_64::*;
 
     use super::{STEP, dot_body};
@@ -188,10 +187,10 @@ mod x86 {
     }
 
     impl Rows<'_> {
-        /// As [`Rows::sums`], for numbers that are not worth code of their own.
+        /// As [`Rows::sums`], for sizes without specialised code.
         ///
         /// # Safety
-        /// As there, with `rows` and `tokens` for its constants.
+        /// As [`Rows::sums`], with `rows` and `tokens` for its constants.
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
         pub unsafe fn one_by_one(&self, rows: usize, tokens: usize, sums: &mut [f32]) {
             let (width, vector) = (self.bytes.len() / rows, self.turned.len() / tokens);
@@ -204,7 +203,7 @@ mod x86 {
                     blocksize: self.blocksize,
                     turned: &self.turned[token * vector..(token + 1) * vector],
                 };
-                // SAFETY: a row and a token of those that the caller vouches for.
+                // SAFETY: a row and a token that the caller guarantees.
                 unsafe { one.sums::<1, 1>(std::slice::from_mut(sum)) };
             }
         }
@@ -212,9 +211,9 @@ mod x86 {
         /// The product of each row with each token.
         ///
         /// # Safety
-        /// The machine has the features. `bytes` are `ROWS` rows of whole blocks; `scales` has those of
-        /// each row and four more; `turned` has `TOKENS` vectors of as many values as a row has
-        /// codes, filled up to whole steps; `sums` has room for `ROWS * TOKENS`.
+        /// The machine has the features. `bytes` are `ROWS` rows of full blocks; `scales` has those of each
+        /// row and four more; `turned` has `TOKENS` vectors of as many values as a row has codes, padded to
+        /// full steps; `sums` has room for `ROWS * TOKENS`.
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
         pub unsafe fn sums<const ROWS: usize, const TOKENS: usize>(&self, sums: &mut [f32]) {
             let shift = self.blocksize.trailing_zeros();
@@ -222,7 +221,7 @@ mod x86 {
             let width = 2 * bytes;
             let padded = width.next_multiple_of(STEP);
             let stride = (width >> shift) + 4;
-            // SAFETY: by the contract above; a mask leaves out what is no longer in the row.
+            // SAFETY: by the contract above; a mask excludes what is past the end of the row.
             unsafe {
                 let code = _mm512_loadu_ps(NF4.as_ptr());
                 // The block, within a step, of each word of eight codes.
@@ -288,7 +287,7 @@ mod tests {
             nf4::quantize(&Portable, &values, blocksize, &mut bytes, &mut absmax);
             for via in [[Dtype::F32; 2], [Dtype::Bf16, Dtype::F32], [Dtype::F16, Dtype::Bf16]] {
                 let weight = Packed { bytes: &bytes, scales: Scales::Plain(&absmax), blocksize, via };
-                // A weight that is rounded first is off by half a last place.
+                // A weight that was rounded before has an error of half a unit in the last place.
                 let rounded = if via == [Dtype::F32; 2] { 0.0 } else { 2f64.powi(-9) };
                 let mut matrix = vec![0.0f32; rows * width];
                 nf4::dequantize(&Portable, &weight, &mut matrix);

@@ -5,19 +5,19 @@ use super::blockwise8::MAP_LEN;
 /// Where the scale of a block comes from.
 #[derive(Clone, Copy, Debug)]
 pub enum Scales<'a> {
-    /// One `f32` a block.
+    /// One `f32` per block.
     Plain(&'a [f32]),
-    /// One byte a block: `map[code] * absmax[block / blocksize] + offset`, each step rounded to `f32`.
+    /// One byte per block: `map[code] * absmax[block / blocksize] + offset`, each step rounded to `f32`.
     Nested {
-        /// A code a block.
+        /// One code per block.
         codes: &'a [u8],
-        /// Values of the codes, 256.
+        /// The 256 values of the codes.
         map: &'a [f32],
         /// Largest magnitude of each block of scales.
         absmax: &'a [f32],
         /// Scales in a block.
         blocksize: usize,
-        /// Mean that was taken off before the scales were quantised.
+        /// Mean that was subtracted before the scales were quantised.
         offset: f32,
     },
 }
@@ -32,13 +32,13 @@ impl Scales<'_> {
         }
     }
 
-    /// True if there is no block.
+    /// True if there are no blocks.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// True if every part is as long as the number of scales asks for.
+    /// True if the length of every part matches the number of scales.
     #[must_use]
     pub fn is_whole(&self) -> bool {
         match self {
@@ -65,7 +65,7 @@ impl Scales<'_> {
     }
 }
 
-/// Reads scales one after the other: a division where a group begins, not one for each.
+/// Reads scales in order, with one division per group instead of one per block.
 #[derive(Clone, Copy, Debug)]
 pub struct Cursor<'a> {
     scales: Scales<'a>,
@@ -79,7 +79,7 @@ impl Cursor<'_> {
     /// As [`Scales::get`].
     ///
     /// # Panics
-    /// As there.
+    /// As [`Scales::get`].
     #[inline(always)]
     pub fn get(&mut self, block: usize) -> f32 {
         match self.scales {
@@ -97,7 +97,7 @@ impl Cursor<'_> {
 }
 
 impl<'a> Scales<'a> {
-    /// For reading many.
+    /// For reading many scales in order.
     #[must_use]
     pub fn cursor(self) -> Cursor<'a> {
         Cursor { scales: self, first: 0, end: 0, group: 0.0 }

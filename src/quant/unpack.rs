@@ -1,9 +1,9 @@
 //! Codes to values: every byte holds two codes, the high half first, and 16 values are looked up in
 //! a register.
 //!
-//! A block's values are its 16 code values times its scale, so a block is multiplied and rounded 16
-//! times however long it is; the rest is look-ups. The vector code takes 32 codes at a time, spread over
-//! lanes and shifted, each by its own distance, so that its four bits come last.
+//! A block's values are its 16 code values times its scale, so each block needs 16 multiplications and
+//! roundings, whatever its length; the rest is look-ups. The vector code takes 32 codes at a time, spreads
+//! them over lanes and shifts each so that its four bits come last.
 #![allow(unsafe_code)] // vector instructions, behind their run-time check, on pointers of checked length
 
 use super::packed::Packed;
@@ -24,7 +24,7 @@ pub fn read<T: Float>(level: Level, packed: &Packed<'_>, start: usize, values: &
     assert!(packed.scales.is_whole() && packed.blocksize.is_power_of_two());
     match level {
         #[cfg(target_arch = "x86_64")]
-        // SAFETY: a level is only ever one that this machine has; the lengths were compared above.
+        // SAFETY: `level` is one that this machine has; the lengths were compared above.
         Level::Avx512 => unsafe { x86::read_avx512(packed, start, values) },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: as above.
@@ -55,9 +55,9 @@ fn look_up<T: Copy>(bytes: &[u8], table: &[T; 16], start: usize, values: &mut [T
 }
 
 #[cfg(target_arch = "x86_64")]
-#[allow(clippy::cast_ptr_alignment)] // the loads and stores here need none
+#[allow(clippy::cast_ptr_alignment)] // the loads and stores here need no alignment
 mod x86 {
-    #[allow(clippy::wildcard_imports)] // a page of names otherwise
+    #[allow(clippy::wildcard_imports)] // dozens of names otherwise
     use std::arch::x86_64::*;
 
     use super::{STEP, look_up};
@@ -67,12 +67,12 @@ mod x86 {
 
     const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
 
-    /// Distances that bring each of a word's eight, or four, codes to the end, first code first.
+    /// Shifts that bring each of the eight, or four, codes of a word to its lowest bits, first code first.
     const IN_32: [u32; 8] = [4, 0, 12, 8, 20, 16, 28, 24];
     const IN_16: [u16; 4] = [4, 0, 12, 8];
 
-    /// The part of `at..end` that lies in one block and is worth vector code or, at an odd place and
-    /// at the end, is not: its end, and how much of it are whole steps.
+    /// The next part of `at..end` within one block: its end, and how much of it the vector code takes in full
+    /// steps (nothing at an odd index or at the end).
     #[inline(always)]
     fn segment(at: usize, end: usize, shift: u32) -> (usize, usize) {
         if at % 2 == 1 {
@@ -82,7 +82,7 @@ mod x86 {
         (stop, (stop - at) / STEP * STEP)
     }
 
-    /// Rounds to a dtype and widens again.
+    /// Rounds to a dtype and converts back.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
     fn round_512(dtype: Dtype, values: __m512) -> __m512 {
@@ -120,7 +120,7 @@ mod x86 {
     }
 
     /// # Safety
-    /// The machine has the features, `packed` all values from `start` on and a scale for each.
+    /// The machine has the features, and `packed` has all values from `start` on and their scales.
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
     pub unsafe fn read_avx512<T: Float>(packed: &Packed<'_>, start: usize, values: &mut [T]) {
         let (shift, end) = (packed.blocksize.trailing_zeros(), start + values.len());
@@ -159,7 +159,7 @@ mod x86 {
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
     unsafe fn wide_512(bytes: *const u8, table: __m512, out: *mut f32, count: usize) {
-        // SAFETY: `count` values have that many halves of bytes.
+        // SAFETY: `count` values have that many half-bytes.
         unsafe {
             let shifts = _mm512_broadcast_i64x4(_mm256_loadu_si256(IN_32.as_ptr().cast()));
             let first = _mm512_inserti64x4::<1>(_mm512_setzero_si512(), _mm256_set1_epi32(1));
@@ -180,7 +180,7 @@ mod x86 {
     unsafe fn half_512(bytes: *const u8, table: __m256i, out: *mut u16, count: usize) {
         // SAFETY: as above.
         unsafe {
-            // Five bits are read: the table twice makes the fifth irrelevant.
+            // Five bits are read; with the table stored twice, the fifth has no effect.
             let table = _mm512_broadcast_i64x4(table);
             let shifts = _mm512_set1_epi64(IN_16.as_ptr().cast::<i64>().read_unaligned());
             let eight = _mm512_cvtepu16_epi64(_mm_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7));
@@ -246,13 +246,13 @@ mod x86 {
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
     unsafe fn wide_256(bytes: *const u8, table: [__m256; 2], out: *mut f32, count: usize) {
-        // SAFETY: `count` values have that many halves of bytes.
+        // SAFETY: `count` values have that many half-bytes.
         unsafe {
             let shifts = _mm256_loadu_si256(IN_32.as_ptr().cast());
             for i in (0..count).step_by(8) {
                 let four = bytes.add(i / 2).cast::<i32>().read_unaligned();
                 let index = _mm256_srlv_epi32(_mm256_set1_epi32(four), shifts);
-                // Three bits choose within a half of the table, the fourth the half: as a sign.
+                // Three bits select within a half of the table; the fourth, as the sign, selects the half.
                 let upper = _mm256_castsi256_ps(_mm256_slli_epi32::<28>(index));
                 let low = _mm256_permutevar8x32_ps(table[0], index);
                 let high = _mm256_permutevar8x32_ps(table[1], index);

@@ -10,11 +10,11 @@ use super::dtype::dtype_name;
 use crate::base::error::{Error, Result};
 use crate::cuda::{self, Arg};
 
-/// The card that kernels for this tensor run on, and the stream that is current there on this thread;
-/// `None` if it is on none. While a card is emulated, tensors on the CPU are on it.
+/// The GPU of this tensor and its current stream on this thread; `None` if the tensor is not on a GPU. With
+/// an emulated GPU, CPU tensors are on it.
 ///
 /// # Errors
-/// A stream that libtorch does not give.
+/// If libtorch has no current stream.
 pub fn of(tensor: &Tensor) -> Result<Option<cuda::Device>> {
     match tensor.device() {
         Device::Cuda(index) if cuda::is_available() => {
@@ -37,10 +37,10 @@ fn current_stream(ordinal: i32) -> Result<u64> {
     if code == 0 { Ok(stream as u64) } else { Err(none()) }
 }
 
-/// The first element of a contiguous tensor, for a kernel that takes it as this dtype.
+/// A pointer to the first element of a contiguous tensor of this dtype, for a kernel.
 ///
 /// # Errors
-/// If the tensor is strided or of another dtype: a mistake of the caller.
+/// If the tensor is strided or has another dtype, which is a bug of the caller.
 pub fn pointer(tensor: &Tensor, kind: Kind) -> Result<Arg> {
     if !tensor.is_contiguous() || tensor.f_kind()? != kind {
         return Err(Error::Internal(format!("a pointer to {} on a tensor {tensor:?}", dtype_name(kind))));
@@ -48,10 +48,10 @@ pub fn pointer(tensor: &Tensor, kind: Kind) -> Result<Arg> {
     Ok(Arg::ptr(tensor.data_ptr() as u64))
 }
 
-/// As many blocks as `items` ask for, `each` of them a block.
+/// The number of blocks for `items`, with `each` items per block.
 ///
 /// # Errors
-/// If a card does not count that far: for tensors larger than the memory of any.
+/// If a grid cannot have that many blocks; no GPU has memory for such a tensor.
 pub fn grid(items: i64, each: i64) -> Result<[u32; 3]> {
     let blocks = (items as u64).div_ceil(each as u64);
     let blocks =
@@ -59,7 +59,7 @@ pub fn grid(items: i64, each: i64) -> Result<[u32; 3]> {
     Ok([blocks as u32, 1, 1])
 }
 
-/// The device's name in Python. Of the devices that are neither CPU nor CUDA tch knows no more.
+/// The device's name in Python. tch does not distinguish devices other than CPU and CUDA.
 #[must_use]
 pub fn device_name(device: Device) -> String {
     match device {
@@ -69,11 +69,11 @@ pub fn device_name(device: Device) -> String {
     }
 }
 
-/// Checks that arguments are on the device of the first, before anything is read or launched: a kernel
-/// would take a pointer to memory of another device as one to its own.
+/// Checks that arguments are on the device of the first, before anything is read or launched: a kernel cannot
+/// tell a pointer to another device's memory.
 ///
 /// # Errors
-/// The first argument that is elsewhere, by name.
+/// The first argument on another device, by name.
 pub fn check_devices<'a>(
     op: &'static str,
     (first_name, first): (&str, &Tensor),
@@ -123,7 +123,7 @@ mod tests {
 
     #[test]
     fn a_card_that_is_not_there_is_an_error() {
-        // libtorch throws: not through Rust.
+        // libtorch throws an exception, which must not unwind through Rust.
         let error = current_stream(120).expect_err("no machine has so many");
         assert_eq!(error.to_string(), "libtorch: no current stream of cuda:120");
     }

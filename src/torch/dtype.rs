@@ -26,7 +26,7 @@ pub fn dtype_name(kind: Kind) -> &'static str {
 /// Checks that a dtype is one of those that an op takes.
 ///
 /// # Errors
-/// If it is not, with the argument's name.
+/// If it is not allowed; the error names the argument.
 pub fn check_kind(op: &'static str, argument: &'static str, got: Kind, allowed: &[Kind]) -> Result<()> {
     if allowed.contains(&got) {
         return Ok(());
@@ -35,10 +35,10 @@ pub fn check_kind(op: &'static str, argument: &'static str, got: Kind, allowed: 
     Err(Error::Dtype { op, argument, expected, got: dtype_name(got).into() })
 }
 
-/// The dtypes that quantised values come from and go to.
+/// The dtypes that can be quantised from and dequantised to.
 pub const FLOATS: [Kind; 3] = [Kind::Float, Kind::BFloat16, Kind::Half];
 
-/// The dtype as the slice algorithms name it.
+/// The dtype in the slice algorithms.
 #[must_use]
 pub fn dtype(kind: Kind) -> Dtype {
     match kind {
@@ -48,7 +48,7 @@ pub fn dtype(kind: Kind) -> Dtype {
     }
 }
 
-/// The kernel of a dtype, of those for `float32`, `bfloat16` and `float16`.
+/// Selects the kernel of a dtype from those for `float32`, `bfloat16` and `float16`.
 #[must_use]
 pub fn named(kind: Kind, [f32, bf16, f16]: [&'static str; 3]) -> &'static str {
     match kind {
@@ -58,7 +58,7 @@ pub fn named(kind: Kind, [f32, bf16, f16]: [&'static str; 3]) -> &'static str {
     }
 }
 
-/// Names of a kernel, by the dtype of its tensors, as [`named`] takes them.
+/// The names of an op's kernels by dtype, for [`named`].
 macro_rules! names {
     ($op:literal) => {
         [concat!($op, "_f32"), concat!($op, "_bf16"), concat!($op, "_f16")]

@@ -9,7 +9,7 @@ use crate::base::huge_pages;
 /// An uninitialised tensor on the CPU, in large pages if it is large and the system gives them.
 ///
 /// # Errors
-/// What libtorch reports: no memory.
+/// Errors of libtorch, such as out of memory.
 pub fn empty(shape: &[i64], kind: Kind) -> Result<Tensor> {
     let tensor = Tensor::f_empty(shape, (kind, Device::Cpu))?;
     let bytes = tensor.numel() * kind.elt_size_in_bytes();
@@ -18,7 +18,7 @@ pub fn empty(shape: &[i64], kind: Kind) -> Result<Tensor> {
         if start.is_null() {
             return Err(Error::Internal(format!("no storage for {shape:?} {}", dtype_name(kind))));
         }
-        // SAFETY: a contiguous tensor's storage, which nothing else knows yet.
+        // SAFETY: the storage of a new contiguous tensor, to which there is no other reference.
         #[allow(unsafe_code)]
         huge_pages::advise(unsafe { std::slice::from_raw_parts_mut(start, bytes) });
     }

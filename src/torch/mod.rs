@@ -1,6 +1,6 @@
-//! The algorithms on libtorch's tensors: checks, views, and a room for the ops of each room of algorithms.
+//! The algorithms on libtorch's tensors: checks, views, and one folder of ops per folder of algorithms.
 //!
-//! A room has its arguments in `args`, below all of its backends; `mod` checks them and picks the backend:
+//! A folder has the arguments of all its backends in `args`; `mod` checks them and picks the backend:
 //! slices on the CPU, kernels on NVIDIA GPUs (`cuda`), libtorch's ops elsewhere (`ops`).
 
 pub mod abi;

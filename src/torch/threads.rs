@@ -1,8 +1,8 @@
 //! The threads that libtorch's own kernels run on.
 //!
-//! After a matrix product the members of libgomp's team keep spinning for the next parallel
-//! section. A second pool (rayon) would have to compete with them: on two cores it gains nothing at
-//! all. So the passes between products run on the same threads.
+//! After a matrix product, libgomp's threads keep spinning for the next parallel section. A second pool
+//! (rayon) would compete with them: on two cores it gains nothing. So the passes between products run on
+//! libgomp's threads.
 
 use crate::base::threads::{Threads, forked};
 
@@ -82,7 +82,7 @@ mod openmp {
         // SAFETY: plain queries, valid anywhere.
         let (member, size) = unsafe { ((section.openmp.thread_num)(), (section.openmp.num_threads)()) };
         let (member, size) = (member.max(0) as usize, size.max(1) as usize);
-        // The team may be smaller than asked for, so members take every size-th task. Unwinding
+        // There may be fewer threads than requested, so each takes every size-th task. Unwinding
         // through libgomp's frames is undefined: catch here, resume in `parallel`.
         let run = || (member..section.tasks).step_by(size).for_each(section.task);
         if let (Err(panic), Ok(mut slot)) = (catch_unwind(AssertUnwindSafe(run)), section.panic.lock()) {
@@ -97,7 +97,7 @@ mod openmp {
         };
         let mut section = Section { openmp, tasks, task, panic: Mutex::new(None) };
         let data = (&raw mut section).cast::<c_void>();
-        // SAFETY: `body` has the C signature libgomp calls, and `section` outlives the call.
+        // SAFETY: `body` has the C signature that libgomp expects, and `section` outlives the call.
         unsafe { (openmp.parallel)(body, data, threads as c_uint, 0) };
         if let Ok(Some(panic)) = section.panic.into_inner() {
             resume_unwind(panic);
@@ -108,7 +108,7 @@ mod openmp {
 #[cfg(target_os = "linux")]
 use openmp::parallel;
 
-/// Elsewhere libtorch brings another OpenMP, without this interface.
+/// On other systems libtorch has another OpenMP, without this interface.
 #[cfg(not(target_os = "linux"))]
 fn parallel(_threads: usize, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
     crate::base::portable::Portable.run(tasks, task);

@@ -1,5 +1,5 @@
 //! Tensors as slices, checked.
-#![allow(unsafe_code)] // the two functions that turn a data pointer into a slice
+#![allow(unsafe_code)] // the functions that turn a data pointer into a slice
 
 use half::{bf16, f16};
 use tch::{Device, Kind, Tensor};
@@ -29,20 +29,19 @@ fn check<T: Element>(tensor: &Tensor) -> Result<usize> {
 /// The elements of a contiguous CPU tensor.
 ///
 /// # Errors
-/// If the tensor is elsewhere, strided, or of another dtype: a mistake of the caller, who makes
-/// arguments contiguous first.
+/// If the tensor is on another device, strided, or has another dtype, which is a bug of the caller.
 pub fn slice<T: Element>(tensor: &Tensor) -> Result<&[T]> {
     let len = check::<T>(tensor)?;
     if len == 0 {
         return Ok(&[]);
     }
     // SAFETY: the tensor is contiguous, on the CPU, has `len` elements of T's layout, and outlives
-    // the slice. Nothing on our side writes to it; a Python thread that writes to an argument in
-    // the middle of a call races with every other PyTorch op too.
+    // the slice. This crate does not write to it; a Python thread that writes to an argument during a call
+    // would race with any PyTorch op.
     Ok(unsafe { std::slice::from_raw_parts(tensor.data_ptr().cast::<T>(), len) })
 }
 
-/// The elements of a contiguous CPU tensor that this call has made and nobody else sees.
+/// The elements of a contiguous CPU tensor that this call created and has not shared.
 ///
 /// # Errors
 /// As [`slice`].
@@ -55,14 +54,14 @@ pub fn slice_mut<T: Element>(tensor: &mut Tensor) -> Result<&mut [T]> {
     Ok(unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr().cast::<T>(), len) })
 }
 
-/// The elements of a contiguous CPU tensor that the caller's caller has asked to change: a parameter, or
-/// the state of an optimiser.
+/// The elements of a contiguous CPU tensor that is changed in place: a parameter, or the state of an
+/// optimiser.
 ///
 /// # Errors
 /// As [`slice`].
 pub fn slice_in_place<T: Element>(tensor: &mut Tensor) -> Result<&mut [T]> {
-    // The handle is exclusive; other handles to the storage are Python's, whose threads race with an
-    // update in place as they would with that of any other optimiser.
+    // The handle is exclusive; other handles to the storage are Python's, whose threads would race with an
+    // update in place of any optimiser.
     slice_mut(tensor)
 }
 
@@ -70,8 +69,8 @@ pub fn slice_in_place<T: Element>(tensor: &mut Tensor) -> Result<&mut [T]> {
 pub(super) fn borrow<T: Element>(data: &[T], rows: usize, columns: usize) -> Result<Tensor> {
     debug_assert_eq!(data.len(), rows * columns);
     let (rows, columns) = (rows as i64, columns as i64);
-    // SAFETY: the slice has `rows * columns` elements of this kind. Callers drop the tensor before
-    // the borrow ends; those that write through it hold a `&mut` to the same slice.
+    // SAFETY: the slice has `rows * columns` elements of this kind. Callers drop the tensor before the borrow
+    // ends; those that write through it hold a `&mut` to the slice.
     let tensor = unsafe {
         Tensor::f_from_blob(data.as_ptr().cast(), &[rows, columns], &[columns, 1], T::KIND, Device::Cpu)
     };

@@ -1,4 +1,4 @@
-"""The emulated driver, in place of a card's."""
+"""The emulated driver, instead of a GPU's."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The kernels of kernels/adamw.cu on the emulated card, against the slice algorithms."""
+"""The kernels of kernels/adamw.cu on the emulated GPU, compared with the slice algorithms."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def fresh(count, bits):
 
 
 def run(pair, bits, count, seed=None, offset=0, first=0, steps=4):
-    """Everything that some steps leave, NaN and infinities among the gradients of the third."""
+    """All results of some steps, with NaN and infinities in the gradients of the third."""
     dtype, grad_dtype = PAIRS[pair]
     generator = torch.Generator().manual_seed(count)
     whole = torch.randn(count + offset, generator=generator).to(dtype)
@@ -60,7 +60,7 @@ def run(pair, bits, count, seed=None, offset=0, first=0, steps=4):
 @pytest.mark.parametrize("bits", [8, 32])
 @pytest.mark.parametrize("pair", PAIRS)
 @pytest.mark.parametrize("count", [1, 7, 255, 256, 2049, 5000])
-def test_steps_are_those_of_the_slices(bits, pair, count, emulated_driver):
+def test_steps_equal_the_cpu(bits, pair, count, emulated_driver):
     with emulated_driver.reversed():
         found = run(pair, bits, count)
     kernel = f"adamw8bit_{pair}" if bits == 8 else f"adamw_{pair}"
@@ -74,7 +74,7 @@ def test_steps_are_those_of_the_slices(bits, pair, count, emulated_driver):
 
 @pytest.mark.parametrize("bits", [8, 32])
 @pytest.mark.parametrize("first", [0, 512, 2**33 + 256])
-def test_chance_is_the_same(bits, first):
+def test_stochastic_rounding_is_the_same(bits, first):
     found = run("bf16", bits, 1100, seed=12345, first=first)
     with slices():
         expected = run("bf16", bits, 1100, seed=12345, first=first)
@@ -93,7 +93,7 @@ def test_values_that_are_not_aligned(bits, pair):
 
 
 @pytest.mark.parametrize("bits", [8, 32])
-def test_nothing_is_read_beyond_its_end(bits):
+def test_nothing_is_read_past_the_end(bits):
     for count in (1, 9, 300):
         value, grad = (at_a_page_s_end(torch.randn(count)) for _ in range(2))
         moments, absmax = fresh(count, bits)
@@ -115,7 +115,7 @@ def train(kind, **options):
 
 
 @pytest.mark.parametrize("kind", [AdamW8bit, PagedAdamW8bit])
-def test_the_optimiser_launches_a_kernel_a_parameter(kind, emulated_driver):
+def test_the_optimiser_launches_one_kernel_per_parameter(kind, emulated_driver):
     found = train(kind)
     launched = [launch.kernel for launch in emulated_driver.launches()]
     assert sorted(launched) == ["adamw8bit_f32"] * 5 + ["adamw_f32"] * 5

@@ -1,4 +1,4 @@
-"""The kernels of kernels/blockwise8.cu on the emulated card, against the slice algorithms."""
+"""The kernels of kernels/blockwise8.cu on the emulated GPU, compared with the slice algorithms."""
 
 import pytest
 import torch
@@ -14,7 +14,8 @@ MAPS = {
     "signed": dynamic_map(),
     "unsigned": dynamic_map(signed=False),
     "linear": torch.linspace(-1, 1, 256),
-    # Midpoints that are no `float`, equal neighbours, and some below the smallest normal number.
+    # Midpoints that a `float` cannot represent, equal neighbours, and some below the smallest
+    # normal number.
     "rough": torch.cat([torch.linspace(-1, 1, 200).pow(9), torch.full((50,), 1e-41), torch.ones(6)])
     .sort()
     .values,
@@ -31,7 +32,7 @@ def values(count: int, dtype: torch.dtype) -> torch.Tensor:
     "count, blocksize",
     [(0, 256), (1, 256), (255, 256), (2000, 256), (700, 1), (700, 33), (900, 4096)],
 )
-def test_both_ways_are_those_of_the_slices(dtype, name, count, blocksize, emulated_driver):
+def test_codes_and_values_equal_the_cpu(dtype, name, count, blocksize, emulated_driver):
     x, code = values(count, dtype), MAPS[name]
     with emulated_driver.reversed():
         codes, absmax = _core.quantize_blockwise(x, code, blocksize)
@@ -70,7 +71,7 @@ def test_blocks_of_every_kind(special):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_nothing_is_read_beyond_its_end(dtype):
+def test_nothing_is_read_past_the_end(dtype):
     code = at_a_page_s_end(MAPS["signed"])
     for count in (1, 255, 700):
         x = at_a_page_s_end(values(count, dtype))

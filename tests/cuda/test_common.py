@@ -1,4 +1,4 @@
-"""kernels/common.cuh on the host: conversions to the bit, 16-byte accesses, reductions."""
+"""kernels/common.cuh on the host: exact conversions, 16-byte accesses, reductions."""
 
 from ctypes import c_int64
 
@@ -18,7 +18,7 @@ def bits(x: torch.Tensor) -> torch.Tensor:
 
 
 def assert_same(actual: torch.Tensor, expected: torch.Tensor):
-    """Equal to the bit, and NaN where NaN is: torch's has another payload."""
+    """Equal bits, and NaN at the same places: torch's NaN has another payload."""
     nan = expected.isnan()
     assert torch.equal(actual.isnan(), nan)
     assert torch.equal(bits(actual)[~nan], bits(expected)[~nan])
@@ -33,10 +33,10 @@ def test_widening_every_value(sample_driver, name):
 
 
 @named
-def test_narrowing_every_value_and_what_lies_between(sample_driver, name):
+def test_narrowing_every_value_and_between(sample_driver, name):
     x = all_halves(name).float()
     x = x[x.isfinite()].sort().values
-    middle = x[:-1] + (x[1:] - x[:-1]) / 2  # exact: a float has room for the bit between
+    middle = x[:-1] + (x[1:] - x[:-1]) / 2  # exact: a float has more bits
     largest = torch.tensor(float("inf")).nextafter(torch.tensor(0.0))
     x = torch.cat([
         x,
@@ -63,7 +63,7 @@ def test_narrowing_random_bits(sample_driver, name):
 
 
 def test_nan(sample_driver):
-    # The bias of rounding alone would make -0.0 of the first and infinity of none.
+    # With the rounding bias alone the first would become -0.0.
     x = torch.tensor([0x7FFFFFFF, 0x7F800001, -1, 0x7FC12345 - 2**32 + 2**31]).to(torch.int32)
     out = torch.zeros(4, dtype=torch.bfloat16)
     sample_driver.launch("narrow_bf16", x.view(torch.float32), out, c_int64(4))

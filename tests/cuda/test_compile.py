@@ -10,7 +10,7 @@ from oddsmith import _core
 from support.emulation import KERNELS
 from support.kernel_usage import ARCHITECTURES, Usage, read_report, text_of, usage_of_all, write
 
-# Kernels that may keep values in memory beyond their registers, and why.
+# Kernels that may spill registers, and why.
 MAY_SPILL: dict[str, str] = {}
 
 
@@ -37,7 +37,7 @@ def test_every_source_is_embedded():
 def test_no_kernel_spills(table):
     spilled = [row for row in table if row.stack or row.spill_stores or row.spill_loads]
     assert not [row for row in spilled if row.kernel not in MAY_SPILL]
-    # A reason that is no longer needed goes.
+    # A reason that is no longer needed must be removed.
     assert set(MAY_SPILL) <= {row.kernel for row in spilled}
 
 

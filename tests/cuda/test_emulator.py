@@ -16,7 +16,7 @@ INT = torch.int32
 
 @pytest.fixture(params=["ascending", "descending"])
 def driver(request, sample_driver):
-    """Everything holds whatever the order of the threads."""
+    """All results must hold for both orders of the threads."""
     if request.param == "ascending":
         yield sample_driver
     else:
@@ -123,7 +123,7 @@ def test_what_hangs_or_is_undefined_fails(driver, kernel, block, message):
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the fault ends the process there")
 @pytest.mark.parametrize("what", range(4))
-def test_what_cplusplus_leaves_undefined(driver, what):
+def test_undefined_behaviour(driver, what):
     out = torch.ones(4, dtype=INT)
     with pytest.raises(
         emulation.DriverError, match=r"thread \(\d, 0, 0\): misaligned access, index"
@@ -132,7 +132,7 @@ def test_what_cplusplus_leaves_undefined(driver, what):
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the fault ends the process there")
-def test_memory_that_is_not_there(driver):
+def test_invalid_memory(driver):
     with pytest.raises(
         emulation.DriverError, match=r"thread \(3, 0, 0\): access out of bounds, at 0x8$"
     ):
@@ -168,7 +168,7 @@ def test_trap(driver):
         driver.launch("traps", c_int(5))
 
 
-def test_places_in_three_dimensions(driver):
+def test_indices_in_three_dimensions(driver):
     out = torch.zeros(2 * 3 * 2 * 4 * 3 * 5, dtype=INT)
     driver.launch("places", out, grid=(2, 3, 2), block=(4, 3, 5))
     assert torch.equal(
@@ -188,7 +188,11 @@ def test_products_are_not_contracted(driver):
     a, c = 1 + 2.0**-12, -(1 + 2.0**-11)
     out = torch.zeros(3)
     driver.launch("rounds_twice", c_float(a), c_float(a), c_float(c), out, block=1)
-    assert out.tolist() == [0, 0, 2.0**-24]  # a * a = 1 + 2^-11 + 2^-24, whose end is lost alone
+    assert out.tolist() == [
+        0,
+        0,
+        2.0**-24,
+    ]  # a * a = 1 + 2^-11 + 2^-24; rounding the product loses 2^-24
 
 
 def test_threads_have_room_for_arrays(driver):
@@ -306,7 +310,7 @@ def test_sizes_of_parameters(sample_driver):
         'asm("mov.u32 %0, %%laneid;" : "=r"(out[0]));',
     ],
 )
-def test_what_it_does_not_know_does_not_compile(tmp_path, statement):
+def test_unknown_features_do_not_compile(tmp_path, statement):
     source = tmp_path / "unknown.cu"
     source.write_text(f'extern "C" __global__ void unknown(int* out) {{ {statement} }}')
     with pytest.raises(emulation.CompileError, match="unknown.cu:1|mov.u32"):

@@ -1,4 +1,4 @@
-"""The head's kernels through the emulated card: against float64, and against the slices of the CPU."""
+"""The head's kernels on the emulated GPU, compared with float64 and with the CPU."""
 
 import math
 
@@ -50,7 +50,7 @@ def with_bias(options, vocab, dtype=torch.float32):
 
 
 def losses(function, hidden, weight, rows, trained, **options):
-    """The output, and the gradients of what is trained."""
+    """The output and the gradients."""
     hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_(trained)
     if trained and options.get("bias") is not None:
         options["bias"] = options["bias"].clone().requires_grad_()
@@ -113,8 +113,8 @@ def test_odd_shapes(emulated_driver, vocab, width, trained):
 @pytest.mark.parametrize("budget", [None, 0, 1_500_000])
 @pytest.mark.parametrize("trained", [False, True])
 def test_tiles_of_a_large_vocabulary(emulated_driver, trained, budget, softcap):
-    # Three tiles of 8192; the budget is none of them, one, or all. Logits grow from tile to tile, so
-    # that maxima move and what has been accumulated shrinks.
+    # Three tiles of 8192; the budget is none of them, one, or all. Logits grow from tile to tile,
+    # so that maxima change and accumulated sums are scaled.
     hidden, weight, *rows = make_batch(vocab=2 * 8192 + 77, width=6)
     weight *= torch.linspace(0.3, 1.5, len(weight))[:, None]
     options = with_bias({"bias": True, "softcap": softcap, "logit_scale": 0.8}, len(weight))
@@ -134,7 +134,7 @@ def test_blocks_of_many_rows(emulated_driver, trained, softcap):
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[2], OPTIONS[4]])
-def test_no_further_from_the_truth_than_the_naive_form(emulated_driver, dtype, options, trained):
+def test_as_accurate_as_the_naive_form(emulated_driver, dtype, options, trained):
     hidden, weight, *rows = make_batch(
         ((3, 17), (11, 5), (3, 29), (11, 8)), vocab=8192 + 900, width=67, dtype=dtype, sharp=4.0
     )
@@ -153,7 +153,7 @@ def test_no_further_from_the_truth_than_the_naive_form(emulated_driver, dtype, o
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_statistics_do_not_suffer_from_halves(emulated_driver, dtype):
+def test_statistics_are_accurate_with_16_bit_inputs(emulated_driver, dtype):
     hidden, weight, *rows = make_batch(vocab=700, width=40, dtype=dtype)
     options = with_bias({"bias": True, "logit_scale": 1.3}, len(weight), dtype)
     out = functional.linear_orpo(hidden, weight, *rows, 0.29, **options)
@@ -166,7 +166,7 @@ def test_statistics_do_not_suffer_from_halves(emulated_driver, dtype):
 
 
 def both_paths(function):
-    """What a function returns on the slices of the CPU, and on the emulated card."""
+    """The results of a function on the CPU and on the emulated GPU."""
     _core.emulate_cuda(False)
     slices = function()
     _core.emulate_cuda(True)
@@ -208,9 +208,9 @@ def test_certain_tokens_and_empty_completions(emulated_driver, certain, trained)
         assert error <= slice_error + 1e-8 + 1e-6 * true.double().abs().max(), name
 
 
-def test_a_likely_answer_keeps_its_digits(emulated_driver):
-    # One word of two, ahead by 20: its log-probability is -log1p(exp(-20)), where float32 next to
-    # one ends at 6e-8.
+def test_a_likely_answer_is_accurate(emulated_driver):
+    # Two tokens, 20 apart: the log-probability is -log1p(exp(-20)), below the resolution of float32
+    # near one, 6e-8.
     hidden, weight = torch.tensor([[20.0], [-1.0]]), torch.tensor([[1.0], [0.0]])
     rows = torch.tensor([0, 0]), torch.tensor([0, 1]), torch.tensor([True, True])
     _, card = both_paths(lambda: all_results(hidden, weight, rows, False))
@@ -232,7 +232,7 @@ def test_nan_and_infinity_as_on_the_cpu(emulated_driver, place, trained, softcap
         weight[8200, 1] = math.nan
     elif place == "infinite":
         hidden[row] = math.inf
-    else:  # legal: a word that never comes, and a whole tile of them
+    else:  # valid: a masked token, and a tile of them
         bias[:8192] = -math.inf
         targets[targets >= 0] %= 40
         targets[targets >= 0] += 8192
@@ -330,16 +330,16 @@ def test_backward_scales_in_place(emulated_driver, dtype, factor):
     (scaled,) = torch.autograd.grad(loss * factor, weight)
     name = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}[dtype]
     assert [launch.kernel for launch in emulated_driver.launches()] == [f"head_scale_{name}"]
-    # 1505 elements are no multiple of 8.
+    # 1505 elements are not a multiple of 8.
     expected = (whole.float() * torch.tensor(factor)).to(dtype)
     assert torch.equal(scaled, expected)
 
 
-# ---- what the host waits for ----
+# ---- synchronisation with the host ----
 
 
 class Recorder(TorchDispatchMode):
-    """Names of the operators that libtorch runs, from whichever language."""
+    """Names of the operators that libtorch runs, called from Python or Rust."""
 
     def __init__(self):
         super().__init__()
@@ -365,7 +365,7 @@ WAITS = {
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("needs", [(True, False, False), (True, True, True), (False,) * 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_host_runs_ahead(emulated_driver, dtype, needs, softcap):
+def test_the_host_does_not_wait(emulated_driver, dtype, needs, softcap):
     hidden, weight, targets, sequence, completion = make_batch(dtype=dtype)
 
     def operators(num_scored):
@@ -380,7 +380,7 @@ def test_the_host_runs_ahead(emulated_driver, dtype, needs, softcap):
 
     told, counted = operators(int((targets >= 0).sum())), operators(None)
     assert "mm" in told
-    if dtype == torch.bfloat16:  # products of halves on the CPU begin with a conversion
+    if dtype == torch.bfloat16:  # 16-bit products on the CPU begin with a conversion
         told, counted = told - {"_to_copy"}, counted - {"_to_copy"}
     assert not WAITS & told
     assert "_local_scalar_dense" in counted
@@ -389,7 +389,9 @@ def test_the_host_runs_ahead(emulated_driver, dtype, needs, softcap):
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("wrong", ["targets", "sequence", "num_scored"])
-def test_what_the_host_does_not_look_at_makes_nan(emulated_driver, wrong, softcap, trained):
+def test_wrong_values_that_the_host_does_not_read_give_nan(
+    emulated_driver, wrong, softcap, trained
+):
     hidden, weight, targets, sequence, completion = make_batch()
     num_scored = int((targets >= 0).sum())
     if wrong == "targets":

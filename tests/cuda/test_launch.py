@@ -54,14 +54,14 @@ def library() -> str:
 
 def test_processes_share_what_they_compile(library, tmp_path):
     environment = {"ODDSMITH_CUDA_DRIVER": library, "ODDSMITH_CACHE_DIR": str(tmp_path / "kernels")}
-    # Both find an empty folder, or one the other's work.
+    # Both find an empty folder, or one finds the file of the other.
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda _: run(RUN, **environment), range(2)))
     (path,) = (tmp_path / "kernels").iterdir()
     assert path.name.startswith("blockwise8-sm_90-") and path.suffix == ".cubin"
     content = path.read_bytes()
     assert b"blockwise8_quantize_f32" in content
-    # A compiler that is opened by its path, built-in functions and all, makes the same.
+    # A compiler opened by its path, with its built-in functions, gives the same result.
     compiler = sorted(Path(torch.__file__).parents[1].glob("nvidia/*/lib/libnvrtc.so.*"))[-1]
     path.write_bytes(content[:-5])
     run(RUN, **environment, ODDSMITH_NVRTC=str(compiler))
@@ -85,7 +85,7 @@ def test_a_compiler_that_is_not_one_is_named(library, tmp_path):
     assert f"ODDSMITH_NVRTC is {fake}" in text
 
 
-def test_the_context_of_before_comes_back(emulated_driver):
+def test_the_previous_context_is_restored(emulated_driver):
     get, put = emulated_driver.lib.cuCtxGetCurrent, emulated_driver.lib.cuCtxSetCurrent
     current, primary = ctypes.c_void_p(), ctypes.c_void_p()
 
@@ -106,5 +106,5 @@ def test_the_context_of_before_comes_back(emulated_driver):
 
 
 def test_emulation_ends():
-    """Tensors on the CPU are the slices' again, whatever came before."""
+    """Tensors on the CPU take the CPU path again."""
     assert torch.equal(_core.quantize_nf4(torch.zeros(8), 64)[0], torch.full((4, 1), 0x77).byte())

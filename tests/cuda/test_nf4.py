@@ -1,4 +1,4 @@
-"""The kernels of kernels/nf4.cu on the emulated card, against the slice algorithms."""
+"""The kernels of kernels/nf4.cu on the emulated GPU, compared with the slice algorithms."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def kernels(driver) -> list[str]:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("blocksize", [32, 64, 256, 4096])
 @pytest.mark.parametrize("count", [0, 1, 2, 31, 63, 64, 65, 1003, 4097, 8192])
-def test_codes_and_scales_are_those_of_the_slices(dtype, blocksize, count, emulated_driver):
+def test_codes_and_scales_equal_the_cpu(dtype, blocksize, count, emulated_driver):
     x = values(count, dtype)
     packed, state = quantize_nf4(x, blocksize)
     assert kernels(emulated_driver) == ([f"nf4_quantize_{NAMES[dtype]}"] if count else [])
@@ -40,7 +40,8 @@ def test_codes_and_scales_are_those_of_the_slices(dtype, blocksize, count, emula
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_blocks_of_every_kind(dtype, emulated_driver):
-    """Zeros, NaN, infinities, the smallest and the largest numbers; whole, and partial at the end."""
+    """Zeros, NaN, infinities, the smallest and the largest numbers; full blocks, and a partial
+    one."""
     tiny, huge = torch.finfo(dtype).smallest_normal, torch.finfo(dtype).max
     specials = [0.0, -0.0, float("nan"), float("inf"), float("-inf"), tiny, -tiny / 4, huge, -huge]
     for special in specials:
@@ -62,14 +63,14 @@ def test_ties_go_down():
     code = _core.nf4_code()
     middles = (code[1:].double() + code[:-1].double()).div(2).float()
     around = [middles, middles.nextafter(torch.tensor(2.0)), middles.nextafter(torch.tensor(-2.0))]
-    x = torch.cat([torch.ones(1), *around, torch.zeros(18)])  # the one makes the scale one
+    x = torch.cat([torch.ones(1), *around, torch.zeros(18)])  # the value one makes the scale one
     packed, _ = quantize_nf4(x, 64)
     codes = torch.stack([packed >> 4, packed & 15], -1).flatten()
     assert codes[1:46].tolist() == [*range(15), *range(1, 16), *range(15)]
 
 
 def test_a_partial_block_is_divided():
-    """By its scale; a whole one is multiplied by the inverse, which rounds otherwise."""
+    """By its scale; a full block is multiplied by the inverse, which rounds differently."""
     middles = (_core.nf4_code()[1:] + _core.nf4_code()[:-1]) / 2
     generator = torch.Generator().manual_seed(3)
     differ = 0
@@ -92,7 +93,7 @@ def test_a_partial_block_is_divided():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("count", [0, 1, 7, 9, 64, 1003, 8192, 20_001])
-def test_values_are_those_of_the_slices(dtype, double_quant, count, emulated_driver):
+def test_values_equal_the_cpu(dtype, double_quant, count, emulated_driver):
     with slices():
         packed, state = quantize_nf4(values(count, torch.float32), 64, double_quant)
         expected = dequantize_nf4(packed, state, dtype)
@@ -172,7 +173,7 @@ def test_products_of_a_few_tokens(dtype, double_quant, tokens, emulated_driver):
     assert kernels(emulated_driver) == [f"{expected}_{NAMES[dtype]}"]
     assert ours.shape == (tokens, 37) and ours.dtype == dtype
     assert near(ours, x, weight, bias)
-    # A token's product does not depend on the others', nor on the order of blocks and threads.
+    # A token's product does not depend on other tokens or on the order of blocks and threads.
     with emulated_driver.reversed():
         again = linear_nf4(x, packed, state, bias)
     assert torch.equal(again, ours)
@@ -191,8 +192,9 @@ def test_products_of_any_shape(rows, columns, tokens, width, emulated_driver):
     assert near(ours[0], x[0], weight)
 
 
-def test_what_the_codes_cannot_be_multiplied_from(emulated_driver):
-    """Rows that are not whole words, tokens and codes at odd addresses: the weight in full."""
+def test_cases_without_a_product_from_codes(emulated_driver):
+    """Rows that are not full words, tokens and codes at odd addresses: the full weight is
+    dequantised."""
     packed, state, weight = layer(5, 67, False, torch.float32)
     x = values(2 * 67, torch.float32, 1).view(2, 67)
     assert near(linear_nf4(x, packed, state), x, weight)
@@ -240,8 +242,8 @@ def test_the_gradient_goes_through_the_dtype_of_the_weight(emulated_driver):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_nothing_is_read_beyond_its_end(dtype):
-    """Codes, scales and tokens at the end of what can be read."""
+def test_nothing_is_read_past_the_end(dtype):
+    """Codes, scales and tokens at the end of readable memory."""
     for double_quant in (False, True):
         packed, state, weight = layer(5, 328, double_quant, dtype)
         state.absmax = at_a_page_s_end(state.absmax)
@@ -267,7 +269,7 @@ def test_a_failed_launch_names_kernel_and_shape(emulated_driver):
     text = str(raised.value)
     assert "CUDA kernel nf4_quantize_f32, grid (2, 1, 1), block (256, 1, 1), 0 bytes shared" in text
     assert "cuLaunchKernel: CUDA_ERROR" in text
-    quantize_nf4(torch.ones(640), 64)  # the process is usable
+    quantize_nf4(torch.ones(640), 64)  # the process is still usable
 
 
 def test_arguments_are_checked_before_a_launch(emulated_driver):

@@ -1,4 +1,4 @@
-"""A model and data small enough to go through the whole command line in seconds."""
+"""A model and data small enough to test the command line in seconds."""
 
 from pathlib import Path
 

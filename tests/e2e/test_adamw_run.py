@@ -1,4 +1,5 @@
-"""Whole runs with 8-bit and paged AdamW: learning, going on after a kill, a full disk, two processes.
+"""Complete runs with 8-bit and paged AdamW: learning, resuming after a kill, a full disk, two
+processes.
 
 Run as a script this file is what the processes of a test run.
 """
@@ -29,11 +30,11 @@ from support.optim_runs import (
 )
 from support.trainer_runs import long_pairs, pairs, train_logs
 
-# PEFT asks the model by a name that transformers 5.2x deprecates.
+# PEFT reads a name that transformers 5.2x deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
 NAMES = sorted(ADAMW_NAMES)
-# Matrices of 48 x 24 have 8 bits too, norms have not.
+# Matrices of 48 x 24 have 8-bit moments too, norms do not.
 run = functools.partial(optim_runs.run, optim_args="min_8bit_size=1000", learning_rate=3e-3)
 
 
@@ -47,7 +48,7 @@ def saved_states(folder):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_goes_on_bit_for_bit(name, tmp_path):
+def test_resumes_bit_for_bit(name, tmp_path):
     through = run(tmp_path / "through", optim=name)
     saved = checkpoint(tmp_path / "through")
     states = saved_states(saved)
@@ -60,8 +61,8 @@ def test_goes_on_bit_for_bit(name, tmp_path):
     check_same_end(resumed, through)
 
 
-def test_goes_on_after_a_kill(tmp_path):
-    """And nothing of the killed process's pages is left."""
+def test_resumes_after_a_kill(tmp_path):
+    """No pages of the killed process are left."""
     name = "paged_adamw_8bit"
     pages = tmp_path / "pages"
     pages.mkdir()
@@ -72,8 +73,8 @@ def test_goes_on_after_a_kill(tmp_path):
     check_same_end(run(tmp_path / "resumed", resume=saved, **options), through)
 
 
-def test_a_run_goes_on_under_another_name(tmp_path):
-    """From 8 bits to 32 in pages, at a checkpoint: another run, but not far from the first."""
+def test_a_run_resumes_with_another_optimizer(tmp_path):
+    """From 8 bits to 32 in pages at a checkpoint: the results are close."""
     through = run(tmp_path / "through", optim="adamw_8bit")
     resumed = run(
         tmp_path / "resumed", resume=checkpoint(tmp_path / "through"), optim="paged_adamw_32bit"
@@ -127,7 +128,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     check_same_end(run(tmp_path / "resumed", resume=saved, optim="paged_adamw_8bit"), through)
 
 
-def test_two_processes_are_one(tmp_path):
+def test_two_processes_equal_one(tmp_path):
     """Rows of one length: the mean over a large batch is the mean of the means of its halves."""
     results = two_processes(__file__, tmp_path)
     for name in ("adamw_8bit", "paged_adamw_8bit"):

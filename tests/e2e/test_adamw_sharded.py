@@ -52,7 +52,8 @@ def whole_weights(model):
 
 
 def check_steps(kind):
-    """Blocks end where parts do: other scales, and so within the rounding of codes."""
+    """Blocks end at the ends of parts, so scales differ, and results agree up to the rounding of
+    codes."""
     split, whole = make_model(True), make_model(False)
     start = whole_weights(whole)
     optimizer, peer = kind(split.parameters(), **RULE), AdamW8bit(whole.parameters(), **RULE)
@@ -60,12 +61,12 @@ def check_steps(kind):
     train(whole, peer, range(8))
     for mine, theirs, before in zip(whole_weights(split), whole_weights(whole), start):
         moved = (theirs - before).norm()
-        # A part below 4096 elements has 32 bits, where the whole has 8.
+        # A part below 4096 elements has 32 bits, the unsplit parameter 8.
         assert (mine - theirs).norm() < 0.1 * moved, tuple(mine.shape)
     dtypes = {state["state1"].dtype for state in optimizer.state.values()}
     assert dtypes == {torch.uint8, torch.float32}
 
-    # Nothing but fp32 is split: then both are the same.
+    # With fp32 moments only, both are the same.
     exact, other = make_model(True), make_model(False)
     train(exact, kind(exact.parameters(), **RULE, optim_bits=32), range(8))
     train(other, AdamW8bit(other.parameters(), **RULE, optim_bits=32), range(8))
@@ -102,7 +103,7 @@ def check_state(kind, folder):
         assert ours.keys() == others.keys() and ours["step"] == others["step"] == 7
         assert all(torch.equal(ours[key], others[key]) for key in ours.keys() - {"step"})
 
-    # The state of whole parameters loads as well, where their names are numbers.
+    # The state of unsplit parameters, whose names are numbers, can be loaded too.
     gathered = [saved["state"][name] for name, _ in again.named_parameters()]
     whole = make_model(False)
     alone = AdamW8bit(whole.parameters(), **RULE)
@@ -117,7 +118,7 @@ def two(folder):
     for kind in (AdamW8bit, PagedAdamW8bit):
         check_steps(kind)
         check_state(kind, folder)
-    dist.barrier()  # neither leaves while the other still talks to it
+    dist.barrier()  # neither process ends while the other still needs it
     dist.destroy_process_group()
     report(folder, "all checked")
 

@@ -1,4 +1,5 @@
-"""`oddsmith quantize` and `oddsmith merge` as they are used, and what others make of the result."""
+"""`oddsmith quantize` and `oddsmith merge` from the command line, and their results in other
+libraries."""
 
 import json
 import os
@@ -26,7 +27,7 @@ TOKENS = torch.arange(4, 40).reshape(2, 18)
 
 
 def with_linear4bit(folder: Path) -> nn.Module:
-    """A model with our layers where transformers would have bitsandbytes', loaded from its files."""
+    """A model from files with our layers instead of bitsandbytes'."""
     config = json.loads((folder / "config.json").read_text())
     assert config.pop("quantization_config")["load_in_4bit"]
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
@@ -63,7 +64,7 @@ def test_quantize(flags, tiny_mistral, tmp_path, capsys):
         if type(module) is nn.Linear and name != "lm_head":
             expected.set_submodule(name, Linear4bit.from_linear(module, **options))
     assert torch.equal(logits(loaded), logits(expected))
-    # It is the same model, roughly.
+    # Roughly the same model.
     similarity = torch.cosine_similarity(logits(loaded).flatten(), full.flatten(), dim=0)
     assert 0.9 < similarity < 0.99999
 
@@ -110,12 +111,12 @@ def test_merge_into_four_bits(adapter, tiny_mistral, tmp_path):
         (["quantize", "{model}"], 2, "the following arguments are required: OUT"),
         (["quantize", "{model}", "{out}", "--blocksize", "48"], 2, "invalid choice: 48"),
         (["quantize", "{out}", "{out}2"], 1, "out: no such folder"),
-        (["quantize", "{model}", "{model}"], 1, "is the folder that is read"),
+        (["quantize", "{model}", "{model}"], 1, "is the input folder"),
         (["merge", "{model}", "{model}", "{out}"], 1, "has no adapter_config.json"),
         (["merge", "{model}", "{model}"], 2, "required: OUT"),
     ],
 )
-def test_errors_are_a_line(arguments, code, words, tiny_mistral, tmp_path, capsys):
+def test_errors_are_one_line(arguments, code, words, tiny_mistral, tmp_path, capsys):
     places = {"model": tiny_mistral, "out": tmp_path / "out"}
     assert cli.main([argument.format(**places) for argument in arguments]) == code
     error = capsys.readouterr().err.strip().splitlines()[-1]
@@ -123,7 +124,7 @@ def test_errors_are_a_line(arguments, code, words, tiny_mistral, tmp_path, capsy
     assert words in error
 
 
-def test_help_is_quick():
+def test_help_is_fast():
     check = (
         "import sys; from oddsmith import cli; cli.main([sys.argv[1], '--help']); "
         "assert 'transformers' not in sys.modules and 'peft' not in sys.modules"
@@ -134,7 +135,7 @@ def test_help_is_quick():
         assert "--double_quant" in run.stdout
 
 
-# In a process of its own: what transformers finds of bitsandbytes it remembers.
+# In a separate process: transformers caches whether bitsandbytes is installed.
 THEIRS = """
 import sys
 import bitsandbytes as bnb

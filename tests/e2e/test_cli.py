@@ -1,4 +1,4 @@
-"""`oddsmith train` from the command line to the folder it leaves, on a tiny local model."""
+"""`oddsmith train` from the command line to its output folder, on a tiny local model."""
 
 import gzip
 import json
@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from oddsmith import cli
 from oddsmith.demo.tasks import make_pairs
 
-# PEFT asks the model by a name that transformers 5.2x deprecates.
+# PEFT reads a name that transformers 5.2x deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
 QUICK = [
@@ -64,7 +64,7 @@ def test_a_compressed_file_trains_all_weights(tiny_mistral, tmp_path, capsys):
     before = AutoModelForCausalLM.from_pretrained(tiny_mistral).state_dict()
     after = AutoModelForCausalLM.from_pretrained(out).state_dict()
     assert before.keys() == after.keys()
-    # Every matrix moved, the head included: nothing was left out of the graph.
+    # Every matrix changed, the head included: all are in the graph.
     assert all(
         not torch.equal(before[name], after[name]) for name in before if before[name].dim() == 2
     )
@@ -101,7 +101,7 @@ eval_steps: 2
     assert not (tmp_path / "out" / "model.safetensors").exists()
     evaluation = json.loads((tmp_path / "out" / "eval_results.json").read_text())
     assert 0.0 <= evaluation["eval_rewards/accuracies"] <= 1.0
-    # The base model has neither: both fallbacks are announced, and saved with the tokenizer.
+    # The base model has neither: both fallbacks are logged, and saved with the tokenizer.
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
     assert prompt == "<s>[INST] Hi [/INST]"
@@ -123,13 +123,13 @@ def test_a_chat_template_from_a_file(tiny_mistral, ultrafeedback, tmp_path):
     ) == ("<user>Hi<assistant>")
 
 
-def test_a_run_goes_on_from_its_newest_checkpoint(tiny_mistral, ultrafeedback, tmp_path, capsys):
+def test_a_run_resumes_from_its_newest_checkpoint(tiny_mistral, ultrafeedback, tmp_path, capsys):
     common = ["--model", tiny_mistral, "--dataset", ultrafeedback, *QUICK,
               "--save_strategy", "steps", "--save_steps", "2", "--max_steps", "4",
               "--lr_scheduler_type", "constant"]  # fmt: skip
     assert train(*common, "--output_dir", tmp_path / "straight") == 0
     resumed = [*common, "--output_dir", tmp_path / "resumed"]
-    assert "holds no checkpoint" in error_of(capsys, *resumed, "--resume_from_checkpoint", "true")
+    assert "has no checkpoint" in error_of(capsys, *resumed, "--resume_from_checkpoint", "true")
     assert train(*resumed, "--max_steps", "2") == 0
     assert train(*resumed, "--resume_from_checkpoint", "true") == 0
     straight = AutoModelForCausalLM.from_pretrained(tmp_path / "straight").state_dict()
@@ -182,7 +182,7 @@ def test_wrong_rows_are_one_line(rows, reason, tiny_mistral, tmp_path, capsys):
 def test_the_module_runs_as_a_program(tmp_path):
     """What `oddsmith` and a launcher start: exit codes reach the shell, errors are one line."""
     run = subprocess.run(
-        [sys.executable, "-m", "oddsmith.cli.commands", "train", "--model", "m", "--dataset",
+        [sys.executable, "-m", "oddsmith", "train", "--model", "m", "--dataset",
          str(tmp_path / "none.jsonl"), "--output_dir", str(tmp_path), "--beta", "-1", "--use_cpu"],
         capture_output=True,
         text=True,

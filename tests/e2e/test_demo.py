@@ -1,4 +1,4 @@
-"""`oddsmith demo`, shortened: it learns, it repeats itself, and what it leaves behind works."""
+"""`oddsmith demo`, shortened: it learns, is reproducible, and its output works."""
 
 import json
 import shlex
@@ -33,7 +33,7 @@ def test_it_learns(finished):
     assert before["accuracy"] == pytest.approx(0.5, abs=0.1)
     assert before["margin"] == pytest.approx(0.0, abs=0.05)
     assert before["exact"] < 0.02
-    # An eighth of the whole run; all of it is beyond 0.9.
+    # An eighth of the complete run, which reaches more than 0.9.
     assert after["accuracy"] > 0.7
     assert after["margin"] > 0.1
     assert after["exact"] > 0.05

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from oddsmith import cli
 from support.paths import EXAMPLES
 
-# PEFT asks the model by a name that transformers 5.2x deprecates.
+# PEFT reads a name that transformers 5.2x deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
 
@@ -62,7 +62,7 @@ def test_orpo_lora(tiny_mistral, ultrafeedback, tmp_path):
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-4000:]
     assert f"Saved the adapter to {out}" in run.stdout
-    # What the start-up lints would say if the prompt were still there twice.
+    # The start-up check would report this if the prompt were there twice.
     assert "have the prompt twice" not in run.stderr
 
     adapter = json.loads((out / "adapter_config.json").read_text())

@@ -1,4 +1,4 @@
-"""Whole runs with GaLore and APOLLO: learning, going on after a kill, two processes.
+"""Complete runs with GaLore and APOLLO: learning, resuming after a kill, two processes.
 
 Run as a script this file is what the processes of a test run.
 """
@@ -30,7 +30,7 @@ from support.trainer_runs import long_pairs, pairs, train, train_logs
 
 ARTICLE = [r".*attn.*", r".*mlp.*"]
 NAMES = sorted(LOW_RANK_NAMES)
-# Refreshes at 0 and 3, and the next at 6, behind the checkpoint.
+# Refreshes at 0 and 3, and the next at 6, after the checkpoint.
 GALORE = {
     "optim": "galore_adamw",
     "optim_target_modules": ARTICLE,
@@ -40,7 +40,7 @@ run = functools.partial(optim_runs.run, **GALORE)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_goes_on_bit_for_bit(name, tmp_path):
+def test_resumes_bit_for_bit(name, tmp_path):
     through = run(tmp_path / "through", optim=name)
     saved = checkpoint(tmp_path / "through")
     state = torch.load(f"{saved}/optimizer.pt", weights_only=True)["state"]
@@ -48,7 +48,7 @@ def test_goes_on_bit_for_bit(name, tmp_path):
     check_same_end(run(tmp_path / "resumed", resume=saved, optim=name), through)
 
 
-def test_goes_on_after_a_kill(tmp_path):
+def test_resumes_after_a_kill(tmp_path):
     name = "galore_adamw_8bit_layerwise"
     saved = killed_run(__file__, tmp_path / "killed", name)
     through = run(tmp_path / "through", optim=name)
@@ -59,7 +59,7 @@ def test_goes_on_after_a_kill(tmp_path):
     "name", ["galore_adamw", "galore_adamw_8bit", "galore_adafactor", "apollo_adamw"]
 )
 def test_layerwise_is_the_same_run(name, tmp_path):
-    """Two micro-batches to an update, and the last group of an epoch has one."""
+    """Two micro-batches per update, and the last update of an epoch has one."""
     rows = pairs(10)
     options = {"max_grad_norm": 0.0, "max_steps": 6, "save_strategy": "no", "rows": rows}
     plain = run(tmp_path, optim=name, **options)
@@ -97,7 +97,7 @@ def test_memory_is_that_of_the_formula(tmp_path):
 
 
 def final_loss(folder, svd):
-    """The evaluation loss after 300 steps of full-parameter training from nothing."""
+    """The evaluation loss after 300 steps of full-parameter training from scratch."""
     rows = make_pairs(1_200, seed=4)
     texts = [message["content"] for row in rows for message in row["prompt"] + row["chosen"]]
     tokenizer = train_tokenizer(texts)
@@ -124,7 +124,7 @@ def test_a_random_basis_is_as_good(tmp_path):
     assert random == pytest.approx(exact, rel=5e-3)
 
 
-def test_two_processes_are_one(tmp_path):
+def test_two_processes_equal_one(tmp_path):
     """Rows of one length: the mean over a large batch is the mean of the means of its halves."""
     results = two_processes(__file__, tmp_path)
     for name in ("galore_adamw", "galore_adamw_8bit", "apollo_adamw"):

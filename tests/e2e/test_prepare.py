@@ -1,4 +1,4 @@
-"""Data of others, prepared, inspected and trained on; and the real files, where they are."""
+"""Other data, prepared, inspected and trained on; and real files, if available."""
 
 import gzip
 import json
@@ -33,7 +33,7 @@ def test_prepare_inspect_train(suffix, tiny_mistral, tmp_path, capsys):
     assert "read             72  messages (OpenAssistant, flat)" in shown
     assert f"pairs            24  written to {pairs}" in shown
 
-    # The folder holds the summary too, which is no data.
+    # The folder also has the summary, which is not data.
     assert cli.main(["inspect", str(pairs.parent), "--model", str(tiny_mistral), "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert figures["rows"] == 24

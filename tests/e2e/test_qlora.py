@@ -83,7 +83,7 @@ def test_an_epoch_and_what_comes_after(folder, tmp_path, settings, places):
     assert made.shape == (1, 16)
 
 
-def test_offline_tools_make_the_same(folder, tmp_path):
+def test_offline_tools_give_the_same_result(folder, tmp_path):
     assert cli.main(["quantize", str(folder), str(tmp_path / "nf4"), "--double_quant"]) == 0
     loaded = load(folder)
     offline = AutoModelForCausalLM.from_pretrained(tmp_path / "nf4")

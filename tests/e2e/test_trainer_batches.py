@@ -1,4 +1,4 @@
-"""Packed, shared and token-filled batches in whole runs."""
+"""Packed, shared and token-filled batches in complete runs."""
 
 import random
 
@@ -29,7 +29,7 @@ def model(tokenizer):
 
 
 class Recorder(ORPOTrainer):
-    """Keeps what went through the model: tokens, and the pairs by their texts."""
+    """Records the tokens and pairs that went through the model."""
 
     def get_batch_loss_metrics(self, model, batch, train_eval="train"):
         self.seen = getattr(self, "seen", [])
@@ -92,7 +92,7 @@ def test_batches_by_tokens(model, tokenizer, tmp_path):
     assert firsts != seconds
 
 
-def test_batches_by_tokens_go_on_from_a_checkpoint(model, tokenizer, tmp_path):
+def test_batches_by_tokens_resume_from_a_checkpoint(model, tokenizer, tmp_path):
     config = {
         "max_tokens_per_batch": 150,
         "max_steps": 8,
@@ -136,7 +136,7 @@ def test_grouped_by_length(model, tokenizer, tmp_path):
 
 
 def test_a_batch_that_a_hook_has_changed(model, tokenizer, tmp_path):
-    """The packed rows of the collator are not used where they are no longer the batch."""
+    """The collator's packed rows are not used if the batch was changed."""
 
     class Masking(ORPOTrainer):
         def compute_loss(self, model, inputs, *args, **kwargs):

@@ -1,4 +1,5 @@
-"""Two processes under torchrun train as one does. Run as a script this file is what they run."""
+"""Two processes under torchrun give the same results as one. The processes run this file as a
+script."""
 
 import json
 import os
@@ -31,7 +32,7 @@ def run(output_dir, case, **changed):
         config |= {"max_length": 24, "gradient_accumulation_steps": 1}
         rows, held_out = long_pairs(24), long_pairs(4, seed=8)
     else:
-        rows, held_out = pairs(24), pairs(5, seed=8)  # the last pair is one process's alone
+        rows, held_out = pairs(24), pairs(5, seed=8)  # the last pair is only on one process
         config |= {"per_device_train_batch_size": 1}
     if case == "stream":
         rows, held_out = rows.to_iterable_dataset(), None
@@ -88,7 +89,7 @@ def results_of_two(tmp_path_factory):
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize("case", list(ALONE))
-def test_two_processes_are_one(case, tmp_path, results_of_two):
+def test_two_processes_equal_one(case, tmp_path, results_of_two):
     two = results_of_two[case]
     _, one = run(tmp_path, case, **ALONE[case])
     assert len(one["history"]) == len(two["history"])

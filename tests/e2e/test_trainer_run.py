@@ -1,4 +1,4 @@
-"""Whole runs of ORPOTrainer: logs, evaluation, saving, going on, other kinds of data and models."""
+"""Complete runs of ORPOTrainer: logs, evaluation, saving, resuming, other data and models."""
 
 import copy
 import json
@@ -19,7 +19,7 @@ from support.trainer_runs import (
     train_logs,
 )
 
-# PEFT reads an older name of transformers'.
+# PEFT reads a deprecated name of transformers.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
 )
@@ -98,7 +98,7 @@ def test_logs_average_over_micro_batches(run, model):
     )
 
 
-def test_evaluation_sets_have_names_of_their_own(run):
+def test_metrics_have_the_names_of_evaluation_sets(run):
     sets = {"easy": pairs(4, seed=5), "hard": pairs(5, seed=6)}
     trainer = run(config={"eval_strategy": "steps", "eval_steps": 3}, eval_dataset=sets)
     names = {name for entry in eval_logs(trainer) for name in entry}
@@ -154,8 +154,8 @@ def test_best_model_by_a_preference_metric(run, tmp_path):
     assert "2403.07691" in (tmp_path / "README.md").read_text()
 
 
-def test_going_on_from_a_checkpoint(run, model, tokenizer, tmp_path):
-    """The losses after the checkpoint are those of a run that never stopped; beta's schedule too."""
+def test_resuming_from_a_checkpoint(run, model, tokenizer, tmp_path):
+    """The losses after the checkpoint, and beta's schedule, are those of an uninterrupted run."""
     config = {
         "max_steps": 6,
         "save_strategy": "steps",
@@ -278,7 +278,7 @@ def test_completions_of_an_evaluation(run, tmp_path, caplog):
     for row in rows:
         assert row["Prompt"] in prompts and not row["Policy"].startswith(row["Prompt"])
     assert "Completions at step 3" in caplog.text
-    # Sampling has not touched the run.
+    # Sampling has not changed the run.
     silent = run(config={**config, "generate_during_eval": False}, eval_dataset=sets)
     for one, other in zip(train_logs(trainer), train_logs(silent), strict=True):
         assert one == pytest.approx(other, rel=1e-6)
@@ -316,7 +316,7 @@ class Break(TrainerCallback):
 
 
 @pytest.mark.parametrize("filtered", [True, False])
-def test_a_loss_that_is_not_finite_is_told_once(run, caplog, filtered):
+def test_a_loss_that_is_not_finite_is_logged_once(run, caplog, filtered):
     config = {"max_steps": 5, "logging_nan_inf_filter": filtered}
     trainer = run(config=config, callbacks=[Break()])
     told = [r.message for r in caplog.records if "NaN or infinite" in r.message]
@@ -339,7 +339,7 @@ def test_mixed_precision_and_saving(run, tmp_path):
 
 
 def test_two_trainers_on_one_model(model, tokenizer, tmp_path):
-    """The second finds the forward that the first has installed, and both train."""
+    """Both train, although the first has changed the forward."""
     shared = copy.deepcopy(model)
     logs = []
     for _ in range(2):

@@ -1,7 +1,7 @@
 """The fused head in a model that FSDP has split over two processes, on the CPU.
 
 Run as a script this file is what the processes run: a sharded model's loss and gradients against
-those of a whole one, averaged over the processes.
+those of an unsharded one, averaged over the processes.
 """
 
 import copy
@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from oddsmith.integrations.model_head import FusedBatch, install
+from oddsmith.integrations.model_head import FusedBatch, fused_loss
+from oddsmith.integrations.model_head import check as check_head
 from support.trainer_runs import make_model, make_tokenizer
 
 
@@ -57,11 +58,11 @@ def check(shard, model, head_apart):
     mask[1, 9:], labels[1, 9:] = 0, -100
     objective = {"nll_scope": "full", "odds_ratio_link": "logsigmoid", "logits_budget": None}
     batch = FusedBatch.build(ids, mask, labels, beta=0.5, **objective)
-    install(model)
+    check_head(model)
     inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
 
     whole = copy.deepcopy(model)
-    expected = whole(**inputs, oddsmith_batch=batch).loss
+    expected = fused_loss(whole, batch, **inputs).loss
     expected.backward()
     grads = {name: p.grad for name, p in whole.named_parameters()}
     for grad in grads.values():
@@ -69,7 +70,7 @@ def check(shard, model, head_apart):
         grad /= 2
 
     steps = shard(model, head_apart)
-    loss = next(steps)(**inputs, oddsmith_batch=batch).loss
+    loss = fused_loss(next(steps), batch, **inputs).loss
     torch.testing.assert_close(loss, expected)
     loss.backward()
     found = dict(steps)
@@ -86,7 +87,7 @@ def main():
         check(shard, make_model("mistral", tokenizer), head_apart=False)
         check(shard, make_model("mistral", tokenizer), head_apart=True)
     check(fsdp2, make_model("qwen3_tied", tokenizer), head_apart=False)
-    dist.barrier()  # neither leaves while the other still talks to it
+    dist.barrier()  # neither process ends while the other still needs it
     dist.destroy_process_group()
     print("all checked")
 

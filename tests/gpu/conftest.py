@@ -1,4 +1,4 @@
-"""Every test here runs on a card and, in small, on the emulated one."""
+"""Every test here runs on a GPU and, with small sizes, on the emulated one."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ class Card:
         return self.driver is not None
 
     def count(self, on_card: int, emulated: int) -> int:
-        """How much is tried: the emulator takes a microsecond for what a card does in a nanosecond."""
+        """Test sizes: the emulator takes a microsecond for a nanosecond of a GPU."""
         return emulated if self.emulated else on_card
 
     def sync(self) -> None:
@@ -31,7 +31,7 @@ class Card:
             torch.cuda.synchronize()
 
     def kernels(self, run: Callable[[], object]) -> set[str]:
-        """Names of the kernels that `run` launches; on a card those of libtorch too."""
+        """Names of the kernels that `run` launches; on a GPU those of libtorch too."""
         if self.emulated:
             before = len(self.driver.launches())
             run()
@@ -58,7 +58,7 @@ class Card:
 def card(request) -> Iterator[Card]:
     if request.param == "emulated":
         driver = request.getfixturevalue("emulated_driver")
-        # tests/cuda has the other order: what lacks a barrier goes wrong in one of the two.
+        # tests/cuda has the other order: a missing barrier gives wrong results in one of the two.
         with driver.reversed():
             yield Card(torch.device("cpu"), driver)
         return

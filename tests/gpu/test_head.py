@@ -1,4 +1,4 @@
-"""The head on a card: no further from the truth than the naive form is, and TRL's numbers."""
+"""The head on a GPU: as accurate as the naive form, and equal to TRL."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from support.gpu_cases import (
 CASES = [
     (1009, 67, ((3, 17), (11, 5), (3, 29), (11, 8))),
     (2051, 40, ((40, 60), (1, 23), (40, 50), (1, 47))),
-    (20_011, 24, ((2, 9), (1, 4), (2, 7), (1, 6))),  # more words than a tile of logits has
+    (20_011, 24, ((2, 9), (1, 4), (2, 7), (1, 6))),  # more tokens than a tile of logits has columns
 ]
 OPTIONS = [
     {},
@@ -70,7 +70,7 @@ def test_statistics_equal_those_of_slices(card, dtype, with_bias):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("magnitude", [1e-3, 30.0])
 def test_log_probabilities(card, dtype, magnitude):
-    """Rows of nearly equal logits, and rows where one word has all the probability."""
+    """Rows of nearly equal logits, and rows where one token has all the probability."""
     hidden, weight, targets, *_ = pairs(*CASES[0], dtype)
     hidden = hidden * magnitude
     true = reference.linear_logps(hidden.double(), weight.double(), targets)
@@ -91,7 +91,7 @@ def test_the_same_bits_every_time(card):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_trl(card, dtype):
-    """TRL's own helpers on the logits of a padded batch, against rows without pads."""
+    """TRL's own helpers on the logits of a padded batch, compared with rows without padding."""
     trl = pytest.importorskip("trl.experimental.orpo")
     vocab, width = 211, 24
     prompt, real = [4, 9, 4, 9], [19, 15, 13, 19]

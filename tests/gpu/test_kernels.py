@@ -1,4 +1,4 @@
-"""Ops launch their kernels: a path around them would give the same numbers, later."""
+"""Ops launch their kernels: a fallback would give the same numbers, more slowly."""
 
 import pytest
 import torch

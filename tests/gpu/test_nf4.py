@@ -1,4 +1,4 @@
-"""4-bit weights on a card: to the bit what slices make of them, and close to bitsandbytes."""
+"""4-bit weights on a GPU: bit-identical to the CPU, and close to bitsandbytes."""
 
 import pytest
 import torch
@@ -58,7 +58,7 @@ def close(ours, theirs, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tokens", [1, 2, 5, 70])
 def test_products(card, tokens, dtype, nested):
-    """One token goes straight through the codes; rows that are no whole blocks too."""
+    """One token is multiplied directly with the codes, also if rows are not full blocks."""
     for rows, columns in ((40, 128), (33, 96), (70, 130)):
         packed, state = quantize_nf4(weights((rows, columns), dtype), 64, nested)
         generator = torch.Generator().manual_seed(tokens)
@@ -95,7 +95,7 @@ def test_the_layer(card):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("blocksize", [64, 256])
-def test_bitsandbytes_on_the_card(dtype, blocksize):
+def test_bitsandbytes_on_the_gpu(dtype, blocksize):
     if not torch.cuda.is_available():
         pytest.skip("torch finds no CUDA device")
     peer = pytest.importorskip("bitsandbytes.functional")
@@ -103,7 +103,7 @@ def test_bitsandbytes_on_the_card(dtype, blocksize):
     packed, state = quantize_nf4(values, blocksize)
     codes, other = peer.quantize_4bit(values, blocksize=blocksize, quant_type="nf4")
     assert torch.equal(state.absmax, other.absmax)
-    # Built with fast mathematics, it takes a neighbour where a value is next to a midpoint.
+    # Built with fast math, it may choose the neighbour for a value next to a midpoint.
     ours, theirs = (torch.stack([x >> 4, x & 15]).int() for x in (packed, codes.view_as(packed)))
     assert (ours - theirs).abs().max() <= 1 and (ours != theirs).float().mean() < 1e-4
     for out in DTYPES:

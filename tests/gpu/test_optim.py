@@ -1,4 +1,4 @@
-"""Optimisers on a card take the steps that they take on a CPU."""
+"""Optimisers give the same steps on a GPU as on a CPU."""
 
 import pytest
 import torch
@@ -67,6 +67,6 @@ def test_galore(card, name):
         expected = train(kind, "cpu", torch.float32, low_rank=LOW_RANK)
     found = train(kind, card.device, torch.float32, low_rank=LOW_RANK)
     for ours, theirs in zip(found, expected, strict=True):
-        # A step is about lr; where a projected gradient is next to zero, the rounding of the
-        # decomposition decides a part of it.
+        # A step is about lr; if a projected gradient is near zero, rounding in the decomposition
+        # affects it.
         assert (ours - theirs).abs().max() < 2e-3

@@ -11,7 +11,7 @@ from support.gpu_cases import DTYPES, same, to
 
 
 def edges(draw: random.Random, most: int) -> int:
-    """Half of the sizes lie within two of a multiple of a power of two."""
+    """Half of the sizes are within two of a multiple of a power of two."""
     if draw.random() < 0.5:
         return draw.randint(1, most)
     step = 2 ** draw.randint(2, 9)
@@ -25,7 +25,7 @@ def test_nf4(card):
         most = card.count(6000, 1500)
         values = torch.randn(edges(draw, most), generator=generator).to(draw.choice(DTYPES))
         values *= 10 ** draw.uniform(-3, 3)
-        # A slice that begins anywhere: kernels may not count on alignment to 16 bytes.
+        # A slice with any start: kernels must not assume alignment to 16 bytes.
         values = values[draw.randint(0, min(3, len(values) - 1)) :]
         cases.append((values, 2 ** draw.randint(5, 12), draw.choice(DTYPES)))
     with card.slices():
@@ -65,7 +65,7 @@ def test_head(card):
         inputs = to(card.device, hidden, weight, targets)
         truth = reference.linear_logps(inputs[0].double(), inputs[1].double(), inputs[2])
         ours = functional.linear_logps(*inputs)
-        # Logits of half precision are rounded as its products are.
+        # Half-precision logits are rounded like half-precision products.
         scale = 1e-5 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
         size = (inputs[0].double().norm(dim=1) * inputs[1].double().norm(dim=1).max()).clamp(min=1)
         errors.append(((ours.double() - truth).abs() / size / scale).max())

@@ -1,4 +1,4 @@
-"""Streams, graphs and memory that runs out: what a process does besides calling one op."""
+"""Streams, CUDA graphs, threads and out-of-memory errors."""
 
 import threading
 
@@ -22,7 +22,7 @@ def round_trip(values):
 
 
 def test_threads_at_once(card):
-    """Each with its own stream on a card; backward passes have threads of their own too."""
+    """Each with its stream on a GPU; backward passes have other threads too."""
     inputs = [weights((130, 70 + i), torch.float32, seed=i).to(card.device) for i in range(4)]
     with card.slices():
         expected = [round_trip(values.cpu()) for values in inputs]
@@ -49,7 +49,8 @@ def test_threads_at_once(card):
 
 @pytest.mark.gpu
 def test_kernels_go_to_the_current_stream(cuda):
-    """Input that is written late on a side stream: a launch on another would read what was before."""
+    """Input is written late on a side stream: a launch on another stream would read the old
+    values."""
     late = torch.zeros(1 << 22, device=cuda)
     expected = round_trip(torch.full_like(late, 3.0))
     torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""AdamW8bit against bitsandbytes 0.50 on the CPU: its codes, what is closer to fp32, moving there and back."""
+"""AdamW8bit and bitsandbytes 0.50 on the CPU: codes, distance from fp32, switching between them."""
 
 import copy
 import io
@@ -18,13 +18,13 @@ from support.gradients import given, randn, weights_of
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 
 RULE = {"lr": 0.01, "betas": (0.85, 0.97), "eps": 1e-6, "weight_decay": 0.1}
-# 8 bits with a partial block, 32 bits, 8 bits in whole blocks.
+# 8 bits with a partial block, 32 bits, 8 bits in full blocks.
 SHAPES = [(67, 71), (9, 13), (64, 64)]
 STEPS = 25
 
 
 def grads_of(step):
-    """Of sizes over two decades: a part that stays, and noise."""
+    """Gradients over two decades: a constant part, and noise."""
     sizes = [10 ** (0.4 * randn(*shape, seed=50 + i)) for i, shape in enumerate(SHAPES)]
     return [
         size
@@ -69,7 +69,7 @@ def test_their_codes_are_those_of_the_table(dtype):
             torch.testing.assert_close(state[key], expected[key], atol=0, rtol=1e-4)
         for key in ("state1", "state2"):
             apart = (state[key].int() - expected[key].int()).abs()
-            # A moment on the boundary of two codes goes either way.
+            # A moment on the boundary of two codes can get either.
             assert (apart > 0).sum() <= 1e-3 * apart.numel(), key
         moved = (ours[i] - theirs[i]).abs() > 1e-6 + 2 * torch.finfo(dtype).eps * theirs[i].abs()
         assert moved.sum() <= 1e-3 * moved.numel()
@@ -88,12 +88,12 @@ def test_small_tensors_have_their_moments():
     torch.testing.assert_close(ours[0], theirs[0], atol=STEPS * 2e-5, rtol=1e-6)
 
 
-# ---- What is closer to fp32 ----
+# ---- Distance from fp32 ----
 
 
 @pytest.fixture(scope="module")
 def lesson():
-    """A small model and its batches; the embeddings, which have 32 bits with either, stay."""
+    """A small model and its batches; the embeddings, which have 32 bits in both, are frozen."""
     rows = make_pairs(80, seed=4)
     texts = [row["prompt"][0]["content"] + row["chosen"][0]["content"] for row in rows]
     tokenizer = train_tokenizer(texts)
@@ -110,7 +110,7 @@ def lesson():
 
 
 def test_300_steps_end_closer_to_fp32_than_those_of_bitsandbytes(lesson):
-    """All get the gradients of the fp32 run, so that only moments of 8 bits set them apart."""
+    """All get the gradients of the fp32 run, so that only the 8-bit moments differ."""
     model, batches = copy.deepcopy(lesson[0]), lesson[1]
     options = {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.02}
     full = [each for each in model.parameters() if each.requires_grad]
@@ -151,11 +151,11 @@ def test_a_zero_gradient_moves_what_bitsandbytes_has_and_not_ours():
     assert moved[bnb.optim.AdamW8bit] > 0.0
 
 
-# ---- There and back ----
+# ---- Switching ----
 
 
 @pytest.mark.parametrize("kind", [AdamW8bit, PagedAdamW8bit, PagedAdamW32bit])
-def test_a_run_moves_here(kind):
+def test_a_run_switches_from_bitsandbytes(kind):
     theirs = weights_of(SHAPES)
     peer = bnb.optim.AdamW8bit(theirs, **RULE)
     for step in range(10):
@@ -182,7 +182,7 @@ def test_a_run_moves_here(kind):
 
 
 @pytest.mark.parametrize("kind", [AdamW8bit, PagedAdamW8bit])
-def test_and_back(kind):
+def test_a_run_switches_to_bitsandbytes(kind):
     ours = weights_of(SHAPES)
     optimizer = kind(ours, **RULE)
     for step in range(10):
@@ -202,7 +202,7 @@ def test_and_back(kind):
     assert distance(ours, theirs) < 0.1 * distance(before, ours)
 
 
-def test_a_run_of_32_bits_moves_both_ways():
+def test_a_run_of_32_bits_switches_both_ways():
     theirs, ours = weights_of(SHAPES), weights_of(SHAPES)
     peer, optimizer = bnb.optim.AdamW32bit(theirs, **RULE), PagedAdamW32bit(ours, **RULE)
     for step in range(4):

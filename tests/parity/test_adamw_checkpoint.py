@@ -30,7 +30,7 @@ def with_ours(*args, **kwargs):
 
 
 @pytest.mark.parametrize("back", [False, True])
-def test_a_run_moves_at_a_checkpoint(back, with_bitsandbytes, tmp_path):
+def test_a_run_switches_at_a_checkpoint(back, with_bitsandbytes, tmp_path):
     first, second = (with_ours, with_bitsandbytes) if back else (with_bitsandbytes, with_ours)
     through = first(tmp_path / "through")
     resumed = second(tmp_path / "resumed", resume=checkpoint(tmp_path / "through"))
@@ -40,7 +40,7 @@ def test_a_run_moves_at_a_checkpoint(back, with_bitsandbytes, tmp_path):
     mine, theirs = losses(resumed), losses(through)
     gain = theirs[1][0] - theirs[max(theirs)][0]
     assert gain > 0.5
-    # The first loss behind the checkpoint is that of the same weights, the next of one step each.
+    # The first loss after the checkpoint is that of equal weights, the next after one step of each.
     assert mine[SAVED + 1] == theirs[SAVED + 1]
     assert mine[SAVED + 2][0] == pytest.approx(theirs[SAVED + 2][0], abs=0.02 * gain)
     states = resumed.optimizer.optimizer.state

@@ -1,4 +1,4 @@
-"""GaLore against galore-torch 1.0, step by step, refreshes included."""
+"""GaLore and galore-torch 1.0, step by step, refreshes included."""
 
 import sys
 import types
@@ -16,7 +16,7 @@ SHAPES = {"tall": (40, 24), "wide": (24, 40), "square": (32, 32)}
 
 @pytest.fixture(scope="module")
 def peer():
-    """galore-torch's module; its 8-bit class is not used, and would not import on a CPU."""
+    """galore-torch's module; its 8-bit class is not used, and cannot be imported on a CPU."""
     if "bitsandbytes" not in sys.modules:
         for name in ("bitsandbytes", "bitsandbytes.optim", "bitsandbytes.optim.optimizer"):
             sys.modules[name] = types.ModuleType(name)

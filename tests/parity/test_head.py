@@ -42,7 +42,7 @@ def losses(function, hidden, weight, rows, **options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("vocab", "width", "lengths"), CASES)
 @pytest.mark.parametrize("options", [{}, {"softcap": 5.0, "logit_scale": 1.3}])
-def test_no_further_from_the_truth_than_the_naive_form(
+def test_as_accurate_as_the_naive_form(
     tensor_ops_switch, tensor_ops, dtype, vocab, width, lengths, options
 ):
     tensor_ops_switch(tensor_ops)
@@ -61,7 +61,8 @@ def test_no_further_from_the_truth_than_the_naive_form(
 
 
 def test_equals_trl_on_a_padded_batch():
-    """TRL's own helpers on the logits of a padded batch, against packed rows without pads."""
+    """TRL's own helpers on the logits of a padded batch, compared with packed rows without
+    padding."""
     trl = pytest.importorskip("trl.experimental.orpo")
     torch.manual_seed(5)
     vocab, width, length = 211, 24, 19

@@ -1,8 +1,8 @@
 """NF4 against bitsandbytes, bit for bit.
 
-bitsandbytes 0.50.2 has two implementations on a CPU. The plain one is what the format is. The one with
-AVX-512 reads wrong scales where rows are not whole blocks, and flushes what is subnormal in bfloat16:
-it is compared with where neither happens.
+bitsandbytes 0.50.2 has two implementations on a CPU. The plain one defines the format. The one with
+AVX-512 reads wrong scales if rows are not full blocks, and flushes subnormal values of bfloat16: it
+is compared only in other cases.
 """
 
 import pytest
@@ -21,19 +21,19 @@ peer = pytest.importorskip("bitsandbytes.functional")
 
 BLOCK_SIZES = [32, 64, 128, 256, 512, 1024, 2048, 4096]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# Odd, partial, less than a block, whole; odd last dimensions take another path of the peer.
+# Odd, partial, less than a block, full; for odd last dimensions bitsandbytes takes another path.
 SHAPES = [(1, 2), (5, 13), (63,), (64, 64), (1, 4097), (130, 70), (33, 4096), (3, 5, 7), (257, 8)]
 
 
 @pytest.fixture(autouse=True)
 def eager():
-    """The peer compiles what it falls back to, anew for every shape; the values are the same."""
+    """bitsandbytes compiles its fallback for every shape; the values are the same."""
     with torch.compiler.set_stance("force_eager"):
         yield
 
 
 def weights(shape, dtype, seed=5, specks=True):
-    """Values over four decades; with a block of zeros, exact ties and codes among them."""
+    """Values over four decades; with a block of zeros, exact ties and codes."""
     generator = torch.Generator().manual_seed(seed)
     size = torch.rand(shape, generator=generator) * 4 - 3
     values = torch.randn(shape, generator=generator) * 10**size
@@ -63,7 +63,7 @@ def theirs_of(values, blocksize=64, nested=False):
 
 
 def their_values(codes, state, dtype=None):
-    """By the plain implementation, which a last dimension that is odd asks for."""
+    """By the plain implementation, which is used for odd last dimensions."""
     parts = state.as_dict()
     column = peer.QuantState.from_dict({**parts, "shape": (state.shape.numel(), 1)}, codes.device)
     column.dtype = dtype or state.dtype
@@ -99,7 +99,7 @@ def test_codes_scales_and_values_are_bit_equal(dtype, blocksize):
 
 @pytest.mark.parametrize("nested", [False, True], ids=["scales", "nested"])
 @pytest.mark.parametrize("blocksize", BLOCK_SIZES)
-def test_values_are_bit_equal_to_their_kernel_s(blocksize, nested):
+def test_values_are_bit_equal_to_their_kernel(blocksize, nested):
     values = weights((33, 8192), torch.float32, specks=False)
     codes, other = theirs_of(values, blocksize, nested)
     state = QuantState.from_dict(other.as_dict())
@@ -165,7 +165,7 @@ def test_nested_codes_but_for_the_table_are_theirs(shape, blocksize):
 
 
 def test_our_own_nested_codes_are_no_further_off():
-    """Exact nearest against the table of 65,536 steps, on scales as weights have them."""
+    """The nearest codes and the table of 65,536 steps, on scales of typical weights."""
     values = weights((4096, 256), torch.float32)
     packed, plain = functional.quantize_nf4(values)
     _, ours = functional.quantize_nf4(values, double_quant=True)

@@ -1,4 +1,4 @@
-"""QLoRA runs and checkpoints beside TRL with bitsandbytes."""
+"""QLoRA runs and checkpoints, compared with TRL and bitsandbytes."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ pytestmark = [
 
 @pytest.fixture
 def folder(tmp_path):
-    # Rows of whole blocks: bitsandbytes 0.50 reads others wrongly on processors with AVX-512.
+    # Rows of full blocks: bitsandbytes 0.50 reads others wrongly on processors with AVX-512.
     torch.manual_seed(0)
     config = MistralConfig(
         vocab_size=len(make_tokenizer()),
@@ -83,7 +83,7 @@ def test_adopts_after_an_evaluation(folder):
     model = load(folder, False).eval()
     expected = {n: p.data.clone() for n, p in model.named_parameters()}
     with torch.no_grad():
-        model(torch.arange(24).view(2, 12))  # bitsandbytes lays codes out anew here
+        model(torch.arange(24).view(2, 12))  # bitsandbytes changes the layout of codes here
     for name, weight in oddsmith.adopt(model).named_parameters():
         assert torch.equal(weight.data.flatten(), expected[name].flatten()), name
 
@@ -123,7 +123,7 @@ def test_adopting_shares_the_codes(folder):
     assert model.num_parameters() == count
 
 
-def test_what_cannot_be_adopted(folder):
+def test_layers_that_cannot_be_adopted(folder):
     with pytest.raises(ValueError, match="has no Linear4bit layer of bitsandbytes"):
         oddsmith.adopt(AutoModelForCausalLM.from_pretrained(folder))
     model = load(folder, False)

@@ -29,7 +29,7 @@ from support.paths import SHARED
 FILES = ("alpacaeval_mistral_orpo.jsonl.gz", "hh_harmless_test_head.jsonl.gz")
 TOKENIZERS = [*FAMILIES, "mistral"]
 
-# What TRL carries along for BERT-like tokenizers without using it.
+# TRL adds this for BERT-like tokenizers without using it.
 UNUSED_BY_TRL = {"prompt_token_type_ids"}
 
 
@@ -50,8 +50,8 @@ def tokenizers(tmp_path_factory):
 
 
 def trl_trainer(tokenizer, max_length, is_encoder_decoder=False, max_completion_length=None):
-    PartialState()  # TRL's logger refuses to work without
-    trainer = TRLTrainer.__new__(TRLTrainer)  # tokenising needs none of what __init__ does
+    PartialState()  # TRL's logger requires this
+    trainer = TRLTrainer.__new__(TRLTrainer)  # tokenising does not need __init__
     trainer.processing_class = tokenizer
     trainer.max_length = max_length
     trainer.is_encoder_decoder = is_encoder_decoder
@@ -110,7 +110,7 @@ def test_generated_rows(tokenizers, name, form, max_length):
     theirs = trl_rows(trl_trainer(tokenizer, max_length), rows)
     assert_same(our_rows(RowBuilder(tokenizer, max_length), rows), theirs)
 
-    # The dataset as a whole takes the batched way; it raises where TRL does, so give it the rest.
+    # The dataset takes the batched path, which raises where TRL does, so give it the other rows.
     kept = [index for index, row in enumerate(theirs) if row is not None]
     assert len(kept) > len(rows) // 2
     builder = RowBuilder(tokenizer, max_length)
@@ -253,7 +253,7 @@ def test_max_prompt_length(tokenizers, name, max_length, max_prompt_length, trun
 
 
 def test_prompt_extraction_where_nothing_is_shared():
-    """TRL's index wraps around if the chosen text ends in a space: the one other cut."""
+    """TRL's index wraps around if the chosen text ends in a space: the only difference."""
     row = {"chosen": "yes ", "rejected": "no"}
     assert maybe_extract_prompt(row) == {"prompt": "yes", "chosen": " ", "rejected": "o"}
     assert extract_prompt(row["chosen"], row["rejected"]) == ("", "yes ", "no")

@@ -1,4 +1,5 @@
-"""ORPOTrainer trains as TRL 1.16's does: every metric of every step, and the weights at the end.
+"""ORPOTrainer gives the same results as TRL 1.16's: all metrics of all steps, and the final
+weights.
 
 The same model, rows, seed and order, in float32. Both trainers run here, side by side.
 """
@@ -30,9 +31,9 @@ from support.trainer_runs import (
 trl = pytest.importorskip("trl.experimental.orpo", reason="trl, the peer, is not installed")
 
 pytestmark = [
-    # TRL's own configuration sets the older name; that ours does not warn is tested with it.
+    # TRL's configuration sets the older name; another test checks that ours does not warn.
     pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning"),
-    # PEFT reads an older name of transformers'.
+    # PEFT reads a deprecated name of transformers.
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
 ]
 
@@ -40,7 +41,7 @@ pytestmark = [
 ALPACA = SHARED / "data" / "alpacaeval_mistral_orpo.jsonl.gz"
 
 RELATIVE = 1e-4
-# Differences of larger numbers are as exact as those.
+# Differences are as exact as the larger numbers that they come from.
 DIFFERENCES = {
     "rewards/margins": "rewards/chosen",
     "log_odds_chosen": "logps/chosen",
@@ -57,7 +58,7 @@ def both(model, tokenizer, rows, args, **kwargs):
 
 
 def assert_same_metrics(ours, theirs, *, padded):
-    """Every logged metric; TRL's logits/* count pads, ours do not."""
+    """Every logged metric; TRL's logits/* include padding, ours do not."""
     assert len(ours.state.log_history) == len(theirs.state.log_history)
     for mine, peer in zip(ours.state.log_history, theirs.state.log_history, strict=True):
         assert set(mine) == set(peer)
@@ -88,7 +89,7 @@ def assert_same_weights(ours, theirs):
 
 
 def moved(trainer, model):
-    """How far the weights went, for a comparison of weights that stand still says nothing."""
+    """How far the weights moved: a comparison of unchanged weights would prove nothing."""
     before = dict(model.named_parameters())
     return max(
         (weight - before[name]).abs().max().item()
@@ -103,8 +104,8 @@ def test_every_family(name, tmp_path):
     model = make_model(name, tokenizer)
     extra = {"max_completion_length": 20} if name == "t5" else {}
     if name == "gpt_neox":
-        # The bias of its keys shifts all scores of a query alike: its gradient is zero but for
-        # rounding, which Adam would blow up to whole steps.
+        # The bias of its keys shifts all scores of a query equally: its gradient is zero up to
+        # rounding, which Adam would amplify to full steps.
         extra = {"adam_epsilon": 1e-6}
     args = arguments(tmp_path, **extra)
     ours, theirs = both(model, tokenizer, pairs(24), args)

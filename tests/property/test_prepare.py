@@ -1,4 +1,4 @@
-"""Whatever the input, every row is counted once, and the pairs obey the rules."""
+"""For any input, every row is counted once, and the pairs obey the rules."""
 
 import json
 

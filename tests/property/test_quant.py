@@ -1,4 +1,4 @@
-"""What holds for every tensor, every block size, and every file that calls itself a state."""
+"""Properties of all tensors, block sizes and state files."""
 
 import json
 
@@ -10,7 +10,7 @@ import reference
 from oddsmith import functional
 from oddsmith.quant.state import PACKED_KEY, QuantState
 
-# A busy machine is no failure.
+# A slow machine is not a failure.
 patiently = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 
 block_sizes = st.sampled_from([32, 64, 128, 256, 512, 1024, 2048, 4096])
@@ -31,7 +31,7 @@ def tensors(draw, elements=any_float, most=600):
 @patiently
 @given(tensors(), block_sizes, dtypes)
 def test_codes_and_values_equal_the_reference(values, blocksize, dtype):
-    values = values.to(dtype).nan_to_num()  # what float16 cannot hold becomes its largest
+    values = values.to(dtype).nan_to_num()  # values beyond float16 become its largest
     packed, state = functional.quantize_nf4(values, blocksize)
     truth, scales = reference.quantize_nf4(values, state.code, blocksize)
     assert torch.equal(packed, truth) and torch.equal(state.absmax, scales)
@@ -66,7 +66,7 @@ def test_a_power_of_two_scales_the_scales_alone(values, factor):
     packed, state = functional.quantize_nf4(values)
     scaled, other = functional.quantize_nf4(values * factor)
     assert torch.equal(scaled, packed)
-    # A partial block of zeros has the least scale that there is.
+    # A partial block of zeros has the smallest possible scale.
     least = state.absmax < 1e-37
     assert torch.equal(other.absmax, torch.where(least, state.absmax, state.absmax * factor))
 
@@ -74,7 +74,7 @@ def test_a_power_of_two_scales_the_scales_alone(values, factor):
 @patiently
 @given(tensors(ordinary, most=3000), st.integers(0, 20))
 def test_whole_blocks_are_independent(values, first):
-    """A range of whole blocks is quantised, and read, as it is within the whole."""
+    """A range of full blocks is quantised and read in the same way as within the tensor."""
     packed, state = functional.quantize_nf4(values)
     start = min(first, len(values) // 64) * 64
     if start == len(values):
@@ -133,7 +133,7 @@ keys = st.sampled_from(
 @patiently
 @given(st.dictionaries(keys | st.text(max_size=6), json_values, max_size=3), st.booleans())
 def test_a_state_with_other_parts_is_refused_or_read(changes, double_quant):
-    """A reader of files raises ValueError, or returns what says the same again: nothing else."""
+    """A reader either raises ValueError or returns a state that is written back equally."""
     _, state = functional.quantize_nf4(torch.ones(8, 64), double_quant=double_quant)
     parts = state.as_dict(packed=True)
     plain = json.loads(bytes(parts[PACKED_KEY].tolist())) | changes

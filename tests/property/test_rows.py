@@ -1,4 +1,4 @@
-"""What holds for every row, whatever the texts and the limits."""
+"""Properties of rows for all texts and limits."""
 
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -80,7 +80,8 @@ def test_nothing_is_lost_and_the_mask_ends_where_the_prompt_does(case):
         ids, cut = whole[f"{side}_input_ids"], prompt_length(whole, side)
         text = made.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         assert text == feature["prompt"] + feature[side]
-        # One token of the prompt at most goes with the answer, and no token of the answer with it.
+        # At most one token of the prompt belongs to the answer, and no token of the answer to the
+        # prompt.
         alone = made(feature["prompt"], add_special_tokens=False)["input_ids"]
         bos = made.bos_token_id is not None
         assert cut - bos in (len(alone), len(alone) - 1)
@@ -125,6 +126,6 @@ def test_extraction_takes_nothing_away(prompt, chosen, rejected):
     shared, a, b = extract_prompt(chosen, rejected)
     assert (shared + a, shared + b) == (chosen, rejected)
     assert len(shared) >= len(prompt) - 1
-    # What is left shares no first character but a space, or the last of the shorter side.
+    # The answers share no first character except a space, or the last one of the shorter side.
     if a[:1] == b[:1] != "":
         assert a[0] == " " or 1 in (len(a), len(b))

@@ -1,4 +1,4 @@
-"""Rust and the plain path agree, whatever the texts, the limits and the marks."""
+"""Rust and the Python path agree for all texts, limits and special tokens."""
 
 import pyarrow as pa
 from hypothesis import given
@@ -53,7 +53,7 @@ def test_columns_are_the_builder_s_rows(builder, batch):
 @patiently
 @given(builders(), st.lists(st.tuples(texts, texts, texts), min_size=2, max_size=8), st.data())
 def test_a_slice_of_a_column_is_its_rows(builder, batch, data):
-    """Arrow's slices share their buffers with what lies before and behind them."""
+    """Arrow's slices share their buffers with the rows before and after them."""
     start = data.draw(st.integers(0, len(batch) - 1))
     stop = data.draw(st.integers(start, len(batch)))
     fast = FastRows(builder)

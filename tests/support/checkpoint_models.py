@@ -1,4 +1,4 @@
-"""Small models on disk, and what is in their files."""
+"""Small models on disk, and the contents of their files."""
 
 from pathlib import Path
 
@@ -49,7 +49,7 @@ def gpt2() -> GPT2LMHeadModel:
 
 
 def save_base(folder: Path) -> Path:
-    """Saves a small Mistral in bfloat16 and something like a tokenizer."""
+    """Saves a small Mistral in bfloat16 and a dummy tokenizer file."""
     mistral().bfloat16().save_pretrained(folder)
     (folder / "tokenizer.json").write_text("{}")
     return folder
@@ -72,7 +72,7 @@ def linear_names(model: nn.Module) -> set[str]:
 
 
 def assert_quantized(before, after, names, blocksize, double_quant):
-    """`after` has the NF4 form of `names` and copies of everything else, and nothing more."""
+    """`after` has the NF4 form of `names`, copies of all other tensors, and nothing else."""
     expected = {}
     for name, tensor in before.items():
         if name not in names:
@@ -96,7 +96,7 @@ STEM = "base_model.model.model.layers.0.self_attn.q_proj"
 
 
 def make_adapter(tmp_path, tensors=None, **options) -> Path:
-    """An adapter of one projection, or of whatever tensors."""
+    """An adapter of one projection, or with the given tensors."""
     folder = tmp_path / "adapter"
     folder.mkdir()
     LoraConfig(**{"r": 2, "target_modules": ["q_proj"], **options}).save_pretrained(folder)

@@ -1,7 +1,7 @@
 """Builds the emulated CUDA driver from kernels, and drives it.
 
-`build` compiles kernels (*.cu) with the host's compiler into a library that has the driver API of
-CUDA: what loads it in place of libcuda.so.1 launches kernels on host memory. See
+`build` compiles kernels (*.cu) with the host's compiler into a library with the driver API of CUDA:
+a program that loads it instead of libcuda.so.1 launches kernels on host memory. See
 tests/cuda/emulator/.
 """
 
@@ -26,12 +26,12 @@ CXX = os.environ.get("CXX", "g++")
 FLAGS = (
     "-std=c++17 -O2 -fPIC -fvisibility=hidden -pthread -ffp-contract=off -fno-strict-aliasing "
     "-Wall -Wno-unknown-pragmas -Wno-unused-function "
-    # Vectors at addresses that a device refuses, and what C++ leaves undefined, end the launch.
+    # Misaligned vectors, which a GPU refuses, and undefined behaviour of C++ end the launch.
     "-fsanitize=alignment,bounds,shift,signed-integer-overflow -fsanitize-undefined-trap-on-error"
 ).split()
-# Files of the cache: some dozens of states of the sources.
+# Most files in the cache: some dozens of versions of the sources.
 KEPT = 200
-# `extern` and what `__shared__` stands for exclude each other.
+# `extern` and the emulator's `__shared__` exclude each other.
 DYNAMIC_SHARED = re.compile(
     r"extern\s+__shared__\s+(?:__align__\(\d+\)\s+|alignas\(\d+\)\s+)?"
     r"(?P<type>[\w ]+?)\s+(?P<name>\w+)\s*\[\s*\]"
@@ -43,7 +43,7 @@ KERNEL = re.compile(
 
 
 class CompileError(Exception):
-    """A kernel uses what the emulator or C++ does not have."""
+    """A kernel uses a feature that the emulator or C++ does not have."""
 
 
 def run_compiler(arguments: list[str]) -> str:
@@ -96,7 +96,7 @@ def digest(*parts: bytes) -> str:
 
 
 def cached(path: Path, make: Callable[[Path], None]) -> Path:
-    """`path`, made by `make` if it is not there: whole, and once, whatever other processes do."""
+    """`path`, made by `make` if it does not exist: complete, and once among all processes."""
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -136,7 +136,7 @@ def build(sources: Iterable[Path] | None = None, headers: Path = KERNELS) -> Pat
     """The library for kernel `sources`, those of kernels/ by default; from the cache if it is there.
 
     Raises:
-        CompileError: with the compiler's words.
+        CompileError: With the compiler's message.
     """
     kernels = sorted(KERNELS.glob("*.cu")) if sources is None else list(sources)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -155,7 +155,7 @@ def guarded_memory() -> Iterator[None]:
     """CPU tensors end at a page that cannot be accessed, and begin with poison: see guard.cpp.
 
     Raises:
-        AssertionError: At the end, if something was written right behind a tensor.
+        AssertionError: At the end, if something was written after the end of a tensor.
     """
     import torch  # the library needs its libc10
 
@@ -214,7 +214,7 @@ class Driver:
         return result
 
     def reset(self) -> None:
-        """Forgets the launches, the failure asked for, and the order of threads."""
+        """Resets the recorded launches, the requested failure, and the order of threads."""
         self.lib.emulator_reset()
 
     def fail(self, count: int) -> None:
@@ -223,7 +223,8 @@ class Driver:
 
     @contextmanager
     def reversed(self) -> Iterator[None]:
-        """Threads and blocks run in descending order: what lacks a barrier goes wrong in one of the two."""
+        """Threads and blocks run in descending order: a missing barrier gives wrong results in one
+        order."""
         self.lib.emulator_reverse(1)
         try:
             yield

@@ -13,7 +13,7 @@ def _message(role: str, content: str) -> dict[str, str]:
 
 
 def string_rows(count: int, seed: int, implicit: bool) -> list[Row]:
-    """Strings; an implicit prompt is what both sides begin with, often ending inside a word."""
+    """Strings; an implicit prompt is the common beginning, which often ends inside a word."""
     rng = random.Random(seed)
     rows = []
     for _ in range(count):

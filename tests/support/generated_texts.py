@@ -7,16 +7,16 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-# A busy machine is no failure.
+# A slow machine is not a failure.
 patiently = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
-# Few letters, so that tokens merge over every boundary; and what no vocabulary has seen.
+# Few letters, so that tokens merge over every boundary, and characters outside all vocabularies.
 texts = st.text(st.sampled_from("ab the\n.é🙂"), max_size=24) | st.text(max_size=12)
 
 
 @lru_cache(maxsize=2)
 def tokenizer(bos):
-    """Byte-level BPE: every text can be encoded, and encoding loses nothing."""
+    """Byte-level BPE: every text can be encoded without loss."""
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()

@@ -9,7 +9,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def weights(shape, dtype, seed: int = 5) -> torch.Tensor:
-    """Values over four decades; a block of zeros, and one of ties and what is next to them. CPU."""
+    """Values over four decades; a block of zeros, and one of ties and their neighbours. CPU."""
     generator = torch.Generator().manual_seed(seed)
     size = torch.rand(shape, generator=generator) * 4 - 3
     values = torch.randn(shape, generator=generator) * 10**size
@@ -23,7 +23,7 @@ def weights(shape, dtype, seed: int = 5) -> torch.Tensor:
 
 
 def same(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
-    """Equal bits on whatever devices, NaN for NaN."""
+    """Equal bits on any devices, NaN for NaN."""
     ours, theirs = ours.cpu(), theirs.cpu()
     assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
     nan = ours.isnan()

@@ -1,4 +1,4 @@
-"""Tensors from seeds, and steps with gradients that are given: what the optimisers' tests share."""
+"""Tensors from seeds, and steps with given gradients, for the optimisers' tests."""
 
 from collections.abc import Callable, Iterable
 
@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
-    """Normal numbers that depend on the seed alone."""
+    """Normal numbers that depend only on the seed."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -34,7 +34,7 @@ def train(
 
 
 def given(optimizer: Optimizer, grads: Iterable[Tensor | None]) -> None:
-    """A step of all parameters in order, with a gradient each."""
+    """A step of all parameters with one gradient each, in order."""
     weights = [each for group in optimizer.param_groups for each in group["params"]]
     for weight, grad in zip(weights, grads, strict=True):
         weight.grad = None if grad is None else grad.to(weight.dtype)

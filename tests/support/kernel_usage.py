@@ -1,4 +1,4 @@
-"""What the kernels of kernels/ take on each architecture, by the assembler's report.
+"""Registers and memory of the kernels on each architecture, from the assembler's report.
 
 `python tests/support/kernel_usage.py [FILE.csv]` prints it, and writes it to a file.
 """
@@ -18,7 +18,7 @@ ARCHITECTURES = ["sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"
 
 
 class Usage(NamedTuple):
-    """What a thread takes, memory in bytes; `shared` is the block's, without what a launch adds."""
+    """Usage of a thread, memory in bytes; `shared` is per block, without dynamic shared memory."""
 
     source: str
     kernel: str
@@ -50,7 +50,7 @@ def usage(source: str, architecture: str) -> list[Usage]:
     """Compiles a source.
 
     Raises:
-        RuntimeError: with the compiler's words.
+        RuntimeError: With the compiler's message.
     """
     binary, report = _core.compile_kernels(source, architecture)
     assert binary[:4] == b"\x7fELF"
@@ -65,7 +65,7 @@ def usage_of_all() -> list[Usage]:
 
 
 def text_of(rows: list[Usage]) -> str:
-    """Registers of each kernel by architecture, +shared memory, !stack frame where there is one."""
+    """Registers of each kernel by architecture, +shared memory, !stack frame if there is one."""
     cells = {row.kernel: {} for row in rows}
     for row in rows:
         shared = f"+{row.shared}" if row.shared else ""

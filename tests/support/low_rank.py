@@ -1,4 +1,4 @@
-"""A small model, low-rank optimisers for it, and steps: what their tests share."""
+"""A small model, low-rank optimisers and steps, for their tests."""
 
 import torch
 from torch import nn

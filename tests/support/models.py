@@ -29,8 +29,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-# Widths that are no power of two, heads that share keys, and weights wide enough that the softmax
-# is far from uniform.
+# Widths that are not powers of two, heads that share keys, and weights large enough that the
+# softmax is far from uniform.
 _DECODER = {
     "hidden_size": 48,
     "intermediate_size": 88,
@@ -78,7 +78,7 @@ _MIXTURE = {
     "router_aux_loss_coef": 0.05,
 }
 _CAPS = {
-    "final_logit_softcapping": 2.5,  # low enough to bite
+    "final_logit_softcapping": 2.5,  # low enough to have an effect
     "attn_logit_softcapping": 20.0,
     "head_dim": 12,
     "query_pre_attn_scalar": 12,

@@ -1,4 +1,4 @@
-"""Runs of the trainer with an optimiser by its name, their checkpoints, and runs of two processes."""
+"""Runs of the trainer with an optimiser by name, their checkpoints, and runs of two processes."""
 
 import json
 import os
@@ -19,7 +19,7 @@ STEPS, SAVED = 6, 4
 
 
 def config(folder: Path, **changed: Any) -> dict[str, Any]:
-    """Other rates at every step, and a checkpoint before the end."""
+    """Another learning rate at every step, and a checkpoint before the end."""
     options = {
         "lr_scheduler_type": "linear",
         "adam_epsilon": 1e-6,
@@ -39,7 +39,7 @@ def run(
     peft_config: Any = None,
     **changed: Any,
 ) -> ORPOTrainer:
-    """The trainer, when it is done."""
+    """The trainer after training."""
     tokenizer = make_tokenizer()
     trainer = ORPOTrainer(
         make_model("mistral", tokenizer),
@@ -70,7 +70,7 @@ def losses(trainer: ORPOTrainer) -> dict[int, tuple[float, float]]:
 
 
 def check_same_end(resumed: ORPOTrainer, through: ORPOTrainer) -> None:
-    """The steps behind the checkpoint, and the weights, are equal to the bit."""
+    """The steps after the checkpoint, and the weights, are bit-identical."""
     after = {step: values for step, values in losses(through).items() if step > SAVED}
     assert len(after) == STEPS - SAVED
     assert {step: losses(resumed)[step] for step in after} == after
@@ -79,7 +79,7 @@ def check_same_end(resumed: ORPOTrainer, through: ORPOTrainer) -> None:
 
 
 class Kill(TrainerCallback):
-    """Ends the process behind the checkpoint, as the system does when memory runs out."""
+    """Ends the process after the checkpoint, as the system does when memory runs out."""
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == SAVED + 1:
@@ -110,6 +110,6 @@ def two_processes(file: str, folder: Path, part: str = "two") -> list[Any]:
 
 
 def report(folder: str, results: Any) -> None:
-    """Keeps a process's results for the test that has started it."""
+    """Writes a process's results for the test that started it."""
     rank = os.environ["RANK"]
     (Path(folder) / f"{rank}.json").write_text(json.dumps(results))

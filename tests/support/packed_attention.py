@@ -1,14 +1,16 @@
-"""Attention over a packed row by its definition: a mask of the whole row."""
+"""Attention over a packed row by its definition: a mask of the complete row."""
 
 import torch
 from torch import Tensor
 
-# Of each pair the lengths of its shared prompt, and of the rest of its chosen and rejected sequence.
+# For each pair the lengths of its shared prompt, and of the rest of its chosen and rejected
+# sequence.
 SEGMENTS = ((4, 3, 2), (0, 2, 5), (3, 0, 1), (2, 4, 0))
 
 
 def mask(segments: tuple[tuple[int, int, int], ...], window: int | None = None) -> Tensor:
-    """Which places `(N, N)` a token looks at: its prompt and itself, causal, within the window."""
+    """Which positions `(N, N)` a token sees: its prompt and its block, causal, within the
+    window."""
     owner = [
         (pair, part)
         for pair, lengths in enumerate(segments)
@@ -17,7 +19,7 @@ def mask(segments: tuple[tuple[int, int, int], ...], window: int | None = None) 
     ]
     place, seen = [], {}
     for pair, part in owner:
-        # An answer goes on where the prompt ended.
+        # An answer continues at the end of the prompt.
         key = (pair, part)
         start = segments[pair][0] if part else 0
         place.append(start + seen.get(key, 0))

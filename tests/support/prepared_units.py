@@ -1,4 +1,4 @@
-"""Rows given to `oddsmith prepare`, and the pairs that are made of them."""
+"""Input rows of `oddsmith prepare`, and their pairs."""
 
 import pytest
 

@@ -6,7 +6,7 @@ import torch
 
 
 def heavy_tailed(*shape, dtype=torch.float32, seed=7):
-    """Values over four decades, as weights with outliers are."""
+    """Values over four decades, like weights with outliers."""
     generator = torch.Generator().manual_seed(seed)
     size = torch.rand(shape, generator=generator) * 4 - 3
     return (torch.randn(shape, generator=generator) * 10**size).to(dtype)

@@ -1,4 +1,4 @@
-"""The slice algorithms, beside kernels on the emulated card."""
+"""The slice algorithms, for comparison with kernels on the emulated GPU."""
 
 import ctypes
 import mmap
@@ -17,7 +17,7 @@ NO_ACCESS = 0  # PROT_NONE
 
 @contextmanager
 def slices():
-    """CPU tensors take the path of the CPU, in a test where the emulated card is on."""
+    """CPU tensors take the path of the CPU, in a test with the emulated GPU."""
     _core.emulate_cuda(False)
     try:
         yield
@@ -26,7 +26,7 @@ def slices():
 
 
 def same_bits(ours: Tensor, theirs: Tensor) -> bool:
-    """Equal to the bit, but for the payloads of NaN."""
+    """Equal bits, except for the payloads of NaN."""
     assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
     if ours.dtype == torch.uint8:
         return torch.equal(ours, theirs)
@@ -38,7 +38,7 @@ def same_bits(ours: Tensor, theirs: Tensor) -> bool:
 
 
 def at_a_page_s_end(tensor: Tensor) -> Tensor:
-    """A copy behind which nothing can be read: a kernel that goes too far ends the process."""
+    """A copy followed by unreadable memory: a kernel that reads past the end ends the process."""
     size = -(-tensor.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
     pages = mmap.mmap(-1, size + mmap.PAGESIZE)
     start = ctypes.addressof(ctypes.c_char.from_buffer(pages))

@@ -1,4 +1,4 @@
-"""Tokenizers of different families, built on the spot: nothing is downloaded.
+"""Tokenizers of different families, built without downloads.
 
 Not called tokenizers.py: that name would hide the library of the same name from the tests.
 """
@@ -67,7 +67,7 @@ def sentencepiece_bpe() -> PreTrainedTokenizerFast:
     )
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     trainer = trainers.BpeTrainer(vocab_size=900, special_tokens=special, limit_alphabet=60)
-    # Words for the trainer alone: the finished tokenizer merges over spaces as SentencePiece can.
+    # Words only for the trainer: the finished tokenizer merges over spaces, as SentencePiece can.
     tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
     tokenizer.train_from_iterator(_corpus(), trainer)
     tokenizer.pre_tokenizer = None
@@ -135,7 +135,7 @@ FAMILIES = {
 
 def mistral(folder: Path) -> LlamaTokenizer:
     """
-    The tokenizer of Mistral-7B-v0.1, from the file that mistral-common brings along.
+    The tokenizer of Mistral-7B-v0.1, from the file in mistral-common.
 
     Raises:
         ImportError: If mistral-common is not installed.

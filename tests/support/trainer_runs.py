@@ -31,7 +31,7 @@ DECODERS = [name for name in MODELS if name != "t5"]
 
 @lru_cache
 def _trained_tokenizer(family: str) -> Any:
-    # Training one takes a second; a copy, ten milliseconds.
+    # Training one takes a second, a copy ten milliseconds.
     tokenizer = FAMILIES[family]()
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -45,7 +45,7 @@ def make_tokenizer(model_name: str = "mistral") -> Any:
 
 
 def pairs(count: int, seed: int = 3) -> Dataset:
-    """Pairs of all lengths, with a prompt of their own."""
+    """Pairs of all lengths, each with its own prompt."""
     return Dataset.from_list(string_rows(count, seed, implicit=False))
 
 
@@ -65,7 +65,8 @@ def long_pairs(count: int, seed: int = 4) -> Dataset:
 
 
 def arguments(output_dir: Path, **changed: Any) -> dict[str, Any]:
-    """Arguments of a short run that ORPOConfig and TRL's both take; nothing at its neutral value."""
+    """Arguments of a short run that ORPOConfig and TRL's both take; no option at its neutral
+    value."""
     return {
         "output_dir": str(output_dir),
         "per_device_train_batch_size": 2,
@@ -97,7 +98,7 @@ def train(
     args: dict[str, Any],
     **kwargs: Any,
 ) -> Any:
-    """Train a copy of a model; the trainer, when it is done."""
+    """Train a copy of a model; returns the trainer."""
     trainer = trainer_class(
         model=copy.deepcopy(model),
         args=config_class(**args),
@@ -115,5 +116,5 @@ def batch_of(trainer: Any, size: int = 3) -> Any:
 
 
 def train_logs(trainer: Any) -> list[dict[str, float]]:
-    """What was logged of training, step by step."""
+    """The training logs, step by step."""
     return [entry for entry in trainer.state.log_history if "loss" in entry]

@@ -1,4 +1,4 @@
-"""A tokenizer with one token for each word, so that rows can be worked out by hand."""
+"""A tokenizer with one token per word, so that rows can be computed by hand."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -7,7 +7,7 @@ import pytest
 
 @pytest.fixture
 def log(caplog):
-    """The log, with what has been said once in this process forgotten."""
+    """The log; messages that are logged once can be logged again."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.get_logger().warning_once.__func__.cache_clear()

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import pickle
+import re
 import warnings
 
 import pytest
@@ -102,7 +103,7 @@ def test_bf16_follows_the_hardware(monkeypatch, log, given, gpu, cpu, bf16, line
     monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: gpu)
     monkeypatch.setattr(config_module, "_cpu_has_bf16", lambda: cpu)
     config = ORPOConfig(**given)
-    ORPOConfig(**given)  # a second time says nothing new
+    ORPOConfig(**given)  # the second time logs nothing
     assert config.bf16 is bf16
     assert config.bf16_full_eval is False
     assert len(said(log, "bfloat16", "fp32")) == lines
@@ -160,7 +161,7 @@ def test_the_articles_arguments():
         ({"beta_schedule": "cosine"}, "needs beta_end"),
         ({"beta_end": 0.05}, "set beta_schedule"),
         ({"beta_schedule": "sawtooth", "beta_end": 0.05}, "'constant', 'linear', 'cosine'"),
-        ({"beta_anneal_start": 1.0}, r"beta_anneal_start is 1.0; must lie in \[0, 1\)"),
+        ({"beta_anneal_start": 1.0}, r"beta_anneal_start is 1.0; must be in \[0, 1\)"),
         ({"beta_anneal_start": -0.1}, "beta_anneal_start is -0.1"),
         ({"nll_scope": "prompt"}, "nll_scope is 'prompt'; must be one of 'full', 'completion'"),
         ({"odds_ratio_link": "log"}, "odds_ratio_link is 'log'"),
@@ -211,7 +212,7 @@ def test_beta_schedules():
         linear.beta_at(0, -1)
 
 
-# Ways in and out
+# Conversions
 
 
 def busy_config():
@@ -288,6 +289,28 @@ def test_command_line_refuses_an_unknown_choice(capsys):
     with pytest.raises(SystemExit):
         parser.parse_args_into_dataclasses(["--nll_scope", "prompt"])
     assert "nll_scope" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("auto", "auto"), ("true", True), ("True", True), ("false", False), ("False", False)],
+)
+def test_share_prompt_from_a_flag_and_from_yaml(text, value, tmp_path):
+    parser = HfArgumentParser(ORPOConfig)
+    (config,) = parser.parse_args_into_dataclasses(["--share_prompt", text, "--use_cpu"])
+    assert config.share_prompt is value or (config.share_prompt == value == "auto")
+    file = tmp_path / "run.yaml"
+    file.write_text(f"output_dir: out\nuse_cpu: true\nshare_prompt: {text}\n")
+    (config,) = parser.parse_yaml_file(str(file))
+    assert config.share_prompt is value or (config.share_prompt == value == "auto")
+    assert ORPOConfig(share_prompt=config.share_prompt, use_cpu=True).share_prompt == value
+
+
+@pytest.mark.parametrize("value", ["yes", "", 0, 1, None, 0.5, ["auto"]])
+def test_share_prompt_is_nothing_else(value):
+    reason = re.escape(f"share_prompt is {value!r}; must be True, False or 'auto'")
+    with pytest.raises(ValueError, match=reason):
+        ORPOConfig(share_prompt=value, use_cpu=True)
 
 
 def test_yaml(tmp_path):

@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend."""
+"""Errors that the user can fix."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from oddsmith.errors import UserError, user_errors
 
 
 @pytest.mark.parametrize("kind", [ValueError, TypeError, OSError, ImportError])
-def test_what_goes_wrong_with_input_is_the_users(kind):
+def test_errors_of_input_are_user_errors(kind):
     cause = kind("gone")
     with pytest.raises(UserError, match="^--model x: gone$") as raised, user_errors("--model x"):
         raise cause

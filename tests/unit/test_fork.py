@@ -13,7 +13,7 @@ import os, sys, tempfile, torch
 from pathlib import Path
 from safetensors.torch import save_file
 from oddsmith import _core
-from oddsmith.checkpoint.rules import Factor, Rule, Update
+from oddsmith.checkpoint.rules import Factor, TensorRule, MergeUpdate
 from oddsmith.optim.adamw import arguments
 torch.set_num_threads(2)
 {prepare}
@@ -47,7 +47,7 @@ folder = Path(tempfile.mkdtemp())
 base, adapter = folder / "base.safetensors", folder / "adapter.safetensors"
 save_file({"w": torch.ones(300, 200)}, base)
 save_file({"a": torch.ones(8, 200), "b": torch.ones(300, 8)}, adapter)
-rules = [Rule("w", "float32", update=Update(Factor("b"), Factor("a"), 1.0))]
+rules = [TensorRule("w", "float32", update=MergeUpdate(Factor("b"), Factor("a"), 1.0))]
 """,
         "_core.converted_size([base], adapter, rules)",
     ),

@@ -1,4 +1,4 @@
-"""The public functions: their names, and where they lead."""
+"""The public functions: their names and definitions."""
 
 import torch
 

@@ -1,10 +1,13 @@
-"""Names of older releases: where their values go, and what is said."""
+"""Names of older releases: their new names, and log messages."""
 
+import ast
 import dataclasses
+import inspect
 
 import pytest
 from transformers import HfArgumentParser
 
+from oddsmith import legacy_arguments
 from oddsmith.config import ORPOConfig
 from oddsmith.legacy_arguments import IGNORED, LEGACY_NAMES, RENAMED, LegacyArguments
 
@@ -61,7 +64,7 @@ def test_warmup_ratio_out_of_range(ratio):
 
 
 @pytest.mark.parametrize("name", IGNORED)
-def test_ignored_arguments_are_said_once_and_change_nothing(log, name):
+def test_ignored_arguments_are_logged_once_and_change_nothing(log, name):
     value = {bool: True, int: 3, str: "x"}[IGNORED[name][0]]
     plain = ORPOConfig().to_dict()
     log.clear()
@@ -87,5 +90,19 @@ def test_every_name_has_a_field_that_says_what_becomes_of_it():
     fields = {each.name: each.metadata["help"] for each in dataclasses.fields(LegacyArguments)}
     assert fields.keys() == LEGACY_NAMES
     assert fields["no_cuda"] == "Older name; sets `use_cpu`."
-    assert fields["use_ipex"] == "Older name; accepted, has no effect."
-    assert fields["push_to_hub_token"] == "Older name; accepted, has no effect: use hub_token."
+    assert fields["use_ipex"] == "Older name; accepted without effect."
+    assert fields["push_to_hub_token"] == "Older name; accepted without effect: use hub_token."
+
+
+def test_the_type_checker_sees_every_older_name():
+    tree = ast.parse(inspect.getsource(legacy_arguments))
+    (shown,) = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef) and node.name == "LegacyArguments"
+    ]
+    fields = [node for node in shown.body if isinstance(node, ast.AnnAssign)]
+    assert {node.target.id: ast.unparse(node.annotation) for node in fields} == {
+        name: f"{kind.__name__} | None" for name, (kind, _) in (RENAMED | IGNORED).items()
+    }
+    assert {ast.unparse(node.value) for node in fields} == {"None"}

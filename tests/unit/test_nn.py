@@ -1,4 +1,4 @@
-"""The public modules: their names, and where they lead."""
+"""The public modules: their names and definitions."""
 
 import torch
 

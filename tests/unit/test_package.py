@@ -1,4 +1,4 @@
-"""What is installed is what the package says of itself."""
+"""The installed package matches its metadata."""
 
 import ast
 import importlib
@@ -15,9 +15,9 @@ from oddsmith import _core, torch_version
 from support.wheel import faults_of_library
 
 PACKAGE = Path(oddsmith.__file__).parent
-# Every module, however deep: none may escape the tests below by being moved.
+# All modules at any depth, so that a moved module is still tested.
 MODULES = sorted(PACKAGE.rglob("*.py"))
-# Imported only where the user has them and asks for them.
+# Optional dependencies.
 OPTIONAL = {"flash_attn", "wandb", "comet_ml"}
 
 

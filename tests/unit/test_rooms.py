@@ -1,4 +1,4 @@
-"""Every module has a test file of its name in its room, or stands in the table below."""
+"""Every module has a test file of its name in its folder, or is listed in the table below."""
 
 import ast
 from pathlib import Path
@@ -10,37 +10,61 @@ PACKAGE = Path(oddsmith.__file__).parent
 TESTS = ROOT / "tests"
 LONGEST = 450
 
-# Module -> the test file that has it, and why it has none of its own.
+# Module -> the test file that covers it, and why it has no test file of its name.
 ELSEWHERE = {
+    "training/trainer_parts.py": (
+        "unit/test_private_names.py",
+        "declarations for the type checker, which say what the trainer's parts may reach",
+    ),
     "checkpoint/rules.py": (
         "unit/checkpoint/test_write.py",
         "dataclasses without code: the compiled core reads them",
     ),
-    "integrations/bitsandbytes_layers.py": (
-        "unit/integrations/test_transformers_quantizer.py",
-        "what is adopted is what the quantizer has loaded",
-    ),
     "integrations/head_probe.py": (
         "unit/integrations/test_model_head.py",
-        "its answer decides what installing the head does",
+        "its answer decides where the loss is computed",
     ),
-    "integrations/import_hook.py": (
+    "integrations/checkpointing.py": (
+        "unit/training/test_model_loan.py",
+        "what it takes off is what a run leaves",
+    ),
+    "integrations/module_forward.py": (
+        "unit/integrations/test_model_head.py",
+        "the head's forward is the one that it is for",
+    ),
+    "integrations/parameter_count.py": (
         "unit/integrations/test_transformers_quantizer.py",
-        "it needs a process that has not imported transformers",
+        "it counts what the quantizer has loaded",
+    ),
+    "integrations/patch.py": (
+        "unit/integrations/test_patches.py",
+        "every change that is derived from it is tested alike",
+    ),
+    "integrations/peft_dispatch.py": (
+        "unit/integrations/test_peft_lora.py",
+        "which layer peft makes shows in models with adapters",
+    ),
+    "integrations/quantizer_table.py": (
+        "unit/integrations/test_nf4_config.py",
+        "a configuration decides what the table returns",
     ),
     "integrations/model_weights.py": (
         "unit/checkpoint/test_quantize.py",
         "its answer is which tensors of a checkpoint are quantised",
     ),
-    "optim/adamw/bitsandbytes.py": (
-        "parity/test_adamw8bit.py",
-        "it stands for bitsandbytes and is compared with it",
+    "head/arguments.py": (
+        "unit/head/test_ops.py",
+        "named tuples without code: the compiled core reads them",
+    ),
+    "optim/adamw/arguments.py": (
+        "unit/optim/adamw/test_step.py",
+        "named tuples without code: the compiled core reads them",
     ),
     "optim/adamw/docs.py": (
         "unit/test_package.py",
         "parts of docstrings that several classes share",
     ),
-    "optim/low_rank/item.py": (
+    "optim/low_rank/step.py": (
         "unit/optim/low_rank/test_optimizer.py",
         "a dataclass that a step is made of",
     ),
@@ -66,7 +90,7 @@ def modules() -> list[Path]:
     return [path for path in found if path.name not in ("__init__.py", "__main__.py")]
 
 
-def test_every_module_has_a_file_for_its_name():
+def test_every_module_has_a_test_file_of_its_name():
     wanted = [path for path in modules() if path.as_posix() not in ELSEWHERE]
     assert len(wanted) > 80
     missing = [str(path) for path in wanted if not file_for(path).is_file()]
@@ -88,7 +112,7 @@ def test_rooms_of_tests_are_rooms_of_the_package():
     for file in sorted((TESTS / "unit").rglob("test_*.py")):
         room = file.relative_to(TESTS / "unit").parent
         module = PACKAGE / room / file.name.removeprefix("test_")
-        # Of the package as a whole: how it is imported, installed and laid out.
+        # Tests of the package: import, installation, layout.
         assert module.is_file() or room == Path("."), f"{file} tests no module"
 
 

@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 from oddsmith import ORPOConfig, ORPOTrainer
 from support.trainer_runs import batch_of, make_model
 
-# PEFT reads an older name of transformers'.
+# PEFT reads a deprecated name of transformers.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
 )
@@ -94,7 +94,7 @@ def test_attributes(make):
 def test_tokenizer_is_the_older_name(make, tokenizer):
     trainer = make(processing_class=None, tokenizer=tokenizer)
     assert trainer.processing_class is tokenizer
-    with pytest.raises(ValueError, match="two names of one argument"):
+    with pytest.raises(ValueError, match="names of the same argument"):
         make(tokenizer=tokenizer)
 
 
@@ -154,11 +154,11 @@ def test_conversations_need_a_chat_template(make, tokenizer):
 
 
 def test_max_length_below_every_completion(make):
-    with pytest.raises(ValueError, match="no token of a completion left within max_length 1"):
+    with pytest.raises(ValueError, match="no completion tokens within max_length 1"):
         make(config={"max_length": 1})
 
 
-def test_mixture_without_a_coefficient_is_told(make, tokenizer, caplog):
+def test_mixture_without_a_coefficient_is_logged(make, tokenizer, caplog):
     model = make_model("mixtral", tokenizer)
     assert make(model=copy.deepcopy(model)).aux_loss_coef == 0.05
     model.config.router_aux_loss_coef = 0.0

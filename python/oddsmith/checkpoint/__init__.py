@@ -1,1 +1,1 @@
-"""Checkpoints on disk: quantised, and merged with an adapter, without a model in memory."""
+"""Quantises checkpoints on disk and merges adapters into them, without a model in memory."""

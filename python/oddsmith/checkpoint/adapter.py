@@ -1,4 +1,4 @@
-"""LoRA adapters on disk: what peft has saved, as updates of the tensors of a model."""
+"""LoRA adapters saved by peft, as updates of the tensors of a model."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from peft import LoraConfig, PeftConfig
 from peft.utils.other import get_pattern_key
 
 from ..errors import UserError
-from .folder import read_tensors
-from .rules import Factor, Update
+from .folder import Tensor, read_tensors
+from .rules import Factor, MergeUpdate
 
 _FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 
-# What this module acts on.
+# Options that this module supports.
 _USED = frozenset({
     "alpha_pattern", "bias", "fan_in_fan_out", "lora_alpha", "lora_bias", "modules_to_save", "r",
     "rank_pattern", "target_modules", "use_dora", "use_rslora",
 })  # fmt: skip
 
-# What says nothing about the merged weights. Initialisations are looked at by themselves.
+# Options that do not affect the merged weights. Initialisations are checked separately.
 _IRRELEVANT = frozenset({
     "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config",
     "exclude_modules", "inference_mode", "init_lora_weights", "layers_pattern",
@@ -32,7 +32,7 @@ _IRRELEVANT = frozenset({
     "peft_type", "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type",
 })  # fmt: skip
 
-# Initialisations that take something off the base weights, which a checkpoint does not know of.
+# Initialisations that change the base weights, which is not visible in a checkpoint.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 _PART = re.compile(
@@ -50,23 +50,24 @@ class Adapter:
 
     Attributes:
         file (`Path`): The file with its tensors.
-        modules (`dict[str, dict[str, str]]`): The names of the parts of each module that has any.
-        replacements (`dict[str, str]`): Names of tensors that take the place of parameters.
+        modules (`dict[str, dict[str, str]]`): The names of the parts of each adapted module.
+        replacements (`dict[str, str]`): Names of tensors that replace parameters.
 
     Raises:
-        UserError: If a file is missing or damaged, or the adapter is of a kind that is not merged here.
+        UserError: If a file is missing or damaged, or the adapter is of an unsupported kind.
     """
 
     def __init__(self, folder: Path):
         if not (folder / "adapter_config.json").is_file():
             raise UserError(f"{folder}: has no adapter_config.json")
-        self.folder, self.file = folder, folder / _FILE
-        self.config = self._read_config()
+        self.folder: Path = folder
+        self.file: Path = folder / _FILE
+        self.config: LoraConfig = self._read_config()
         if not self.file.is_file():
             pickled = (folder / "adapter_model.bin").is_file()
-            hint = "; adapter_model.bin is no safetensors file" if pickled else ""
+            hint = "; adapter_model.bin is not a safetensors file" if pickled else ""
             raise UserError(f"{folder}: has no {_FILE}{hint}")
-        self.tensors = read_tensors(self.file)
+        self.tensors: dict[str, Tensor] = read_tensors(self.file)
         self.modules: dict[str, dict[str, str]] = {}
         self.replacements: dict[str, str] = {}
         for key in self.tensors:
@@ -74,7 +75,7 @@ class Adapter:
 
     def _read_config(self) -> LoraConfig:
         try:
-            config = PeftConfig.from_pretrained(self.folder)
+            config = PeftConfig.from_pretrained(str(self.folder))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{self.folder / 'adapter_config.json'}: {error}") from error
         kind = getattr(config.peft_type, "value", config.peft_type)
@@ -85,7 +86,7 @@ class Adapter:
             if not known and getattr(config, field.name):
                 raise UserError(
                     f"{self.folder}: uses {field.name}, which cannot be merged here; peft's "
-                    "merge_and_unload may do it"
+                    "merge_and_unload may support it"
                 )
         start = config.init_lora_weights
         if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
@@ -114,26 +115,27 @@ class Adapter:
         The factor on the product of a module's matrices.
 
         Raises:
-            UserError: If the rank is not the one that `adapter_config.json` says.
+            UserError: If the rank is not the one in `adapter_config.json`.
         """
         config, parts = self.config, self.modules[module]
-        ranks, alphas = config.rank_pattern, config.alpha_pattern
-        rank = ranks.get(get_pattern_key(ranks.keys(), module), config.r)
-        alpha = alphas.get(get_pattern_key(alphas.keys(), module), config.lora_alpha)
+        ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
+        rank = ranks.get(get_pattern_key(list(ranks), module), config.r)
+        alpha = alphas.get(get_pattern_key(list(alphas), module), config.lora_alpha)
         key = parts.get("lora_A") or parts.get("lora_embedding_A")
         if key is not None and self.tensors[key].shape[:1] != (rank,):
             shape = self.tensors[key].shape
             raise UserError(f"{self.file}: {key} has shape {shape}; the rank must be {rank}")
         return alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
 
-    def updates(self, module: str, kind: str, stored: str) -> Iterator[tuple[str, Update]]:
+    def updates(self, module: str, kind: str, stored: str) -> Iterator[tuple[str, MergeUpdate]]:
         """
-        What is added to the parameters of a module.
+        The updates of the parameters of a module.
 
         Args:
-            module (`str`): Its name.
+            module (`str`): Name of the module.
             kind (`str`): `"linear"`, `"conv1d"` or `"embedding"`.
-            stored (`str`): The same, but `"linear"` for a `Conv1D` that is quantised, which turns it.
+            stored (`str`): As `kind`, but `"linear"` for a quantised `Conv1D`, which is stored
+                transposed.
 
         Returns:
             Names of parameters and their updates.
@@ -166,9 +168,9 @@ class Adapter:
             )
         scale = self.scale(module)
         a, b = parts[pair[0]], parts[pair[1]]
-        # Embeddings, and Conv1D, hold the transpose of what a linear layer would.
+        # Embeddings and Conv1D store the transpose of a linear layer's weight.
         turned = stored != "linear"
         left, right = (Factor(a, True), Factor(b, True)) if turned else (Factor(b), Factor(a))
-        yield f"{module}.weight", Update(left, right, scale, magnitude)
+        yield f"{module}.weight", MergeUpdate(left, right, scale, magnitude)
         if "lora_B.bias" in parts:
-            yield f"{module}.bias", Update(Factor(parts["lora_B.bias"]), None, scale)
+            yield f"{module}.bias", MergeUpdate(Factor(parts["lora_B.bias"]), None, scale)

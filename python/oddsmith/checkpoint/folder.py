@@ -1,4 +1,4 @@
-"""Folders of checkpoints: found on disk, and put in place when they are whole."""
+"""Folders of checkpoints, on disk or from the hub."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..errors import UserError
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-# Weights in any form; whatever else is in a folder goes with the model.
+# Weights in any format; all other files of a folder are copied with the model.
 WEIGHT_FILE = re.compile(
     r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|onnx)(\.index\.json)?$|.*\.ckpt\..*"
 )
@@ -30,7 +30,7 @@ SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor of a file: safetensors' name of its dtype, such as `BF16`, and its sizes."""
+    """A tensor of a file: its dtype by safetensors' name, such as `BF16`, and its sizes."""
 
     kind: str
     shape: tuple[int, ...]
@@ -41,14 +41,14 @@ def read_json(path: Path) -> dict[str, Any]:
     A JSON object from a file.
 
     Raises:
-        UserError: If there is none.
+        UserError: If the file has none.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from error
-    except ValueError as error:  # no UTF-8, no JSON
-        raise UserError(f"{path}: is no JSON: {error}") from error
+    except ValueError as error:  # not UTF-8, not JSON
+        raise UserError(f"{path}: is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: is {type(value).__name__}; must be a JSON object")
     return value
@@ -70,7 +70,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def file_errors() -> Iterator[None]:
-    """Errors of files and of what is in them, as the user's."""
+    """Raises errors of files and their contents as [`UserError`]."""
     try:
         yield
     except OSError as error:
@@ -82,10 +82,10 @@ def file_errors() -> Iterator[None]:
 
 def local_folder(name: str | Path, files: tuple[str, ...] = _HUB_FILES) -> Path:
     """
-    The folder of this name, or of the model of this name on the hub, which is fetched.
+    The folder of this name, or the downloaded folder of the hub model of this name.
 
     Raises:
-        UserError: If there is neither.
+        UserError: If neither exists.
     """
     path = Path(name)
     if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
@@ -104,26 +104,26 @@ class Checkpoint:
         path (`Path`): The folder.
 
     Attributes:
-        config (`dict`): What `config.json` says.
+        config (`dict`): Contents of `config.json`.
         shards (`list[Path]`): The files with weights.
         tensors (`dict[str, Tensor]`): All tensors by name.
-        index (`dict`, *optional*): What the index says, if there are several files.
+        index (`dict`, *optional*): Contents of the index, if there are several files.
 
     Raises:
-        UserError: If a file is missing, damaged, or not what the index says.
+        UserError: If a file is missing or damaged, or does not match the index.
     """
 
     def __init__(self, path: Path):
         self.path = path
         if not path.is_dir():
             raise UserError(f"{path}: no such folder")
-        self.config = read_json(path / "config.json")
+        self.config: dict[str, Any] = read_json(path / "config.json")
         self.index: dict[str, Any] | None = None
         if (path / WEIGHTS).is_file():
-            self.shards = [path / WEIGHTS]
+            self.shards: list[Path] = [path / WEIGHTS]
         elif (path / INDEX).is_file():
             self.index = read_json(path / INDEX)
-            self.shards = self._indexed()
+            self.shards = self._indexed(self.index)
         else:
             others = sorted(file.name for file in path.iterdir() if WEIGHT_FILE.match(file.name))
             found = f"found {', '.join(others[:3])}" if others else "found no weights"
@@ -134,16 +134,16 @@ class Checkpoint:
             self._check_index(shard, tensors)
             self.tensors |= tensors
 
-    def _indexed(self) -> list[Path]:
-        map_ = self.index.get("weight_map")
+    def _indexed(self, index: dict[str, Any]) -> list[Path]:
+        map_ = index.get("weight_map")
         if not isinstance(map_, dict) or not map_:
             raise UserError(
-                f"{self.path / INDEX}: weight_map is {map_!r}; must name a file a tensor"
+                f"{self.path / INDEX}: weight_map is {map_!r}; must give a file for each tensor"
             )
         names = set(map_.values())
         for name in names:
             if not isinstance(name, str) or Path(name).name != name:
-                raise UserError(f"{self.path / INDEX}: {name!r} is no name of a file")
+                raise UserError(f"{self.path / INDEX}: {name!r} is not a file name")
         return [self.path / name for name in sorted(names)]
 
     def _check_index(self, shard: Path, tensors: dict[str, Tensor]) -> None:
@@ -154,7 +154,7 @@ class Checkpoint:
                 raise UserError(f"{shard}: has no tensor {name!r}, which {INDEX} says it has")
 
     def others(self) -> list[Path]:
-        """The files that go with the model: tokenizer, generation settings, code; not its weights."""
+        """The files of the model other than weights: tokenizer, generation settings, code."""
         files = [
             file
             for file in self.path.iterdir()

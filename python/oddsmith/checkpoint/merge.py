@@ -1,4 +1,4 @@
-"""`oddsmith merge`: a LoRA adapter into its base, tensor by tensor, without a model in memory."""
+"""`oddsmith merge`: merges a LoRA adapter into its base, tensor by tensor, without a model."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from ..integrations.model_weights import Names, empty_model
 from .adapter import Adapter
 from .folder import Checkpoint, file_errors, local_folder
 from .quantize import check_blocksize, method_of, quantization_config
-from .rules import FLOATS, Rule, Update
+from .rules import FLOATS, MergeUpdate, TensorRule
 from .write import Summary, casts, check_dtype, with_dtype, write_checkpoint
 
-# The tokenizer beside an adapter is the one that it was trained with.
+# The tokenizer in the adapter's folder is the one that it was trained with.
 _TOKENIZER = re.compile(
     r"tokenizer.*|special_tokens_map\.json|added_tokens\.json|chat_template\..*|vocab\..*|"
     r"merges\.txt|spiece\.model|sentencepiece.*\.model"
@@ -28,7 +28,7 @@ _TOKENIZER = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class State:
-    """What is known of a 4-bit weight: sizes, dtype, block size, double quantisation."""
+    """The state of a 4-bit weight: sizes, dtype, block size, double quantisation."""
 
     shape: list[int]
     dtype: str
@@ -41,7 +41,7 @@ def states_of(source: Checkpoint) -> dict[str, State]:
     The 4-bit weights of a checkpoint.
 
     Raises:
-        UserError: If it is quantised in another way, or a state does not fit its weight.
+        UserError: If it has another quantisation, or a state does not fit its weight.
     """
     found = source.config.get("quantization_config")
     if found and method_of(found) != "nf4 of bitsandbytes":
@@ -77,13 +77,16 @@ class Merge:
         source ([`Checkpoint`]): The base.
         adapter ([`Adapter`]): The adapter.
         names ([`Names`]): The names of the base.
-        dtype (`str`, *optional*): Of the result; as stored if not given.
+        dtype (`str`, *optional*): Dtype of the result; as stored if not given.
     """
 
     def __init__(self, source: Checkpoint, adapter: Adapter, names: Names, dtype: str | None):
-        self.source, self.adapter, self.names, self.dtype = source, adapter, names, dtype
-        self.states = states_of(source)
-        self.tied = names.tied()
+        self.source: Checkpoint = source
+        self.adapter: Adapter = adapter
+        self.names: Names = names
+        self.dtype: str | None = dtype
+        self.states: dict[str, State] = states_of(source)
+        self.tied: dict[str, str] = names.tied()
 
     def _key(self, parameter: str, why: str) -> str:
         if parameter in self.tied:
@@ -94,8 +97,8 @@ class Merge:
         key = self.names.find(parameter)
         if key is None and parameter in self.names.converted:
             raise UserError(
-                f"{self.adapter.file}: {why} {parameter}, which transformers makes of other tensors "
-                "than the checkpoint has; load, merge and save it with peft"
+                f"{self.adapter.file}: {why} {parameter}, which transformers builds from other tensors "
+                "than those in the checkpoint; load, merge and save it with peft"
             )
         if key is None:
             raise UserError(
@@ -112,7 +115,7 @@ class Merge:
                 f"{self.source.path} does not have"
             ) from None
 
-    def _updates(self) -> Iterator[tuple[str, Update]]:
+    def _updates(self) -> Iterator[tuple[str, MergeUpdate]]:
         for module in self.adapter.modules:
             kind = _kind(self._module(module), module)
             key = self._key(f"{module}.weight", "changes")
@@ -120,7 +123,8 @@ class Merge:
             for parameter, update in self.adapter.updates(module, kind, stored):
                 yield self._key(parameter, "changes"), update
 
-    def _dtype(self, key: str) -> str:
+    def dtype_of(self, key: str) -> str:
+        """Dtype that a tensor has in the result, or is quantised from."""
         if self.dtype is not None:
             return self.dtype
         if key in self.states:
@@ -137,34 +141,36 @@ class Merge:
         module = self.names.parameter[key].removesuffix(".weight")
         return key in self.states and isinstance(self._module(module), Conv1D)
 
-    def changes(self) -> dict[str, Rule]:
-        """Rules of the tensors that the adapter changes, all of them in full precision."""
-        rules: dict[str, Rule] = {}
+    def changes(self) -> dict[str, TensorRule]:
+        """Rules of the tensors that the adapter changes, in full precision."""
+        rules: dict[str, TensorRule] = {}
         for parameter, name in self.adapter.replacements.items():
             key = self._key(parameter, "replaces")
             if key in self.states:
                 raise UserError(
                     f"{self.adapter.file}: replaces {parameter}, which is 4-bit in the base"
                 )
-            rules[key] = Rule(key, self._dtype(key), replacement=name)
+            rules[key] = TensorRule(key, self.dtype_of(key), replacement=name)
         for key, update in self._updates():
-            rule = rules.get(key) or Rule(key, self._dtype(key), transposed=self._turned(key))
+            rule = rules.get(key) or TensorRule(
+                key, self.dtype_of(key), transposed=self._turned(key)
+            )
             rules[key] = dataclasses.replace(rule, update=update)
         if not rules:
             raise UserError(f"{self.adapter.file}: has no tensors")
         return rules
 
-    def full(self) -> list[Rule]:
+    def full(self) -> list[TensorRule]:
         """Rules for a result in full precision."""
         rules = self.changes()
         for key in self.states.keys() - rules.keys():
-            rules[key] = Rule(key, self._dtype(key), transposed=self._turned(key))
+            rules[key] = TensorRule(key, self.dtype_of(key), transposed=self._turned(key))
         return [*rules.values(), *casts(self.source, self.dtype, rules)]
 
     def quantized(
         self, weights: dict[str, bool], blocksize: int | None, double_quant: bool | None
-    ) -> list[Rule]:
-        """Rules for a 4-bit result: what is 4-bit and unchanged is copied."""
+    ) -> list[TensorRule]:
+        """Rules for a 4-bit result: unchanged 4-bit weights are copied."""
         rules = self.changes()
         for key, transposed in weights.items():
             state = self.states.get(key)
@@ -173,7 +179,7 @@ class Merge:
             )
             if same and key not in rules:
                 continue
-            rule = rules.get(key) or Rule(key, self._dtype(key))
+            rule = rules.get(key) or TensorRule(key, self.dtype_of(key))
             rules[key] = dataclasses.replace(
                 rule,
                 quantize=True,
@@ -185,7 +191,7 @@ class Merge:
             )
         if left := sorted(self.states.keys() - weights.keys()):
             raise UserError(
-                f"{self.source.path}: {left[0]} is 4-bit, but the model would not make it so"
+                f"{self.source.path}: {left[0]} is 4-bit, but transformers would not quantise it"
             )
         return [*rules.values(), *casts(self.source, self.dtype, rules)]
 
@@ -206,7 +212,7 @@ def merge_adapter(
     """
     Merges a LoRA adapter into its base.
 
-    Equivalent to, for a base that fits memory:
+    Equivalent to this code, if the base fits in memory:
 
     ```python
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
@@ -218,22 +224,24 @@ def merge_adapter(
     Args:
         base (`str` or `Path`): Folder or hub id of a model in `float32`, `bfloat16`, `float16` or NF4.
         adapter (`str` or `Path`): Folder or hub id of a LoRA or DoRA adapter.
-        out (`str` or `Path`): The folder to be.
-        dtype (`str`, *optional*): Dtype of the result; as stored, or as quantised from, if not given.
-        quantize (`bool`, *optional*, defaults to `False`): Write NF4. Weights of a 4-bit base that the
-            adapter leaves alone are copied.
+        out (`str` or `Path`): Output folder.
+        dtype (`str`, *optional*): Dtype of the result; if not given, the stored one, or the one
+            before quantisation.
+        quantize (`bool`, *optional*, defaults to `False`): Write NF4. Weights of a 4-bit base that
+            the adapter does not change are copied.
         double_quant (`bool`, *optional*): Quantise the scales; as in a 4-bit base if not given, else
             not.
         blocksize (`int`, *optional*): Values that share a scale; as in a 4-bit base if not given, else
             64.
-        compute_dtype (`str`, *optional*): Dtype that 4-bit layers will compute in; as in a 4-bit base
+        compute_dtype (`str`, *optional*): Dtype in which 4-bit layers compute; as in a 4-bit base
             if not given, else that of the weights.
         overwrite (`bool`, *optional*, defaults to `False`): Replace a model in `out`.
-        trust_remote_code (`bool`, *optional*, defaults to `False`): Run a model's own code.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): Allow code from the model's
+            repository.
 
     Raises:
         UserError: For files, tensors or arguments that do not fit, an adapter of another kind, NaN or
-            infinity in the result, and a full disk. `out` is as it was then.
+            infinity in the result, and a full disk. `out` is unchanged then.
     """
     check_dtype("dtype", dtype)
     check_dtype("compute_dtype", compute_dtype)
@@ -256,7 +264,7 @@ def merge_adapter(
         compute_dtype = compute_dtype or before.get("bnb_4bit_compute_dtype")
         first = next(iter(weights))
         config["quantization_config"] = quantization_config(
-            compute_dtype or merge._dtype(first),
+            compute_dtype or merge.dtype_of(first),
             before.get("bnb_4bit_use_double_quant", False)
             if double_quant is None
             else double_quant,

@@ -1,6 +1,6 @@
-"""`oddsmith quantize`: checkpoints to NF4 in the format of bitsandbytes, without a model in memory.
+"""`oddsmith quantize`: writes NF4 checkpoints in bitsandbytes' format, without loading a model.
 
-The work is done in `src/checkpoint`: a tensor after the other, a few megabytes at a time.
+The conversion is in `src/checkpoint`: tensor by tensor, a few megabytes at a time.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from transformers import BitsAndBytesConfig
 
 from ..errors import UserError
 from ..integrations.model_weights import Names, empty_model
-from ..quant.state import BLOCK_SIZES
+from ..quant.block_sizes import BLOCK_SIZES
 from .folder import Checkpoint, local_folder
-from .rules import FLOATS, Rule
+from .rules import FLOATS, TensorRule
 from .write import Summary, casts, check_dtype, with_dtype, write_checkpoint
 
 
@@ -28,7 +28,7 @@ def check_blocksize(blocksize: int) -> None:
 def quantization_config(
     compute_dtype: str, double_quant: bool, skip_modules: list[str] | None
 ) -> dict[str, Any]:
-    """What transformers writes into `config.json` of an NF4 model."""
+    """The `quantization_config` that transformers writes for an NF4 model."""
     config = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -41,20 +41,20 @@ def quantization_config(
 
 def refuse_quantized(source: Checkpoint) -> None:
     """
-    Refuses a checkpoint that is quantised already.
+    Refuses a checkpoint that is already quantised.
 
     Raises:
-        UserError: It names the method.
+        UserError: If it is quantised; the message names the method.
     """
     found = source.config.get("quantization_config")
     if found:
-        raise UserError(f"{source.path}: is quantised already, with {method_of(found)}")
+        raise UserError(f"{source.path}: is already quantised with {method_of(found)}")
     for name in source.tensors:
         _, mark, kind = name.rpartition(".quant_state.bitsandbytes__")
         if mark:
-            raise UserError(f"{source.path}: is quantised already: {name} is there, of {kind}")
+            raise UserError(f"{source.path}: is already quantised: {name} has dtype {kind}")
         if name.endswith(".SCB"):
-            raise UserError(f"{source.path}: is quantised already: {name} is there, of int8")
+            raise UserError(f"{source.path}: is already quantised: {name} belongs to int8 weights")
 
 
 def method_of(config: Any) -> str:
@@ -82,27 +82,28 @@ def quantize_checkpoint(
     trust_remote_code: bool = False,
 ) -> Summary:
     """
-    Writes an NF4 checkpoint that transformers and bitsandbytes load.
+    Writes an NF4 checkpoint that transformers and bitsandbytes can load.
 
-    What is quantised is what transformers would quantise on loading: the linear layers, without the
-    output embeddings and what is tied to them.
+    Quantises the layers that transformers would quantise on loading: linear layers, except the
+    output embeddings and weights tied to them.
 
     Args:
         model_dir (`str` or `Path`): Folder or hub id of a model in `float32`, `bfloat16` or `float16`.
-        out_dir (`str` or `Path`): The folder to be.
+        out_dir (`str` or `Path`): Output folder.
         double_quant (`bool`, *optional*, defaults to `False`): Quantise the scales too.
         blocksize (`int`, *optional*, defaults to 64): Values that share a scale.
-        compute_dtype (`str`, *optional*): Dtype that the layers will compute in; that of the weights
-            if not given.
-        dtype (`str`, *optional*): Cast weights to this before they are quantised or copied; as they
-            are if not given.
-        skip (`Iterable[str]`, *optional*): Modules to leave besides.
+        compute_dtype (`str`, *optional*): Dtype in which the layers compute; that of the weights if
+            not given.
+        dtype (`str`, *optional*): Cast weights to this before they are quantised or copied; not
+            cast if not given.
+        skip (`Iterable[str]`, *optional*): More modules not to quantise.
         overwrite (`bool`, *optional*, defaults to `False`): Replace a model in `out_dir`.
-        trust_remote_code (`bool`, *optional*, defaults to `False`): Run a model's own code.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): Allow code from the model's
+            repository.
 
     Raises:
-        UserError: For files, tensors or arguments that do not fit, NaN or infinity among the weights
-            that are quantised, and a full disk. `out_dir` is as it was then.
+        UserError: For files, tensors or arguments that do not fit, NaN or infinity in a quantised
+            weight, and a full disk. `out_dir` is unchanged then.
     """
     check_blocksize(blocksize)
     check_dtype("compute_dtype", compute_dtype)
@@ -119,7 +120,7 @@ def quantize_checkpoint(
         if kind not in FLOATS:
             raise UserError(f"{source.path}: {name} has dtype {kind}; must be {', '.join(FLOATS)}")
         rules.append(
-            Rule(
+            TensorRule(
                 name,
                 dtype or FLOATS[kind],
                 transposed=transposed,

@@ -1,33 +1,33 @@
-"""What becomes of the tensors of a checkpoint, as the core reads it (`src/python/checkpoint.rs`)."""
+"""Rules: how the core converts each tensor of a checkpoint (`src/python/checkpoint.rs`)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Of values before and after.
+# Dtypes of values before and after.
 DTYPES = ("float32", "bfloat16", "float16")
-# safetensors' names of the floats that models have.
+# safetensors' names of the float dtypes of models.
 FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 @dataclass(frozen=True)
 class Factor:
-    """A small matrix of an adapter, by name; `transposed` if its transpose is meant."""
+    """A small matrix of an adapter, by name; `transposed` to use its transpose."""
 
     name: str
     transposed: bool = False
 
 
 @dataclass(frozen=True)
-class Update:
+class MergeUpdate:
     """
-    What an adapter adds to a matrix: `scale * left @ right`.
+    The update of an adapter to a matrix: `scale * left @ right`.
 
     Args:
         left ([`Factor`]): `(rows, rank)`.
         right ([`Factor`], *optional*): `(rank, columns)`; none for a vector.
         scale (`float`, *optional*, defaults to 1.0): Factor on the product.
-        magnitude (`str`, *optional*): Name of the lengths that DoRA gives the rows of the sum.
+        magnitude (`str`, *optional*): Name of the norms that DoRA gives the rows of the sum.
     """
 
     left: Factor
@@ -37,16 +37,16 @@ class Update:
 
 
 @dataclass(frozen=True)
-class Rule:
+class TensorRule:
     """
-    What becomes of a tensor. Tensors without a rule are copied.
+    How a tensor is converted. Tensors without a rule are copied.
 
     Args:
-        name (`str`): Its name in the checkpoint.
-        dtype (`str`): `float32`, `bfloat16` or `float16`: of the values that are written, or that
-            are quantised.
-        replacement (`str`, *optional*): Name of a tensor of the adapter that takes its place.
-        update ([`Update`], *optional*): What is added to it.
+        name (`str`): Name of the tensor in the checkpoint.
+        dtype (`str`): `float32`, `bfloat16` or `float16`: dtype of the written values, or of the
+            values before quantisation.
+        replacement (`str`, *optional*): Name of a tensor of the adapter that replaces it.
+        update ([`MergeUpdate`], *optional*): Update to add.
         transposed (`bool`, *optional*, defaults to `False`): Write its transpose.
         quantize (`bool`, *optional*, defaults to `False`): Write it as NF4.
         blocksize (`int`, *optional*, defaults to 64): Values that share a scale.
@@ -56,7 +56,7 @@ class Rule:
     name: str
     dtype: str
     replacement: str | None = None
-    update: Update | None = None
+    update: MergeUpdate | None = None
     transposed: bool = False
     quantize: bool = False
     blocksize: int = 64

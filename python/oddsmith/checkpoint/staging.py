@@ -1,4 +1,4 @@
-"""Folders that appear when they are whole."""
+"""Output folders that appear only when they are complete."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .folder import INDEX, SHARD, WEIGHT_FILE, WEIGHTS, file_errors
 
 
 def copy_others(files: list[Path], base: Path, target: Path) -> None:
-    """Copies files to the same places below `target`."""
+    """Copies files to the same relative paths below `target`."""
     for file in files:
         place = target / file.relative_to(base)
         place.parent.mkdir(exist_ok=True)
@@ -24,14 +24,14 @@ def copy_others(files: list[Path], base: Path, target: Path) -> None:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """As transformers writes configurations and indices."""
+    """Writes JSON in the format of transformers' configurations and indices."""
     text = json.dumps(value, indent=2, sort_keys=True) + "\n"
     path.write_text(text, encoding="utf-8")
 
 
 def check_free(folder: Path, wanted: int) -> None:
     """
-    Asks for room before hours are spent.
+    Checks the free space before a long conversion.
 
     Raises:
         UserError: If the disk has less than `wanted` bytes.
@@ -44,21 +44,21 @@ def check_free(folder: Path, wanted: int) -> None:
 @contextlib.contextmanager
 def staged(out: Path, overwrite: bool) -> Iterator[Path]:
     """
-    A folder whose files are put into `out` when the context ends without an error.
+    A temporary folder whose files move to `out` when the context ends without an error.
 
-    A new `out` appears with one rename. In one that exists, files are replaced one by one, the
-    configuration last, after all of them are on disk; until then it is as it was.
+    A new `out` appears with one rename. In an existing one, after all files are on disk, they are
+    replaced one by one, the configuration last; until then it is unchanged.
 
     Args:
-        out (`Path`): The folder to be.
-        overwrite (`bool`): A model that is there may be replaced.
+        out (`Path`): Output folder.
+        overwrite (`bool`): Whether to replace an existing model.
 
     Raises:
-        UserError: If there is a model already, or the folder cannot be made.
+        UserError: If there is already a model, or the folder cannot be created.
     """
     with file_errors():
         if out.exists() and not out.is_dir():
-            raise UserError(f"{out}: is no folder")
+            raise UserError(f"{out}: is not a folder")
         if out.is_dir() and not overwrite:
             there = [
                 f.name
@@ -78,7 +78,7 @@ def staged(out: Path, overwrite: bool) -> Iterator[Path]:
 
 
 def _publish(stage: Path, out: Path) -> None:
-    # The configuration names what the weights have to be: it comes last.
+    # The configuration describes the weights, so it is replaced last.
     files = sorted(
         (path for path in stage.rglob("*") if path.is_file()),
         key=lambda path: (path.name == "config.json", path.name == INDEX, path.name),

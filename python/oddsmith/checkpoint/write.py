@@ -1,4 +1,4 @@
-"""A checkpoint written tensor by tensor: rules in, files and a summary out."""
+"""Writes a checkpoint tensor by tensor from rules, and returns a summary."""
 
 from __future__ import annotations
 
@@ -14,21 +14,20 @@ from .. import _core
 from ..errors import UserError
 from ..quant.nf4 import dynamic_map
 from .folder import INDEX, Checkpoint, file_errors
-from .rules import DTYPES, FLOATS, Rule
+from .rules import DTYPES, FLOATS, TensorRule
 from .staging import check_free, copy_others, staged, write_json
 
 
 @dataclass(frozen=True)
 class Summary:
-    """
-    What has been written.
+    """Counts of a conversion.
 
     Args:
         changed (`int`): Tensors that are not copies.
         tensors (`int`): Tensors that were read.
         read (`int`): Bytes of weights that were read.
         written (`int`): Bytes of weights that were written.
-        seconds (`float`): Time that took.
+        seconds (`float`): Duration.
     """
 
     changed: int
@@ -51,7 +50,7 @@ def check_dtype(flag: str, dtype: str | None) -> None:
 
 
 def with_dtype(config: dict[str, Any], dtype: str | None) -> dict[str, Any]:
-    """A configuration of a model whose weights have been cast."""
+    """The configuration of a model after its weights were cast."""
     if dtype is None:
         return dict(config)
     return {name: value for name, value in config.items() if name != "torch_dtype"} | {
@@ -59,11 +58,11 @@ def with_dtype(config: dict[str, Any], dtype: str | None) -> dict[str, Any]:
     }
 
 
-def casts(source: Checkpoint, dtype: str | None, done: Iterable[str]) -> list[Rule]:
-    """Rules that bring the remaining floats of a checkpoint to `dtype`."""
+def casts(source: Checkpoint, dtype: str | None, done: Iterable[str]) -> list[TensorRule]:
+    """Rules that cast the remaining float tensors of a checkpoint to `dtype`."""
     done = set(done)
     return [
-        Rule(name, dtype)
+        TensorRule(name, dtype)
         for name, tensor in source.tensors.items()
         if dtype is not None
         and name not in done
@@ -73,7 +72,7 @@ def casts(source: Checkpoint, dtype: str | None, done: Iterable[str]) -> list[Ru
 
 
 def is_part(source: Checkpoint, name: str) -> bool:
-    """True for what bitsandbytes keeps beside the codes of a weight."""
+    """True for the entries that bitsandbytes stores with the codes of a weight."""
     weight, found, _ = name.rpartition(".weight.")
     return bool(found) and f"{weight}.weight" in source.tensors
 
@@ -81,7 +80,7 @@ def is_part(source: Checkpoint, name: str) -> bool:
 def write_checkpoint(
     source: Checkpoint,
     out: Path,
-    rules: list[Rule],
+    rules: list[TensorRule],
     config: dict[str, Any],
     *,
     adapter: Path | None = None,
@@ -89,23 +88,23 @@ def write_checkpoint(
     overwrite: bool = False,
 ) -> Summary:
     """
-    Writes a checkpoint with every tensor as its rule says, and the files that go with it.
+    Writes a checkpoint, converted by rules, and its other files.
 
     Args:
-        source ([`Checkpoint`]): What is read.
-        out (`Path`): The folder to be. Nothing of it changes unless all of it is written.
-        rules (`list[Rule]`): What becomes of tensors; the others are copied.
-        config (`dict`): What `config.json` will say.
-        adapter (`Path`, *optional*): The safetensors file that rules name tensors of.
-        extra_files (`(list[Path], Path)`, *optional*): Files that win over those of `source`, and the
-            folder that they are in.
-        overwrite (`bool`, *optional*, defaults to `False`): Replace a model that is there.
+        source ([`Checkpoint`]): Checkpoint to read.
+        out (`Path`): Output folder. It is unchanged unless everything is written.
+        rules (`list[TensorRule]`): Rules of tensors; the others are copied.
+        config (`dict`): Contents of the new `config.json`.
+        adapter (`Path`, *optional*): Safetensors file of the adapter's tensors in rules.
+        extra_files (`(list[Path], Path)`, *optional*): Files that replace those of `source`, and
+            their folder.
+        overwrite (`bool`, *optional*, defaults to `False`): Replace an existing model.
 
     Raises:
-        UserError: For anything that is wrong with files, tensors or the disk.
+        UserError: For errors of files, tensors or the disk.
     """
     if out.exists() and source.path.resolve() == out.resolve():
-        raise UserError(f"{out}: is the folder that is read")
+        raise UserError(f"{out}: is the input folder")
     start = time.monotonic()
     with file_errors():
         wanted = _core.converted_size(source.shards, adapter, rules)
@@ -121,7 +120,7 @@ def write_checkpoint(
             )
         files = {name: out.name for out, file in zip(outputs, made) for name in file["names"]}
         for output in outputs:
-            if output.name not in files.values():  # it held nothing but parts of 4-bit weights
+            if output.name not in files.values():  # it only had parts of 4-bit weights
                 output.unlink()
         written = [_data_len(output) for output in outputs if output.exists()]
         if source.index is not None:

@@ -1,10 +1,13 @@
-"""Flags of `oddsmith quantize` and `oddsmith merge`. Standard library only: help has to be quick."""
+"""Flags of `oddsmith quantize` and `oddsmith merge`. Imports no slow library, for fast help."""
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from ..checkpoint.rules import DTYPES
-from ..quant.state import BLOCK_SIZES
+from ..errors import UserError
+from ..quant.block_sizes import BLOCK_SIZES
 from .flags import add
 
 
@@ -13,15 +16,18 @@ def quantize_parser() -> argparse.ArgumentParser:
         prog="oddsmith quantize",
         description="Write an NF4 checkpoint in the format of bitsandbytes, of the linear layers that "
         "transformers would quantise on loading, without loading the model.",
-        epilog="NaN or infinity in a weight that is quantised is an error that names it. The folder OUT "
-        "appears when it is whole.",
+        epilog="NaN or infinity in a quantised weight is an error that names the weight. The folder OUT "
+        "appears when it is complete.",
     )
     parser.add_argument(
         "model", metavar="MODEL", help="folder or hub id of a model in float32, bfloat16 or float16"
     )
     parser.add_argument("out", metavar="OUT", help="folder to write")
     add(
-        parser, "double_quant", action="store_true", help="quantise the scales too: half a bit less"
+        parser,
+        "double_quant",
+        action="store_true",
+        help="quantise the scales too, which saves half a bit",
     )
     add(
         parser,
@@ -36,7 +42,7 @@ def quantize_parser() -> argparse.ArgumentParser:
         parser,
         "compute_dtype",
         choices=DTYPES,
-        help="dtype that the layers will compute in (default: that of the weights)",
+        help="dtype in which the layers compute (default: that of the weights)",
     )
     add(
         parser,
@@ -44,7 +50,7 @@ def quantize_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="MODULE",
-        help="leave these modules too: ends of names, or patterns of their beginnings",
+        help="do not quantise these modules either: ends of names, or patterns of their beginnings",
     )
     _add_common(parser)
     return parser
@@ -55,8 +61,8 @@ def merge_parser() -> argparse.ArgumentParser:
         prog="oddsmith merge",
         description="Merge a LoRA or DoRA adapter of peft into its base, tensor by tensor, without "
         "loading the model.",
-        epilog="A tokenizer beside the adapter wins over that of the base. The folder OUT appears when it "
-        "is whole.",
+        epilog="A tokenizer in the adapter's folder replaces that of the base. The folder OUT appears when it "
+        "is complete.",
     )
     parser.add_argument(
         "base", metavar="BASE", help="folder or hub id of the base, in full precision or NF4"
@@ -67,7 +73,7 @@ def merge_parser() -> argparse.ArgumentParser:
         parser,
         "quantize",
         action="store_true",
-        help="write NF4 (default: full precision); 4-bit weights that the adapter leaves alone are "
+        help="write NF4 (default: full precision); 4-bit weights that the adapter does not change are "
         "copied",
     )
     add(
@@ -88,7 +94,7 @@ def merge_parser() -> argparse.ArgumentParser:
         parser,
         "compute_dtype",
         choices=DTYPES,
-        help="with --quantize: dtype that the layers will compute in (default: as in a 4-bit base, "
+        help="with --quantize: dtype in which the layers compute (default: as in a 4-bit base, "
         "or that of the weights)",
     )
     _add_common(parser)
@@ -100,16 +106,37 @@ def _add_common(parser: Any) -> None:
         parser,
         "dtype",
         choices=DTYPES,
-        help="cast the weights to this (default: as they are, or were quantised from)",
+        help="cast the weights to this (default: the stored dtype, or that before quantisation)",
     )
-    add(parser, "overwrite", action="store_true", help="replace a model that is in OUT")
-    add(parser, "trust_remote_code", action="store_true", help="run a model's own code")
+    add(parser, "overwrite", action="store_true", help="replace an existing model in OUT")
+    add(
+        parser,
+        "trust_remote_code",
+        action="store_true",
+        help="allow code from the model's repository",
+    )
+
+
+@contextmanager
+def _known_libraries() -> Iterator[None]:
+    """Reports a missing private name of transformers or peft, which find the names in a
+    checkpoint.
+    """
+    try:
+        yield
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] not in ("transformers", "peft"):
+            raise
+        raise UserError(
+            f"this command needs a transformers and a peft that it was tested with: {error}"
+        ) from error
 
 
 def run_quantize(argv: list[str]) -> int:
     """`oddsmith quantize`; returns the exit code."""
     flags = quantize_parser().parse_args(argv)
-    from ..checkpoint.quantize import quantize_checkpoint
+    with _known_libraries():
+        from ..checkpoint.quantize import quantize_checkpoint
 
     summary = quantize_checkpoint(
         flags.model,
@@ -129,7 +156,8 @@ def run_quantize(argv: list[str]) -> int:
 def run_merge(argv: list[str]) -> int:
     """`oddsmith merge`; returns the exit code."""
     flags = merge_parser().parse_args(argv)
-    from ..checkpoint.merge import merge_adapter
+    with _known_libraries():
+        from ..checkpoint.merge import merge_adapter
 
     summary = merge_adapter(
         flags.base,

@@ -1,7 +1,7 @@
 """The console script `oddsmith`.
 
-Only the standard library at the top: `oddsmith --help`, `oddsmith train --help` and a mistyped
-command answer at once, without loading torch and transformers.
+Imports only the standard library at the top, so that `oddsmith --help`, `oddsmith train --help` and
+a mistyped command answer at once, without torch and transformers.
 """
 
 import argparse
@@ -17,9 +17,9 @@ oddsmith: ORPO preference tuning, a drop-in for TRL's ORPOTrainer.
 
   oddsmith demo                            train a small model offline, in about two minutes
   oddsmith train --model M --dataset D     train a model on preference pairs
-  oddsmith train run.yaml [--flag value]   the same, settings from a file, flags win
-  oddsmith prepare DATASET --output FILE   make preference pairs from other data, curated
-  oddsmith inspect DATASET --model M       look a dataset over: lengths, waste, likely mistakes
+  oddsmith train run.yaml [--flag value]   settings from a file; flags override them
+  oddsmith prepare DATASET --output FILE   make curated preference pairs from other data
+  oddsmith inspect DATASET --model M       check a dataset: lengths, padding, likely mistakes
   oddsmith quantize MODEL OUT              write an NF4 checkpoint in the format of bitsandbytes
   oddsmith merge BASE ADAPTER OUT          merge a LoRA adapter into its base, 4-bit or not
   oddsmith COMMAND --help                  the flags of a command
@@ -40,11 +40,11 @@ model
 data
   --dataset ID_OR_PATH         hub id, .jsonl/.json/.parquet file (.gz too), or folder of such files
                                or of datasets.save_to_disk (also --dataset_name); the rows have
-                               chosen and rejected, and mostly prompt: strings or message lists
+                               chosen, rejected and usually prompt: strings or message lists
   --dataset_config NAME        configuration of a hub dataset
   --dataset_train_split NAME   default: train_prefs or train, or the only split
-  --dataset_test_split NAME    default: test_prefs, test, validation, eval or dev, if there
-  --eval_dataset ID_OR_PATH    evaluation rows from a place of their own
+  --dataset_test_split NAME    default: test_prefs, test, validation, eval or dev, if any
+  --eval_dataset ID_OR_PATH    evaluation rows from another dataset
 adapter (PEFT)
   --use_peft                   train a LoRA adapter instead of all weights
   --lora_r 16 --lora_alpha 32 --lora_dropout 0.05 --lora_target_modules q_proj v_proj ...
@@ -59,17 +59,17 @@ run (every argument of transformers.TrainingArguments is a flag, and those of ol
   --per_device_train_batch_size 2  --gradient_accumulation_steps 4  --lr_scheduler_type linear
   --warmup_ratio 0.1  --logging_steps 10  --eval_strategy steps --eval_steps 50
   --save_strategy steps --save_steps 100  --report_to tensorboard
-  --resume_from_checkpoint true   go on from the newest checkpoint in --output_dir
+  --resume_from_checkpoint true   continue from the newest checkpoint in --output_dir
 
   --help_all                   every flag with its default
-Errors come as one line; ODDSMITH_TRACEBACK=1 shows where they arose.
+Errors are shown in one line; set ODDSMITH_TRACEBACK=1 for the traceback.
 """
 
 
 def demo_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="oddsmith demo",
-        description="Train a small model with ORPO from nothing, offline, in about two minutes.",
+        description="Train a small model with ORPO from scratch, offline, in about two minutes.",
     )
     parser.add_argument(
         "--output-dir",
@@ -82,7 +82,7 @@ def demo_parser() -> argparse.ArgumentParser:
         "--steps",
         type=positive,
         metavar="N",
-        help="optimizer steps (default: as many as take about two minutes)",
+        help="optimizer steps (default: about two minutes' worth)",
     )
     parser.add_argument(
         "--seed",
@@ -113,7 +113,7 @@ def train(argv: list[str]) -> int:
     from .train_flags import parse_train_arguments
 
     arguments = parse_train_arguments(argv)
-    from .train import run_train  # PEFT, datasets: not before the arguments are right
+    from .train import run_train  # PEFT and datasets are slow to import: check the arguments first
 
     run_train(*arguments)
     return 0
@@ -170,7 +170,7 @@ def main(argv: list[str] | None = None) -> int:
     name, arguments = argv[0], argv[1:]
     try:
         return COMMANDS[name](arguments)
-    except SystemExit as request:  # argparse, after it has said what is wrong, or after --help
+    except SystemExit as request:  # argparse, after its error message or --help
         return request.code if isinstance(request.code, int) else 2
     except UserError as error:
         if os.environ.get("ODDSMITH_TRACEBACK"):
@@ -180,7 +180,3 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\noddsmith {name}: interrupted", file=sys.stderr)
         return 130
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Flags of `oddsmith prepare` and `oddsmith inspect`. Standard library only: help has to be quick."""
+"""Flags of `oddsmith prepare` and `oddsmith inspect`. Imports no slow library, for fast help."""
 
 import argparse
 from typing import Any
@@ -12,9 +12,9 @@ def prepare_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="oddsmith prepare",
         description="Make preference pairs from UltraFeedback, OpenAssistant trees, HH-RLHF "
-        "dialogues, or any scored or ranked answers; drop those not worth training on; say what "
-        "became of every row.",
-        epilog="Nothing is loaded whole: files may be larger than memory.",
+        "dialogues, or any scored or ranked answers; drop pairs that are not useful; report what "
+        "happened to every row.",
+        epilog="Input is streamed: files may be larger than memory.",
     )
     parser.add_argument(
         "datasets",
@@ -27,12 +27,12 @@ def prepare_parser() -> argparse.ArgumentParser:
         "output",
         required=True,
         metavar="FILE",
-        help=".jsonl, .jsonl.gz or .parquet; a summary goes beside it as NAME.summary.json",
+        help=".jsonl, .jsonl.gz or .parquet; a summary is written next to it as NAME.summary.json",
     )
-    add(parser, "overwrite", action="store_true", help="replace FILE if it is there")
+    add(parser, "overwrite", action="store_true", help="replace FILE if it exists")
     add(parser, "dataset_config", metavar="NAME", help="configuration of a hub dataset")
     add(parser, "split", metavar="NAME", help="default: train_prefs or train, or the only split")
-    add(parser, "temp_dir", metavar="DIR", help="for temporary files, of up to the input's size")
+    add(parser, "temp_dir", metavar="DIR", help="for temporary files, up to the size of the input")
     _add_input(parser.add_argument_group("input"))
     _add_rules(parser.add_argument_group("rules"))
     return parser
@@ -44,17 +44,17 @@ def _add_input(group: Any) -> None:
         "format",
         choices=FORMATS,
         default="auto",
-        help="pairs: chosen and rejected, as UltraFeedback-binarized; hh: HH-RLHF dialogues; "
+        help="pairs: chosen and rejected, as in UltraFeedback-binarized; hh: HH-RLHF dialogues; "
         "ultrafeedback: prompts with rated completions; oasst, oasst_trees: OpenAssistant messages "
-        "or ready trees; scored: a list of answers a row; responses: an answer a row "
-        "(default: told by the first row)",
+        "or ready trees; scored: a list of answers per row; responses: one answer per row "
+        "(default: detected from the first row)",
     )
     add(
         group,
         "pairing",
         choices=("best_worst", "best_random", "all"),
         default="best_worst",
-        help="pairs of several answers (default: %(default)s)",
+        help="which answers form pairs (default: %(default)s)",
     )
     add(group, "prompt_column", default="prompt", metavar="NAME", help="default: %(default)s")
     add(group, "responses_column", metavar="NAME", help="list of answers: texts or objects")
@@ -63,9 +63,9 @@ def _add_input(group: Any) -> None:
         group,
         "scores_column",
         metavar="NAME",
-        help="scores, higher is better; a list for an answer has a place for each annotator",
+        help="scores, higher is better; a list for an answer has one score per annotator",
     )
-    add(group, "ranks_column", metavar="NAME", help="ranks, lower is better, likewise")
+    add(group, "ranks_column", metavar="NAME", help="ranks, lower is better; lists as for scores")
     add(group, "text_key", metavar="KEY", help="text of an answer that is an object")
     add(group, "score_key", metavar="KEY", help="score of an answer that is an object")
     add(group, "rank_key", metavar="KEY", help="rank of an answer that is an object")
@@ -73,14 +73,14 @@ def _add_input(group: Any) -> None:
         group,
         "lang_column",
         metavar="NAME",
-        help="language code of a row (default: lang or language, if there)",
+        help="language code of a row (default: lang or language, if any)",
     )
     add(
         group,
         "bad_rows",
         choices=("stop", "drop"),
         default="stop",
-        help="lines that are no JSON, missing or mistyped fields: stop and name the line, or drop "
+        help="lines that are not JSON, missing or mistyped fields: stop and name the line, or drop "
         "and count (default: %(default)s)",
     )
 
@@ -91,7 +91,7 @@ def _add_rules(group: Any) -> None:
         "min_score",
         type=float,
         metavar="X",
-        help="drop pairs whose chosen answer scores lower: both are poor (UltraFeedback's mean "
+        help="drop pairs whose chosen answer scores lower than this (UltraFeedback's mean "
         "ratings: 1 to 5; OpenAssistant's quality: 0 to 1)",
     )
     add(
@@ -100,7 +100,7 @@ def _add_rules(group: Any) -> None:
         type=float,
         default=0.0,
         metavar="X",
-        help="drop pairs whose scores differ by less (default: equal scores)",
+        help="drop pairs whose scores differ by less than this (default: drop equal scores)",
     )
     add(group, "keep_ties", action="store_true", help="keep pairs of equal scores")
     add(
@@ -109,7 +109,7 @@ def _add_rules(group: Any) -> None:
         type=float,
         default=0.6,
         metavar="SHARE",
-        help="drop pairs where a smaller share of the annotators, or of the rated aspects, is for "
+        help="drop pairs where a smaller share of annotators, or of rated aspects, prefers "
         "the chosen answer; 0 keeps all (default: %(default)s)",
     )
     add(
@@ -118,16 +118,16 @@ def _add_rules(group: Any) -> None:
         nargs="+",
         default=[],
         metavar="CODE",
-        help="keep these languages, such as en de: by the row's own code, else by script and "
-        "frequent words, where a doubt is for the row",
+        help="keep these languages, such as en de: by the row's language code, else by script and "
+        "frequent words; uncertain rows are kept",
     )
-    add(group, "keep_duplicates", action="store_true", help="keep prompts that came before")
+    add(group, "keep_duplicates", action="store_true", help="keep repeated prompts")
     add(
         group,
         "near_duplicates",
         type=float,
         metavar="SIMILARITY",
-        help="drop prompts that are like one before, such as 0.8 (MinHash estimate of the shared "
+        help="drop prompts this similar to an earlier one, such as 0.8 (MinHash estimate of shared "
         "5-character pieces; default: count them only)",
     )
 
@@ -183,8 +183,8 @@ def run_prepare(argv: list[str]) -> int:
 def inspect_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="oddsmith inspect",
-        description="Look a preference dataset over: token lengths, rows that are too long, prompts "
-        "that repeat, likely mistakes, and what padding and computing prompts twice would cost.",
+        description="Check a preference dataset: token lengths, rows that are too long, repeated prompts, "
+        "likely mistakes, and the cost of padding and of computing prompts twice.",
     )
     parser.add_argument(
         "dataset",
@@ -203,7 +203,7 @@ def inspect_parser() -> argparse.ArgumentParser:
         "overlength",
         choices=("truncate", "drop"),
         default="truncate",
-        help="what becomes of rows that are too long (default: %(default)s)",
+        help="what to do with rows that are too long (default: %(default)s)",
     )
     add(
         parser,
@@ -211,12 +211,17 @@ def inspect_parser() -> argparse.ArgumentParser:
         type=positive,
         default=2,
         metavar="N",
-        help="pairs of a batch, for the share of pads (default: %(default)s)",
+        help="pairs per batch, for the share of padding (default: %(default)s)",
     )
     add(parser, "chat_template", metavar="FILE", help="Jinja chat template for conversations")
-    add(parser, "trust_remote_code", action="store_true", help="run a tokenizer's own code")
+    add(
+        parser,
+        "trust_remote_code",
+        action="store_true",
+        help="allow code from the tokenizer's repository",
+    )
     add(parser, "json", action="store_true", help="print figures as JSON")
-    add(parser, "histogram", metavar="FILE", help="picture of the lengths (.png, .svg, .pdf)")
+    add(parser, "histogram", metavar="FILE", help="plot of the lengths (.png, .svg, .pdf)")
     return parser
 
 

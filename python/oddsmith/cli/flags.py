@@ -1,4 +1,4 @@
-"""What the parsers of the commands share. Standard library only: help has to be quick."""
+"""Functions that the parsers share. Standard library only, so that help is fast."""
 
 import argparse
 from typing import Any
@@ -12,5 +12,5 @@ def add(parser: Any, flag: str, **settings: Any) -> None:
 
 def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)

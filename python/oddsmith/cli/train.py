@@ -1,11 +1,11 @@
-"""`oddsmith train`: from checked arguments to a trained model in a folder."""
+"""`oddsmith train`: trains a model from checked arguments and saves it."""
 
 import logging
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
-from transformers.integrations import (
+from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
     get_available_reporting_integrations,
 )
@@ -27,7 +27,7 @@ def load_tokenizer(run: RunArguments, config: ORPOConfig) -> Any:
     Raises:
         UserError: If there is no such model, tokenizer or template.
     """
-    name = run.model_name_or_path
+    name = run.model
     path = Path(name).expanduser()
     if not path.exists() and (name.startswith(("/", "./", "../", "~")) or name.count("/") > 1):
         raise UserError(f"--model {name}: no such folder")
@@ -44,7 +44,7 @@ def load_tokenizer(run: RunArguments, config: ORPOConfig) -> Any:
 
 
 def model_init_kwargs(run: RunArguments, config: ORPOConfig) -> dict[str, Any]:
-    """Arguments for `from_pretrained`: those of `--model_init_kwargs`, overruled by the flags."""
+    """Arguments for `from_pretrained`: those of `--model_init_kwargs`, overridden by flags."""
     flags = {
         "dtype": run.dtype,
         "attn_implementation": run.attn_implementation,
@@ -52,7 +52,7 @@ def model_init_kwargs(run: RunArguments, config: ORPOConfig) -> dict[str, Any]:
         "quantization_config": quantization(run),
     }
     return {
-        **(config.model_init_kwargs or {}),
+        **config.model_kwargs(),
         **{name: value for name, value in flags.items() if value is not None},
     }
 
@@ -61,7 +61,7 @@ def quantization(run: RunArguments) -> Any:
     """The configuration of 4-bit weights, or `None` without `--load_in_4bit`."""
     if not run.load_in_4bit:
         return None
-    from ..integrations.transformers_quantizer import NF4Config
+    from ..integrations.nf4_config import NF4Config
 
     return NF4Config(
         compute_dtype=None if run.dtype in (None, "auto") else run.dtype,
@@ -98,22 +98,28 @@ def checkpoint_to_resume(config: ORPOConfig) -> str | bool | None:
         wanted = wanted.lower() == "true"
     if isinstance(wanted, str) and not Path(wanted).is_dir():
         raise UserError(f"--resume_from_checkpoint {wanted}: no such folder")
-    if wanted is True and not list(Path(config.output_dir).glob("checkpoint-*")):
+    if wanted is True and not list(output_folder(config).glob("checkpoint-*")):
         raise UserError(
-            f"--resume_from_checkpoint true: {config.output_dir} holds no checkpoint; leave the "
-            "flag out to start anew"
+            f"--resume_from_checkpoint true: {config.output_dir} has no checkpoint; remove the "
+            "flag to start from the beginning"
         )
     return wanted or None
 
 
+def output_folder(config: ORPOConfig) -> Path:
+    """`--output_dir`; `TrainingArguments` sets it if it is not given."""
+    return Path(config.output_dir or "trainer_output")
+
+
 def check_reporting(config: ORPOConfig) -> None:
-    """Checks that the packages which `--report_to` names are installed.
+    """Checks that the packages in `--report_to` are installed.
 
     Raises:
-        UserError: If one is not; transformers would raise a RuntimeError once the model is loaded.
+        UserError: If one is missing; transformers would raise a RuntimeError after loading the
+            model.
     """
     installed = get_available_reporting_integrations()
-    names = config.report_to if isinstance(config.report_to, list) else []  # as it is by now
+    names = config.report_to if isinstance(config.report_to, list) else []  # parsed already
     for name in names:
         if name in INTEGRATION_TO_CALLBACK and name not in installed:
             raise UserError(f"--report_to {name}: needs the package {name}, which is not installed")
@@ -122,8 +128,8 @@ def check_reporting(config: ORPOConfig) -> None:
 def run_train(run: RunArguments, adapter: AdapterArguments, config: ORPOConfig) -> None:
     """Trains a model and saves it.
 
-    Writes the model and its tokenizer, `trainer_state.json`, the metrics as JSON and, where
-    matplotlib is there, `curves.png` to `config.output_dir`, and prints where.
+    Writes the model and its tokenizer, `trainer_state.json`, the metrics as JSON and, if matplotlib
+    is installed, `curves.png` to `config.output_dir`, and prints the folder.
 
     Args:
         run (`RunArguments`): Model and data.
@@ -131,12 +137,10 @@ def run_train(run: RunArguments, adapter: AdapterArguments, config: ORPOConfig) 
         config (`ORPOConfig`): Everything else.
 
     Raises:
-        UserError: If the model, the data or the arguments are at fault; nothing has been trained.
+        UserError: If the model, the data or the arguments are wrong; nothing is trained then.
     """
     if run.load_in_4bit and not adapter.use_peft:
-        raise UserError(
-            "--load_in_4bit needs --use_peft: 4-bit weights cannot be trained themselves"
-        )
+        raise UserError("--load_in_4bit needs --use_peft: 4-bit weights cannot be trained")
     check_reporting(config)
     checkpoint = checkpoint_to_resume(config)
     evaluates = config.eval_strategy != "no" or config.do_eval
@@ -148,7 +152,7 @@ def run_train(run: RunArguments, adapter: AdapterArguments, config: ORPOConfig) 
     config.model_init_kwargs = model_init_kwargs(run, config)
     with user_errors(""):
         trainer = ORPOTrainer(
-            model=run.model_name_or_path,
+            model=run.model,
             args=config,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -164,13 +168,13 @@ def run_train(run: RunArguments, adapter: AdapterArguments, config: ORPOConfig) 
     trainer.save_model()
     trainer.save_state()
     if trainer.is_world_process_zero():
-        draw_curves(trainer.state.log_history, Path(config.output_dir))
+        draw_curves(trainer.state.log_history, output_folder(config))
         what = "adapter" if adapter.use_peft else "model"
         print(f"Saved the {what} and its tokenizer to {config.output_dir}")
 
 
 def last_evaluation(state: Any) -> dict[str, Any] | None:
-    """The evaluation of the finished model, if training ended with one."""
+    """The final evaluation, if training ended with one."""
     for entry in reversed(state.log_history):
         if entry["step"] == state.global_step and "eval_loss" in entry:
             return {name: value for name, value in entry.items() if name != "step"}
@@ -181,5 +185,5 @@ def draw_curves(history: list[dict[str, Any]], folder: Path) -> None:
     try:
         save_curves(history, folder / "curves.png", folder.name)
     except (ModuleNotFoundError, ValueError) as error:
-        # No matplotlib, or a run too short to have logged: the model is what was asked for.
+        # No matplotlib, or a run too short to log anything: the model is still saved.
         logger.warning(f"No curves: {error}")

@@ -1,11 +1,11 @@
-"""The arguments of `oddsmith train`: flags, or a YAML or JSON file, or a file and flags over it."""
+"""The arguments of `oddsmith train`: flags, a YAML or JSON file, or both."""
 
 import difflib
 import json
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import yaml
 from transformers import HfArgumentParser
@@ -17,12 +17,13 @@ FILE_SUFFIXES = (".yaml", ".yml", ".json")
 
 @dataclass
 class RunArguments:
-    """What to train, and on what. The names are those of TRL's scripts, with short aliases.
+    """Model and data. The names are those of TRL's scripts, with short aliases.
 
     Args:
         model_name_or_path (`str`): Hub id or folder of the model. Alias: `model`.
         dataset_name (`str`): Hub id, file or folder of the pairs. Alias: `dataset`.
-        eval_dataset_name (`str`, *optional*): The same for evaluation. Alias: `eval_dataset`.
+        eval_dataset_name (`str`, *optional*): Hub id, file or folder of the evaluation pairs.
+            Alias: `eval_dataset`.
         dataset_config (`str`, *optional*): Configuration of a hub dataset.
         dataset_train_split (`str`, *optional*): Split to train on; detected if `None`.
         dataset_test_split (`str`, *optional*): Split to evaluate on; detected if `None`.
@@ -31,7 +32,7 @@ class RunArguments:
         attn_implementation (`str`, *optional*): Attention of transformers.
         chat_template (`str`, *optional*): File with a Jinja chat template.
         load_in_4bit (`bool`, *optional*, defaults to `False`): Keep the base in NF4 (QLoRA).
-        bnb_4bit_quant_type (`str`, *optional*, defaults to `"nf4"`): The only type there is.
+        bnb_4bit_quant_type (`str`, *optional*, defaults to `"nf4"`): The only supported type.
         use_bnb_nested_quant (`bool`, *optional*, defaults to `False`): Quantise the scales too.
     """
 
@@ -86,6 +87,17 @@ class RunArguments:
         default=False, metadata={"help": "Quantise the scales of 4-bit weights too."}
     )
 
+    @property
+    def model(self) -> str:
+        """Hub id or folder of the model.
+
+        Raises:
+            ValueError: If none was given; [`parse_train_arguments`] has checked that before.
+        """
+        if self.model_name_or_path is None:
+            raise ValueError("model_name_or_path is None; must be a hub id or a folder")
+        return self.model_name_or_path
+
 
 @dataclass
 class AdapterArguments:
@@ -94,12 +106,13 @@ class AdapterArguments:
     Args:
         use_peft (`bool`, *optional*, defaults to `False`): Train an adapter, not all weights.
         lora_r (`int`, *optional*, defaults to 16): Rank.
-        lora_alpha (`int`, *optional*, defaults to 32): Scale; the update is times alpha / r.
+        lora_alpha (`int`, *optional*, defaults to 32): Scale; the update is multiplied by alpha /
+            r.
         lora_dropout (`float`, *optional*, defaults to 0.05): Dropout. `disable_dropout`, on by
             default as in TRL, sets it to 0.
         lora_target_modules (`list[str]`, *optional*): Modules, or `all-linear`; `None`: PEFT's
             choice for the architecture.
-        lora_modules_to_save (`list[str]`, *optional*): Modules to train whole.
+        lora_modules_to_save (`list[str]`, *optional*): Modules to train in full.
         use_rslora (`bool`, *optional*, defaults to `False`): Scale by alpha / sqrt(r).
         use_dora (`bool`, *optional*, defaults to `False`): Weight-decomposed LoRA.
     """
@@ -112,13 +125,13 @@ class AdapterArguments:
         default=None, metadata={"help": "Modules that get an adapter, or all-linear."}
     )
     lora_modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules that are trained whole and saved with it."}
+        default=None, metadata={"help": "Modules that are trained in full and saved with it."}
     )
     use_rslora: bool = field(default=False, metadata={"help": "Scale by alpha / sqrt(r)."})
     use_dora: bool = field(default=False, metadata={"help": "Weight-decomposed LoRA."})
 
     def changed(self) -> list[str]:
-        """Names of the arguments, `use_peft` aside, that differ from their defaults."""
+        """Names of the arguments, except `use_peft`, that differ from their defaults."""
         return [
             each.name
             for each in fields(self)
@@ -131,10 +144,10 @@ class TrainParser(HfArgumentParser):
 
     def __init__(self) -> None:
         super().__init__(
-            (RunArguments, AdapterArguments, ORPOConfig),
+            cast(Any, (RunArguments, AdapterArguments, ORPOConfig)),
             prog="oddsmith train",
             usage="oddsmith train [SETTINGS.yaml|.json] [--flag value ...]",
-            # "--lora" standing for "--lora_r" would hide a mistyped flag.
+            # Accepting "--lora" for "--lora_r" would hide a mistyped flag.
             allow_abbrev=False,
             add_help=False,
         )
@@ -144,7 +157,7 @@ class TrainParser(HfArgumentParser):
         self.exit(2, f"oddsmith train: error: {message}\nSee oddsmith train --help\n")
 
     def names(self) -> dict[str, str]:
-        """Every name a settings file may use, aliases included, and its field's name."""
+        """All names that a settings file can use, aliases included, with their field names."""
         names = {}
         for arguments in self.dataclass_types:
             for each in fields(arguments):
@@ -165,7 +178,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 
     Raises:
         ValueError: If it cannot be read.
-        TypeError: If it holds anything but a mapping of names to values.
+        TypeError: If it is not a mapping of names to values.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -177,15 +190,15 @@ def read_settings(path: Path) -> dict[str, Any]:
     except (json.JSONDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"settings file {path} cannot be parsed: {error}") from error
     if not isinstance(settings, dict):
-        raise TypeError(f"settings file {path}: must hold a mapping such as 'beta: 0.1'")
+        raise TypeError(f"settings file {path}: must be a mapping such as 'beta: 0.1'")
     return settings
 
 
 def settings_to_flags(parser: TrainParser, settings: dict[str, Any]) -> list[str]:
-    """Turns settings into flags, and those that no flag can carry into the parser's defaults.
+    """Turns settings into flags, or into the parser's defaults if a flag cannot express them.
 
-    Flags get argparse's conversions and its error messages; lists, mappings and null have no
-    spelling as a flag of every type, and YAML has typed them already.
+    Flags get argparse's conversions and error messages; lists, mappings and null cannot be written
+    as flags of every type, and YAML has already typed them.
 
     Raises:
         ValueError: If a name is unknown.
@@ -209,11 +222,11 @@ def parse_train_arguments(
     """Parses the command line of `oddsmith train`.
 
     Args:
-        argv (`list[str]`): Flags; the first argument may be a settings file, which the flags
-            overrule.
+        argv (`list[str]`): Flags; the first argument can be a settings file, which the flags
+            override.
 
     Raises:
-        SystemExit: With code 2, after a line on stderr, if an argument is wrong.
+        SystemExit: With code 2, after a message on stderr, if an argument is wrong.
     """
     parser = TrainParser()
     try:
@@ -225,7 +238,7 @@ def parse_train_arguments(
                     f"({', '.join(FILE_SUFFIXES)})"
                 )
             argv = settings_to_flags(parser, read_settings(path)) + argv[1:]
-        # Known flags first: an unknown one must not hide behind the config's own checks.
+        # Report unknown flags before errors of the config's checks.
         _, unknown = parser.parse_known_args(argv)
         if unknown:
             name = unknown[0].partition("=")[0]
@@ -240,7 +253,7 @@ def parse_train_arguments(
     ignored = adapter.changed()
     if ignored and not adapter.use_peft:
         print(
-            f"oddsmith train: {', '.join(ignored)} without use_peft: no adapter, all weights train",
+            f"oddsmith train: {', '.join(ignored)} without use_peft: no adapter, all weights are trained",
             file=sys.stderr,
         )
     return run, adapter, config

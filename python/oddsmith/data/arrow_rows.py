@@ -1,8 +1,8 @@
-"""Arrow tables of a preference dataset: their text, and with their tokens."""
+"""Arrow tables of a preference dataset: their text columns and token columns."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -11,15 +11,21 @@ from datasets import Dataset
 from .chat import TEXT_FIELDS, row_text
 from .rust_rows import FastRows
 
-# Columns that the text of a row may depend on.
+# Columns that can affect the text of a row.
 _SOURCES = (*TEXT_FIELDS, "tools", "chat_template_kwargs")
 
-# Rows whose text is made in Python before Rust has their turn, while the next are made.
+# Rows per chunk: Rust tokenises one chunk while Python makes the text of the next.
 _RENDERED_AT_ONCE = 100
 
 
+def arrow_batches(dataset: Dataset, columns: list[str], size: int) -> Iterable[pa.Table]:
+    """Some columns of a dataset as tables of `size` rows."""
+    batches = dataset.select_columns(columns).with_format("arrow").iter(size)
+    return cast(Iterable[pa.Table], batches)
+
+
 def text_source(dataset: Dataset) -> Dataset:
-    """The columns of a dataset that the text of its rows is made of, as Python objects."""
+    """The columns of a dataset that make the text of its rows, as Python objects."""
     columns = [column for column in _SOURCES if column in dataset.column_names]
     return dataset.select_columns(columns).with_format(None)
 
@@ -28,8 +34,7 @@ def sample_texts(
     source: Dataset, processing_class: Any, name: str, count: int
 ) -> Iterator[tuple[str, str, str]]:
     """
-    Prompt, chosen and rejected text of rows from the first to the last; rows with a fault are left
-    out.
+    Yield prompt, chosen and rejected text of rows from the first on; faulty rows are skipped.
 
     Args:
         source (`Dataset`): From [`text_source`].
@@ -59,14 +64,14 @@ def prepare_table(
     Args:
         table (`pa.Table`): Consecutive rows of the dataset.
         indices (`list[int]`): Their indices.
-        source (`Dataset`): The whole dataset, from [`text_source`].
+        source (`Dataset`): The complete dataset, from [`text_source`].
         processing_class (`PreTrainedTokenizerBase`): Holds the chat template.
         fast ([`FastRows`]): Makes the tokens.
         name (`str`): Name of the dataset in errors.
 
     Returns:
-        `pa.Table`: The columns of `table`, those of text replaced; those of
-        [`FastRows.columns`] behind them.
+        `pa.Table`: The columns of `table` with text columns replaced, then those of
+            [`FastRows.columns`].
 
     Raises:
         ValueError: For the first row that has a fault.
@@ -101,7 +106,7 @@ def _render(
     """Text columns and token columns of rows whose text is made in Python."""
     batch = source[rows.start : rows.stop]
     texts, pending = [], []
-    # One thread that only waits for Rust's: templates are rendered meanwhile.
+    # One thread that only waits for Rust, while this one renders templates.
     with ThreadPoolExecutor(1) as waiting:
         for start in range(0, len(rows), _RENDERED_AT_ONCE):
             part = range(start, min(start + _RENDERED_AT_ONCE, len(rows)))
@@ -116,7 +121,7 @@ def _render(
                 ]
             except ValueError:
                 for earlier in pending:
-                    earlier.result()  # of several faults the first row's is reported
+                    earlier.result()  # the fault of the first row is reported
                 raise
             texts.append([pa.array(field, pa.string()) for field in zip(*made, strict=True)])
             pending.append(

@@ -2,16 +2,20 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard, TypeVar, cast
 
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-TEXT_FIELDS = ("prompt", "chosen", "rejected")
+TEXT_FIELDS: tuple[str, str, str] = ("prompt", "chosen", "rejected")
+
+Messages = list[Mapping[str, Any]]
+# Both sides of a pair are text, or both are messages.
+_Text = TypeVar("_Text", str, Messages)
 
 
-def is_messages(value: Any) -> bool:
+def is_messages(value: Any) -> TypeGuard[Messages]:
     """Whether `value` is a list of messages, such as `[{"role": "user", "content": "Hi"}]`."""
     return (
         isinstance(value, list)
@@ -20,9 +24,9 @@ def is_messages(value: Any) -> bool:
     )
 
 
-def common_prefix_length(a: Sequence, b: Sequence) -> int:
-    """Number of leading items that two sequences share."""
-    # Bisection over slice comparisons: they run in C, a loop over characters would not.
+def common_prefix_length(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """Length of the common prefix of two sequences."""
+    # Bisection by slice comparisons, which run in C, unlike a loop over characters.
     low, high = 0, min(len(a), len(b))
     while low < high:
         middle = (low + high + 1) // 2
@@ -33,14 +37,14 @@ def common_prefix_length(a: Sequence, b: Sequence) -> int:
     return low
 
 
-def extract_prompt(chosen: Sequence, rejected: Sequence) -> tuple[Sequence, Sequence, Sequence]:
+def extract_prompt(chosen: _Text, rejected: _Text) -> tuple[_Text, _Text, _Text]:
     """
-    Split off the prompt that both sides of a pair begin with.
+    Split off the prompt: the common beginning of both sides of a pair.
 
-    The same cut as TRL's `extract_prompt`: where one side is the beginning of the other, the last
-    shared item stays with the answers; a space right before the answers goes with them. One
-    difference: where the sides share nothing TRL lets the index wrap around if the chosen text ends
-    in a space; here the prompt is empty.
+    The cut is that of TRL's `extract_prompt`: if one side is the beginning of the other, the last
+    shared item belongs to the answers; so does a space right before the answers. One difference: if
+    the sides share nothing and the chosen text ends in a space, TRL's index wraps around; here the
+    prompt is empty.
 
     Args:
         chosen (`str` or `list`): Text, or messages, of the preferred side.
@@ -59,9 +63,9 @@ def extract_prompt(chosen: Sequence, rejected: Sequence) -> tuple[Sequence, Sequ
 
 def row_text(row: Mapping[str, Any], processing_class: Any, where: str) -> tuple[str, str, str]:
     """
-    Prompt, chosen and rejected text of a row in any of the forms that TRL takes.
+    Return prompt, chosen and rejected text of a row in any form that TRL accepts.
 
-    Strings or conversations, with the prompt in a column of its own or implicit in both sides.
+    Rows have strings or conversations, and the prompt in its column or implicit in both sides.
     Conversations go through the chat template, with the row's `tools` and `chat_template_kwargs` if
     it has them.
 
@@ -104,8 +108,9 @@ def row_text(row: Mapping[str, Any], processing_class: Any, where: str) -> tuple
                 "prompt; "
                 "add a prompt column"
             )
+        prompt = cast(Messages, prompt)
         return _render_pair(row, prompt, chosen, rejected, processing_class, where)
-    return prompt, chosen, rejected
+    return cast(tuple[str, str, str], (prompt, chosen, rejected))
 
 
 def _not_text(value: Any) -> str:
@@ -119,9 +124,9 @@ def _not_text(value: Any) -> str:
 
 def _render_pair(
     row: Mapping[str, Any],
-    prompt: list,
-    chosen: list,
-    rejected: list,
+    prompt: Messages,
+    chosen: Messages,
+    rejected: Messages,
     processing_class: Any,
     where: str,
 ) -> tuple[str, str, str]:
@@ -136,7 +141,7 @@ def _render_pair(
     if isinstance(tools, str):  # JSON, as datasets store tools whose schemas differ
         tools = json.loads(tools)
 
-    def render(messages: list, **kwargs: bool) -> str:
+    def render(messages: Messages, **kwargs: bool) -> str:
         return processing_class.apply_chat_template(
             messages,
             tools=tools,

@@ -1,4 +1,4 @@
-"""PreferenceCollator: from rows to a padded batch."""
+"""PreferenceCollator: pads rows to a batch."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -6,16 +6,16 @@ from typing import Any
 
 import torch
 
-from ..packing.batch import PackedBatch, SharePrompt
+from ..packing.batch import PackedBatch, SharePrompt, check_share_prompt
 
-# Key of the packed batch beside the padded columns.
+# Key of the packed batch in a padded batch.
 PACKED = "packed"
 
 _SUFFIXES = ("_input_ids", "_attention_mask", "_labels")
 
 
 class PairBatch(dict[str, Any]):
-    """A padded batch, with the same pairs packed as `packed` if the collator packs."""
+    """A padded batch; with packing, `packed` has the same pairs packed."""
 
     def to(self, device: Any, non_blocking: bool = False) -> "PairBatch":
         """The batch on another device, as `Tensor.to`."""
@@ -29,7 +29,7 @@ class PairBatch(dict[str, Any]):
         return moved
 
     def packed(self) -> PackedBatch | None:
-        """The pairs packed, unless a column has been changed since."""
+        """The packed pairs, or `None` if a column was changed after packing."""
         packed = self.get(PACKED)
         return packed if packed is not None and packed.is_made_of(self) else None
 
@@ -59,7 +59,7 @@ class PreferenceCollator:
             of a pair's tokens.
 
     Raises:
-        ValueError: If `pad_token_id` is None.
+        ValueError: If `pad_token_id` is None, or `share_prompt` is another value.
     """
 
     pad_token_id: int
@@ -68,7 +68,8 @@ class PreferenceCollator:
     packing: bool = False
     share_prompt: SharePrompt = "auto"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        check_share_prompt(self.share_prompt)
         if self.pad_token_id is None:
             raise ValueError(
                 "pad_token_id is None; set tokenizer.pad_token, for instance to tokenizer.eos_token"

@@ -1,4 +1,4 @@
-"""From a preference dataset to rows of token ids, checked before training starts."""
+"""Prepares a preference dataset: rows of token ids, checked before training starts."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -19,12 +19,12 @@ __all__ = ["prepare_dataset", "validate"]
 
 logger = logging.get_logger(__name__)
 
-# Rows of a stream that are prepared ahead of training, to find errors before it.
+# Rows of a stream that are prepared before training, to find errors early.
 PEEKED_ROWS = 32
 
 MAP_BATCH = 1000
 
-# Rows that show whether Rust makes the same tokens as the tokenizer's Python class.
+# Rows that are compared between Rust and the tokenizer's Python class.
 _COMPARED_ROWS = 16
 
 
@@ -48,17 +48,17 @@ def prepare_dataset(
         processing_class (`PreTrainedTokenizerBase`):
             The tokenizer.
         tokenize_row (`Callable`):
-            Makes the token columns of a row. [`RowBuilder.tokenize_row`] itself goes many rows at a
-            time; any other callable is called row by row.
+            Makes the token columns of a row. [`RowBuilder.tokenize_row`] is replaced by its batched
+            form; any other callable is called row by row.
         num_proc (`int`, *optional*):
             Processes for a `Dataset`.
         overlength (`str`, *optional*, defaults to `"truncate"`):
-            `"truncate"` keeps rows that are too long (the builder has cut them), `"drop"` leaves
-            them out.
+            `"truncate"` keeps rows that are too long (the builder has cut them), `"drop"` removes
+            them.
         name (`str`, *optional*, defaults to `"train_dataset"`):
             Name of the dataset in errors and in the log.
         builder ([`RowBuilder`], *optional*):
-            Says which rows are too long, where `tokenize_row` is not a builder's own.
+            Decides which rows are too long, if `tokenize_row` is not a method of a builder.
 
     Returns:
         The same kind as `dataset`, with the text columns as plain strings, the token columns of
@@ -66,7 +66,7 @@ def prepare_dataset(
 
     Raises:
         TypeError: If `dataset` is of another type.
-        ValueError: If [`validate`] or a row finds fault, or no row has a completion left within
+        ValueError: If [`validate`] fails, a row is faulty, or no row has completion tokens within
         `max_length`.
     """
     if overlength not in ("truncate", "drop"):
@@ -85,7 +85,10 @@ def prepare_dataset(
         )
 
     own = getattr(tokenize_row, "__self__", None)
-    batched = isinstance(own, RowBuilder) and tokenize_row.__func__ is RowBuilder.tokenize_row
+    batched = (
+        isinstance(own, RowBuilder)
+        and getattr(tokenize_row, "__func__", None) is RowBuilder.tokenize_row
+    )
     builder = own if batched else builder
     if builder is None and overlength == "drop":
         raise ValueError("overlength is 'drop'; needs `builder` where tokenize_row is not its own")
@@ -143,8 +146,7 @@ def validate(dataset: Any, processing_class: Any, *, name: str = "train_dataset"
     Raises:
         TypeError: If `dataset` is of another type.
         ValueError: If it is empty, has no chosen or rejected column, or its first row has a field
-        of the wrong
-            type, or is a conversation and the tokenizer has no chat template.
+            of the wrong type, or is a conversation and the tokenizer has no chat template.
     """
     if not isinstance(dataset, (Dataset, IterableDataset)):
         raise TypeError(
@@ -166,7 +168,7 @@ def validate(dataset: Any, processing_class: Any, *, name: str = "train_dataset"
 
 
 def _prepare_batch(
-    batch: dict[str, list],
+    batch: dict[str, list[Any]],
     indices: list[int],
     *,
     processing_class: Any,
@@ -174,18 +176,23 @@ def _prepare_batch(
     tokenize_row: Callable[..., dict[str, Any]] | None,
     name: str,
     fast: FastRows | None = None,
-) -> dict[str, list]:
+) -> dict[str, list[Any]]:
     """Text and token columns of a batch of rows; `tokenize_row` None means the builder's own."""
     where = [f"{name} row {index}" for index in indices]
     rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
     texts = [row_text(row, processing_class, at) for row, at in zip(rows, where, strict=True)]
-    columns = dict(zip(TEXT_FIELDS, map(list, zip(*texts, strict=True)), strict=True))
+    columns: dict[str, list[Any]] = dict(
+        zip(TEXT_FIELDS, map(list, zip(*texts, strict=True)), strict=True)
+    )
     if fast is not None:
         arrays = (pa.array(columns[field], pa.large_string()) for field in TEXT_FIELDS)
         made = fast.columns(*arrays, name=name, first_row=indices[0])
         return {**columns, **{key: column.to_pylist() for key, column in made.items()}}
     if tokenize_row is None:
-        tokens, overlength = builder.tokenize_batch(*zip(*texts, strict=True), where)
+        if builder is None:
+            raise ValueError("tokenize_row is None; needs builder")
+        prompts, chosen, rejected = zip(*texts, strict=True)
+        tokens, overlength = builder.tokenize_batch(prompts, chosen, rejected, where)
     else:
         tokens, overlength = [], []
         for row, text, at in zip(rows, texts, where, strict=True):
@@ -203,22 +210,21 @@ def _prepare_batch(
 
 
 def _has_no_completion(row: Mapping[str, list[int]]) -> bool:
-    # Labels of completions are token ids, those of prompts negative; checked from the end, so at
-    # once. A tokenize_row of one's own may name its columns otherwise, and is left in peace.
-    sides = [row.get(f"{side}_labels") for side in ("chosen", "rejected")]
-    return None not in sides and not any(label >= 0 for side in sides for label in reversed(side))
+    # Labels of completions are token ids, those of prompts negative; searching from the end finds
+    # one at once. Columns of a user's tokenize_row can have other names and are not checked.
+    sides = [row[key] for key in ("chosen_labels", "rejected_labels") if key in row]
+    return len(sides) == 2 and not any(label >= 0 for side in sides for label in reversed(side))
 
 
 def _prepare_stream(
     dataset: IterableDataset,
     first: list[dict[str, Any]],
-    transform: Callable[..., dict[str, list]],
+    transform: Callable[..., dict[str, list[Any]]],
     builder: RowBuilder | None,
     overlength: str,
     name: str,
 ) -> IterableDataset:
-    # The first rows go through everything now, so that a fault stops the run before the model
-    # trains.
+    # The first rows are prepared now, so that a fault stops the run before training.
     peeked = transform(
         {key: [row[key] for row in first] for key in first[0]}, list(range(len(first)))
     )
@@ -250,7 +256,7 @@ def _apply_overlength(
     if overlength == "drop":
         if count == total:
             raise ValueError(
-                f"{share} are longer than {_limit(builder)}; overlength='drop' leaves none"
+                f"{share} are longer than {_limit(builder)}; overlength='drop' removes all"
             )
         if count:
             logger.warning(f"{share} are longer than {_limit(builder)}: dropped.")
@@ -258,8 +264,7 @@ def _apply_overlength(
             empty = empty[~too_long]
     elif count:
         logger.warning(
-            f"{share} are longer than {_limit(builder)}: truncated; overlength='drop' leaves them "
-            "out."
+            f"{share} are longer than {_limit(builder)}: truncated; overlength='drop' removes them."
         )
     _check_completions(empty, builder, name)
     return dataset
@@ -268,15 +273,17 @@ def _apply_overlength(
 def _check_completions(empty: np.ndarray, builder: RowBuilder | None, name: str) -> None:
     count = int(empty.sum())
     within = "" if builder is None else f" within {_limit(builder)}"
-    line = f"{name}: {count} of {len(empty)} rows have no token of a completion left{within}"
+    line = f"{name}: {count} of {len(empty)} rows have no completion tokens{within}"
     fix = "raise max_length, or set max_prompt_length"
     if count == len(empty):
         raise ValueError(f"{line}; {fix}")
     if count:
-        logger.warning(f"{line}, for their prompt alone fills it; {fix}, or overlength='drop'.")
+        logger.warning(f"{line}, because their prompt fills it; {fix}, or set overlength='drop'.")
 
 
-def _limit(builder: RowBuilder) -> str:
+def _limit(builder: RowBuilder | None) -> str:
+    if builder is None:  # no row is known to be too long then
+        return "allowed"
     if builder.is_encoder_decoder:
         return f"max_completion_length {builder.max_completion_length}"
     return f"max_length {builder.max_length}"

@@ -1,10 +1,10 @@
-"""Sketches of texts: exact and near duplicates among any number of them, in bounded memory.
+"""Finds exact and near duplicates among any number of texts in bounded memory, by sketches.
 
 Near duplicates are found by MinHash with one permutation (Li, Owen, Zhang 2012) and optimal
-densification (Shrivastava 2017): a text is the set of its shingles, its sketch the smallest hash in
-each of 64 bins, and the share of bins in which two sketches agree estimates the Jaccard similarity
-of the sets (standard deviation 0.05 at a similarity of 0.8). Bands of four bins are the keys by
-which a similar earlier text is looked up (Leskovec, Rajaraman, Ullman, ch. 3).
+densification (Shrivastava 2017): a text is the set of its shingles, and its sketch has the smallest
+hash in each of 64 bins. The share of equal bins of two sketches estimates the Jaccard similarity of
+the sets (standard deviation 0.05 at a similarity of 0.8). Bands of four bins are the keys to look
+up similar earlier texts (Leskovec, Rajaraman, Ullman, ch. 3).
 """
 
 import hashlib
@@ -19,17 +19,20 @@ import numpy as np
 BINS = 64
 _BAND = 4
 BANDS = BINS // _BAND
-# Characters of a text's shingles, tokens of a token sequence's.
+# Size of a shingle: characters of a text, tokens of a token sequence.
 _CHARACTERS, _TOKENS = 5, 3
 _EMPTY = np.uint64(0xFFFFFFFFFFFFFFFF)
-# Texts that are sketched at once: their shingles take 8 bytes a character.
+# Texts that are sketched at once: their shingles take 8 bytes per character.
 _TEXTS = 512
+
+# Place of temporary files; the system's if there is none.
+Folder = str | os.PathLike[str] | None
 
 _SPACE = re.compile(r"\s+")
 
 
 def normalise(text: str) -> str:
-    """Unicode form NFKC, case folded, white space collapsed; punctuation means something: kept."""
+    """Unicode form NFKC, case folded, white space collapsed; punctuation is kept."""
     return _SPACE.sub(" ", unicodedata.normalize("NFKC", text).casefold()).strip()
 
 
@@ -53,7 +56,7 @@ def sequence_keys(ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     A 64-bit hash of each of several sequences, which depends on their order.
 
     Args:
-        ids (`np.ndarray`): Elements of all sequences, one behind the other, integers.
+        ids (`np.ndarray`): Elements of all sequences, concatenated, integers.
         lengths (`np.ndarray`): Length of each sequence, (n,).
 
     Returns:
@@ -89,7 +92,7 @@ def sketch_tokens(ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     MinHash sketches of token sequences, by shingles of 3 tokens.
 
     Args:
-        ids (`np.ndarray`): Tokens of all sequences, one behind the other.
+        ids (`np.ndarray`): Tokens of all sequences, concatenated.
         lengths (`np.ndarray`): Length of each sequence, (n,).
 
     Returns:
@@ -101,13 +104,15 @@ def sketch_tokens(ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 def _sketch(codes: np.ndarray, lengths: np.ndarray, width: int) -> np.ndarray:
     count, lengths = len(lengths), lengths.astype(np.int64)
     row = np.repeat(np.arange(count), lengths)
-    # Zeros behind each sequence: one shorter than a shingle has shingles too, and none crosses.
+    # Zeros after each sequence: short sequences have shingles too, and no shingle crosses two.
     padded = np.zeros(len(codes) + width * (count + 1), np.uint64)
     place = np.arange(len(codes)) + width * row
     padded[place] = codes
     hashes = np.zeros(len(codes), np.uint64)
     for offset in range(width):
-        factor = mix(np.uint64([offset + 1]) * np.uint64(0x9E3779B97F4A7C15)) | np.uint64(1)
+        factor = mix(np.array([offset + 1], np.uint64) * np.uint64(0x9E3779B97F4A7C15)) | np.uint64(
+            1
+        )
         hashes += padded[place + offset] * factor
     hashes = mix(hashes)
     bins = (hashes >> np.uint64(58)).astype(np.int64)
@@ -117,7 +122,7 @@ def _sketch(codes: np.ndarray, lengths: np.ndarray, width: int) -> np.ndarray:
 
 
 def _densify(sketches: np.ndarray) -> np.ndarray:
-    """Fill each empty bin from a full one that is drawn alike in every text."""
+    """Fill each empty bin from a full one, chosen in the same way for every text."""
     empty = sketches == _EMPTY
     pending = np.flatnonzero(empty.any(axis=1) & ~empty.all(axis=1))
     original, bins, attempt = sketches.copy(), np.arange(BINS, dtype=np.uint64), 0
@@ -136,24 +141,24 @@ def _densify(sketches: np.ndarray) -> np.ndarray:
 
 class KeyIndex:
     """
-    For 64-bit keys, the number of the first item that had it.
+    Maps 64-bit keys to the index of the first item that had them.
 
-    The newest keys are in a dictionary, older ones in sorted arrays, of which the large ones lie in
-    temporary files: memory stays bounded however many there are.
+    The newest keys are in a dictionary, older ones in sorted arrays, and large arrays in temporary
+    files, so that memory is bounded.
 
     Args:
-        folder (`str` or `Path`, *optional*): Place of the temporary files.
+        folder (`str` or `Path`, *optional*): Folder of the temporary files.
         recent (`int`, *optional*): Most keys of the dictionary (about 100 bytes each).
-        run (`int`, *optional*): Least keys (16 bytes each) of an array that goes to a file.
+        run (`int`, *optional*): Least keys (16 bytes each) of an array in a file.
     """
 
-    def __init__(self, folder=None, recent: int = 1 << 18, run: int = 1 << 21):
+    def __init__(self, folder: Folder = None, recent: int = 1 << 18, run: int = 1 << 21):
         self._folder, self._limit, self._run = folder, recent, run
         self._recent: dict[int, int] = {}
         self._runs: list[tuple[np.ndarray, np.ndarray]] = []
 
     def find(self, keys: np.ndarray) -> np.ndarray:
-        """Numbers of items that had the keys, or -1; int64 of the shape of `keys`."""
+        """Indices of items that had the keys, or -1; int64 of the shape of `keys`."""
         flat = np.asarray(keys, np.uint64).ravel()
         found = np.full(len(flat), -1, np.int64)
         for known, numbers in self._runs:
@@ -165,11 +170,11 @@ class KeyIndex:
         return found.reshape(np.shape(keys))
 
     def find_recent(self, key: int) -> int:
-        """Number of an item that was added since the last [`~KeyIndex.settle`], or -1."""
+        """Index of an item added since the last [`~KeyIndex.settle`], or -1."""
         return self._recent.get(key, -1)
 
     def add(self, key: int, number: int) -> None:
-        """Remember a key, unless it is known already."""
+        """Add a key, unless it is known."""
         self._recent.setdefault(key, number)
 
     def settle(self) -> None:
@@ -180,20 +185,20 @@ class KeyIndex:
         keys = np.fromiter(self._recent.keys(), np.uint64, count)
         numbers = np.fromiter(self._recent.values(), np.int64, count)
         self._recent = {}
-        # Arrays of like size are merged, so that there are few of them.
+        # Arrays of similar size are merged, so that there are few.
         while self._runs and len(self._runs[-1][0]) <= 2 * len(keys) < self._run:
             known, known_numbers = self._runs.pop()
             keys = np.concatenate([known, keys])
             numbers = np.concatenate([known_numbers, numbers])
         order = np.argsort(keys, kind="stable")
-        run = keys[order], numbers[order]
+        keys, numbers = keys[order], numbers[order]
         if len(keys) >= self._run // 2:
-            run = tuple(_to_file(values, self._folder) for values in run)
-        self._runs.append(run)
+            keys, numbers = (_to_file(values, self._folder) for values in (keys, numbers))
+        self._runs.append((keys, numbers))
 
 
-def _to_file(values: np.ndarray, folder) -> np.ndarray:
-    # Without a name: gone with the process, however it ends.
+def _to_file(values: np.ndarray, folder: Folder) -> np.ndarray:
+    # A file without a name is removed when the process ends, even if it is killed.
     with tempfile.TemporaryFile(dir=folder) as file:
         values.tofile(file)
         file.flush()
@@ -206,25 +211,25 @@ class NearDuplicates:
 
     Args:
         threshold (`float`): Least estimated Jaccard similarity, above 0 and at most 1.
-        folder (`str` or `Path`, *optional*): Place of the temporary files; 64 bytes an item for the
-            sketches and 256 for the keys.
+        folder (`str` or `Path`, *optional*): Folder of the temporary files; 64 bytes per item for
+            the sketches and 256 for the keys.
 
     Raises:
         ValueError: If the threshold is out of range.
     """
 
-    def __init__(self, threshold: float, folder=None):
+    def __init__(self, threshold: float, folder: Folder = None):
         if not 0.0 < threshold <= 1.0:
             raise ValueError(f"threshold is {threshold}; must be above 0 and at most 1")
         self._least = int(np.ceil(threshold * BINS - 1e-9))
         self._index = KeyIndex(folder)
-        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed by close
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed in close()
         self._unwritten: list[bytes] = []
-        self.count = 0
+        self.count: int = 0
 
     def find(self, sketches: np.ndarray) -> np.ndarray:
         """
-        Numbers of similar items among those added, or -1.
+        Indices of similar items among those added, or -1.
 
         Args:
             sketches (`np.ndarray`): uint64, (n, 64).
@@ -241,11 +246,11 @@ class NearDuplicates:
 
     def find_and_add(self, sketches: np.ndarray) -> np.ndarray:
         """
-        As `find`, but each item also looks among those before it in `sketches`; those that are like
-        no other are added.
+        As `find`, but also compares each item with those before it in `sketches`, and adds items
+        without a similar one.
 
         Returns:
-            `np.ndarray`: int64, (n,): number of a similar item or -1.
+            `np.ndarray`: int64, (n,): index of a similar item or -1.
         """
         similar, first = self.find(sketches), self.count
         for row, keys, prints in zip(range(len(similar)), *split(sketches), strict=True):
@@ -258,11 +263,11 @@ class NearDuplicates:
 
     def find_recent(self, keys: np.ndarray, prints: np.ndarray, first: int) -> int:
         """
-        Number of a similar item among those added since the item `first`, or -1.
+        Index of a similar item among those added since the item `first`, or -1.
 
         Args:
-            keys (`np.ndarray`): Of [`split`], uint64 (16,).
-            prints (`np.ndarray`): Of [`split`], uint8 (64,).
+            keys (`np.ndarray`): From [`split`], uint64 (16,).
+            prints (`np.ndarray`): From [`split`], uint8 (64,).
             first (`int`): `count` when [`~NearDuplicates.find`] was asked about the earlier ones.
         """
         found = [self._index.find_recent(key) for key in keys.tolist()]
@@ -270,7 +275,7 @@ class NearDuplicates:
         return self._verify(np.array(found), prints) if found else -1
 
     def add(self, keys: np.ndarray, prints: np.ndarray) -> None:
-        """Add an item; keys and prints as in `find_recent`."""
+        """Add an item with keys and prints as in `find_recent`."""
         for key in keys.tolist():
             self._index.add(key, self.count)
         self._unwritten.append(prints.tobytes())
@@ -279,7 +284,7 @@ class NearDuplicates:
             self._write()
 
     def settle(self) -> None:
-        """Move the newest items to where they take less memory, if there are many of them."""
+        """Move the newest items to arrays and files, if there are many."""
         self._index.settle()
 
     def _verify(self, candidates: np.ndarray, prints: np.ndarray) -> int:
@@ -302,7 +307,9 @@ class NearDuplicates:
 
 
 def split(sketches: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The keys by which sketches are found, uint64 (n, 16), and what is compared, uint8 (n, 64)."""
+    """Split sketches into keys for look-up, uint64 (n, 16), and prints to compare, uint8 (n,
+    64).
+    """
     return _band_keys(sketches), _fingerprints(sketches)
 
 
@@ -315,5 +322,5 @@ def _band_keys(sketches: np.ndarray) -> np.ndarray:
 
 
 def _fingerprints(sketches: np.ndarray) -> np.ndarray:
-    # A byte a bin: two different smallest hashes agree in one of 256 cases.
+    # One byte per bin: different hashes agree in one of 256 cases.
     return (mix(sketches) & np.uint64(0xFF)).astype(np.uint8)

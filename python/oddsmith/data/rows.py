@@ -1,10 +1,11 @@
-"""RowBuilder: from the text of a pair to token ids, cut to length."""
+"""RowBuilder: makes token ids, cut to length, from the text of a pair."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers.utils import is_torch_xla_available, logging
+from transformers.utils import logging
+from transformers.utils.import_utils import is_torch_xla_available
 
 logger = logging.get_logger(__name__)
 
@@ -21,14 +22,14 @@ class RowBuilder:
     Builds rows of token ids from the prompt, chosen and rejected text of a pair, exactly as TRL
     1.16 does.
 
-    Without `max_prompt_length` only answers are cut, each to what its prompt leaves of
-    `max_length`; a prompt longer than `max_length` stays whole (TRL's rule), so such a row has
-    empty completions and is longer than `max_length`. With `max_prompt_length` a pair that is too
-    long has its prompt cut to that first, then, if it is still too long, its answers to the rest
-    (the rule of TRL up to 0.27), and no row is longer than `max_length`.
+    Without `max_prompt_length` only answers are cut, each to `max_length` minus its prompt; a
+    longer prompt is kept (TRL's rule), so such a row has empty completions and more than
+    `max_length` tokens. With `max_prompt_length` a pair that is too long has its prompt cut to that
+    first, then, if it is still too long, its answers to the rest (the rule of TRL up to 0.27), and
+    no row is longer than `max_length`.
 
-    One difference: no `prompt_token_type_ids`, which TRL carries along for BERT-like tokenizers and
-    uses nowhere.
+    One difference: no `prompt_token_type_ids`, which TRL adds for BERT-like tokenizers and does not
+    use.
 
     Args:
         processing_class (`PreTrainedTokenizerBase`):
@@ -46,8 +47,7 @@ class RowBuilder:
         max_completion_length (`int`, *optional*):
             Most tokens of a completion, for encoder-decoder models; 128 if not given.
         padding_value (`int`, *optional*):
-            Token id that pads rows to `max_length` on TorchXLA, where every new length compiles
-            anew.
+            Token id that pads rows to `max_length` on TorchXLA, where every new length is compiled.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class RowBuilder:
         self.is_encoder_decoder = is_encoder_decoder
         self.max_completion_length = max_completion_length
         self.padding_value = padding_value
-        # By the name of the dataset, what prepare_dataset found; for the report at the start.
+        # By dataset name, the findings of prepare_dataset, for the report at the start.
         self.overlength_counts: dict[str, int] = {}
 
     def build_tokenized_answer(self, prompt: str, answer: str) -> Side:
@@ -123,9 +123,9 @@ class RowBuilder:
             feature (`Mapping[str, Any]`):
                 Row with the strings `prompt`, `chosen` and `rejected`.
             model (`PreTrainedModel`, *optional*):
-                An encoder-decoder model, to have its decoder inputs too.
+                An encoder-decoder model, to add its decoder inputs.
             build_tokenized_answer (`Callable`, *optional*):
-                Stands in for this class's method of that name.
+                Replaces this class's method of that name.
 
         Returns:
             `dict[str, list[int]]`: `{chosen,rejected}_{input_ids,attention_mask,labels}` and
@@ -133,9 +133,8 @@ class RowBuilder:
             `{chosen,rejected}_labels` and the prompt.
 
         Raises:
-            ValueError: If a field is no string, or the two sides disagree about the prompt by more
-            than its
-                last token.
+            ValueError: If a field is not a string, or the prompts of the two sides differ by more
+                than the last token.
         """
         texts = [_string(feature, name) for name in ("prompt", "chosen", "rejected")]
         if build_tokenized_answer is None or self.is_encoder_decoder:
@@ -162,7 +161,7 @@ class RowBuilder:
         where: Sequence[str] | None = None,
     ) -> tuple[list[dict[str, list[int]]], list[bool]]:
         """
-        [`~RowBuilder.tokenize_row`] for many rows, each text encoded once, all of them in one call.
+        [`~RowBuilder.tokenize_row`] for many rows: encodes each text once, all in one call.
 
         Args:
             prompts (`Sequence[str]`): Text of the prompts.
@@ -189,9 +188,9 @@ class RowBuilder:
 
         rows, overlength = [], []
         for index in range(count):
-            triple = [encoded[part * count + index] for part in range(3)]
+            first, second, third = (encoded[part * count + index] for part in range(3))
             try:
-                row, too_long = build(*triple, texts[index::count])
+                row, too_long = build(first, second, third, texts[index::count])
             except ValueError as error:
                 raise ValueError(f"{where[index]}: {error}" if where else str(error)) from error
             rows.append(row)
@@ -200,8 +199,7 @@ class RowBuilder:
 
     def is_overlength(self, feature: Mapping[str, Any]) -> bool:
         """
-        Whether a row has more tokens than allowed, and so is cut, or dropped where the caller
-        drops.
+        Whether a row has more tokens than allowed, so that it is cut or dropped.
 
         Args:
             feature (`Mapping[str, Any]`): Row with the strings `prompt`, `chosen` and `rejected`.
@@ -221,7 +219,9 @@ class RowBuilder:
             prompt, _split(prompt, chosen, "chosen"), _split(prompt, rejected, "rejected")
         )
 
-    def _assemble(self, prompt: list[int], chosen: Side, rejected: Side) -> tuple[dict, bool]:
+    def _assemble(
+        self, prompt: list[int], chosen: Side, rejected: Side
+    ) -> tuple[dict[str, list[int]], bool]:
         """The row (BOS and EOS added, cut to length), and whether it was too long."""
         chosen, rejected = (
             {key: list(values) for key, values in side.items()} for side in (chosen, rejected)
@@ -234,7 +234,7 @@ class RowBuilder:
                     "the prompt's tokens differ between chosen and rejected by more than the last "
                     "one; end the prompt where a word ends"
                 )
-        # A last token that merged with either answer is no part of the prompt to generate from.
+        # A last token that merged with an answer is not part of the prompt for generation.
         prompt = prompt[: min(map(len, prompts))]
         alone = {"prompt_input_ids": prompt, "prompt_attention_mask": [1] * len(prompt)}
 
@@ -261,37 +261,37 @@ class RowBuilder:
             tokens["prompt_attention_mask"] = [1, *tokens["prompt_attention_mask"]]
 
     def _add_eos(self, tokens: Side) -> None:
-        # Without an EOS id TRL appends None, which no collator can use; here nothing is appended.
+        # Without an EOS id TRL appends None, which breaks the collator; here nothing is appended.
         eos, ids = self.processing_class.eos_token_id, tokens["input_ids"]
         if eos is not None and (not ids or ids[-1] != eos):
             tokens["input_ids"] = [*ids, eos]
             tokens["attention_mask"] = [*tokens["attention_mask"], 1]
 
     def _cut(self, alone: Side, chosen: Side, rejected: Side) -> bool:
-        """Cut to length in place; whether there was anything to cut."""
+        """Cut to length in place; returns whether anything was cut."""
         sides = (chosen, rejected)
         overlength = False
-        if self.max_prompt_length is None:
+        most = self.max_prompt_length
+        if most is None:
             for tokens in sides:
                 room = max(0, self.max_length - len(tokens["prompt_input_ids"]))
                 overlength = overlength or len(tokens["input_ids"]) > room
                 _cut_answer(tokens, room)
             return overlength
 
-        # Both sides are measured with the longer answer, so that they keep the same prompt.
+        # The longer answer decides for both sides, so that they keep the same prompt.
         room = self.max_length - max(len(tokens["input_ids"]) for tokens in sides)
         for tokens in (alone, *sides):
             if len(tokens["prompt_input_ids"]) > room:
                 overlength = True
-                self._cut_prompt(tokens)
+                self._cut_prompt(tokens, most)
         for tokens in sides:
             if len(tokens["prompt_input_ids"]) > room:
-                _cut_answer(tokens, self.max_length - self.max_prompt_length)
+                _cut_answer(tokens, self.max_length - most)
         return overlength
 
-    def _cut_prompt(self, tokens: Side) -> None:
-        keep_end = self.truncation_mode == "keep_end"
-        kept = slice(-self.max_prompt_length, None) if keep_end else slice(self.max_prompt_length)
+    def _cut_prompt(self, tokens: Side, most: int) -> None:
+        kept = slice(-most, None) if self.truncation_mode == "keep_end" else slice(most)
         for key in ("prompt_input_ids", "prompt_attention_mask"):
             tokens[key] = tokens[key][kept]
 
@@ -302,7 +302,7 @@ class RowBuilder:
         parts, overlength = [prompt, chosen, rejected], False
         for index, limit in enumerate(limits):
             if limit is not None and len(parts[index]) > limit:
-                # The tokenizer cuts, for it keeps its special tokens (T5's EOS) at the end.
+                # The tokenizer cuts, because it keeps its special tokens (T5's EOS) at the end.
                 overlength = True
                 cut = self.processing_class(texts[index], truncation=True, max_length=limit)
                 parts[index] = cut["input_ids"]

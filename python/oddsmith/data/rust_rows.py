@@ -1,4 +1,4 @@
-"""FastRows: batches of text to columns of tokens, in Rust, where the tokenizer allows it."""
+"""FastRows: tokenises batches of text in Rust, if the tokenizer allows it."""
 
 import json
 from collections.abc import Iterable
@@ -10,7 +10,8 @@ import transformers
 from datasets import Dataset
 from datasets.fingerprint import Hasher
 from torch.utils.data import get_worker_info
-from transformers.utils import is_torch_xla_available, logging
+from transformers.utils import logging
+from transformers.utils.import_utils import is_torch_xla_available
 
 from .. import _core
 from .rows import RowBuilder
@@ -19,10 +20,10 @@ __all__ = ["EMPTY", "OVERLENGTH", "FastRows", "fast_rows_for"]
 
 logger = logging.get_logger(__name__)
 
-# Columns that only live while a dataset is prepared.
+# Columns that only exist while a dataset is prepared.
 OVERLENGTH, EMPTY = "_oddsmith_overlength", "_oddsmith_empty"
 
-# What a tokenizer class of one's own may do before or after its backend.
+# Methods with which a tokenizer class can change the input or output of its backend.
 _ENCODING_METHODS = ("__call__", "_encode_plus")
 
 
@@ -32,11 +33,11 @@ class Unsuited(Exception):
 
 class FastRows:
     """
-    What [`RowBuilder.tokenize_batch`] makes, in Arrow columns: the backend of a fast tokenizer runs
-    in Rust on every core, and no Python object is made for a row.
+    The results of [`RowBuilder.tokenize_batch`] as Arrow columns: the backend of a fast tokenizer
+    runs in Rust on every core, without a Python object per row.
 
     Args:
-        builder ([`RowBuilder`]): The rules, and the tokenizer.
+        builder ([`RowBuilder`]): Has the rules and the tokenizer.
 
     Raises:
         Unsuited: If the tokenizer or the rules need Python.
@@ -45,7 +46,7 @@ class FastRows:
     def __init__(self, builder: RowBuilder):
         tokenizer = builder.processing_class
         if type(builder) is not RowBuilder:
-            raise Unsuited(f"{type(builder).__name__} has rules of its own")
+            raise Unsuited(f"{type(builder).__name__} overrides its rules")
         if builder.is_encoder_decoder:
             raise Unsuited("the model is an encoder-decoder")
         if is_torch_xla_available():
@@ -66,7 +67,7 @@ class FastRows:
         except (ValueError, RuntimeError, OverflowError, TypeError) as error:
             raise Unsuited(str(error)) from error
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return FastRows, (self.builder,)
 
     def columns(
@@ -85,16 +86,16 @@ class FastRows:
 
         Returns:
             `dict[str, pa.Array]`: Lists of int32 (ids and labels) and int8 (attention masks), and
-            booleans.
+                booleans.
 
         Raises:
-            ValueError: As [`RowBuilder.tokenize_batch`], for the first row that has a fault.
+            ValueError: As [`RowBuilder.tokenize_batch`], for the first faulty row.
         """
         made = self._encoder.columns(
             *map(_buffers, (prompts, chosen, rejected)),
             name=name,
             first_row=first_row,
-            # Workers of a DataLoader are as many as there are cores to use.
+            # A DataLoader already has a worker per core.
             parallel=get_worker_info() is None,
         )
         columns = {}
@@ -114,8 +115,8 @@ class FastRows:
 
     def fingerprint(self, dataset: Dataset) -> str:
         """
-        Name of a dataset's rows in the cache of `datasets`: of the dataset, the tokenizer, its chat
-        template and the rules. What the tokenizer did before does not change it.
+        Name of a dataset's rows in the cache of `datasets`, from the dataset, the tokenizer, its
+        chat template and the rules. Earlier calls of the tokenizer do not change it.
         """
         tokenizer = self.builder.processing_class
         return Hasher.hash(
@@ -124,7 +125,7 @@ class FastRows:
                 _core.__version__,
                 self._json,
                 sorted(self._settings.items(), key=str),
-                # What the text of conversations depends on.
+                # These settings affect the text of conversations.
                 transformers.__version__,
                 type(tokenizer).__qualname__,
                 type(tokenizer).apply_chat_template,
@@ -148,7 +149,7 @@ class FastRows:
             try:
                 (row,), (overlength,) = self.builder.tokenize_batch(*batch)
                 expected = {**row, OVERLENGTH: overlength}
-            except Exception:  # a tokenizer's own faults have no common type
+            except Exception:  # errors of tokenizers have no common type
                 expected = None
             try:
                 columns = self.columns(*(pa.array(part, pa.large_string()) for part in batch))
@@ -156,7 +157,7 @@ class FastRows:
             except ValueError:
                 made = None
             if made != expected:
-                return f"the backend alone encodes the prompt {_shown(text[0])} otherwise"
+                return f"the backend alone encodes the prompt {_shown(text[0])} differently"
         return None
 
 
@@ -186,24 +187,24 @@ def fast_rows_for(
 
 def _backend_json(tokenizer: Any) -> str:
     name = type(tokenizer).__name__
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if not hasattr(backend, "to_str"):
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or not hasattr(backend, "to_str"):
         raise Unsuited(f"{name} is not a fast tokenizer")
     for method in _ENCODING_METHODS:
         module = getattr(getattr(type(tokenizer), method, None), "__module__", "")
         if module.partition(".")[0] != "transformers":
-            raise Unsuited(f"{name} has a {method} of its own")
+            raise Unsuited(f"{name} overrides {method}")
     try:
         written = json.loads(backend.to_str())
     except Exception as error:  # the library raises bare exceptions for components in Python
         raise Unsuited(f"the backend of {name} cannot be written as JSON: {error}") from error
-    # The state that the last call has left, not a property of the tokenizer.
+    # State of the last call, not a property of the tokenizer.
     written["truncation"] = written["padding"] = None
     return json.dumps(written, ensure_ascii=False)
 
 
 def _buffers(texts: pa.Array | pa.ChunkedArray) -> tuple[bytes, bytes]:
-    """Data and offsets of a column of text, of its own rows only."""
+    """Data and offsets of a column of text, without rows outside its slice."""
     texts = texts.cast(pa.large_string())
     if isinstance(texts, pa.ChunkedArray):
         texts = texts.combine_chunks()

@@ -1,4 +1,4 @@
-"""Which pairs go into a batch: grouped by length, or as many as a budget of tokens holds."""
+"""Which pairs form a batch: grouped by length, or as many as fit a token budget."""
 
 from collections.abc import Iterator, Sequence
 
@@ -7,6 +7,8 @@ import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from torch.utils.data import Sampler
+
+from .arrow_rows import arrow_batches
 
 
 def pair_lengths(dataset: Dataset) -> np.ndarray:
@@ -17,28 +19,31 @@ def pair_lengths(dataset: Dataset) -> np.ndarray:
         dataset (`Dataset`): Prepared rows.
     """
     columns = ["chosen_input_ids", "rejected_input_ids"]
-    if not set(columns) <= set(dataset.column_names):  # encoder-decoder: the prompt is apart
+    if not set(columns) <= set(dataset.column_names):  # encoder-decoder models
         columns = ["chosen_labels", "rejected_labels"]
     parts = []
-    for table in dataset.select_columns(columns).with_format("arrow").iter(1000):
-        sides = (pc.list_value_length(table[column]).to_numpy() for column in columns)
+    for table in arrow_batches(dataset, columns, 1000):
+        sides = (
+            pc.call_function("list_value_length", [table[column]]).to_numpy() for column in columns
+        )
         parts.append(np.stack(list(sides), axis=1))
     return np.concatenate(parts).astype(np.int64)
 
 
 class TokenBatches(Sampler[list[int]]):
     """
-    Batches of pairs that hold at most so many tokens.
+    Batches of pairs with at most `max_tokens` tokens.
 
-    Pairs are shuffled, then filled into batches in that order; each epoch has the same batches in
-    another order, so that all epochs have as many. Each pair is in one batch of one process.
+    Pairs are shuffled, then filled into batches in that order. Each epoch has the same batches in
+    another order, so that all epochs have the same number of steps. Each pair is in one batch of
+    one process.
 
     Args:
         lengths (`Sequence[int]`): Tokens of each pair.
-        max_tokens (`int`): Most tokens of a batch; a pair that is longer is a batch by itself.
-        seed (`int`): Of the shuffling; the same on all processes.
+        max_tokens (`int`): Most tokens of a batch; a longer pair is a batch alone.
+        seed (`int`): Seed of the shuffling; the same on all processes.
         num_processes (`int`, *optional*, defaults to 1): Processes that share the batches.
-        process_index (`int`, *optional*, defaults to 0): Which of them this is.
+        process_index (`int`, *optional*, defaults to 0): Index of this process.
 
     Raises:
         ValueError: If `max_tokens` is not positive, or there are fewer pairs than processes.
@@ -56,15 +61,17 @@ class TokenBatches(Sampler[list[int]]):
             raise ValueError(f"max_tokens is {max_tokens}; must be positive")
         if len(lengths) < num_processes:
             raise ValueError(f"{len(lengths)} pairs are too few for {num_processes} processes")
-        self.seed, self.epoch = seed, 0
-        self.num_processes, self.process_index = num_processes, process_index
+        self.seed: int = seed
+        self.epoch: int = 0
+        self.num_processes: int = num_processes
+        self.process_index: int = process_index
         order = torch.randperm(len(lengths), generator=self._generator()).tolist()
-        self.batches = _filled(order, lengths, max_tokens)
+        self.batches: list[list[int]] = _filled(order, lengths, max_tokens)
         # Every process takes the same number of steps: the longest lists are halved until they do.
         while len(self.batches) % num_processes:
             longest = max(range(len(self.batches)), key=lambda index: len(self.batches[index]))
             batch = self.batches[longest]
-            if len(batch) == 1:  # nothing to halve: some pairs come twice, as under DDP elsewhere
+            if len(batch) == 1:  # cannot be halved: some pairs come twice, as usual under DDP
                 missing = -len(self.batches) % num_processes
                 self.batches += self.batches[:missing]
                 break

@@ -1,4 +1,4 @@
-"""What training needs of a tokenizer: a padding token, and a chat template for conversations."""
+"""Makes a tokenizer ready for training: a padding token, and a chat template for conversations."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ logger = logging.get_logger(__name__)
 
 def ensure_pad_token(processing_class: Any) -> int:
     """
-    Give a tokenizer without a pad token its EOS token to pad with, and say so once.
+    Use the EOS token for padding if a tokenizer has no pad token, and log it once.
 
     Args:
         processing_class (`PreTrainedTokenizerBase`): The tokenizer; changed in place.
@@ -23,8 +23,10 @@ def ensure_pad_token(processing_class: Any) -> int:
     Raises:
         ValueError: If there is no EOS token either.
     """
-    if processing_class.pad_token_id is None:
-        if processing_class.eos_token_id is None:
+    pad_token_id: Any = processing_class.pad_token_id
+    if pad_token_id is None:
+        pad_token_id = processing_class.eos_token_id
+        if pad_token_id is None:
             raise ValueError(
                 "the tokenizer has neither a pad nor an EOS token; set tokenizer.pad_token"
             )
@@ -33,11 +35,11 @@ def ensure_pad_token(processing_class: Any) -> int:
             "The tokenizer has no pad token: padding with its EOS token "
             f"{processing_class.eos_token!r}."
         )
-    return processing_class.pad_token_id
+    return pad_token_id
 
 
-# Mistral's layout, for base models that come without a template. The special tokens are the
-# tokenizer's own, so that each is one token whatever the model.
+# Mistral's layout, for base models without a template. It uses the special tokens of the tokenizer,
+# so that each is one token in every model.
 FALLBACK_CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message['role'] == 'assistant' %}{{ message['content'] + eos_token }}"
@@ -47,7 +49,7 @@ FALLBACK_CHAT_TEMPLATE = (
 
 
 def ensure_chat_template(tokenizer: Any, dataset: Dataset) -> None:
-    """Sets the fallback template where the rows are conversations and the tokenizer has none."""
+    """Sets the fallback template if the rows are conversations and the tokenizer has none."""
     if tokenizer.chat_template is not None or not is_messages(dataset[0]["chosen"]):
         return
     tokenizer.chat_template = FALLBACK_CHAT_TEMPLATE

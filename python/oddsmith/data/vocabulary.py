@@ -1,4 +1,4 @@
-"""Token ids of a dataset against the vocabulary of the model."""
+"""Checks token ids of a dataset against the vocabulary of the model."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -7,16 +7,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 
+from .arrow_rows import arrow_batches
 from .dataset import MAP_BATCH, PEEKED_ROWS
 
 
 def check_vocabulary(rows: Any, vocab_size: int, *, name: str = "train_dataset") -> None:
     """
-    Check that every token id and label of prepared rows is one the model has.
+    Check that the model has every token id and label of prepared rows.
 
     Args:
         rows (`Dataset`, `IterableDataset` or iterable of rows):
-            Prepared rows. Of a stream only the first few are read.
+            Prepared rows. Only the first few of a stream are read.
         vocab_size (`int`):
             Rows of the model's embedding and output head.
         name (`str`, *optional*, defaults to `"train_dataset"`):
@@ -30,7 +31,7 @@ def check_vocabulary(rows: Any, vocab_size: int, *, name: str = "train_dataset")
         if not columns:
             return
         offset = 0
-        for table in rows.select_columns(columns).with_format("arrow").iter(MAP_BATCH):
+        for table in arrow_batches(rows, columns, MAP_BATCH):
             # The minimum of labels is the mask; Arrow finds the extremes without making Python
             # objects.
             if any(_out_of_range(table[column], column, vocab_size) for column in columns):
@@ -47,7 +48,7 @@ def _is_ids(column: str) -> bool:
 
 
 def _out_of_range(column: pa.ChunkedArray, name: str, vocab_size: int) -> bool:
-    extremes = pc.min_max(pc.list_flatten(column)).as_py()
+    extremes = pc.call_function("min_max", [pc.call_function("list_flatten", [column])]).as_py()
     low, high = extremes["min"], extremes["max"]
     return high is not None and (high >= vocab_size or (low < 0 and not name.endswith("_labels")))
 

@@ -1,1 +1,1 @@
-"""`oddsmith demo`: pairs with checkable answers, a tokenizer and a model made on the spot, ORPO."""
+"""`oddsmith demo`: generates checkable pairs, a tokenizer and a model, and trains with ORPO."""

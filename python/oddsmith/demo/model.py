@@ -1,12 +1,13 @@
-"""A tokenizer and a Mistral-shaped model made on the spot, fit to train on two CPU cores."""
+"""Creates a tokenizer and a Mistral-shaped model, small enough to train on two CPU cores."""
 
 from collections.abc import Iterable
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
 # The layout of Mistral's instruct models, with the BOS written by the template: the trainer adds
-# one only where it is absent, and a tokenizer used outside the trainer gets it too.
+# one only if it is missing, and texts encoded outside the trainer get it too.
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message['role'] == 'user' %}{{ '[INST]' + message['content'] + '[/INST]' }}"
@@ -21,10 +22,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 352) -> PreTrainedTo
     Args:
         texts (`Iterable[str]`): The corpus.
         vocab_size (`int`, *optional*, defaults to 352): Upper bound; the 256 bytes and 6 special
-            tokens are always in it, so no text is lost whatever the corpus.
+            tokens are always included, so any text can be encoded.
     """
     tokenizer = Tokenizer(models.BPE(unk_token=None))
-    # Digits stay single: a merged "17" would hide from the model what it has to add.
+    # One token per digit: a merged "17" would hide the digits that the model has to add.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Digits(individual_digits=True),
@@ -57,11 +58,15 @@ def build_model(
     num_hidden_layers: int = 4,
     max_position_embeddings: int = 256,
 ) -> MistralForCausalLM:
-    """Builds a randomly initialised Mistral whose vocabulary is the tokenizer's.
+    """Builds a randomly initialised Mistral with the tokenizer's vocabulary.
 
-    The proportions are Mistral-7B's: four query heads to a key-value head, an intermediate size of
+    The proportions are Mistral-7B's: four query heads per key-value head, an intermediate size of
     3.5 times the hidden size, no tied embeddings.
     """
+    # One id each; the tokenizer's attributes are typed for lists of them too.
+    ids: dict[str, Any] = {
+        name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+    }
     config = MistralConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
@@ -72,11 +77,10 @@ def build_model(
         max_position_embeddings=max_position_embeddings,
         sliding_window=None,
         tie_word_embeddings=False,
-        # The default, 0.02, suits a hidden size of thousands; at 128 it leaves attention flat and
-        # copying unlearnt for a thousand steps. 1 / sqrt(hidden_size) takes off in a few hundred.
+        # The default, 0.02, suits a hidden size of thousands; at 128, attention stays flat and the
+        # model does not learn to copy for a thousand steps. With 1 / sqrt(hidden_size) it takes a
+        # few hundred.
         initializer_range=hidden_size**-0.5,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        **ids,
     )
     return MistralForCausalLM(config)

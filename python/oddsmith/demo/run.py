@@ -1,24 +1,21 @@
-"""`oddsmith demo`: a model trained with ORPO from nothing, offline, in about two minutes.
+"""`oddsmith demo`: trains a model with ORPO from scratch, offline, in about two minutes.
 
-Synthesises preference pairs with checkable answers, trains a byte-level BPE tokenizer and a small
-Mistral-shaped model on them, and leaves model, pairs, metrics and curves in a folder.
+Generates preference pairs with checkable answers, trains a byte-level BPE tokenizer and a small
+Mistral-shaped model on them, and writes model, pairs, metrics and curves to a folder.
 """
 
 import json
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import datasets
 from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import PrinterCallback, TrainerCallback, set_seed
-from transformers.utils import logging as transformers_logging
+from transformers import PrinterCallback, TrainerCallback, TrainerState, set_seed
 
 from ..config import ORPOConfig
+from ..integrations.progress_bars import NoProgressBars
 from ..trainer import ORPOTrainer
 from ..training.curves import save_curves
 from .model import build_model, train_tokenizer
@@ -32,13 +29,13 @@ COLUMNS = ("prompt", "chosen", "rejected")
 
 
 class CompactProgress(TrainerCallback):
-    """A progress bar that carries loss, reward margin and accuracy, and nothing else."""
+    """A progress bar that shows only loss, reward margin and accuracy."""
 
     def __init__(self) -> None:
-        self.bar: tqdm | None = None
+        self.bar: tqdm[Any] | None = None
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        # A file or a pipe gets a line now and then instead of ten a second.
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        # A file or a pipe gets a line from time to time instead of ten per second.
         interval = 0.2 if sys.stderr.isatty() else 15.0
         self.bar = tqdm(
             total=state.max_steps,
@@ -49,11 +46,19 @@ class CompactProgress(TrainerCallback):
             "[{elapsed}<{remaining}{postfix}]",
         )
 
-    def on_step_end(self, args, state, control, **kwargs):
-        self.bar.update(state.global_step - self.bar.n)
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.bar is None or "rewards/margins" not in (logs or {}):
+    def on_log(
+        self,
+        args: Any,
+        state: TrainerState,
+        control: Any,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self.bar is None or logs is None or "rewards/margins" not in logs:
             return
         shown = {
             "loss": f"{float(logs['loss']):.3f}",
@@ -62,24 +67,9 @@ class CompactProgress(TrainerCallback):
         }
         self.bar.set_postfix(shown, refresh=False)
 
-    def on_train_end(self, args, state, control, **kwargs):
-        self.bar.close()
-
-
-@contextmanager
-def no_other_bars() -> Iterator[None]:
-    """Hides the progress bars of datasets and transformers, each shorter than a second here."""
-    datasets_silent = datasets.are_progress_bars_disabled()
-    transformers_shown = transformers_logging.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if not datasets_silent:
-            datasets.enable_progress_bars()
-        if transformers_shown:
-            transformers_logging.enable_progress_bar()
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.close()
 
 
 def make_config(output_dir: Path, steps: int, seed: int) -> ORPOConfig:
@@ -93,10 +83,10 @@ def make_config(output_dir: Path, steps: int, seed: int) -> ORPOConfig:
         warmup_steps=0.05,
         adam_beta2=0.98,
         beta=0.25,
-        # Half of a sequence is a prompt of random letters, which nobody can predict.
+        # Half of a sequence is a prompt of random letters, which is not predictable.
         nll_scope="completion",
         max_length=64,
-        # Both save memory at the cost of time; this model needs none of it.
+        # Both save memory at the cost of time, which this small model does not need.
         gradient_checkpointing=False,
         bf16=False,
         use_cpu=True,
@@ -119,7 +109,7 @@ def write_rows(rows: list[dict], path: Path) -> None:
 
 
 def format_table(before: dict[str, dict], after: dict[str, dict]) -> str:
-    """Lays the scores before and after training side by side, a line for each task."""
+    """Formats the scores before and after training side by side, one line per task."""
     lines = [
         f"{'held-out pairs':<16}{'accuracy':^18}{'reward margin':^20}{'exact answers':^18}",
         f"{'':<16}" + f"{'before':>8} {'after':>7}  " * 3,
@@ -158,8 +148,8 @@ def run_demo(output_dir: str | Path, steps: int = STEPS, seed: int = 0) -> dict[
         seed (`int`, *optional*, defaults to 0): Seed of the pairs, the weights and the data order.
 
     Returns:
-        `dict[str, Any]`: What `metrics.json` holds: `before` and `after` (see
-        [`~oddsmith.demo.score.score`]), `steps`, `seed`, `seconds` and the trainer's `history`.
+        `dict[str, Any]`: Contents of `metrics.json`: `before` and `after` (see
+            [`~oddsmith.demo.score.score`]), `steps`, `seed`, `seconds` and the trainer's `history`.
 
     Raises:
         ValueError: If `steps` is below 1.
@@ -190,7 +180,7 @@ def run_demo(output_dir: str | Path, steps: int = STEPS, seed: int = 0) -> dict[
 
     config = make_config(output_dir / "model", steps, seed)
     before = score(model, tokenizer, test_rows, config.beta)
-    with no_other_bars():
+    with NoProgressBars():
         trainer = ORPOTrainer(
             model=model,
             args=config,
@@ -215,11 +205,11 @@ def run_demo(output_dir: str | Path, steps: int = STEPS, seed: int = 0) -> dict[
     (output_dir / "metrics.json").write_text(json.dumps(results, indent=2) + "\n")
     save_curves(trainer.state.log_history, output_dir / "curves.png", "oddsmith demo")
     print(f"\n{format_table(before, after)}\n")
-    print(f"what it answers now\n{format_samples(model, tokenizer, test_rows)}\n")
+    print(f"sample answers\n{format_samples(model, tokenizer, test_rows)}\n")
     print(
         f"{results['seconds']:.0f} s. Written to {output_dir}: "
         "model/  data/  metrics.json  curves.png\n"
-        "Next, train on from there with your own flags:\n"
+        "Next, continue training with your flags:\n"
         f"  oddsmith train --model {output_dir / 'model'} --dataset {output_dir / 'data'} "
         f"--output_dir {output_dir / 'more'} --max_steps 100 --learning_rate 5e-4"
     )

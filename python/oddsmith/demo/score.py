@@ -1,7 +1,6 @@
-"""How well a model does on the demo's held-out pairs.
+"""Scores a model on the demo's held-out pairs.
 
-In plain torch on purpose: the figures of the table do not pass through the fused head that the
-training used.
+In plain torch on purpose: the scores do not depend on the fused head that the training used.
 """
 
 from collections.abc import Iterator, Sequence
@@ -62,7 +61,7 @@ def mean_logps(model: Any, tokenizer: Any, rows: Sequence[dict], side: str) -> T
 
 @torch.no_grad()
 def answer(model: Any, tokenizer: Any, rows: Sequence[dict]) -> list[str]:
-    """What the model writes after each row's prompt, greedily."""
+    """The model's greedy answer to each row's prompt."""
     answers = []
     for batch in batches(rows):
         prompts = [tokenizer.apply_chat_template(row["prompt"], tokenize=False) for row in batch]
@@ -86,18 +85,18 @@ def answer(model: Any, tokenizer: Any, rows: Sequence[dict]) -> list[str]:
 
 
 def score(model: Any, tokenizer: Any, rows: Sequence[dict], beta: float) -> dict[str, dict]:
-    """Scores a model on pairs, each task by itself and all together.
+    """Scores a model on pairs, per task and for all together.
 
     Args:
-        model (`PreTrainedModel`): A causal language model; left in the mode it came in.
+        model (`PreTrainedModel`): A causal language model; its train/eval mode is restored.
         tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
         rows (`Sequence[dict]`): Rows of [`~oddsmith.demo.tasks.make_pairs`].
         beta (`float`): Scale of the rewards, as in training.
 
     Returns:
         `dict[str, dict]`: For `"all"` and each task's name: `accuracy` (share of pairs whose chosen
-        completion is the likelier one, per token), `margin` (mean of beta times the difference)
-        and `exact` (share of greedy answers that are right).
+            completion is more likely, per token), `margin` (mean of beta times the difference) and
+        `exact` (share of correct greedy answers).
     """
     was_training = model.training
     model.eval()

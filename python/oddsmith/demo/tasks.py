@@ -1,8 +1,8 @@
 """The demo's preference pairs: small tasks whose answers a function can check.
 
-Every instruction is generated from a template and solved by code, so the chosen answer is right by
-construction, each rejected answer is a mistake that somebody could make (a dropped letter, an
-off-by-one, a descending sort), and any text a model writes can be graded with [`is_correct`].
+Every instruction is generated from a template and solved by code, so the chosen answer is correct
+by construction, each rejected answer is a plausible mistake (a dropped letter, an off-by-one, a
+descending sort), and any answer of a model can be graded with [`is_correct`].
 """
 
 import random
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 # Capitals: the instructions are in small letters, so the merges that byte-level BPE learns from
-# them never swallow letters of a word, and reversing a word reverses its tokens.
+# them never include letters of a word, and reversing a word reverses its tokens.
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -21,11 +21,11 @@ class Task:
 
     Args:
         name (`str`): Short name, used as the row's label in the demo's table.
-        templates (`tuple[str, ...]`): Phrasings, each with the field `{x}` (and `{y}`) in it.
+        templates (`tuple[str, ...]`): Phrasings, each with the field `{x}` (and `{y}`).
         draw (`Callable`): Takes a `random.Random`, returns the values of the fields as strings.
-        solve (`Callable`): Takes the values, returns the right answer.
-        spoil (`Callable`): Takes a `random.Random` and the values, returns a wrong answer that is
-            easy to mistake for the right one.
+        solve (`Callable`): Takes the values, returns the correct answer.
+        spoil (`Callable`): Takes a `random.Random` and the values, returns a plausible wrong
+            answer.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Task:
 
 
 def draw_word(rng: random.Random) -> tuple[str, ...]:
-    # Letters without repetition: a word such as "AAA" has no wrong neighbour by swapping.
+    # Letters without repetition: swapping letters of a word such as "AAA" does not change it.
     return ("".join(rng.sample(LETTERS, rng.randint(3, 5))),)
 
 
@@ -79,7 +79,7 @@ def misspell(rng: random.Random, word: str) -> str:
 
 
 def spoil_reversed(rng: random.Random, word: str) -> str:
-    # The word left as it was is the mistake a model makes first: it has just learnt to copy.
+    # The unchanged word is the first mistake of a model, because it learns to copy first.
     return rng.choice([word, misspell(rng, word[::-1]), misspell(rng, word[::-1])])
 
 
@@ -93,7 +93,7 @@ def spoil_sorted(rng: random.Random, digits: str) -> str:
 
 def spoil_sum(rng: random.Random, x: str, y: str) -> str:
     right = int(x) + int(y)
-    # The difference, and a sum whose carry was lost or invented.
+    # The difference, and a sum with a missing or extra carry.
     return str(rng.choice([int(x) - int(y), right + 1, right - 1, right + 10, right - 10]))
 
 
@@ -160,35 +160,35 @@ PATTERNS = tuple(
 
 
 def solve(instruction: str) -> str:
-    """Returns the right answer to an instruction that this module generated.
+    """Returns the correct answer to an instruction that this module generated.
 
     Raises:
-        ValueError: If the instruction follows none of the templates.
+        ValueError: If the instruction matches none of the templates.
     """
     for task, pattern in PATTERNS:
         match = pattern.fullmatch(instruction)
         if match is not None:
             return task.solve(*match.groups())
-    raise ValueError(f"instruction {instruction!r} follows none of the demo's templates")
+    raise ValueError(f"instruction {instruction!r} matches none of the demo's templates")
 
 
 def is_correct(instruction: str, answer: str) -> bool:
-    """Whether `answer`, surrounding blanks aside, is the right answer to `instruction`."""
+    """Whether `answer`, without surrounding blanks, is the correct answer to `instruction`."""
     return answer.strip() == solve(instruction)
 
 
 def make_pairs(count: int, seed: int, exclude: Iterable[str] = ()) -> list[dict]:
-    """Generates conversational preference pairs, the tasks in turn.
+    """Generates conversational preference pairs, alternating between the tasks.
 
     Args:
         count (`int`): Number of pairs.
         seed (`int`): Seed of the generator; the same seed gives the same pairs.
-        exclude (`Iterable[str]`): Values of `key` (see below) that must not occur: those held out.
+        exclude (`Iterable[str]`): Values of `key` (see below) to exclude, such as held-out ones.
 
     Returns:
         `list[dict]`: Rows with `prompt`, `chosen` and `rejected` (message lists), `task`, and
-        `key`, which names the question whatever its phrasing, so that a held-out question does
-        not come back in other words.
+        `key`, which identifies the question in any phrasing, so that a held-out question is not
+        repeated in another phrasing.
     """
     rng = random.Random(seed)
     excluded = set(exclude)
@@ -214,7 +214,7 @@ def make_pairs(count: int, seed: int, exclude: Iterable[str] = ()) -> list[dict]
 
 
 def make_splits(train_count: int, test_count: int, seed: int) -> tuple[list[dict], list[dict]]:
-    """Generates training rows and held-out rows that share no question."""
+    """Generates training rows and held-out rows without common questions."""
     test = make_pairs(test_count, seed + 1)
     train = make_pairs(train_count, seed, exclude=(row["key"] for row in test))
     return train, test

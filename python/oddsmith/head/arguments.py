@@ -10,7 +10,7 @@ __all__ = ["HeadArguments", "Needs", "ObjectiveArguments", "PairArguments"]
 
 
 class HeadArguments(NamedTuple):
-    """What every operator of the head starts with: see [`oddsmith.functional.linear_logps`]."""
+    """The common arguments of the head's operators: see [`oddsmith.functional.linear_logps`]."""
 
     hidden: Tensor
     weight: Tensor
@@ -39,7 +39,7 @@ class ObjectiveArguments(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """The gradients that are wanted."""
+    """Which gradients to compute."""
 
     hidden: bool
     weight: bool

@@ -1,4 +1,4 @@
-"""The loss from logits: the path for models and subclasses that the fused head cannot serve."""
+"""The loss from logits, for models and subclasses that the fused head does not support."""
 
 from typing import Any
 
@@ -14,12 +14,14 @@ _LN2 = 0.6931471805599453
 
 
 def log1mexp(x: Tensor) -> Tensor:
-    """`log(1 - exp(x))` for x < 0, accurate on both sides (Maechler 2012). No gradient of use."""
+    """`log(1 - exp(x))` for x < 0, accurate near 0 and far from it (Maechler 2012). Not for
+    autograd.
+    """
     return torch.where(x < -_LN2, torch.log1p(-torch.exp(x)), torch.log(-torch.expm1(x)))
 
 
 class _LogOdds(torch.autograd.Function):
-    """Analytic gradient: autograd's is NaN for a log-probability of 0, from an infinity times 0."""
+    """Analytic gradient: autograd's is NaN for a log-probability of 0, infinity times 0."""
 
     @staticmethod
     def forward(ctx, chosen: Tensor, rejected: Tensor) -> Tensor:
@@ -28,7 +30,8 @@ class _LogOdds(torch.autograd.Function):
         return (chosen - rejected) - (log1mexp(chosen) - log1mexp(rejected))
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        (gradient,) = gradients
         # d log_odds / d x = 1 / (1 - exp(x))
         chosen, rejected = (
             (gradient / -torch.expm1(x)).clamp(-_STEEPEST, _STEEPEST) for x in ctx.saved_tensors
@@ -41,18 +44,18 @@ def log_odds(chosen: Tensor, rejected: Tensor) -> Tensor:
     Log odds ratio of mean log-probabilities, Hong et al. 2024 (arXiv 2403.07691), equation 4.
 
     Finite in value and gradient for arguments down to -1e4, and exactly 0. Evaluated in `float64`
-    where the device has it: the differences below are where single precision loses its digits.
+    if the device has it: the differences below lose digits in single precision.
 
     Args:
         chosen (`Tensor`): `(B,)`, at most 0.
-        rejected (`Tensor`): Likewise.
+        rejected (`Tensor`): `(B,)`, at most 0.
     """
     dtype = torch.float32 if chosen.device.type == "mps" else torch.float64
     return _LogOdds.apply(chosen.to(dtype), rejected.to(dtype))
 
 
 def pad_to(tensor: Tensor, length: int, value: int) -> Tensor:
-    """`tensor` (B, T) with `value` on the right up to `length`."""
+    """Pad `tensor` (B, T) with `value` on the right up to `length`."""
     return F.pad(tensor, (0, length - tensor.shape[1]), value=value)
 
 
@@ -62,7 +65,7 @@ def concatenate(
     padding_value: int,
     device: torch.device | None,
 ) -> dict[str, Tensor]:
-    """The pairs of a batch as one: chosen sequences first, then rejected. See the trainer."""
+    """Concatenate the pairs of a batch: chosen sequences first, then rejected. See the trainer."""
     ids = "labels" if is_encoder_decoder else "input_ids"
     length = max(batch[f"chosen_{ids}"].shape[1], batch[f"rejected_{ids}"].shape[1])
     both = {}
@@ -83,10 +86,10 @@ def concatenate(
 
 
 def shift_right(labels: Tensor, start: int | None, pad: int | None) -> Tensor:
-    """Decoder inputs of an encoder-decoder model: labels one to the right after a start token."""
-    for name, value in (("decoder_start_token_id", start), ("pad_token_id", pad)):
-        if value is None:
-            raise ValueError(f"model.config.{name} is None; must be a token id")
+    """Decoder inputs of an encoder-decoder model: labels shifted right, after a start token."""
+    if start is None or pad is None:
+        name = "decoder_start_token_id" if start is None else "pad_token_id"
+        raise ValueError(f"model.config.{name} is None; must be a token id")
     shifted = labels.roll(1, dims=1)
     shifted[:, 0] = start
     return shifted.masked_fill(shifted < 0, pad)
@@ -94,7 +97,7 @@ def shift_right(labels: Tensor, start: int | None, pad: int | None) -> Tensor:
 
 def sequence_logps(logits: Tensor, labels: Tensor, average: bool) -> Tensor:
     """
-    Log-probability of each sequence's labels, those below 0 left out; 0 for a sequence without.
+    Log-probability of each sequence's labels, without those below 0; 0 if there are none.
 
     Args:
         logits (`Tensor`): `(B, T, V)`, aligned with the labels.
@@ -109,7 +112,7 @@ def sequence_logps(logits: Tensor, labels: Tensor, average: bool) -> Tensor:
 
 
 def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
-    """Negative log-likelihood per token, labels below 0 left out; 0 where there is none."""
+    """Negative log-likelihood per token, without labels below 0; 0 if there are none."""
     flat = torch.where(labels < 0, -100, labels).flatten()
     total = F.cross_entropy(logits.flatten(0, 1).float(), flat, ignore_index=-100, reduction="sum")
     return total / (flat != -100).sum().clamp(min=1)

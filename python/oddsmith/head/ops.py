@@ -7,10 +7,11 @@ Both functions run the Rust core through custom operators, so they work outside 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch._C import _autograd as torch_autograd
 
 from .. import _core
 from .arguments import HeadArguments, Needs, ObjectiveArguments, PairArguments
@@ -27,11 +28,12 @@ class LinearORPOOutput(NamedTuple):
         loss (`Tensor`): `nll_loss - beta * mean(link(log_odds_chosen))`, 0-dim.
         nll_loss (`Tensor`): Token mean of the negative log-likelihood of the chosen sequences, 0-dim.
         chosen_logps (`Tensor`): Mean completion log-probability of each chosen sequence, `(B,)`.
-        rejected_logps (`Tensor`): Likewise of each rejected sequence, `(B,)`.
+        rejected_logps (`Tensor`): Mean completion log-probability of each rejected sequence,
+            `(B,)`.
         log_odds_chosen (`Tensor`): Log odds ratio of each pair, `(B,)`.
         log_odds_ratio (`Tensor`): Its log-sigmoid, `(B,)`.
         chosen_logits (`Tensor`): Mean logit over the chosen rows and the vocabulary, 0-dim.
-        rejected_logits (`Tensor`): Likewise over the rejected rows, 0-dim.
+        rejected_logits (`Tensor`): Mean logit over the rejected rows and the vocabulary, 0-dim.
         empty_completions (`Tensor`): Number of pairs with an empty side, 0-dim `int64`. They
             contribute nothing to the odds-ratio term, and have zeros in the fields above.
     """
@@ -51,13 +53,13 @@ def _statistics_dtype(hidden: Tensor) -> torch.dtype:
     return torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
 
-def _gradients(wanted: tuple[bool, ...], like: tuple[Tensor | None, ...]) -> list[Tensor]:
-    """Shapes of the gradients that the core returns: those not wanted are empty."""
+def _gradients(wanted: tuple[bool, ...], hidden: Tensor, *others: Tensor | None) -> list[Tensor]:
+    """Shapes of the gradients that the core returns; those that are not needed are empty."""
     return [
         torch.empty_like(x, memory_format=torch.contiguous_format)
         if want and x is not None
-        else like[0].new_empty(0)
-        for want, x in zip(wanted, like)
+        else hidden.new_empty(0)
+        for want, x in zip(wanted, (hidden, *others))
     ]
 
 
@@ -87,9 +89,10 @@ def _linear_orpo(
         ObjectiveArguments(beta, nll_scope, odds_ratio_link, logits_budget),
         Needs(need_hidden, need_weight, need_bias),
     )
-    gradients = report.pop("gradients")
+    gradients = report["gradients"]
+    outputs = cast(dict[str, Any], report)
     return [
-        *LinearORPOOutput(**report),
+        *(outputs[name] for name in LinearORPOOutput._fields),
         gradients["hidden"],
         gradients["weight"],
         gradients["bias"],
@@ -121,7 +124,7 @@ def _(
     one = [hidden.new_empty((), dtype=dtype) for _ in range(4)]
     each = [hidden.new_empty(pairs, dtype=dtype) for _ in range(4)]
     empty = hidden.new_empty((), dtype=torch.int64)
-    gradients = _gradients((need_hidden, need_weight, need_bias), (hidden, weight, bias))
+    gradients = _gradients((need_hidden, need_weight, need_bias), hidden, weight, bias)
     return [*one[:2], *each, *one[2:], empty, *gradients]
 
 
@@ -143,7 +146,7 @@ def _linear_logps(
 @_linear_logps.register_fake
 def _(hidden, weight, bias, targets, softcap, logit_scale, need_expectation):
     rows = [hidden.new_empty(hidden.shape[0], dtype=_statistics_dtype(hidden)) for _ in range(2)]
-    return [*rows, *_gradients((need_expectation,), (hidden,))]
+    return [*rows, *_gradients((need_expectation,), hidden)]
 
 
 @torch.library.custom_op("oddsmith::linear_logps_backward", mutates_args=())
@@ -180,16 +183,16 @@ def _(
     need_weight,
     need_bias,
 ):
-    return _gradients((need_hidden, need_weight, need_bias), (hidden, weight, bias))
+    return _gradients((need_hidden, need_weight, need_bias), hidden, weight, bias)
 
 
-# True while a backward pass keeps the graph for another one. Where this torch cannot tell, assume
-# that it does.
-_keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+# True while a backward pass keeps the graph for another one. If torch cannot tell, assume that it
+# does.
+_keeps_graph = getattr(torch_autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
 def _times(gradient: Tensor, factor: Tensor) -> Tensor:
-    """`gradient * factor`, in place where nobody else will need `gradient`.
+    """`gradient * factor`, in place if `gradient` is not needed afterwards.
 
     The gradient of the weight is as large as the weight, and the factor is usually one over the
     number of accumulation steps: a copy would double the memory and cost a pass.
@@ -216,14 +219,15 @@ class _LinearORPO(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    def backward(ctx, d_loss, *_):
+    def backward(ctx, *grads):
+        d_loss = grads[0]
         saved = zip(ctx.needs, ctx.saved_tensors)
         gradients = [_times(gradient, d_loss) if need else None for need, gradient in saved]
         return (*gradients, *[None] * 12)
 
 
 class _LinearLogps(torch.autograd.Function):
-    """With a frozen head forward already knows `d logps / d hidden` up to a factor a row."""
+    """With a frozen head, forward computes `d logps / d hidden` up to one factor per row."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, needs, targets, softcap, logit_scale):
@@ -235,7 +239,8 @@ class _LinearLogps(torch.autograd.Function):
         return logps
 
     @staticmethod
-    def backward(ctx, d_logps):
+    def backward(ctx, *grads):
+        (d_logps,) = grads
         if ctx.frozen:
             (expectation,) = ctx.saved_tensors
             gradients = [-expectation * d_logps.to(expectation.dtype)[:, None], None, None]
@@ -249,7 +254,7 @@ class _LinearLogps(torch.autograd.Function):
 
 
 def _same_device(op: str, hidden: Tensor, **others: Tensor | None) -> None:
-    """The dispatcher picks a kernel by the first device it meets, so this check comes before it."""
+    """Check devices before the dispatcher, which picks a kernel by the first tensor's device."""
     for name, tensor in others.items():
         if tensor is not None and tensor.device != hidden.device:
             raise ValueError(
@@ -274,9 +279,9 @@ def linear_logps(
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> Tensor:
-    """Log-probabilities of target words under a linear head, without the logits.
+    """Log-probabilities of target tokens under a linear head, without the logits.
 
-    Equivalent to, in a few lines that hold `(N, V)` logits several times:
+    Equivalent to this code, which holds `(N, V)` logits several times:
 
     ```python
     z = logit_scale * (hidden @ weight.T + bias)
@@ -291,7 +296,7 @@ def linear_logps(
     Args:
         hidden (`Tensor`): Hidden states, `(N, D)`, `float32`, `bfloat16`, `float16` or `float64`.
         weight (`Tensor`): Output embeddings, `(V, D)`, same dtype and device.
-        targets (`Tensor`): `(N,)` `int64`, words in `0..V`, or -100 for a row that needs no score.
+        targets (`Tensor`): `(N,)` `int64`, tokens in `0..V`, or -100 for a row that needs no score.
         bias (`Tensor`, *optional*): `(V,)`, same dtype and device.
         softcap (`float`, *optional*): Bound on the logits (Gemma 2's `final_logit_softcapping`).
         logit_scale (`float`, *optional*, defaults to 1.0): Factor on the products (Cohere's
@@ -336,13 +341,13 @@ def linear_orpo(
     loss = nll - beta * logsigmoid(log_odds).mean()
     ```
 
-    Loss and gradients are finite for every finite input, certain tokens and empty completions
-    included. The gradients are computed together with the loss: two matrix products of the scored
-    rows with the weight if the head is frozen, three if it is trained, four if a pair's logits
-    do not fit `logits_budget`.
+    Loss and gradients are finite for every finite input, also for tokens of probability one and
+    empty completions. The gradients are computed together with the loss: two matrix products of the
+    scored rows with the weight if the head is frozen, three if it is trained, four if a pair's
+    logits do not fit `logits_budget`.
 
     Args:
-        hidden (`Tensor`): `(N, D)`, a row for every position that predicts a token, in any order;
+        hidden (`Tensor`): `(N, D)`, one row per position that predicts a token, in any order;
             `float32`, `bfloat16`, `float16` or `float64`.
         weight (`Tensor`): Output embeddings, `(V, D)`, same dtype and device.
         targets (`Tensor`): `(N,)` `int64`, the token that each row predicts, or -100 for a row that
@@ -361,10 +366,9 @@ def linear_orpo(
             and TRL; `"identity"` uses the raw log odds ratio, which is unbounded.
         num_pairs (`int`, *optional*): `B`. Read from `sequence` if not given.
         num_scored (`int`, *optional*): Number of rows in the loss: those with a target, of a
-            completion or, if `nll_scope` is `"full"`, of a chosen sequence. Counted if not given. A
-            caller who gives it and `num_pairs` lets the host run ahead of a CUDA device, where
-            values are not checked: the loss is NaN then if the number, a target or a sequence is
-            wrong.
+            completion or, if `nll_scope` is `"full"`, of a chosen sequence. Counted if not given.
+            With it and `num_pairs` the host does not wait for a CUDA device, and values are not
+            checked there: the loss is NaN if the number, a target or a sequence is wrong.
         logits_budget (`int`, *optional*): Bytes of logits that a trained head may keep for its
             backward pass.
 

@@ -1,1 +1,1 @@
-"""What a preference dataset is like in tokens, and what is wrong with it."""
+"""Checks a preference dataset: figures in tokens, and likely mistakes."""

@@ -1,4 +1,4 @@
-"""Histogram of the lengths of a dataset's sequences: bars in a terminal, or a picture."""
+"""Histogram of the lengths of a dataset's sequences, as text or as a plot."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,14 +10,14 @@ _BAR = 40
 
 def edges_of(lengths: np.ndarray, bins: int = 12) -> np.ndarray:
     """
-    Edges of bins of one round width that hold all lengths but the longest hundredth.
+    Edges of bins of equal, round width for all lengths except the longest 1 %.
 
     Args:
         lengths (`np.ndarray`): Lengths, integers.
-        bins (`int`, *optional*): About as many bins.
+        bins (`int`, *optional*): Approximate number of bins.
 
     Returns:
-        `np.ndarray`: Edges from 0, int64; the last bin is for whatever is beyond.
+        `np.ndarray`: Edges from 0, int64; the last bin has all longer ones.
     """
     top = float(np.quantile(lengths, 0.99)) if len(lengths) else 1.0
     width = max(top / bins, 1.0)
@@ -32,11 +32,11 @@ def draw_bars(lengths: np.ndarray, title: str, limit: int | None = None) -> str:
 
     Args:
         lengths (`np.ndarray`): Lengths, integers.
-        title (`str`): Line above it.
-        limit (`int`, *optional*): Longest that is trained on; its bin is marked.
+        title (`str`): Line above the histogram.
+        limit (`int`, *optional*): Longest length in training; its bin is marked.
 
     Returns:
-        `str`: A line for each bin.
+        `str`: One line per bin.
     """
     if not len(lengths):
         return f"{title}: no rows"
@@ -61,20 +61,20 @@ def save_histogram(
     sides: Mapping[str, np.ndarray], path: str | Path, title: str = "", limit: int | None = None
 ) -> Path:
     """
-    A histogram as a picture.
+    A histogram as a plot.
 
     Args:
         sides (`Mapping[str, np.ndarray]`): Lengths by name.
         path (`str` or `Path`): File to write; its suffix names the format (`.png`, `.svg`, `.pdf`).
         title (`str`, *optional*): Title.
-        limit (`int`, *optional*): Longest that is trained on, drawn as a line.
+        limit (`int`, *optional*): Longest length in training, drawn as a line.
 
     Returns:
         `Path`: The file.
 
     Raises:
         ModuleNotFoundError: If matplotlib is not installed.
-        ValueError: If the suffix names no format.
+        ValueError: If the suffix is not a known format.
     """
     try:
         from matplotlib.figure import Figure
@@ -87,9 +87,13 @@ def save_histogram(
     axes = figure.subplots()
     edges = edges_of(np.concatenate(list(sides.values())), bins=50)
     for name, lengths in sides.items():
-        # The longest hundredth in the last bin, so that a few of them do not flatten the rest.
+        # The longest 1 % are in the last bin, so that they do not flatten the rest.
         axes.hist(
-            np.minimum(lengths, edges[-1]), bins=edges, histtype="step", linewidth=1.4, label=name
+            np.minimum(lengths, edges[-1]),
+            bins=edges.tolist(),
+            histtype="step",
+            linewidth=1.4,
+            label=name,
         )
     if limit is not None and limit <= edges[-1]:
         axes.axvline(limit, color="gray", linestyle=":", label=f"max_length {limit}")

@@ -1,35 +1,36 @@
-"""The data doctor's report: what a preference dataset is like in tokens, and what is wrong with it."""
+"""DataReport: figures of a preference dataset in tokens, and likely mistakes."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from datasets import Dataset
 
-from ..data.chat import common_prefix_length
+from ..data.arrow_rows import arrow_batches
+from ..data.chat import TEXT_FIELDS, common_prefix_length
 from .token_stats import Finding, Ragged, TokenRows, TokenStats, needed, padded_tokens, quantiles
 
 Row = Mapping[str, Any]
 
 # Rows of a chunk: its columns are a few MB.
 CHUNK = 1000
-# Rows whose text is looked at. Everything else is counted over all rows.
+# Rows whose text is checked. Everything else is counted over all rows.
 SAMPLE = 2000
-# Shorter prompts than this are found in many an answer.
+# Shorter prompts occur in many answers by chance.
 _SHORTEST_PROMPT = 8
 
-# What a finding says, and what to do about it; `{}` stands for max_length.
+# The text of a finding and what to do about it; `{}` is replaced by max_length.
 FINDINGS = {
     "prompt_twice": (
         "have the prompt twice, once in `prompt` and once inside chosen and rejected",
-        "leave the `prompt` column out, or only keep the answers in chosen and rejected",
+        "remove the `prompt` column, or keep only the answers in chosen and rejected",
     ),
     "double_bos": (
         "have more than one BOS token",
-        "the text or the chat template writes it too: take it out there",
+        "the text or the chat template adds it too: remove it there",
     ),
     "missing_eos": (
         "do not end in EOS",
@@ -41,10 +42,10 @@ FINDINGS = {
     ),
     "empty": (
         "have an empty completion",
-        "drop them, or see that max_length leaves room for the answers",
+        "drop them, or raise max_length to leave room for the answers",
     ),
     "too_long": (
-        "are longer than max_length {} by their prompt alone, which TRL's rule keeps whole",
+        "have a prompt longer than max_length {}, which TRL's rule does not cut",
         "set max_prompt_length or overlength='drop'",
     ),
     "no_eos_token": ("", "the tokenizer has no EOS token; set tokenizer.eos_token"),
@@ -54,17 +55,17 @@ FINDINGS = {
 @dataclass
 class DataReport:
     """
-    What [`report_rows`] and `oddsmith inspect` say.
+    The report of [`report_rows`] and `oddsmith inspect`.
 
     Args:
-        name (`str`): Of the dataset.
-        stats ([`TokenStats`]): Figures of its rows.
-        batch_size (`int`): Pairs of a batch.
+        name (`str`): Name of the dataset.
+        stats ([`TokenStats`]): Figures of the rows.
+        batch_size (`int`): Pairs per batch.
         text (`dict[str, Finding]`, *optional*): Faults found in texts.
-        texts (`int`, *optional*): Rows whose text was looked at.
-        overlength (`int`, *optional*): Rows that were too long; None if that was not counted.
-        policy (`str`, *optional*): What becomes of them: `"truncate"` or `"drop"`.
-        partial (`bool`, *optional*): These are the first rows of a stream.
+        texts (`int`, *optional*): Rows whose text was checked.
+        overlength (`int`, *optional*): Rows that were too long; None if not counted.
+        policy (`str`, *optional*): What happened to them: `"truncate"` or `"drop"`.
+        partial (`bool`, *optional*): Whether these are only the first rows of a stream.
     """
 
     name: str
@@ -78,7 +79,7 @@ class DataReport:
 
     @property
     def findings(self) -> list[str]:
-        """A line for each fault: how many rows, the first, and what to do."""
+        """One line per fault: number of rows, first row, and what to do."""
         stats, lines = self.stats, []
         if stats.eos is None:
             lines.append(f"{self.name}: {FINDINGS['no_eos_token'][1]}.")
@@ -131,7 +132,7 @@ class DataReport:
         }
 
     def lines(self) -> list[str]:
-        """The report for people, one block."""
+        """The report as text."""
         figures = self.figures()
         rows, positions = figures["rows"], figures["positions"]
         head = f"{self.name}: {'first ' if self.partial else ''}{rows:,} rows"
@@ -150,13 +151,13 @@ class DataReport:
                 lines.append(f"  {side:<10}{cells}")
         if self.stats.near_duplicates:
             lines.append(
-                f"  prompts seen before: {figures['repeated_prompts']:,}; like one before: "
+                f"  repeated prompts: {figures['repeated_prompts']:,}; similar to an earlier one: "
                 f"{figures['near_duplicate_prompts']:,}"
             )
         if positions["packed"]:
             total = positions["padded"] / positions["shared_prompts"]
             lines.append(
-                f"  pads: {positions['pad_share']:.0%} of the positions of batches of "
+                f"  padding: {positions['pad_share']:.0%} of positions in batches of "
                 f"{self.batch_size} {'pair' if self.batch_size == 1 else 'pairs'}; prompts computed once instead of twice: "
                 f"{positions['sharing_factor']:.2f}x fewer tokens; both: {total:.2f}x"
             )
@@ -179,29 +180,28 @@ def report_rows(
     policy: str = "truncate",
 ) -> DataReport:
     """
-    Look prepared rows over before training.
+    Check prepared rows before training.
 
-    Tokens are counted over all rows of a `Dataset`, from Arrow's columns; texts, and the rows of
-    anything else, over a sample.
+    Tokens are counted over all rows of a `Dataset`, from Arrow's columns. Texts, and rows of other
+    types, are sampled.
 
     Args:
         rows (`Iterable[Mapping]`):
-            What [`~oddsmith.data.dataset.prepare_dataset`] returned.
+            Rows from [`~oddsmith.data.dataset.prepare_dataset`].
         processing_class (`PreTrainedTokenizerBase`):
             The tokenizer.
         max_length (`int`, *optional*):
-            Longest row; a row of that length may end without EOS because it was cut.
+            Longest row; a row of this length can end without EOS because it was cut.
         name (`str`, *optional*, defaults to `"train_dataset"`):
             Name of the dataset in the report.
         sample (`int`, *optional*, defaults to `2000`):
-            Rows whose text is looked at, spread over a `Dataset`; of anything else the first ones,
-            for everything.
+            Rows whose text is checked, spread over a `Dataset`; for other types, the first rows,
+            for all figures.
         batch_size (`int`, *optional*, defaults to `1`):
             Pairs of a batch.
         overlength (`int`, *optional*):
-            Rows that were truncated or dropped, where that is known.
-        policy (`str`, *optional*, defaults to `"truncate"`):
-            Which of the two.
+            Rows that were truncated or dropped, if known.
+        policy (`str`, *optional*, defaults to `"truncate"`): `"truncate"` or `"drop"`.
 
     Returns:
         [`DataReport`]: The report; its `findings` are empty if nothing is wrong.
@@ -232,7 +232,7 @@ def report_rows(
 
 def _chunks(dataset: Dataset) -> Iterator[TokenRows]:
     columns = needed(dataset.column_names)
-    for table in dataset.select_columns(columns).with_format("arrow").iter(CHUNK):
+    for table in arrow_batches(dataset, columns, CHUNK):
         yield TokenRows.of_columns({name: Ragged.of_arrow(table[name]) for name in columns})
 
 
@@ -243,28 +243,28 @@ def _spread(dataset: Dataset, sample: int) -> list[tuple[int, Row]]:
     texts = dataset.select_columns(columns).with_format(None)
     indices = range(len(dataset))
     if len(dataset) > sample:
-        # In equal steps: files are often sorted by source, and a mistake sits in one of them.
+        # In equal steps: files are often sorted by source, and a mistake may be in one source only.
         indices = [index * len(dataset) // sample for index in range(sample)]
         texts = texts.select(indices)
-    return list(zip(indices, texts, strict=True))
+    return list(zip(indices, cast(Iterable[Row], texts), strict=True))
 
 
 def count_texts(rows: Iterable[tuple[int, Row]], is_wrong: Callable[[Row], bool]) -> Finding:
-    """How many of some numbered rows are wrong, and the first."""
+    """Count faulty rows, and find the first."""
     found = [index for index, row in rows if is_wrong(row)]
     return Finding(len(found), found[0] if found else None)
 
 
 def repeats_prompt(row: Row) -> bool:
-    """Whether both answers of a row hold its prompt once more."""
-    texts = [row.get(key) for key in ("prompt", "chosen", "rejected")]
-    if not all(isinstance(text, str) for text in texts):
+    """Whether both answers of a row repeat its prompt."""
+    texts = [text for key in TEXT_FIELDS if isinstance(text := row.get(key), str)]
+    if len(texts) < 3:
         return False
     prompt, chosen, rejected = texts
     text = prompt.strip()
     if len(text) < _SHORTEST_PROMPT:
         return False
-    # Both sides begin with it, perhaps after a template's markers: an answer that quotes it is no
-    # match.
+    # Both sides begin with it, possibly after a template's markers; an answer that quotes it does
+    # not match.
     shared = common_prefix_length(chosen, rejected)
     return text in chosen[:shared]

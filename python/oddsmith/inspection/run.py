@@ -1,7 +1,7 @@
-"""`oddsmith inspect`: a dataset looked over without training on it, or loading it."""
+"""`oddsmith inspect`: checks a dataset without training on it or loading it into memory."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
@@ -12,7 +12,7 @@ import pyarrow as pa
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
-from ..data.chat import is_messages, row_text
+from ..data.chat import TEXT_FIELDS, is_messages, row_text
 from ..data.rows import RowBuilder
 from ..data.rust_rows import OVERLENGTH, FastRows, fast_rows_for
 from ..data.tokenizer import FALLBACK_CHAT_TEMPLATE, ensure_pad_token
@@ -25,7 +25,7 @@ from .token_stats import Finding, Ragged, TokenRows, TokenStats, needed
 
 # Rows tokenised at once, by all cores.
 _BATCH = 1000
-# Rows of the first of them on which Rust and the tokenizer have to agree.
+# Rows at the start on which Rust and the tokenizer must agree.
 _COMPARED = 16
 
 
@@ -53,23 +53,24 @@ def run_inspect(
         dataset (`str`): File, folder or hub id.
         model (`str`): Folder or hub id of the tokenizer.
         config (`str`, *optional*): Configuration of a hub dataset.
-        split (`str`, *optional*): Split; that which training would take if not given.
+        split (`str`, *optional*): Split; the training split if not given.
         rows (`int`, *optional*): Most rows to read.
-        max_length (`int`, *optional*): As in [`ORPOConfig`], like the next two.
-        max_prompt_length (`int`, *optional*): See there.
-        overlength (`str`, *optional*): See there.
-        batch_size (`int`, *optional*): Pairs of a batch, for the share of pads.
+        max_length (`int`, *optional*): As in [`ORPOConfig`].
+        max_prompt_length (`int`, *optional*): As in [`ORPOConfig`].
+        overlength (`str`, *optional*): As in [`ORPOConfig`].
+        batch_size (`int`, *optional*): Pairs per batch, for the share of padding.
         chat_template (`str`, *optional*): File with a template to use for conversations.
         revision (`str`, *optional*): Branch, tag or commit of a hub model.
-        trust_remote_code (`bool`, *optional*): Whether the tokenizer may be code of the hub's.
-        as_json (`bool`, *optional*): Print the figures as JSON, and nothing else.
-        histogram (`str`, *optional*): Picture to write.
+        trust_remote_code (`bool`, *optional*): Allow code from the tokenizer's repository.
+        as_json (`bool`, *optional*): Print only the figures, as JSON.
+        histogram (`str`, *optional*): Path of a plot to write.
 
     Returns:
         [`DataReport`]: The report.
 
     Raises:
-        UserError: If dataset or tokenizer cannot be read, or a row is no pair; names file and line.
+        UserError: If dataset or tokenizer cannot be read, or a row is not a pair; the message has
+            file and line.
     """
     tokenizer = load_tokenizer(model, chat_template, revision, trust_remote_code)
     with user_errors(""):
@@ -91,7 +92,7 @@ def run_inspect(
     print(report)
     print(draw_bars(chosen, "  tokens of prompt and chosen answer", max_length))
     if histogram is not None:
-        print(f"  picture: {histogram}")
+        print(f"  plot: {histogram}")
     return report
 
 
@@ -99,10 +100,10 @@ def load_tokenizer(
     model: str, chat_template: str | None, revision: str | None, trust_remote_code: bool
 ) -> Any:
     """
-    The tokenizer alone; a model's weights are not needed.
+    Load only the tokenizer, not the model's weights.
 
     Raises:
-        UserError: If there is none, or the template cannot be read.
+        UserError: If there is no tokenizer, or the template cannot be read.
     """
     path = Path(model).expanduser()
     if not path.exists() and (model.startswith(("/", "./", "../", "~")) or model.count("/") > 1):
@@ -136,17 +137,17 @@ def inspect_stream(
     Args:
         stream ([`RecordStream`]): The rows.
         tokenizer (`PreTrainedTokenizerBase`): The tokenizer; gets the fallback template of
-            `oddsmith train` if it needs one.
-        builder ([`RowBuilder`]): Makes tokens of text.
+        `oddsmith train` if necessary.
+        builder ([`RowBuilder`]): Makes tokens from text.
         rows (`int`, *optional*): Most rows to read.
-        overlength (`str`, *optional*): `"drop"` leaves rows that are too long out of the figures.
-        batch_size (`int`, *optional*): Pairs of a batch.
+        overlength (`str`, *optional*): `"drop"` excludes rows that are too long.
+        batch_size (`int`, *optional*): Pairs per batch.
 
     Returns:
         [`DataReport`]: The report.
 
     Raises:
-        UserError: If a row cannot be read or is no pair; names its file, line and field.
+        UserError: If a row cannot be read or is not a pair; the message has file, line and field.
     """
     stats = TokenStats(tokenizer.bos_token_id, tokenizer.eos_token_id, builder.max_length)
     twice, seen, too_long, sampled, fast = Finding(), 0, 0, 0, None
@@ -163,10 +164,10 @@ def inspect_stream(
             if len(kept):
                 chosen = {name: Ragged.of_arrow(part.take(kept)) for name, part in columns.items()}
                 stats.add(TokenRows.of_columns(chosen), seen + kept)
-            # Texts of every row up to the sample, then of some of each chunk: at any place a few.
+            # Check texts of all rows up to the sample size, then of a few rows in each chunk.
             step = 1 if sampled < SAMPLE else 20
             for index in range(0, len(texts), step):
-                row = dict(zip(("prompt", "chosen", "rejected"), texts[index], strict=True))
+                row = dict(zip(TEXT_FIELDS, texts[index], strict=True))
                 sampled += 1
                 if repeats_prompt(row):
                     twice.count += 1
@@ -193,21 +194,24 @@ def _tokens(
     texts: list[tuple[str, str, str]],
     batch: list[Record],
 ) -> tuple[dict[str, pa.Array], np.ndarray]:
-    """Columns of tokens that the figures are made of, and which rows are too long."""
-    parts = list(zip(*texts, strict=True))
+    """Columns of tokens for the figures, and which rows are too long."""
+    prompts, chosen, rejected = zip(*texts, strict=True)
     if fast is not None:
         try:
+            parts = (prompts, chosen, rejected)
             made = fast.columns(*(pa.array(part, pa.large_string()) for part in parts))
             return {name: made[name] for name in needed(made)}, np.asarray(made[OVERLENGTH])
         except ValueError:
-            pass  # the builder names the file and line of the row
+            pass  # the builder reports the file and line of the row
     with user_errors(""):
-        rows, flags = builder.tokenize_batch(*parts, [record.where for record in batch])
+        rows, flags = builder.tokenize_batch(
+            prompts, chosen, rejected, [record.where for record in batch]
+        )
     columns = {name: pa.array([row[name] for row in rows]) for name in needed(rows[0])}
     return columns, np.array(flags, bool)
 
 
-def _batches(stream: RecordStream, rows: int | None) -> Iterator[list[Record]]:
+def _batches(stream: RecordStream, rows: int | None) -> Generator[list[Record], None, None]:
     records = islice(iter(stream), rows)
     known = stream.size is not None and rows is None
     with tqdm(
@@ -225,20 +229,20 @@ def _batches(stream: RecordStream, rows: int | None) -> Iterator[list[Record]]:
 
 
 def _ensure_template(tokenizer: Any, record: Record) -> None:
-    # As `oddsmith train` does for base models, so that the figures are those of its rows.
+    # As `oddsmith train` does for base models, so that the figures match its rows.
     if record.fields is not None and is_messages(record.fields.get("chosen")):
         if tokenizer.chat_template is None:
             tokenizer.chat_template = FALLBACK_CHAT_TEMPLATE
 
 
 def _text(record: Record, tokenizer: Any) -> tuple[str, str, str]:
-    if record.problem is not None:
+    if record.fields is None:
         raise UserError(f"{record.where}: {record.problem}")
     for side in ("chosen", "rejected"):
         if side not in record.fields:
             raise UserError(
                 f"{record.where}: no field {side}; its fields are "
-                f"{', '.join(map(str, record.fields))}; oddsmith prepare makes pairs of other data"
+                f"{', '.join(map(str, record.fields))}; oddsmith prepare makes pairs from other data"
             )
     with user_errors(""):
         return row_text(record.fields, tokenizer, record.where)

@@ -1,4 +1,4 @@
-"""Exact figures of tokenised pairs, chunk by chunk, from columns of numbers."""
+"""Exact figures of tokenised pairs, chunk by chunk, from numeric columns."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,14 +9,14 @@ import numpy as np
 
 from ..data.duplicates import KeyIndex, NearDuplicates, sequence_keys, sketch_tokens
 
-# Similarity from which prompts count as near duplicates.
+# Prompts with at least this similarity are near duplicates.
 NEAR = 0.8
 
 
 @dataclass
 class Ragged:
     """
-    Sequences of different lengths, one behind the other.
+    Concatenated sequences of different lengths.
 
     Args:
         values (`np.ndarray`): All elements, integers.
@@ -33,27 +33,28 @@ class Ragged:
 
     @classmethod
     def of_arrow(cls, column: Any) -> "Ragged":
-        """Of a `pyarrow.ChunkedArray` of lists of integers, without making Python objects."""
+        """From a `pyarrow.ChunkedArray` of lists of integers, without Python objects."""
         import pyarrow.compute as pc
 
-        lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy().astype(np.int64)
-        return cls(pc.list_flatten(column).to_numpy(), lengths)
+        lengths = pc.fill_null(pc.call_function("list_value_length", [column]), 0)
+        lengths = lengths.to_numpy().astype(np.int64)
+        return cls(pc.call_function("list_flatten", [column]).to_numpy(), lengths)
 
     @property
     def starts(self) -> np.ndarray:
         return np.cumsum(self.lengths) - self.lengths
 
     def sums(self, mask: np.ndarray) -> np.ndarray:
-        """How many elements of each sequence a mask over `values` picks, int64 (n,)."""
+        """Number of elements of each sequence that a mask over `values` selects, int64 (n,)."""
         total = np.concatenate([[0], np.cumsum(mask, dtype=np.int64)])
         return total[self.starts + self.lengths] - total[self.starts]
 
     def where(self, mask: np.ndarray) -> "Ragged":
-        """The elements that a mask over `values` picks."""
+        """The elements that a mask over `values` selects."""
         return Ragged(self.values[mask], self.sums(mask))
 
     def at(self, place: int) -> np.ndarray:
-        """Element `place` of each sequence, counted from the end if negative; -1 if it has none."""
+        """Element at index `place` (from the end if negative) of each sequence; -1 if missing."""
         index = self.starts + (place if place >= 0 else self.lengths + place)
         there = self.lengths >= (place + 1 if place >= 0 else -place)
         found = np.full(len(self.lengths), -1, np.int64)
@@ -67,13 +68,14 @@ class TokenRows:
     Some tokenised pairs.
 
     Args:
-        prompt (`Ragged`): Tokens of the prompt, as they stand before the chosen answer.
+        prompt (`Ragged`): Tokens of the prompt before the chosen answer.
         chosen (`Ragged`): Tokens of the chosen answer.
         rejected (`Ragged`): Tokens of the rejected answer.
         chosen_prompt (`np.ndarray`): Prompt tokens of the chosen sequence, int64 (n,).
         rejected_prompt (`np.ndarray`): Prompt tokens of the rejected sequence; a last token may
             have merged with one of the answers.
-        encoder_decoder (`bool`): Prompt and answers are two sequences, with no BOS and EOS of ours.
+        encoder_decoder (`bool`): Prompt and answers are separate sequences, without added BOS and
+            EOS.
     """
 
     prompt: Ragged
@@ -85,28 +87,33 @@ class TokenRows:
 
     @classmethod
     def of_columns(cls, columns: Mapping[str, Ragged]) -> "TokenRows":
-        """Of the columns of [`~oddsmith.data.dataset.prepare_dataset`]: see `COLUMNS`."""
+        """From the columns of [`~oddsmith.data.dataset.prepare_dataset`]; see `COLUMNS`."""
         labels = [columns[f"{side}_labels"] for side in ("chosen", "rejected")]
-        answers = [each.where(each.values >= 0) for each in labels]
-        before = [
-            each.lengths - answer.lengths for each, answer in zip(labels, answers, strict=True)
-        ]
+        chosen, rejected = (each.where(each.values >= 0) for each in labels)
         ids = columns.get("chosen_input_ids")
         if ids is None:
             prompt = columns["prompt_input_ids"]
-            return cls(prompt, *answers, prompt.lengths, prompt.lengths, encoder_decoder=True)
-        return cls(ids.where(labels[0].values < 0), *answers, *before)
+            return cls(
+                prompt, chosen, rejected, prompt.lengths, prompt.lengths, encoder_decoder=True
+            )
+        return cls(
+            ids.where(labels[0].values < 0),
+            chosen,
+            rejected,
+            labels[0].lengths - chosen.lengths,
+            labels[1].lengths - rejected.lengths,
+        )
 
     @classmethod
     def of_rows(cls, rows: Sequence[Mapping[str, Any]]) -> "TokenRows":
-        """Of rows with those columns as lists."""
+        """From rows with these columns as lists."""
         return cls.of_columns(
             {name: Ragged.of_lists([row[name] for row in rows]) for name in needed(rows[0])}
         )
 
 
 def needed(columns: Iterable[str]) -> list[str]:
-    """Those of a row's columns that the figures are made of."""
+    """The columns of a row that the figures need."""
     columns = set(columns)
     first = "chosen_input_ids" if "chosen_input_ids" in columns else "prompt_input_ids"
     return [first, "chosen_labels", "rejected_labels"]
@@ -114,7 +121,7 @@ def needed(columns: Iterable[str]) -> list[str]:
 
 @dataclass
 class Finding:
-    """How many rows have a fault, and the first of them."""
+    """Number of rows with a fault, and the first of them."""
 
     count: int = 0
     first: int | None = None
@@ -137,13 +144,13 @@ class TokenStats:
     """
     Figures of all rows that are added.
 
-    Memory grows by 24 bytes a row (the lengths) and, with sketches, by up to 100 MB in all; the
-    rest of the sketches is in temporary files.
+    Memory grows by 24 bytes per row (the lengths) and, with sketches, by up to 100 MB in total; the
+    other sketches are in temporary files.
 
     Args:
-        bos, eos (`int`, *optional*): Ids of the tokenizer.
+        bos, eos (`int`, *optional*): Token ids of the tokenizer.
         max_length (`int`, *optional*): Longest sequence.
-        near_duplicates (`bool`, *optional*, defaults to `True`): Look for prompts that repeat.
+        near_duplicates (`bool`, *optional*, defaults to `True`): Look for repeated prompts.
     """
 
     bos: int | None = None
@@ -159,7 +166,7 @@ class TokenStats:
     repeated: Finding = field(default_factory=Finding)
     similar: Finding = field(default_factory=Finding)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self._lengths: list[np.ndarray] = []
         self._prompts = KeyIndex()
         self._near = NearDuplicates(NEAR) if self.near_duplicates else None
@@ -170,7 +177,7 @@ class TokenStats:
 
         Args:
             rows ([`TokenRows`]): The rows, in order.
-            numbers (`np.ndarray`, *optional*): Their numbers in findings; counted on if not given.
+            numbers (`np.ndarray`, *optional*): Row numbers for findings; consecutive if not given.
         """
         count = len(rows.chosen.lengths)
         if numbers is None:
@@ -179,7 +186,7 @@ class TokenStats:
         answers = (rows.chosen, rows.rejected)
         before = (rows.chosen_prompt, rows.rejected_prompt)
         totals = [place + answer.lengths for place, answer in zip(before, answers, strict=True)]
-        # What both sequences begin with, and could be computed once for both.
+        # The common beginning of both sequences, which can be computed once.
         shared = np.minimum(*before)
         self._lengths.append(np.stack([shared, *totals], 1).astype(np.int32))
         keys = [sequence_keys(answer.values, answer.lengths) for answer in answers]
@@ -195,7 +202,7 @@ class TokenStats:
             if self.max_length is not None:
                 self.too_long.add(np.maximum(*totals) > self.max_length, numbers)
         if self._near is not None:
-            self._look_for_repeats(rows.prompt, numbers)
+            self._look_for_repeats(rows.prompt, numbers, self._near)
 
     def _second_bos(self, rows: TokenRows) -> np.ndarray:
         if self.bos is None:
@@ -218,7 +225,7 @@ class TokenStats:
             missing |= (last != self.eos) & whole
         return missing
 
-    def _look_for_repeats(self, prompt: Ragged, numbers: np.ndarray) -> None:
+    def _look_for_repeats(self, prompt: Ragged, numbers: np.ndarray, near: NearDuplicates) -> None:
         keys = sequence_keys(prompt.values, prompt.lengths)
         repeated = self._prompts.find(keys) >= 0
         for row, key in enumerate(keys.tolist()):
@@ -228,20 +235,21 @@ class TokenStats:
                 self._prompts.add(key, row)
         self._prompts.settle()
         self.repeated.add(repeated, numbers)
-        # A prompt that repeats is not also counted as similar to itself.
+        # A repeated prompt is not also counted as similar.
         fresh = np.flatnonzero(~repeated)
         similar = np.zeros(len(keys), bool)
         if len(fresh):
             kept = Ragged(
                 prompt.values[np.repeat(~repeated, prompt.lengths)], prompt.lengths[fresh]
             )
-            similar[fresh] = self._near.find_and_add(sketch_tokens(kept.values, kept.lengths)) >= 0
+            similar[fresh] = near.find_and_add(sketch_tokens(kept.values, kept.lengths)) >= 0
         self.similar.add(similar, numbers)
 
     def lengths(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Tokens that both sequences of each row share, and of both sequences; int32 (rows,)."""
+        """Shared tokens of both sequences of each row, and all their tokens; int32 (rows,)."""
         if not self._lengths:
-            return (np.zeros(0, np.int32),) * 3
+            none = np.zeros(0, np.int32)
+            return none, none, none
         joined = np.concatenate(self._lengths)
         self._lengths = [joined]
         return joined[:, 0], joined[:, 1], joined[:, 2]
@@ -253,7 +261,7 @@ class TokenStats:
 
 
 def quantiles(values: np.ndarray) -> dict[str, float]:
-    """Least, quantiles, greatest and mean of some lengths."""
+    """Minimum, quantiles, maximum and mean of some lengths."""
     if not len(values):
         return {}
     places = {"min": 0.0, "p10": 0.1, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
@@ -269,8 +277,8 @@ def padded_tokens(chosen: np.ndarray, rejected: np.ndarray, batch_size: int, see
     Args:
         chosen (`np.ndarray`): Lengths of the chosen sequences, (rows,).
         rejected (`np.ndarray`): Lengths of the rejected sequences, (rows,).
-        batch_size (`int`): Pairs of a batch.
-        seed (`int`, *optional*): Of the order.
+        batch_size (`int`): Pairs per batch.
+        seed (`int`, *optional*): Seed of the order.
 
     Returns:
         `int`: Positions.

@@ -1,25 +1,24 @@
-"""Models that bitsandbytes has loaded, taken over as they stand."""
+"""Replaces the layers of models that bitsandbytes has loaded."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from torch import nn
-from transformers.utils import logging
 
 from ..quant.modules import Linear4bit, Params4bit
 from ..quant.state import QuantState
-from .transformers_quantizer import count_parameters, serve_peft
+from .parameter_count import COUNT
+from .patch import Patch, Unsupported
+from .peft_dispatch import serve_peft
 
-__all__ = ["adopt", "adopt_on_cpu"]
-
-logger = logging.get_logger(__name__)
+__all__ = ["AdoptedLayers", "adopt", "on_cpu"]
 
 
 def adopt(model: nn.Module) -> nn.Module:
     """
-    Puts [`~oddsmith.nn.Linear4bit`] in the place of bitsandbytes' layers. Codes and scales are shared,
-    not copied.
+    Replaces bitsandbytes' layers by [`~oddsmith.nn.Linear4bit`], which share their codes and
+    scales.
 
     Args:
         model (`nn.Module`):
@@ -29,44 +28,73 @@ def adopt(model: nn.Module) -> nn.Module:
         `nn.Module`: The model.
 
     Raises:
-        ValueError: If there is no such layer, one is not NF4 or not quantised yet, or has an adapter.
-            Nothing has been changed then.
+        ValueError: If there is no such layer, one is not NF4 or not quantised yet, or has an
+            adapter. Nothing is changed then.
     """
+    _exchange(model, _made_of(model))
+    return model
+
+
+class AdoptedLayers(Patch):
+    """
+    [`adopt`] that can be undone: bitsandbytes' layers, which share their codes with ours, return.
+
+    Args:
+        model (`nn.Module`): The model.
+    """
+
+    target = "bitsandbytes.nn.Linear4bit layers of a model on a CPU"
+    purpose = (
+        "After an evaluation on a CPU, bitsandbytes 0.50 permanently changes the layout of codes, and its "
+        "layers give no gradient."
+    )
+    tested = "bitsandbytes 0.50"
+    fallback = "bitsandbytes' layers are kept, which give no gradient on a CPU after an evaluation"
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._model = model
+
+    def _check(self) -> None:
+        try:
+            self._made = _made_of(self._model)
+        except ValueError as reason:
+            raise Unsupported(str(reason)) from reason
+
+    def _change(self) -> None:
+        self._theirs = {name: self._model.get_submodule(name) for name in self._made}
+        _exchange(self._model, self._made)
+
+    def _restore(self) -> None:
+        for name, layer in self._theirs.items():
+            # Layers with an adapter are kept, and so are layers that others have replaced.
+            if self._model.get_submodule(name) is self._made[name]:
+                layer.train(self._made[name].training)
+                self._model.set_submodule(name, layer)
+        self._theirs, self._made = {}, {}
+
+
+def on_cpu(model: nn.Module) -> bool:
+    """Whether a model has 4-bit layers of bitsandbytes, all of them on a CPU."""
+    theirs = [layer for layer in model.modules() if _is_theirs(layer)]
+    return bool(theirs) and all(layer.weight.device.type == "cpu" for layer in theirs)
+
+
+def _made_of(model: nn.Module) -> dict[str, Linear4bit]:
     found = {name: layer for name, layer in model.named_modules() if _is_theirs(layer)}
     if not found:
         raise ValueError(
             f"adopt: {type(model).__name__} has no Linear4bit layer of bitsandbytes; load it with a "
-            "BitsAndBytesConfig, or hand it to ORPOTrainer as it is"
+            "BitsAndBytesConfig, or pass it to ORPOTrainer directly"
         )
-    made = {name: _taken_over(name, layer) for name, layer in found.items()}
+    return {name: _taken_over(name, layer) for name, layer in found.items()}
+
+
+def _exchange(model: nn.Module, made: dict[str, Linear4bit]) -> None:
     for name, layer in made.items():
         model.set_submodule(name, layer)
-    count_parameters(True)
+    COUNT.ensure()
     serve_peft()
-    return model
-
-
-def adopt_on_cpu(model: nn.Module) -> None:
-    """
-    What [`ORPOTrainer`] does with a model of bitsandbytes on a CPU: after one evaluation its layers
-    there let no gradient through any more (0.50 lays the codes out anew for inference, for good).
-    Layers that cannot be adopted stay, with a line in the log.
-
-    Args:
-        model (`nn.Module`): Any model; changed in place.
-    """
-    theirs = [layer for layer in model.modules() if _is_theirs(layer)]
-    if not theirs or any(layer.weight.device.type != "cpu" for layer in theirs):
-        return
-    try:
-        adopt(model)
-    except ValueError as reason:
-        logger.warning(
-            f"{reason}. Its layers stay those of bitsandbytes, which on a CPU let no gradient through "
-            "after an evaluation."
-        )
-    else:
-        logger.info(f"{len(theirs)} layers of bitsandbytes are computed by oddsmith from now on.")
 
 
 def _is_theirs(layer: nn.Module) -> bool:
@@ -80,7 +108,7 @@ def _taken_over(name: str, theirs: Any) -> Linear4bit:
     if name.endswith("base_layer"):
         raise ValueError(f"adopt: {name} has an adapter; adopt the model before it gets one")
     if getattr(getattr(theirs.weight, "quant_state", None), "packing_format_for_cpu", False):
-        theirs.state_dict()  # brings the codes back into their order, in place
+        theirs.state_dict()  # restores the order of the codes, in place
     weight = theirs.weight
     state = getattr(weight, "quant_state", None)
     if state is None:

@@ -1,14 +1,16 @@
-"""What a model does between its head's input and its logits, found by trying it out."""
+"""Finds out by a trial what a model does between its head's input and its logits."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-# Names under which the configurations of transformers keep a bound on the logits, or a factor. Some
-# models multiply by what others divide by, or use it elsewhere: the probe decides, not the name.
+from .model_core import observed
+from .module_forward import ModuleForward
+
+# Names of a bound on the logits, or a factor, in transformers' configurations. Some models multiply
+# where others divide, or use the value elsewhere: the probe decides, not the name.
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap", "softcap")
 _SCALES = (
     "logit_scale",
@@ -36,36 +38,16 @@ class LogitMap(NamedTuple):
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
 
-@contextmanager
-def swapped(module: nn.Module, name: str, value: Any) -> Iterator[None]:
-    """For the duration, an attribute of an instance."""
-    own = vars(module)
-    had, before = name in own, own.get(name)
-    own[name] = value
-    try:
-        yield
-    finally:
-        if had:
-            own[name] = before
-        else:
-            own.pop(name, None)
-
-
-def head_forward_name(head: nn.Module) -> str:
-    """Attribute to swap so that accelerate's hooks, which move the weights, still run."""
-    return "_old_forward" if "_old_forward" in vars(head) else "forward"
-
-
-def find_head(core: nn.Module) -> nn.Linear:
+def find_head(core: Any) -> nn.Linear:
     """
-    The linear layer that makes a model's logits, out of its wrappers.
+    The linear layer that makes a model's logits, without its wrappers.
 
     Raises:
         [`HeadMismatch`]: If there is none.
     """
     head = core.get_output_embeddings() if hasattr(core, "get_output_embeddings") else None
     while head is not None:
-        if hasattr(head, "modules_to_save"):  # PEFT's wrapper of a layer that is trained whole
+        if hasattr(head, "modules_to_save"):  # PEFT's wrapper of a layer that is trained in full
             active = [name for name in head.active_adapters if name in head.modules_to_save]
             whole = head.disable_adapters or not active
             head = head.original_module if whole else head.modules_to_save[active[0]]
@@ -85,13 +67,13 @@ def find_head(core: nn.Module) -> nn.Linear:
     return head
 
 
-def probe_head(core: nn.Module) -> LogitMap:
+def probe_head(core: Any) -> LogitMap:
     """
-    Find out how a model makes logits of its head's output, by giving it one that is known.
+    Find out how a model makes logits from its head's output, by giving it a known output.
 
-    Values far beyond those of real logits, so that a softcap shows. No weight is used where the
-    model's body can be replaced for the occasion, so it works for weights that are sharded,
-    offloaded or not there yet, and takes no time for large ones. Else the model runs on three
+    The values are much larger than real logits, so that a softcap is visible. If the model's body
+    can be replaced for the probe, no weights are used, so it works for weights that are sharded,
+    offloaded or not loaded yet, and is fast for large ones. Otherwise the model runs on three
     tokens.
 
     Raises:
@@ -110,12 +92,14 @@ def probe_head(core: nn.Module) -> LogitMap:
             break
         except HeadMismatch:
             raise
-        except Exception as error:  # whatever a model's own code may raise
+        except Exception as error:  # the code of a model can raise anything
             failure = error
     else:
         raise HeadMismatch(f"it could not be probed ({type(failure).__name__}: {failure})")
     if logits.shape != known.shape:
-        raise HeadMismatch(f"it makes logits {tuple(logits.shape)} of {tuple(known.shape)}")
+        raise HeadMismatch(
+            f"it makes logits of shape {tuple(logits.shape)} from {tuple(known.shape)}"
+        )
     tolerance = 1e-5 if logits.dtype in (torch.float32, torch.float64) else 1e-2
     for candidate in _candidates(core):
         expected = candidate(known.double())
@@ -124,7 +108,7 @@ def probe_head(core: nn.Module) -> LogitMap:
     raise HeadMismatch("it changes its head's output by more than the known softcap or scale")
 
 
-def _candidates(core: nn.Module) -> Iterator[LogitMap]:
+def _candidates(core: Any) -> Iterator[LogitMap]:
     config = core.config
     configs = [config, config.get_text_config()] if hasattr(config, "get_text_config") else [config]
 
@@ -138,8 +122,8 @@ def _candidates(core: nn.Module) -> Iterator[LogitMap]:
             yield LogitMap(softcap, scale)
 
 
-class _Body(tuple):
-    """Output of a model's body: the hidden states by position or name, None by any other name."""
+class _Body(tuple[Tensor]):
+    """Output of a model's body: the hidden states by position or name, None for other names."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -148,42 +132,32 @@ class _Body(tuple):
 
 
 @torch.no_grad()
-def _logits_for(core: nn.Module, head: nn.Linear, known: Tensor, stubbed: bool) -> Tensor:
-    """The model's logits where its head's output is `known`."""
-    calls: list[tuple] = []
+def _logits_for(core: Any, head: nn.Linear, known: Tensor, stubbed: bool) -> Tensor:
+    """The model's logits if its head's output is `known`."""
+    calls: list[tuple[int, ...]] = []
 
     def forward(hidden: Tensor) -> Tensor:
         calls.append(tuple(hidden.shape))
         return known
 
-    # Low ids: the high ones of multimodal models stand for images.
+    # Low ids: high ones of multimodal models can be image tokens.
     ids = torch.arange(_POSITIONS, device=known.device)[None] % head.out_features
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
-    with swapped(head, head_forward_name(head), forward):
+    with ModuleForward(head, forward):
         if stubbed:
             body = getattr(core, "base_model", core)
             if body is core:
-                raise TypeError("the model has no body of its own")
+                raise TypeError("the model has no separate body")
             width = getattr(core.config.get_text_config(), "hidden_size", head.in_features)
             hidden = torch.zeros(1, _POSITIONS, width, device=known.device, dtype=head.weight.dtype)
-            with swapped(body, "forward", lambda *args, **kwargs: _Body((hidden,))):
+            stub = ModuleForward(body, lambda *args, **kwargs: _Body((hidden,)), under_hooks=False)
+            with stub:
                 outputs = core(**inputs)
         else:
-            with _evaluating(core):
+            with observed(core):
                 outputs = core(**inputs)
     if calls != [(1, _POSITIONS, head.in_features)]:
         raise HeadMismatch(
             f"it called its head with {calls or 'nothing'}; must be once with all positions"
         )
     return outputs[0] if isinstance(outputs, tuple) else outputs.logits
-
-
-@contextmanager
-def _evaluating(core: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in core.modules()}
-    core.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training

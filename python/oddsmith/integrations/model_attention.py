@@ -1,34 +1,49 @@
 """Attention over a packed row of pairs, for the models of transformers.
 
-A [`~oddsmith.packing.batch.PackedBatch`] is one row of real tokens, `[prompt | chosen | rejected]` for
-each pair. The chosen answer sees the prompt and itself, so does the rejected one, and no pair sees
-another: no pads, and no prompt twice. The function is registered with transformers'
-`AttentionInterface` under a name of its own, and stands for `sdpa` wherever a call names no
-segments (generation, a batch that was not packed).
+A [`~oddsmith.packing.batch.PackedBatch`] is one row of tokens without padding, `[prompt | chosen |
+rejected]` for each pair. Each answer sees the prompt and itself, and no pair sees another.
+
+The row is passed through the model as a keyword argument to the attention function that
+transformers registers as `sdpa`. While there is such a row, ours is registered instead: it computes
+packed rows and passes every other call on. Neither the model nor its configuration is changed, and
+a layer that is recomputed in the backward pass gets the same arguments from its checkpoint.
 """
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
 from ..packing.attention_cpu import PackedFlash, Segments, blocks
 from ..packing.attention_cuda import can_run, packed_varlen
 from ..packing.batch import PackedBatch
+from .model_core import observed
+from .patch import Patch, Unsupported, find
 
-# No part of it may be a name that transformers looks for, such as "sdpa" or "flash".
-NAME = "oddsmith_packed"
+__all__ = [
+    "SDPA",
+    "CannotPack",
+    "PackedRow",
+    "SdpaAttention",
+    "check",
+    "check_seen",
+    "packed_inputs",
+]
 
-# Keyword that carries the segments of a packed row through the model to `attend`.
-SEGMENTS = "oddsmith_segments"
+# The attention that ours replaces.
+NAME = "sdpa"
 
-# What some models hand to their attention and this one does not compute.
+_INTERFACE = "transformers.modeling_utils:AttentionInterface"
+_SDPA_FORWARD = "transformers.integrations.sdpa_attention:sdpa_attention_forward"
+
+# Keyword that carries a packed row through the model to `attend`.
+ROW = "oddsmith_row"
+
+# Arguments of some models' attention that are not supported here.
 _UNKNOWN = ("softcap", "position_bias", "s_aux")
 
 
@@ -59,26 +74,29 @@ def attend(
         dropout (`float`, *optional*): Rate of dropout on the attention weights.
         scaling (`float`, *optional*): Factor on the products; one over the root of d if not given.
         sliding_window (`int`, *optional*): Positions that a token sees, itself included.
-        kwargs: `oddsmith_segments`, those of a [`~oddsmith.packing.batch.PackedBatch`]; without it the
-            call goes to transformers' `sdpa`.
+        kwargs: `oddsmith_row`, a [`PackedRow`]; without it the call goes to the previous `sdpa`.
 
     Returns:
         `tuple`: `(1, N, heads, d)`, and None for the weights.
 
     Raises:
-        [`CannotPack`]: If the layer asks for something that is not computed here.
+        [`CannotPack`]: If the layer needs something that is not supported here.
     """
-    segments = kwargs.pop(SEGMENTS, None)
-    if segments is None:
-        return sdpa_attention_forward(
+    row = kwargs.pop(ROW, None)
+    if row is None:
+        if sliding_window is not None:
+            kwargs["sliding_window"] = sliding_window
+        return SDPA.theirs(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
+    row.seen = True
+    segments = row.segments
     unknown = [name for name in _UNKNOWN if kwargs.get(name) is not None]
     if unknown:
         raise CannotPack(f"its attention has a {', '.join(unknown)}")
     if not getattr(module, "is_causal", True):
         raise CannotPack("its attention is not causal")
-    if torch.is_autocast_enabled(query.device.type):  # as it does for libtorch's own attention
+    if torch.is_autocast_enabled(query.device.type):  # as autocast does for libtorch's attention
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (x.to(dtype) for x in (query, key, value))
     if sliding_window is not None and all(
@@ -103,7 +121,7 @@ def _blockwise(
     scaling: float | None,
     sliding_window: int | None,
 ) -> Tensor:
-    """[`PackedFlash`] by libtorch's own choice of kernel: any device, dropout, a window."""
+    """[`PackedFlash`] with libtorch's choice of kernel: any device, dropout, a window."""
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
@@ -137,54 +155,97 @@ def _band(queries: int, keys: int, window: int, device: torch.device) -> Tensor:
     return (distance >= 0) & (distance < window)
 
 
-def register() -> None:
-    """Make the implementation known to transformers. Idempotent."""
-    AttentionInterface.register(NAME, attend)
-    # Without an entry of its own, transformers would drop the padding mask of other calls.
-    AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+class SdpaAttention(Patch):
+    """Registers [`attend`] as transformers' `sdpa`."""
+
+    target = 'transformers.AttentionInterface, entry "sdpa"'
+    purpose = "Attention over packed rows; every other call goes to what was registered before."
+    tested = "transformers 5.17 to 5.24"
+    fallback = "batches go through models with their padding"
+    needs = (
+        _INTERFACE,
+        _SDPA_FORWARD,
+    )
+
+    def _check(self) -> None:
+        self.theirs = _registered()
+        if self.theirs is not find(_SDPA_FORWARD):
+            raise Unsupported("another library has registered its own function")
+
+    def _change(self) -> None:
+        _register(attend)
+
+    def _restore(self) -> None:
+        if _registered() is attend:  # no other function was registered since
+            _register(self.theirs)
+
+    def _try_out(self) -> None:
+        if _registered() is not attend:
+            raise Unsupported("the registered function is not the one that is called")
+
+
+def _registered() -> Any:
+    return find(_INTERFACE)()[NAME]
+
+
+def _register(function: Any) -> None:
+    find(_INTERFACE).register(NAME, function)
+
+
+SDPA = SdpaAttention()
+
+
+class PackedRow:
+    """
+    The segments of a packed row for [`attend`], which is registered while there is one.
+
+    Not a tuple or dataclass, because wrappers of models copy these.
+
+    Args:
+        segments (`tuple`): Those of a [`~oddsmith.packing.batch.PackedBatch`].
+
+    Raises:
+        [`CannotPack`]: If transformers' table does not accept the function.
+    """
+
+    def __init__(self, segments: Segments):
+        self.segments = segments
+        self.seen = False  # by an attention layer
+        if not SDPA.apply():
+            raise CannotPack("transformers' table of attention functions has changed")
+        weakref.finalize(self, SDPA.undo).atexit = False
 
 
 @torch.no_grad()
-def install(core: nn.Module) -> None:
+def check(core: Any) -> None:
     """
-    Let a model attend within packed sequences, if that gives what it gives on a padded batch.
-
-    Changes only which attention the configuration names.
+    Checks by a trial whether a model gives the same results on a packed row as on a padded batch.
+    Nothing is changed.
 
     Raises:
-        [`CannotPack`]: With the reason. The model is as it was.
+        [`CannotPack`]: With the reason, if not.
     """
-    config = core.config
-    before = config._attn_implementation
-    if before == NAME:
-        return
-    if before != "sdpa":
-        raise CannotPack(f"its attention is {before!r}, not 'sdpa'")
-    register()
-    training = {module: module.training for module in core.modules()}
-    core.eval()
-    config._attn_implementation = NAME
+    implementation = getattr(core.config, "_attn_implementation", None)
+    if implementation != NAME:
+        raise CannotPack(f"its attention is {implementation!r}, not {NAME!r}")
     try:
-        reason = _try_out(core)
+        with observed(core):
+            reason = _try_out(core)
     except CannotPack as cannot:
         reason = str(cannot)
     except Exception as error:  # whatever a model's own code may raise
         reason = f"a packed row could not be tried out ({type(error).__name__}: {error})"
-    finally:
-        for module, mode in training.items():
-            module.training = mode
     if reason is not None:
-        config._attn_implementation = before
         raise CannotPack(reason)
 
 
-def _try_out(core: nn.Module) -> str | None:
-    """Compares two short pairs packed and padded; what is wrong, or None."""
+def _try_out(core: Any) -> str | None:
+    """Compares two short pairs packed and padded; returns the problem, or None."""
     device = core.get_input_embeddings().weight.device
     if device.type == "meta":
         return "its weights are not in memory, so a packed row cannot be tried out"
-    # Low ids: the high ones of some models stand for images. The first pair shares a prompt of three
-    # tokens but the last, the second nothing; only position and neighbours tell its tokens apart.
+    # Low ids: high ones of some models are image tokens. The first pair shares all but the last of
+    # three prompt tokens, the second nothing; only position and neighbours distinguish its tokens.
     chosen, rejected = ([3, 5, 4, 6, 5, 3, 4], [5, 3]), ([3, 5, 4, 3], [5, 3, 5])
     pairs = [
         {
@@ -201,14 +262,17 @@ def _try_out(core: nn.Module) -> str | None:
     for row, sequence in enumerate((*chosen, *rejected)):
         ids[row, : len(sequence)] = torch.tensor(sequence)
         mask[row, : len(sequence)] = 1
-    packed = core(**packed_inputs(batch), use_cache=False).logits[0, batch.rows]
+    inputs = packed_inputs(batch)
+    packed = core(**inputs, use_cache=False).logits[0, batch.rows]
+    if not inputs[ROW].seen:
+        return "its attention does not get the packed row"
     padded = core(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    # Each row that predicts, in the order of the batch: chosen and rejected of each pair.
+    # All rows that predict, in the order of the batch: chosen and rejected of each pair.
     order = [0, 2, 1, 3]
     padded = torch.cat([padded[row, : mask[row].sum() - 1] for row in order])
     room = 64 * torch.finfo(packed.dtype).eps * (1.0 + padded.abs().max())
     if packed.shape != padded.shape or (packed - padded).abs().max() > room:
-        return "it gives other results on a packed row than on a padded batch"
+        return "its results on a packed row differ from those on a padded batch"
     return None
 
 
@@ -217,7 +281,21 @@ def packed_inputs(batch: PackedBatch) -> dict[str, Any]:
     return {
         "input_ids": batch.input_ids,
         "position_ids": batch.position_ids,
-        # Four dimensions: transformers takes it for a finished mask and makes none.
+        # With four dimensions, transformers uses it as the final mask and makes none.
         "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids.device),
-        SEGMENTS: batch.segments,
+        ROW: PackedRow(batch.segments),
     }
+
+
+def check_seen(inputs: dict[str, Any]) -> None:
+    """
+    Check a model after a run on [`packed_inputs`].
+
+    Raises:
+        RuntimeError: If none of its layers got the packed row.
+    """
+    if not inputs[ROW].seen:
+        raise RuntimeError(
+            "the model's attention did not get the packed row: it has changed since the trainer "
+            'was created; set attn_implementation="sdpa" again, or padding_free=False'
+        )

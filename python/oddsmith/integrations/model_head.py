@@ -1,26 +1,24 @@
 """The fused head inside a model's own forward pass.
 
-The loss is computed where the model would make its logits: in the output head, called by the
-model, called by whatever wraps it. Nothing goes around a wrapper, so DDP, FSDP, ZeRO-3, PEFT and
-autocast see the calls that they expect.
+The loss is computed where the model would make its logits: in the output head, which the model
+calls, which its wrappers call. No wrapper is bypassed, so DDP, FSDP, ZeRO-3, PEFT and autocast see
+the expected calls.
 """
 
 from dataclasses import dataclass
-from functools import wraps
-from types import MethodType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import ModelOutput
 
 from ..head.ops import LinearORPOOutput, linear_orpo
 from ..packing.batch import PackedBatch
-from .head_probe import HeadMismatch, LogitMap, find_head, head_forward_name, probe_head, swapped
+from .head_probe import HeadMismatch, LogitMap, find_head, probe_head
+from .model_core import core_of
+from .module_forward import ModuleForward
 
-__all__ = ["FusedBatch", "FusedHead", "FusedOutput", "HeadMismatch", "install"]
-
-_STATE = "_oddsmith_head"
+__all__ = ["FusedBatch", "FusedOutput", "HeadMismatch", "check", "fused_loss"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,7 @@ class FusedBatch:
         completion (`Tensor`): Whether the target is a completion token, `(N,)`.
         positions (`int`): Positions of that batch.
         num_pairs (`int`): `B`.
-        num_scored (`int`, *optional*): Rows in the loss, where the host knows.
+        num_scored (`int`, *optional*): Rows in the loss, if known on the host.
         beta (`float`): Weight of the odds ratio term.
         nll_scope (`str`): See [`~oddsmith.functional.linear_orpo`], as the next two.
         odds_ratio_link (`str`): See there.
@@ -61,7 +59,7 @@ class FusedBatch:
         """
         From a padded batch, each argument `(2B, T)`, chosen sequences first.
 
-        Every real position with a real successor is a row.
+        Every position whose successor is not padding is a row.
         """
         real = attention_mask != 0
         predicts = torch.zeros_like(real)
@@ -71,8 +69,9 @@ class FusedBatch:
         sequence = torch.arange(real.shape[0], device=real.device)[:, None].expand_as(real)
         rows = predicts.flatten().nonzero()[:, 0]
         columns = (input_ids.roll(-1, dims=1), sequence, completion)
-        picked = (column.flatten()[rows] for column in columns)
-        return cls._of(rows, *picked, real.numel(), real.shape[0] // 2, None, objective)
+        successors, sequence, completion = (column.flatten()[rows] for column in columns)
+        counts = (real.numel(), real.shape[0] // 2, None)
+        return cls._of(rows, successors, sequence, completion, *counts, objective)
 
     @classmethod
     def of_packed(cls, batch: PackedBatch, **objective: Any) -> "FusedBatch":
@@ -100,8 +99,8 @@ class FusedBatch:
         num_scored: int | None,
         objective: dict[str, Any],
     ) -> "FusedBatch":
-        # A rejected prompt is in no term of the loss, nor is a chosen one if only completions
-        # count: their rows have no target.
+        # Rejected prompts are in no term of the loss, and chosen ones neither if only completions
+        # count, so their rows have no target.
         scored = completion
         if objective["nll_scope"] == "full":
             scored = scored | (sequence < pairs)
@@ -117,109 +116,28 @@ class FusedBatch:
 
 
 @dataclass
-class FusedOutput(ModelOutput):
-    """Output of a model that ran with a [`FusedBatch`]: [`LinearORPOOutput`] and `aux_loss`."""
+class FusedOutput:
+    """The results of a model for a [`FusedBatch`]: [`LinearORPOOutput`], and its own `aux_loss`."""
 
-    loss: Tensor | None = None
-    nll_loss: Tensor | None = None
-    chosen_logps: Tensor | None = None
-    rejected_logps: Tensor | None = None
-    log_odds_chosen: Tensor | None = None
-    log_odds_ratio: Tensor | None = None
-    chosen_logits: Tensor | None = None
-    rejected_logits: Tensor | None = None
-    empty_completions: Tensor | None = None
+    loss: Tensor
+    nll_loss: Tensor
+    chosen_logps: Tensor
+    rejected_logps: Tensor
+    log_odds_chosen: Tensor
+    log_odds_ratio: Tensor
+    chosen_logits: Tensor
+    rejected_logits: Tensor
+    empty_completions: Tensor
     aux_loss: Tensor | None = None
 
 
-@dataclass
-class FusedHead:
+# The probed logit map of each model.
+_LOGIT_MAPS: WeakKeyDictionary[nn.Module, LogitMap] = WeakKeyDictionary()
+
+
+def check(model: nn.Module) -> LogitMap:
     """
-    State of a model whose forward takes an `oddsmith_batch`.
-
-    Args:
-        logit_map ([`LogitMap`]): What the model does to its head's output.
-        original (`Callable`, *optional*): The forward that the instance had of its own.
-    """
-
-    logit_map: LogitMap
-    original: Any = None
-
-    def run(self, core: nn.Module, batch: FusedBatch, args: tuple, kwargs: dict) -> FusedOutput:
-        head = find_head(core)
-        results: list[LinearORPOOutput] = []
-
-        def forward(hidden: Tensor) -> Tensor:
-            result = self._loss(head, hidden, batch)
-            results.append(result)
-            # Stands for the logits in what the model does to them. It depends on the loss, and the
-            # loss on it, for the hooks that FSDP and ZeRO-3 hang on the output of a module to run.
-            return (result.loss * 0.0).expand(*hidden.shape[:-1], 1)
-
-        with swapped(head, head_forward_name(head), forward):
-            outputs = self.call(core, *args, **kwargs)
-        if len(results) != 1:
-            raise RuntimeError(
-                f"{type(core).__name__} called its output head {len(results)} times, must be once; "
-                "set use_fused_head=False"
-            )
-        stats = results[0]._asdict()
-        stats["loss"] = stats["loss"] + 0.0 * _logits(outputs).float().sum()
-        return FusedOutput(**stats, aux_loss=getattr(outputs, "aux_loss", None))
-
-    def call(self, core: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """The forward without this class."""
-        if self.original is not None:
-            return self.original(*args, **kwargs)
-        return type(core).forward(core, *args, **kwargs)
-
-    def _loss(self, head: nn.Linear, hidden: Tensor, batch: FusedBatch) -> LinearORPOOutput:
-        if hidden.shape[:-1].numel() != batch.positions:
-            raise RuntimeError(
-                f"the output head got hidden states {tuple(hidden.shape)} for {batch.positions} "
-                "positions; set use_fused_head=False"
-            )
-        weight, bias = head.weight, head.bias
-        device = hidden.device.type
-        hidden = hidden.reshape(-1, hidden.shape[-1])
-        hidden = hidden.index_select(0, batch.rows.to(hidden.device))
-        # What autocast would do to the head, except that the CPU multiplies in float32 either way.
-        casts = device != "cpu" and torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if casts else weight.dtype
-        if dtype == torch.float16:
-            # Gradients are computed here, before the loss is scaled up, and would underflow.
-            dtype = torch.float32
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-        with torch.autocast(device, enabled=False):
-            return linear_orpo(
-                hidden,
-                weight,
-                batch.targets.to(hidden.device),
-                batch.sequence.to(hidden.device),
-                batch.completion.to(hidden.device),
-                batch.beta,
-                bias=bias,
-                softcap=self.logit_map.softcap,
-                logit_scale=self.logit_map.scale,
-                nll_scope=batch.nll_scope,
-                odds_ratio_link=batch.odds_ratio_link,
-                num_pairs=batch.num_pairs,
-                num_scored=batch.num_scored,
-                logits_budget=batch.logits_budget,
-            )
-
-
-def _logits(outputs: Any) -> Tensor:
-    return outputs[0] if isinstance(outputs, tuple) else outputs.logits
-
-
-def install(model: nn.Module) -> FusedHead:
-    """
-    Let a model's forward take a [`FusedBatch`] as `oddsmith_batch`; without it nothing changes.
-
-    Changes the instance alone, and no parameter or buffer. A copy of the model has it too; a second
-    call on the same model does no harm.
+    Finds out by a trial what a model does between its head and its logits. Nothing is changed.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`): A causal language model.
@@ -227,23 +145,88 @@ def install(model: nn.Module) -> FusedHead:
     Raises:
         [`HeadMismatch`]: If the loss cannot be computed in this model's head, with the reason.
     """
-    core = model.get_base_model() if hasattr(model, "get_base_model") else model
-    logit_map = probe_head(core)
-    state = vars(core).get(_STATE)
-    if state is not None:
-        state.logit_map = logit_map
-        return state
-    state = FusedHead(logit_map, vars(core).get("forward"))
-    setattr(core, _STATE, state)
+    core = core_of(model)
+    _LOGIT_MAPS[core] = found = probe_head(core)
+    return found
 
-    # A method with nothing captured, for deepcopy binds it to the copy. It has the signature of the
-    # model's own, by which Trainer and generate tell what the model takes.
-    @wraps(type(core).forward)
-    def forward(self, *args, oddsmith_batch=None, **kwargs):
-        state = vars(self)[_STATE]
-        if oddsmith_batch is None:
-            return state.call(self, *args, **kwargs)
-        return state.run(self, oddsmith_batch, args, kwargs)
 
-    core.forward = MethodType(forward, core)
-    return state
+def fused_loss(model: nn.Module, batch: FusedBatch, *args: Any, **kwargs: Any) -> FusedOutput:
+    """
+    Runs a model, with any wrappers, and computes the loss instead of its logits.
+
+    During the call its output head has another forward. The model is not changed otherwise.
+
+    Args:
+        model (`nn.Module`): The model, or its wrapper by DDP, FSDP, DeepSpeed or PEFT.
+        batch ([`FusedBatch`]): The rows that predict, and the objective.
+        args (`Any`): Arguments of the model.
+        kwargs (`Any`): Keyword arguments of the model.
+
+    Raises:
+        [`HeadMismatch`]: If the loss cannot be computed in this model's head.
+        RuntimeError: If the model calls its head in another way than in the trial.
+    """
+    core = core_of(model)
+    logit_map = _LOGIT_MAPS.get(core) or check(core)
+    head = find_head(core)
+    results: list[LinearORPOOutput] = []
+
+    def forward(hidden: Tensor) -> Tensor:
+        result = _loss(head, hidden, batch, logit_map)
+        results.append(result)
+        # Replaces the logits in the model's code. It depends on the loss, and the loss on it, so
+        # that the hooks of FSDP and ZeRO-3 on the output of a module run.
+        return (result.loss * 0.0).expand(*hidden.shape[:-1], 1)
+
+    with ModuleForward(head, forward):
+        outputs = model(*args, **kwargs)
+    if len(results) != 1:
+        raise RuntimeError(
+            f"{type(core).__name__} called its output head {len(results)} times, must be once; "
+            "set use_fused_head=False"
+        )
+    # With layers on several devices, the head may be on another one than the inputs.
+    device = batch.rows.device
+    stats = {name: value.to(device) for name, value in results[0]._asdict().items()}
+    logits = outputs[0] if isinstance(outputs, tuple) else outputs.logits
+    stats["loss"] = stats["loss"] + 0.0 * logits.float().sum().to(device)
+    return FusedOutput(**stats, aux_loss=getattr(outputs, "aux_loss", None))
+
+
+def _loss(
+    head: nn.Linear, hidden: Tensor, batch: FusedBatch, logit_map: LogitMap
+) -> LinearORPOOutput:
+    if hidden.shape[:-1].numel() != batch.positions:
+        raise RuntimeError(
+            f"the output head got hidden states {tuple(hidden.shape)} for {batch.positions} "
+            "positions; set use_fused_head=False"
+        )
+    weight, bias = head.weight, head.bias
+    device = hidden.device.type
+    hidden = hidden.reshape(-1, hidden.shape[-1])
+    hidden = hidden.index_select(0, batch.rows.to(hidden.device))
+    # What autocast would do to the head, except that the CPU always multiplies in float32.
+    casts = device != "cpu" and torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if casts else weight.dtype
+    if dtype == torch.float16:
+        # Gradients are computed here, before the loss is scaled up, and would underflow.
+        dtype = torch.float32
+    hidden, weight = hidden.to(dtype), weight.to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    with torch.autocast(device, enabled=False):
+        return linear_orpo(
+            hidden,
+            weight,
+            batch.targets.to(hidden.device),
+            batch.sequence.to(hidden.device),
+            batch.completion.to(hidden.device),
+            batch.beta,
+            bias=bias,
+            softcap=logit_map.softcap,
+            logit_scale=logit_map.scale,
+            nll_scope=batch.nll_scope,
+            odds_ratio_link=batch.odds_ratio_link,
+            num_pairs=batch.num_pairs,
+            num_scored=batch.num_scored,
+            logits_budget=batch.logits_budget,
+        )

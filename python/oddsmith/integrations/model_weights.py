@@ -1,10 +1,13 @@
-"""Names in a checkpoint and in the model that is made of it: built on the meta device, without weights."""
+"""Maps names in a checkpoint to those in its model, which is built on the meta device without
+weights.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import transformers
@@ -27,7 +30,9 @@ def empty_model(folder: Path, trust_remote_code: bool) -> PreTrainedModel:
         UserError: If transformers cannot build it.
     """
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config: Any = cast(
+            Any, AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        )
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         names = config.architectures or [""]
@@ -42,7 +47,7 @@ def empty_model(folder: Path, trust_remote_code: bool) -> PreTrainedModel:
 
 class Names:
     """
-    Which tensors of a checkpoint are which parameters of the model.
+    Maps tensors of a checkpoint to parameters of the model.
 
     Args:
         model (`PreTrainedModel`): The model, as from [`empty_model`].
@@ -67,7 +72,7 @@ class Names:
                 key, renamings, converters, model.base_model_prefix, known
             )
             self.parameter[key] = name
-            if pattern is not None:  # made of several tensors, or changed on the way
+            if pattern is not None:  # made from several tensors, or changed on loading
                 self.converted.add(name)
             else:
                 self.key[name] = key
@@ -75,11 +80,11 @@ class Names:
             self.key.pop(name, None)
 
     def find(self, parameter: str) -> str | None:
-        """The name in the checkpoint of a parameter of the model, `None` if it is not there."""
+        """The name of a parameter in the checkpoint, `None` if missing."""
         return self.key.get(parameter)
 
     def tied(self) -> dict[str, str]:
-        """Parameters that share their values, both ways."""
+        """Parameters that share their values, in both directions."""
         pairs = dict(self.model.all_tied_weights_keys)
         return pairs | {source: target for target, source in pairs.items()}
 
@@ -109,19 +114,19 @@ class Names:
 
     def quantized(self, skip: Iterable[str] = ()) -> tuple[dict[str, bool], list[str] | None]:
         """
-        The weights that transformers would quantise, and the modules that it has to be told to leave.
+        The weights that transformers would quantise, and the modules to list as not quantised.
 
         Args:
-            skip (`Iterable[str]`, *optional*): Modules to leave besides: ends of names, or patterns
-                of their beginnings, as in `BitsAndBytesConfig.llm_int8_skip_modules`.
+            skip (`Iterable[str]`, *optional*): More modules not to quantise: ends of names, or
+                patterns of their beginnings, as in `BitsAndBytesConfig.llm_int8_skip_modules`.
 
         Returns:
-            `(dict[str, bool], list[str] | None)`: Names in the checkpoint, each with whether it holds
-            the transpose; and `llm_int8_skip_modules`.
+            `(dict[str, bool], list[str] | None)`: Names in the checkpoint, each with whether it is
+            stored transposed; and `llm_int8_skip_modules`.
         """
         skip, model = list(skip), self.model
         kept = HfQuantizer.get_modules_to_not_convert(
-            model, skip or None, model._keep_in_fp32_modules, add_default_skips=True
+            model, skip or None, list(model._keep_in_fp32_modules or ()), add_default_skips=True
         )
         weights, left = {}, []
         for name, module in self._linear().items():
@@ -136,7 +141,7 @@ class Names:
             raise UserError("no linear layer is left to quantise")
         if not skip and not left:
             return weights, None
-        # Given a list, transformers leaves out its own; and a name on it may match more than itself.
+        # A given list replaces that of transformers, and a name in it can match more modules.
         told = sorted({*get_keys_to_not_convert(model), *skip, *left})
         return {
             key: transposed

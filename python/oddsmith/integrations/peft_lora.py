@@ -1,27 +1,25 @@
-"""LoRA on 4-bit layers for peft: one autograd function a projection, and a right merge."""
+"""LoRA on 4-bit layers for peft: one autograd function per projection, and correct merging."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.lora import layer as peft_layer
-from peft.tuners.lora import model as peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..quant.linear import linear_nf4_lora
-from ..quant.modules import Linear4bit
+from ..quant.modules import Linear4bit, Params4bit
 from ..quant.nf4 import dequantize_nf4
 
-__all__ = ["LoraLinear4bit", "register"]
+__all__ = ["LoraLinear4bit"]
 
-# Beginnings of an adapter that change the base, which 4-bit weights cannot follow.
+# Initialisations of an adapter that change the base, which is not possible with 4-bit weights.
 _CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
-# Other forms of LoRA, which read or change the base in their own ways.
+# Other forms of LoRA, which read or change the base in other ways.
 _VARIANTS = ("use_dora", "arrow_config", "use_bdlora", "alora_invocation_tokens", "velora_config")
 _VARIANTS += ("monteclora_config", "kasa_config")
 
@@ -31,7 +29,7 @@ class LoraLinear4bit(peft_layer.Linear):
     [`Linear4bit`] with low-rank adapters, as peft's `lora.Linear`.
 
     With one active adapter, no dropout and no autocast, the base product, the low-rank product and
-    their gradients are one autograd function that adds in place. Everything else goes the way of
+    their gradients are one autograd function that adds in place. Everything else is computed by
     peft.
 
     Args:
@@ -41,7 +39,7 @@ class LoraLinear4bit(peft_layer.Linear):
         kwargs: Rank, alpha and the like, as peft passes them.
 
     Raises:
-        ValueError: For DoRA and other variants, and for beginnings that change the base.
+        ValueError: For DoRA and other variants, and for initialisations that change the base.
     """
 
     def __init__(
@@ -58,41 +56,49 @@ class LoraLinear4bit(peft_layer.Linear):
         name = self._only_adapter(args, kwargs)
         if name is None or torch.is_autocast_enabled(x.device.type):
             return super().forward(x, *args, **kwargs)
-        base = self.base_layer
+        base = cast(Linear4bit, self.base_layer)
+        state = base.weight.quant_state
+        if state is None:
+            return super().forward(x, *args, **kwargs)
         dtype = base.compute_dtype or x.dtype
         out = linear_nf4_lora(
             x.to(dtype),
             base.weight,
-            base.weight.quant_state,
-            self.lora_A[name].weight,
-            self.lora_B[name].weight,
+            state,
+            cast(nn.Linear, self.lora_A[name]).weight,
+            cast(nn.Linear, self.lora_B[name]).weight,
             self.scaling[name],
             base.bias,
         )
         return out.to(x.dtype)
 
-    def _only_adapter(self, args: tuple, kwargs: dict[str, Any]) -> str | None:
-        """The adapter, if it is the only one and nothing stands between it and the input."""
+    def _only_adapter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        """The adapter, if it is the only active one and is applied to the input directly."""
         active = [name for name in self.active_adapters if name in self.lora_A]
         if args or kwargs or self.disable_adapters or self.merged or len(active) != 1:
             return None
         (name,) = active
-        dropout = self.lora_dropout[name]
+        dropout: Any = cast(Any, self.lora_dropout[name])
         drops = not isinstance(dropout, nn.Identity) and self.training and dropout.p > 0
         plain = type(self.base_layer) is Linear4bit and name not in self.lora_variant
         return name if plain and not drops and self.lora_B[name].bias is None else None
 
     @contextmanager
     def _in_full(self) -> Iterator[None]:
-        """The weight in `float32`; quantised again at the end, left alone after an error."""
-        base = self.get_base_layer()
+        """A context with the weight in `float32`, which is quantised again at the end and unchanged
+        after an error.
+        """
+        base = cast(Linear4bit, self.get_base_layer())
         codes = base.weight
-        full = dequantize_nf4(codes, codes.quant_state, torch.float32)
-        base.weight = nn.Parameter(full, requires_grad=False)
+        state = codes.quant_state
+        if state is None:
+            raise RuntimeError("the weight is not quantised yet; move the layer to a device first")
+        full = dequantize_nf4(codes, state, torch.float32)
+        base.weight = cast(Params4bit, nn.Parameter(full, requires_grad=False))
         try:
             yield
-            changed = base.weight.data.to(codes.quant_state.dtype)
-            fresh = codes._with(changed, None).quantize_(codes.device)
+            changed = base.weight.data.to(state.dtype)
+            fresh = codes.with_data(changed, None).quantize_(codes.device)
         except BaseException:
             base.weight = codes
             raise
@@ -104,7 +110,7 @@ class LoraLinear4bit(peft_layer.Linear):
             super().merge(safe_merge, adapter_names)
 
     def unmerge(self) -> None:
-        """Takes merged adapters out again, but for what rounding to 4 bits has lost."""
+        """Removes merged adapters, up to the rounding to 4 bits."""
         with self._in_full():
             super().unmerge()
 
@@ -113,7 +119,7 @@ def _check(config: Any) -> None:
     for name in _VARIANTS:
         if getattr(config, name, None):
             raise ValueError(
-                f"LoraConfig: {name} is not there for 4-bit layers of oddsmith; leave it out, or load "
+                f"LoraConfig: {name} is not supported for 4-bit layers of oddsmith; remove it, or load "
                 "the model in full precision"
             )
     begin = config.init_lora_weights
@@ -122,21 +128,3 @@ def _check(config: Any) -> None:
             f"LoraConfig: init_lora_weights is {begin!r}, which changes the base; 4-bit layers of oddsmith "
             'take True, False, "gaussian", "orthogonal" and "eva"'
         )
-
-
-def register() -> None:
-    """Lets peft put [`LoraLinear4bit`] on 4-bit layers, in new models and in loaded ones."""
-    theirs = peft_model.dispatch_default
-    if getattr(theirs, "knows_oddsmith", False):
-        return
-
-    def dispatch(
-        target: nn.Module, adapter_name: str, config: Any, **kwargs: Any
-    ) -> nn.Module | None:
-        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        if isinstance(base, Linear4bit):
-            return LoraLinear4bit(target, adapter_name, config=config, **kwargs)
-        return theirs(target, adapter_name, config=config, **kwargs)
-
-    dispatch.knows_oddsmith = True
-    peft_model.dispatch_default = dispatch

@@ -1,4 +1,4 @@
-"""NF4 models through transformers: `BitsAndBytesConfig` served without bitsandbytes.
+"""NF4 models through transformers: `BitsAndBytesConfig` without bitsandbytes.
 
 ```python
 import oddsmith
@@ -8,90 +8,51 @@ config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
 model = AutoModelForCausalLM.from_pretrained(name, quantization_config=config)
 ```
 
-Checkpoints are those of bitsandbytes, and move both ways.
+Checkpoints have the format of bitsandbytes, in both directions.
 """
 
 from __future__ import annotations
 
-import importlib.util
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
-from transformers.utils import logging
 
 from ..quant.modules import Linear4bit, Params4bit
 from ..quant.nf4 import dequantize_nf4
 from ..quant.state import PACKED_KEY
-from .import_hook import METHOD
+from .parameter_count import COUNT
+from .patch import Unsupported
+from .peft_dispatch import serve_peft
 
-__all__ = ["NF4Config", "NF4Quantizer", "use_for_bitsandbytes"]
+__all__ = ["NF4Quantizer", "check_base"]
 
-logger = logging.get_logger(__name__)
-
-# Entries of a weight in a checkpoint, beside its codes.
+# Entries of a weight in a checkpoint, besides its codes.
 _ENTRIES = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", PACKED_KEY)
 
 
-def NF4Config(
-    compute_dtype: torch.dtype | str | None = None,
-    double_quant: bool = False,
-    skip_modules: list[str] | None = None,
-    **kwargs: Any,
-) -> BitsAndBytesConfig:
-    """
-    Settings that load a model with NF4 weights (Dettmers et al. 2023), whether bitsandbytes is installed
-    or not.
-
-    A function and no class of its own: transformers compares the class with that of a checkpoint.
-
-    Args:
-        compute_dtype (`torch.dtype` or `str`, *optional*, defaults to `torch.float32`):
-            Dtype that the inputs of linear layers are cast to.
-        double_quant (`bool`, *optional*, defaults to `False`):
-            Quantise the scales too, which saves 0.4 bits a value.
-        skip_modules (`list[str]`, *optional*):
-            Layers that stay as they are; the output head if not given.
-        kwargs:
-            Further arguments of `BitsAndBytesConfig`.
-
-    Returns:
-        `BitsAndBytesConfig`: For `from_pretrained`, and what a checkpoint says.
-    """
-    settings = {
-        "load_in_4bit": True,
-        "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_compute_dtype": compute_dtype,
-        "bnb_4bit_use_double_quant": double_quant,
-        "llm_int8_skip_modules": skip_modules,
-    }
-    use_for_bitsandbytes()
-    return BitsAndBytesConfig(**{**settings, **kwargs})
-
-
 class NF4Quantizer(Bnb4BitHfQuantizer):
-    """What transformers asks while it loads a model with 4-bit weights."""
+    """The quantizer with which transformers loads a model with 4-bit weights."""
 
     def __init__(self, quantization_config: BitsAndBytesConfig, **kwargs: Any) -> None:
         _check(quantization_config)
         super().__init__(quantization_config, **kwargs)
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Refuses what is no NF4, and devices on which weights would be offloaded."""
+        """Refuses other types than NF4, and devices on which weights would be offloaded."""
         _check(self.quantization_config)
         device_map = kwargs.get("device_map")
         places = set(device_map.values()) if isinstance(device_map, dict) else set()
         if places & {"cpu", "disk"} and places != {"cpu"}:
             raise ValueError(
                 "device_map puts some layers on the CPU or the disk and others elsewhere; 4-bit weights "
-                'must be on devices that compute with them: device_map={"": 0} or {"": "cpu"}'
+                'must be on a device that computes with them: device_map={"": 0} or {"": "cpu"}'
             )
 
     def param_needs_quantization(
@@ -106,7 +67,7 @@ class NF4Quantizer(Bnb4BitHfQuantizer):
     ) -> None:
         config = self.quantization_config
         self.modules_to_not_convert = self.get_modules_to_not_convert(
-            model, config.llm_int8_skip_modules, model._keep_in_fp32_modules
+            model, config.llm_int8_skip_modules, list(model._keep_in_fp32_modules or ())
         )
         replaced = 0
         for name, module in list(model.named_modules()):
@@ -116,27 +77,45 @@ class NF4Quantizer(Bnb4BitHfQuantizer):
                 replaced += 1
         if not replaced:
             raise ValueError(
-                f"{type(model).__name__} has no linear layer left to quantise; layers that are skipped: "
+                f"{type(model).__name__} has no linear layers to quantise; skipped layers: "
                 f"{', '.join(sorted(self.modules_to_not_convert)) or 'none'}"
             )
 
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
-        model.is_loaded_in_4bit = True
+        left = [
+            name
+            for name, layer in model.named_modules()
+            if isinstance(layer, Linear4bit) and layer.weight.quant_state is None
+            if layer.weight.device.type != "meta"
+        ]
+        if left:
+            raise RuntimeError(
+                f"{type(model).__name__}: {len(left)} layers were loaded without being quantised, the "
+                f"first is {left[0]}; load the model with bitsandbytes, or with the transformers that "
+                "oddsmith was tested with"
+            )
+        cast(Any, model).is_loaded_in_4bit = True
+        COUNT.ensure()
         serve_peft()
         return model
 
-    def get_quantize_ops(self) -> ConversionOps:
-        """What a weight in full precision goes through."""
+    # The base class names the operations of bitsandbytes.
+    def get_quantize_ops(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+    ) -> ConversionOps:
+        """The conversion of a weight in full precision."""
         return Quantize(self)
 
-    def get_load_operations(self) -> dict[str, type[ConversionOps]]:
-        """What the entries of a quantised checkpoint go through."""
+    def get_load_operations(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+    ) -> dict[str, type[ConversionOps]]:
+        """The conversion of the entries of a quantised checkpoint."""
         return {"deserialize": Deserialize}
 
     def get_weight_conversions(self) -> list[WeightConverter]:
-        """The same for transformers before 5.20, which asks here."""
+        """The conversion in transformers before 5.20."""
         if hasattr(HfQuantizer, "get_load_operations"):
             return super().get_weight_conversions()
         names = [f"weight.{entry}" for entry in _ENTRIES]
@@ -144,36 +123,62 @@ class NF4Quantizer(Bnb4BitHfQuantizer):
         return [converter] if self.pre_quantized else []
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> Any:
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        wanted: torch.dtype | None = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         for name, layer in list(model.named_modules()):
-            if isinstance(layer, Linear4bit):
-                weight = dequantize_nf4(layer.weight, layer.weight.quant_state, dtype)
+            state = layer.weight.quant_state if isinstance(layer, Linear4bit) else None
+            if isinstance(layer, Linear4bit) and state is not None:
+                weight = dequantize_nf4(layer.weight, state, wanted)
                 size = layer.in_features, layer.out_features
                 plain = nn.Linear(*size, bias=False, device="meta")
                 plain.weight, plain.bias = nn.Parameter(weight), layer.bias
                 model.set_submodule(name, plain.train(layer.training))
-        model.is_loaded_in_4bit = False
+        cast(Any, model).is_loaded_in_4bit = False
         return model
 
 
+# Overridden methods of the base class; each is used in one of the tested releases.
+_HOOKS = (
+    "validate_environment",
+    "param_needs_quantization",
+    "_process_model_before_weight_loading",
+    "_process_model_after_weight_loading",
+    "get_quantize_ops",
+    "get_weight_conversions",
+    "_dequantize",
+)
+
+
+def check_base() -> None:
+    """
+    Checks that transformers still uses the methods of [`NF4Quantizer`].
+
+    Raises:
+        [`Unsupported`]: If it does not.
+    """
+    missing = [name for name in _HOOKS if not hasattr(Bnb4BitHfQuantizer, name)]
+    if missing:
+        raise Unsupported(f"its quantizers have no {', '.join(missing)}")
+
+
 class Quantize(ConversionOps):
-    """A weight in full precision to codes, as it is loaded."""
+    """Quantises a weight in full precision while it is loaded."""
 
     def __init__(self, hf_quantizer: NF4Quantizer) -> None:
         self.hf_quantizer = hf_quantizer
 
-    def convert(
-        self, input_dict: dict[str, Any], model: nn.Module | None = None, **kwargs: Any
+    # transformers gives by name what it has, and takes tensors without a list around them.
+    def convert(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, input_dict: dict[str, Any], model: Any = None, **kwargs: Any
     ) -> dict[str, Tensor]:
-        """Of `{name: tensor}`."""
+        """Convert `{name: tensor}`."""
         result = {}
         for name, value in input_dict.items():
             value = value[0] if isinstance(value, list) else value
-            module, _ = get_module_from_name(model, name)
+            module: Any = get_module_from_name(model, name)[0]
             if module.is_transposed:
                 value = value.T.contiguous()
             try:
-                result[name] = module.weight._with(value, None).quantize_()
+                result[name] = module.weight.with_data(value, None).quantize_()
             except (ValueError, TypeError) as error:
                 raise type(error)(f"{name}: {error}") from error
             module._is_hf_initialized = True
@@ -181,24 +186,27 @@ class Quantize(ConversionOps):
 
     @property
     def reverse_op(self) -> ConversionOps:
-        """Codes are saved as they are."""
+        """Codes are saved unchanged."""
         return _Same(self.hf_quantizer)
 
 
 class Deserialize(ConversionOps):
-    """The entries of a weight in a quantised checkpoint to a weight."""
+    """Makes a weight from its entries in a quantised checkpoint."""
 
     def __init__(self, hf_quantizer: NF4Quantizer) -> None:
         self.hf_quantizer = hf_quantizer
 
-    def convert(
+    # As in [`Quantize`].
+    def convert(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         input_dict: dict[str, Any],
-        model: nn.Module | None = None,
-        full_layer_name: str | None = None,
+        model: Any = None,
+        full_layer_name: str = "",
         **kwargs: Any,
     ) -> dict[str, Tensor]:
-        """Of `{"weight": codes, "weight.absmax": ..}`; of a weight alone, itself."""
+        """Convert `{"weight": codes, "weight.absmax": ..}`; a plain weight is returned
+        unchanged.
+        """
         entries = {
             name: value[0] if isinstance(value, list) else value
             for name, value in input_dict.items()
@@ -206,7 +214,7 @@ class Deserialize(ConversionOps):
         if set(entries) == {"weight"}:
             return entries
         codes = entries.pop("weight")
-        module, _ = get_module_from_name(model, full_layer_name)
+        module: Any = get_module_from_name(model, full_layer_name)[0]
         try:
             weight = Params4bit.from_prequantized(codes, entries, device=codes.device)
         except (ValueError, TypeError) as error:
@@ -216,19 +224,21 @@ class Deserialize(ConversionOps):
 
     @property
     def reverse_op(self) -> ConversionOps:
-        """Codes are saved as they are."""
+        """Codes are saved unchanged."""
         return _Same(self.hf_quantizer)
 
 
 class _Same(Deserialize):
-    def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+    def convert(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, input_dict: dict[str, Any], **kwargs: Any
+    ) -> dict[str, Any]:
         return input_dict
 
 
 def _check(config: BitsAndBytesConfig) -> None:
     if config.load_in_8bit:
         raise ValueError(
-            "quantization_config: load_in_8bit (LLM.int8) is not served by oddsmith; set load_in_4bit=True "
+            "quantization_config: load_in_8bit (LLM.int8) is not supported by oddsmith; set load_in_4bit=True "
             'and bnb_4bit_quant_type="nf4", or install bitsandbytes'
         )
     if config.bnb_4bit_quant_type != "nf4":
@@ -238,12 +248,14 @@ def _check(config: BitsAndBytesConfig) -> None:
         )
 
 
-def _empty_layer(module: nn.Module, config: BitsAndBytesConfig, pre_quantized: bool) -> Linear4bit:
-    """A 4-bit layer on the meta device in place of a plain one."""
+def _empty_layer(module: Any, config: BitsAndBytesConfig, pre_quantized: bool) -> Linear4bit:
+    """A 4-bit layer on the meta device instead of a plain one."""
     transposed = isinstance(module, Conv1D)
     shape = module.weight.shape if transposed else module.weight.shape[::-1]
-    layer = Linear4bit(
-        *shape,
+    in_features, out_features = shape
+    layer: Any = Linear4bit(
+        in_features,
+        out_features,
         bias=module.bias is not None,
         compute_dtype=config.bnb_4bit_compute_dtype,
         compress_statistics=config.bnb_4bit_use_double_quant,
@@ -251,58 +263,7 @@ def _empty_layer(module: nn.Module, config: BitsAndBytesConfig, pre_quantized: b
         device="meta",
     )
     if pre_quantized:
-        # transformers casts what it reads to the dtype that is here.
+        # transformers casts loaded values to this dtype.
         layer.weight.data = layer.weight.data.to(config.bnb_4bit_quant_storage)
     layer.is_transposed = transposed
     return layer.requires_grad_(False)
-
-
-def use_for_bitsandbytes(on: bool = True) -> None:
-    """
-    Load 4-bit models with oddsmith from now on, also where bitsandbytes is installed; where it is not,
-    `import oddsmith` has done so.
-
-    Args:
-        on (`bool`, *optional*, defaults to `True`): `False` gives them back to bitsandbytes.
-    """
-    auto.AUTO_QUANTIZER_MAPPING[METHOD] = NF4Quantizer if on else Bnb4BitHfQuantizer
-    count_parameters(on)
-
-
-_theirs = PreTrainedModel.num_parameters
-
-
-def _num_parameters(
-    self: PreTrainedModel, only_trainable: bool = False, exclude_embeddings: bool = False
-) -> int:
-    """Transformers' own, which imports bitsandbytes to know a 4-bit weight."""
-    kept = {p: p.quant_state.shape.numel() for p in self.parameters() if _is_ours(p)}
-    if not kept:
-        return _theirs(self, only_trainable, exclude_embeddings)
-    left_out = {
-        module.weight
-        for module in self.modules()
-        if exclude_embeddings and isinstance(module, nn.Embedding)
-    }
-    return sum(
-        kept.get(p, p.numel())
-        for p in self.parameters()
-        if p not in left_out and (p.requires_grad or not only_trainable)
-    )
-
-
-def _is_ours(parameter: nn.Parameter) -> bool:
-    return isinstance(parameter, Params4bit) and parameter.quant_state is not None
-
-
-def count_parameters(on: bool) -> None:
-    """Lets `PreTrainedModel.num_parameters` know our weights, or gives it back."""
-    PreTrainedModel.num_parameters = _num_parameters if on else _theirs
-
-
-def serve_peft() -> None:
-    """Lets peft know our layers, where it is installed."""
-    if importlib.util.find_spec("peft") is not None:
-        from .peft_lora import register
-
-        register()

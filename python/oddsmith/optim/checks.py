@@ -1,4 +1,4 @@
-"""What the options of a parameter group may be."""
+"""Checks of the options of parameter groups."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def is_positive(value: Any) -> bool:
 
 def check_adam(options: dict[str, Any]) -> None:
     """
-    Checks the options that every group may have.
+    Checks the options that every group has.
 
     Raises:
         ValueError: If `lr`, `betas`, `eps` or `weight_decay` is out of range.

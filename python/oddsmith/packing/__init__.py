@@ -1,1 +1,1 @@
-"""Padding-free batches: one packed row of real tokens, and attention within its sequences."""
+"""Batches without padding: one packed row of tokens, and attention within its sequences."""

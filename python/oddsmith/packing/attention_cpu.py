@@ -1,10 +1,10 @@
 """Flash attention over a packed row of pairs, forward and backward, on the CPU.
 
-libtorch's flash kernels know one causal block at a time. A rejected answer behind a shared prompt
-is two blocks, the prompt (all of it) and itself (causal), whose outputs merge by their
-log-sum-exp; given the merged output and log-sum-exp, the kernel's backward is exact for each block
-alone. One autograd function for the whole row: gradients are written in place, and keys and
-values are kept as the model made them, not repeated for each query head.
+libtorch's flash kernels compute one causal block at a time. A rejected answer with a shared prompt
+attends to two blocks, the prompt (all of it) and itself (causal), whose outputs are merged by their
+log-sum-exp. Given the merged output and log-sum-exp, the kernel's backward is exact for each block
+alone. One autograd function does the complete row: gradients are written in place, and keys and
+values are not repeated for each query head.
 """
 
 from collections.abc import Iterator
@@ -21,8 +21,8 @@ Segments = tuple[tuple[int, int, int], ...]
 
 def blocks(segments: Segments) -> Iterator[tuple[slice, slice | None]]:
     """
-    Causal blocks of a packed row: `(own, prompt)`, the places of the queries and of the shared
-    prompt that they see besides each other, if there is one.
+    Causal blocks of a packed row: `(own, prompt)`, the positions of the queries and of the shared
+    prompt that they see too, if there is one.
     """
     start = 0
     for shared, chosen, rejected in segments:
@@ -39,8 +39,8 @@ class PackedFlash(torch.autograd.Function):
     """
     Attention of each block to itself (causal) and to its prompt.
 
-    Equivalent to scaled dot product attention with a mask `(N, N)` that is true where a token may
-    look.
+    Equivalent to scaled dot product attention with a mask `(N, N)` that is true where a token sees
+    another.
 
     Args:
         query (`Tensor`): `(1, heads, N, d)`.
@@ -64,7 +64,7 @@ class PackedFlash(torch.autograd.Function):
     ) -> Tensor:
         """See the class."""
         keys, values = (_repeated(x, query.shape[1]) for x in (key, value))
-        # The layout that the model reshapes to (1, N, heads * d) without a copy.
+        # In this layout the model reshapes to (1, N, heads * d) without a copy.
         out = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
         out = out.transpose(1, 2)
         lse = query.new_empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float))
@@ -82,15 +82,16 @@ class PackedFlash(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of query, key and value."""
+        (d_out,) = gradients
         query, key, value, out, lse = ctx.saved_tensors
         keys, values = (_repeated(x, query.shape[1]) for x in (key, value))
         d_query = torch.empty_like(query)
         d_keys, d_values = torch.empty_like(keys), torch.empty_like(values)
         for own, prompt in blocks(ctx.segments):
             given = (d_out[:, :, own], query[:, :, own])
-            # The kernel reads the log-sum-exp as it wrote it, heads innermost.
+            # The kernel expects the log-sum-exp in its output layout, heads innermost.
             kept = (out[:, :, own], lse[:, :, own].transpose(1, 2).contiguous().transpose(1, 2))
 
             def run(place: slice, causal: bool, given=given, kept=kept) -> tuple[Tensor, ...]:
@@ -108,7 +109,7 @@ class PackedFlash(torch.autograd.Function):
             if prompt is not None:
                 dq_prompt, dk, dv = run(prompt, False)
                 dq = dq + dq_prompt
-                # The chosen block of the same pair, which holds the prompt, has been written.
+                # The chosen block of the pair, which has the prompt, is already written.
                 d_keys[:, :, prompt] += dk
                 d_values[:, :, prompt] += dv
             d_query[:, :, own] = dq
@@ -116,19 +117,19 @@ class PackedFlash(torch.autograd.Function):
 
 
 def _merge(a: Tensor, lse_a: Tensor, b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over the union of two sets of keys from that over each."""
+    """Merge attention over two sets of keys into attention over their union."""
     total = torch.logaddexp(lse_a, lse_b)
     share_a, share_b = ((lse - total).exp()[..., None] for lse in (lse_a, lse_b))
     return (a * share_a + b * share_b).to(a.dtype), total
 
 
 def _repeated(x: Tensor, heads: int) -> Tensor:
-    """Each key head for all of its query heads."""
+    """Repeat each key head for its query heads."""
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
 def _summed(gradient: Tensor, like: Tensor) -> Tensor:
-    """Gradient of the heads that were repeated."""
+    """Sum the gradients of repeated heads."""
     if gradient.shape == like.shape:
         return gradient
     return gradient.unflatten(1, (like.shape[1], -1)).sum(dim=2)

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from .attention_cpu import Segments, blocks
 
-# Of flash attention.
+# Limit of flash attention.
 _WIDEST_HEAD = 256
 
 
 def can_run(query: Tensor, dropout: float) -> bool:
-    """Whether the kernels take this call."""
+    """Whether the kernels support this call."""
     return (
         query.device.type == "cuda"
         and query.dtype in (torch.float16, torch.bfloat16)
@@ -34,7 +34,7 @@ def packed_varlen(
     sliding_window: int | None,
 ) -> Tensor:
     """
-    Each block's queries against its prompt's keys and its own, causal at the lower right.
+    Attention of each block to its prompt's keys and its own, causal at the lower right.
 
     Args:
         query (`Tensor`): `(1, heads, N, d)`, `float16` or `bfloat16`.
@@ -47,16 +47,19 @@ def packed_varlen(
     Returns:
         `Tensor`: `(1, heads, N, d)`.
     """
+    kernel = _kernel()
+    if kernel is None:
+        raise RuntimeError("packed_varlen: no kernel for it is installed; ask can_run first")
     plan = _plan(segments, query.device)
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
     if plan.keys is not None:
         key, value = (x.index_select(0, plan.keys) for x in (key, value))
-    out = _kernel()(query, key, value, plan, scale, sliding_window)
+    out = kernel(query, key, value, plan, scale, sliding_window)
     return out.transpose(0, 1)[None]
 
 
 class _Plan:
-    """Bounds of the blocks for a kernel: on the device, made once for all layers."""
+    """Bounds of the blocks for a kernel, on the device, computed once for all layers."""
 
     def __init__(self, segments: Segments, device: torch.device):
         queries, keys, places = [0], [0], []
@@ -66,7 +69,7 @@ class _Plan:
             queries.append(own.stop)
             keys.append(keys[-1] + len(seen))
             places += seen
-        # Without a shared prompt every key is seen by its own block alone.
+        # Without a shared prompt every key is seen only by its own block.
         self.keys = torch.tensor(places, device=device) if len(places) > queries[-1] else None
         self.query_bounds, self.key_bounds = (
             torch.tensor(bounds, dtype=torch.int32, device=device) for bounds in (queries, keys)
@@ -84,7 +87,8 @@ def _plan(segments: Segments, device: torch.device) -> _Plan:
 @lru_cache(maxsize=1)
 def _kernel() -> Callable[..., Tensor] | None:
     try:
-        from flash_attn import flash_attn_varlen_func
+        # The user may have it.
+        from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
     except ImportError:
         return _of_torch()
 
@@ -119,7 +123,7 @@ def _of_torch() -> Callable[..., Tensor] | None:
         groups = query.shape[1] // key.shape[1]
         if groups > 1:
             key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-        return varlen_attn(
+        out = varlen_attn(
             query,
             key,
             value,
@@ -130,5 +134,7 @@ def _of_torch() -> Callable[..., Tensor] | None:
             scale=scale,
             window_size=(-1 if window is None else window - 1, 0),
         )
+        # With the log-sum-exp only where it is asked for.
+        return out if isinstance(out, Tensor) else out[0]
 
     return run

@@ -1,4 +1,4 @@
-"""PackedBatch: preference pairs as one row of real tokens, each prompt once."""
+"""PackedBatch: preference pairs as one row of tokens without padding, each prompt once."""
 
 from __future__ import annotations
 
@@ -12,8 +12,20 @@ from torch import Tensor
 
 SharePrompt = bool | Literal["auto"]
 
+
+def check_share_prompt(value: Any) -> SharePrompt:
+    """The value, if it is one that there is.
+
+    Raises:
+        ValueError: If it is not; 0 and 1 are none.
+    """
+    if value is True or value is False or value == "auto":
+        return value
+    raise ValueError(f"share_prompt is {value!r}; must be True, False or 'auto'")
+
+
 # "auto" shares a prompt that is at least this part of its pair's tokens: for less, the second
-# attention call of the rejected answer costs more than the tokens do.
+# attention call of the rejected answer costs more than the tokens.
 _WORTH_SHARING = 0.05
 
 _COLUMNS = tuple(
@@ -29,23 +41,23 @@ class PackedBatch:
     B pairs in one row of N tokens, `[prompt | chosen | rejected]` for each pair.
 
     The rejected part starts with the last token of the prompt, at that token's position, so that
-    every row of it predicts its right neighbour. A pair that shares no prompt is two whole
+    every row of it predicts its right neighbour. A pair without a shared prompt is two complete
     sequences, `[chosen sequence | rejected sequence]`.
 
     Args:
         input_ids (`Tensor`): `(1, N)` `int64`.
-        position_ids (`Tensor`): Place of each token in its sequence, `(1, N)`.
+        position_ids (`Tensor`): Position of each token in its sequence, `(1, N)`.
         segments (`tuple[tuple[int, int, int], ...]`):
-            Of each pair the lengths of its shared tokens, and of what is left of its chosen and its
+            For each pair the number of shared tokens, and of the other tokens of its chosen and its
             rejected sequence. They sum to N.
         rows (`Tensor`):
-            Tokens that have a successor, as places in the packed row, `(M,)`. Those of a shared
-            prompt are there twice, once for each sequence.
+            Positions in the packed row that have a successor, `(M,)`. Those of a shared prompt come
+            twice, once for each sequence.
         targets (`Tensor`): The successors, `(M,)`.
         sequence (`Tensor`): Sequence of each row, `(M,)`: chosen ones 0..B, rejected ones B..2B.
         completion (`Tensor`): Whether the target is a completion token, `(M,)`.
         num_scored (`dict[str, int]`):
-            Rows in the loss, for each `nll_scope`: known here, so that nobody has to ask a device.
+            Rows in the loss, for each `nll_scope`; computed here to avoid waiting for a device.
     """
 
     input_ids: Tensor
@@ -68,14 +80,16 @@ class PackedBatch:
         Args:
             pairs (`Sequence[Mapping]`):
                 `chosen_input_ids`, `chosen_labels`, `rejected_input_ids` and `rejected_labels` of
-                each pair, without pads; negative labels are no completion.
+                each pair, without padding; negative labels are not completion.
             share_prompt (`bool` or `"auto"`):
-                Whether to compute the tokens once that the sequences of a pair begin with;
-                `"auto"`: where that saves at least 5 % of the pair's tokens.
+                Whether to compute the common beginning of a pair's sequences once; `"auto"`: if
+                that saves at least 5 % of the pair's tokens.
 
         Raises:
-            ValueError: If ids and labels of a sequence differ in length, or a sequence is empty.
+            ValueError: If ids and labels of a sequence differ in length, a sequence is empty, or
+                `share_prompt` is another value.
         """
+        check_share_prompt(share_prompt)
         ids, positions, segments, parts, offset = [], [], [], [], 0
         for index, pair in enumerate(pairs):
             chosen, rejected = (_sequence(pair, side, index) for side in ("chosen", "rejected"))
@@ -97,17 +111,21 @@ class PackedBatch:
         }
         answers = sum(int(each.sum()) for each in rows["completion"])
         prompts = sum(int((~each).sum()) for each in rows["completion"][::2])
+        joined = {name: torch.from_numpy(np.concatenate(each)) for name, each in rows.items()}
         return cls(
             input_ids=torch.from_numpy(np.concatenate(ids))[None],
             position_ids=torch.from_numpy(np.concatenate(positions))[None],
             segments=tuple(segments),
             num_scored={"full": prompts + answers, "completion": answers},
-            **{name: torch.from_numpy(np.concatenate(each)) for name, each in rows.items()},
+            rows=joined["rows"],
+            targets=joined["targets"],
+            sequence=joined["sequence"],
+            completion=joined["completion"],
         )
 
     @classmethod
     def from_padded(cls, batch: Mapping[str, Any], share_prompt: SharePrompt) -> PackedBatch:
-        """From a padded batch, as a collator of one's own makes it: `chosen_*`, `rejected_*`."""
+        """From a padded batch of any collator: `chosen_*`, `rejected_*`."""
         device, columns = batch["chosen_input_ids"].device, {}
         for side in ("chosen", "rejected"):
             real = (batch[f"{side}_attention_mask"] != 0).cpu()
@@ -118,16 +136,17 @@ class PackedBatch:
         return cls.build(pairs, share_prompt).to(device)
 
     def made_of(self, batch: Mapping[str, Any]) -> PackedBatch:
-        """Remembers the padded columns that hold the same pairs."""
+        """Stores the padded columns of the same pairs."""
         columns = (batch[name] for name in _COLUMNS)
         return replace(self, _source=tuple((column, column._version) for column in columns))
 
     def is_made_of(self, batch: Mapping[str, Any]) -> bool:
-        """Whether the padded columns are what they were, not replaced and not written to."""
+        """Whether the padded columns are unchanged: not replaced and not written to."""
         if any(column._version != version for column, version in self._source):
             return False
         pairs = [(column, batch.get(name)) for name, (column, _) in zip(_COLUMNS, self._source)]
-        # The DataLoader's pinned copies are as good; comparing values on a device would wait for it.
+        # The DataLoader's pinned copies count as unchanged; comparing values would wait for the
+        # device.
         return bool(pairs) and all(
             now is column
             or (torch.is_tensor(now) and now.device.type == "cpu" and torch.equal(column, now))
@@ -139,7 +158,7 @@ class PackedBatch:
         return self._mapped(lambda x: x.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> PackedBatch:
-        """The batch in page-locked memory; the DataLoader calls it."""
+        """The batch in pinned memory; the DataLoader calls this."""
         return self._mapped(Tensor.pin_memory)
 
     def _mapped(self, change: Any) -> PackedBatch:
@@ -159,7 +178,7 @@ def _sequence(pair: Mapping[str, Sequence[int]], side: str, index: int) -> _Sequ
     if ids.shape != labels.shape or len(ids) == 0:
         raise ValueError(
             f"pair {index} of the batch: {side}_input_ids has {len(ids)} tokens and {side}_labels "
-            f"{len(labels)}; must be equally many, and at least one"
+            f"{len(labels)}; must be the same number, at least one"
         )
     return _Sequence(ids, labels >= 0)
 
@@ -168,8 +187,8 @@ def shared_length(chosen: _Sequence, rejected: _Sequence) -> int:
     """
     Tokens of a pair that can be computed once.
 
-    Both sequences begin with them, and what follows in the rejected one begins with a token whose
-    only row to be scored is its own: the last one of the prompt.
+    Both sequences begin with them. The rest of the rejected sequence begins with the last token of
+    the prompt, because the row of that token is scored for each sequence.
     """
     answer = int(rejected.completion.argmax()) if rejected.completion.any() else len(rejected.ids)
     most = min(len(chosen.ids), answer - 1)

@@ -1,1 +1,1 @@
-"""`oddsmith prepare`: pairs of prompt, chosen and rejected answer out of other people's data."""
+"""`oddsmith prepare`: makes pairs of prompt, chosen and rejected answer from other data."""

@@ -1,4 +1,4 @@
-"""Which pairs are worth training on: the rules of `oddsmith prepare`, and duplicate prompts."""
+"""Which pairs to keep: the rules of `oddsmith prepare`, and duplicate prompts."""
 
 import math
 from collections.abc import Sequence
@@ -11,14 +11,14 @@ from ..data.duplicates import KeyIndex, NearDuplicates, normalise, sketch_texts,
 from .language import guess_language, may_be
 from .pair import Messages, Pair, Unit
 
-# Similarity from which prompts are reported as near duplicates where none are dropped.
+# Similarity above which near duplicates are reported if none are dropped.
 NEAR = 0.8
 
-# Every reason why a row is dropped, in the order in which the rules are applied.
+# All reasons for dropping a row, in the order of the rules.
 REASONS = {
     "bad row": "cannot be read, or a field is missing or of the wrong type",
-    "message repeated": "a message with the same message_id came before",
-    "parent missing": "its parent_id is not there, or leads in a circle",
+    "message repeated": "an earlier message has the same message_id",
+    "parent missing": "its parent_id does not exist, or is in a circle",
     "tree not ready": "tree_state is not ready_for_export",
     "message deleted": "deleted is true",
     "failed review": "review_result is false",
@@ -32,35 +32,35 @@ REASONS = {
     "no rank": "the answer has no rank",
     "answers equally good": "no answer is better than another",
     "no other ranked answer": "no second answer to the same message, or of the same rank",
-    "neither best nor worst": "other answers to the same prompt make the pair",
-    "no two answers to pair": "in no conversation with two ranked answers",
+    "neither best nor worst": "other answers to the same prompt form the pair",
+    "no two answers to pair": "not in a conversation with two ranked answers",
     "empty answer": "chosen or rejected is empty",
     "same answers": "chosen and rejected are the same",
-    "annotators disagree": "too few of the judgements are for the chosen answer",
+    "annotators disagree": "too few judgements prefer the chosen answer",
     "both poor": "chosen is below --min_score",
     "scores too close": "chosen is not better by --min_gap",
     "other language": "not in one of --languages",
-    "text among messages": "one of text and messages, where the first pair is of the other kind",
-    "duplicate prompt": "the prompt came before",
-    "near-duplicate prompt": "the prompt is like one before, see --near_duplicates",
+    "text among messages": "text if the first pair has messages, or the reverse",
+    "duplicate prompt": "an earlier pair has the same prompt",
+    "near-duplicate prompt": "the prompt is similar to an earlier one, see --near_duplicates",
 }
 
 
 @dataclass(frozen=True)
 class Rules:
     """
-    What a pair must be like.
+    Conditions on pairs.
 
     Args:
         min_score (`float`, *optional*): Least score of the chosen answer.
         min_gap (`float`, *optional*, defaults to `0.0`): Least difference of the scores. At 0 equal
             scores are dropped too, unless the order comes from ranks.
         keep_ties (`bool`, *optional*): Keep pairs of equal scores.
-        min_agreement (`float`, *optional*, defaults to `0.6`): Least share of the judgements that
-            are for the chosen answer, of those that are for either.
+        min_agreement (`float`, *optional*, defaults to `0.6`): Smallest share of the judgements
+            that prefer the chosen answer, ties excluded.
         languages (`frozenset[str]`, *optional*): ISO 639-1 codes; all if empty.
-        duplicates (`bool`, *optional*): Keep pairs whose prompt came before.
-        near_duplicates (`float`, *optional*): Similarity from which a prompt is dropped, 0 to 1.
+        duplicates (`bool`, *optional*): Keep pairs with repeated prompts.
+        near_duplicates (`float`, *optional*): Drop prompts with at least this similarity, 0 to 1.
 
     Raises:
         ValueError: If a value is out of range.
@@ -74,7 +74,7 @@ class Rules:
     duplicates: bool = False
     near_duplicates: float | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not (math.isfinite(self.min_gap) and self.min_gap >= 0):
             raise ValueError(f"min_gap is {self.min_gap}; must be at least 0 and finite")
         if not 0 <= self.min_agreement <= 1:
@@ -87,7 +87,7 @@ class Rules:
             )
 
     def reject(self, pair: Pair) -> str | None:
-        """Why a pair is to be dropped, or None; duplicates are [`Curator`]'s business."""
+        """Why to drop a pair, or None; [`Curator`] handles duplicates."""
         answers = [content_of(side).strip() for side in (pair.chosen, pair.rejected)]
         if not all(answers):
             return "empty answer"
@@ -107,9 +107,9 @@ class Rules:
     def _disagree(self, pair: Pair) -> bool:
         if pair.votes is not None and sum(pair.votes):
             return pair.votes[0] < self.min_agreement * sum(pair.votes) - 1e-9
-        if None in (pair.score_chosen, pair.score_rejected) or pair.ranked:
+        if pair.score_chosen is None or pair.score_rejected is None or pair.ranked:
             return False
-        # The one who named the better answer and the one who scored them.
+        # The judgement of the better answer, and the scores.
         return pair.score_chosen < pair.score_rejected and self.min_agreement > 0.5
 
     def _too_close(self, pair: Pair) -> bool:
@@ -118,19 +118,19 @@ class Rules:
         gap = pair.score_chosen - pair.score_rejected
         if gap == 0 and self.min_gap == 0:
             return not (self.keep_ties or pair.ranked)
-        # Scores are decimal fractions: 0.9 - 0.6 is a bit less than 0.3.
+        # Scores are decimal fractions: 0.9 - 0.6 is slightly less than 0.3 in floating point.
         return self.min_gap > 0 and gap < self.min_gap - 1e-9
 
     def _speaks(self, pair: Pair) -> bool:
         if pair.lang is not None:
             return pair.lang in self.languages
-        # The prompt alone: an answer in another language may be what it asks for.
+        # Only the prompt: it may ask for an answer in another language.
         last = pair.prompt if isinstance(pair.prompt, str) else pair.prompt[-1]["content"]
         return may_be(guess_language(last), self.languages)
 
 
 def content_of(side: str | Messages) -> str:
-    """The text of an answer or of a conversation; roles keep two conversations apart."""
+    """The text of an answer or of a conversation; roles distinguish conversations."""
     if isinstance(side, str):
         return side
     if len(side) == 1:
@@ -140,15 +140,15 @@ def content_of(side: str | Messages) -> str:
 
 class Curator:
     """
-    Decides about pairs in the order in which they come.
+    Decides about pairs in their order.
 
     Args:
-        rules ([`Rules`]): What they must be like.
-        folder (`Path`, *optional*): Place of the temporary files.
+        rules ([`Rules`]): Conditions on pairs.
+        folder (`Path`, *optional*): Folder of the temporary files.
 
     Attributes:
-        distinct (`int`): Prompts that differ, among the pairs that were kept.
-        near (`int`): Of these, those that are like an earlier one.
+        distinct (`int`): Different prompts among the kept pairs.
+        near (`int`): Of these, those similar to an earlier one.
     """
 
     def __init__(self, rules: Rules, folder: Path | None = None):
@@ -160,9 +160,9 @@ class Curator:
 
     def judge(self, units: Sequence[Unit]) -> list[list[str | None]]:
         """
-        For each pair of each unit why it is dropped, or None if it is kept.
+        For each pair of each unit, the reason to drop it, or None to keep it.
 
-        The pairs of one unit may share a prompt, or the beginning of a conversation: they are no
+        The pairs of one unit can share a prompt, or the beginning of a conversation, and are not
         duplicates of each other.
         """
         outcomes = [[self.rules.reject(pair) for pair in unit.pairs] for unit in units]
@@ -179,7 +179,7 @@ class Curator:
         known = self._exact.find(np.array([keys[text] for text in unique], np.uint64))
         before = {text for text, number in zip(unique, known.tolist(), strict=True) if number >= 0}
         fresh = [text for text in unique if text not in before]
-        # Everything that was known before is asked about at once; then only what is new here.
+        # First look up all prompts among earlier batches at once, then among new ones.
         sketches = sketch_texts(fresh)
         near = self._similar.find(sketches) >= 0
         self._first = self._similar.count
@@ -190,8 +190,16 @@ class Curator:
         self._similar.settle()
         return outcomes
 
-    def _judge_unit(self, unit, reasons, texts, keys, before, parts) -> None:
-        new: dict[str, bool] = {}  # and whether it is like an earlier one
+    def _judge_unit(
+        self,
+        unit: Unit,
+        reasons: list[str | None],
+        texts: list[str],
+        keys: dict[str, int],
+        before: set[str],
+        parts: dict[str, tuple[bool, np.ndarray, np.ndarray]],
+    ) -> None:
+        new: dict[str, bool] = {}  # and whether it is similar to an earlier one
         for index, (pair, text) in enumerate(zip(unit.pairs, texts, strict=True)):
             if reasons[index] is not None:
                 continue
@@ -204,8 +212,8 @@ class Curator:
                     if not self.rules.duplicates:
                         reasons[index] = "duplicate prompt"
                     continue
-                near, *sketch = parts[text]
-                new[text] = near or self._similar.find_recent(*sketch, self._first) >= 0
+                near, bands, prints = parts[text]
+                new[text] = near or self._similar.find_recent(bands, prints, self._first) >= 0
             if new[text] and self.rules.near_duplicates is not None:
                 reasons[index] = "near-duplicate prompt"
         for text, near in new.items():
@@ -215,7 +223,8 @@ class Curator:
             self.near += near
             self._exact.add(keys[text], self.distinct)
             if not near:
-                self._similar.add(*parts[text][1:])
+                _, bands, prints = parts[text]
+                self._similar.add(bands, prints)
 
     def close(self) -> None:
         """Remove the temporary files."""

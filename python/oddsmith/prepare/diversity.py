@@ -1,4 +1,4 @@
-"""How varied prepared pairs are: lengths, words, and how often they repeat."""
+"""Diversity of prepared pairs: lengths, words, and repetition."""
 
 import random
 import re
@@ -11,9 +11,10 @@ from .curation import content_of
 from .pair import Pair
 
 QUANTILES = (0.0, 0.1, 0.5, 0.9, 0.99, 1.0)
-# Pairs whose words are looked at: a random sample, so that memory does not grow with the data.
+# Pairs whose words are counted: a random sample, so that memory does not grow with the data.
 SAMPLE = 4000
-# Type-token ratios fall with the length of a text; over windows of one length they can be compared.
+# Type-token ratios decrease with the length of a text; over windows of equal length they are
+# comparable.
 WINDOW = 1000
 
 _WORD = re.compile(r"\w+")
@@ -21,11 +22,11 @@ _WORD = re.compile(r"\w+")
 
 class Diversity:
     """
-    Collects what [`~Diversity.report`] says, in bounded memory.
+    Collects the figures of [`~Diversity.report`] in bounded memory.
 
     Args:
         sample (`int`, *optional*): Pairs whose words are kept.
-        seed (`int`, *optional*): Of the choice of the sample.
+        seed (`int`, *optional*): Seed of the sample.
     """
 
     def __init__(self, sample: int = SAMPLE, seed: int = 0):
@@ -45,8 +46,7 @@ class Diversity:
             self._sample[place : place + 1] = [(texts[0], texts[1])]
 
     def report(self, distinct: int, near: int) -> dict[str, Any]:
-        """
-        The figures.
+        """Compute the figures.
 
         Args:
             distinct (`int`): Distinct prompts.
@@ -54,9 +54,9 @@ class Diversity:
 
         Returns:
             `dict[str, Any]`: `distinct_prompts`, `near_duplicate_prompts`; `characters`: quantiles
-            by side; `prompt_words` and `chosen_words`: of the sample, the type-token ratio in
-            windows of 1,000 words (`None` if there are fewer) and the distinct share of one, two
-            and three words in a row.
+                by side; `prompt_words` and `chosen_words`: of the sample, the type-token ratio in
+                windows of 1,000 words (`None` if there are fewer) and the distinct share of one,
+                two and three words in a row.
         """
         prompts, chosen = zip(*self._sample, strict=True) if self._sample else ((), ())
         return {
@@ -72,7 +72,7 @@ class Diversity:
 
 
 def quantiles_of_counts(counts: Counter) -> dict[str, float]:
-    """Quantiles of values with their counts; the value that stands at each place, so none between."""
+    """Quantiles of values with counts, without interpolation."""
     if not counts:
         return {}
     values = np.array(sorted(counts))
@@ -95,7 +95,7 @@ def word_figures(texts: tuple[str, ...]) -> dict[str, float | None]:
         for size in range(3):
             found = list(zip(*(words[offset:] for offset in range(size + 1)), strict=False))
             totals[size] += len(found)
-            # Hashes: the words of the whole sample would take several times the memory.
+            # Hashes: the words of the sample would take several times the memory.
             grams[size].update(map(hash, found))
         window += words
         while len(window) >= WINDOW:

@@ -1,4 +1,4 @@
-"""Which format the rows of a dataset are in, and who reads it."""
+"""Formats of datasets, and the parser of each."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,9 +15,9 @@ from .ready import is_dialogue, parse_hh, parse_pair
 from .scored import PAIRINGS, Columns, parse_scored, parse_ultrafeedback
 from .trees import read_flat_messages, read_ready_trees
 
-# What a row is counted as in the summary.
+# The name of a row of each format in the summary.
 FORMATS = {
-    "pairs": "rows with chosen and rejected (UltraFeedback-binarized and its like)",
+    "pairs": "rows with chosen and rejected (such as UltraFeedback-binarized)",
     "hh": "rows with two dialogues (HH-RLHF)",
     "ultrafeedback": "prompts with completions and their ratings (UltraFeedback)",
     "oasst": "messages (OpenAssistant, flat)",
@@ -30,17 +30,19 @@ FORMATS = {
 @dataclass(frozen=True)
 class ReadOptions:
     """
-    How input becomes pairs.
+    Options of reading input.
 
     Args:
-        format (`str`, *optional*, defaults to `"auto"`): One of `FORMATS`, or told by the first row.
+        format (`str`, *optional*, defaults to `"auto"`): One of `FORMATS`, or `"auto"`: detected
+            from the first row.
         pairing (`str`, *optional*, defaults to `"best_worst"`): See `draw_pairs`.
-        stop_at_bad_rows (`bool`, *optional*, defaults to `True`): Otherwise they are counted.
+        stop_at_bad_rows (`bool`, *optional*, defaults to `True`): Stop; otherwise bad rows are
+            counted.
         columns (`Columns`, *optional*): Names of the columns of `scored` and `responses`.
-        folder (`Path`, *optional*): Place of temporary files.
+        folder (`Path`, *optional*): Folder of temporary files.
 
     Raises:
-        ValueError: If a value is none of those, or the columns do not go with the format.
+        ValueError: If a value is not allowed, or the columns do not fit the format.
     """
 
     format: str = "auto"
@@ -49,7 +51,7 @@ class ReadOptions:
     columns: Columns = field(default_factory=Columns)
     folder: Path | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.format != "auto" and self.format not in FORMATS:
             raise ValueError(f"format is {self.format!r}; must be auto, {', '.join(FORMATS)}")
         if self.pairing not in PAIRINGS:
@@ -57,7 +59,7 @@ class ReadOptions:
         columns = self.columns
         if columns.responses and columns.response:
             raise ValueError(
-                "responses_column (a list a row) and response_column (an answer a row) are two "
+                "responses_column (a list per row) and response_column (one answer per row) are two "
                 "formats; name one"
             )
         kind = self.format
@@ -80,7 +82,7 @@ def detect_format(fields: Mapping[str, Any], columns: Columns, where: str) -> st
     The format of a row.
 
     Raises:
-        UserError: If it is none of `FORMATS`; names the columns and the flags.
+        UserError: If it is none of `FORMATS`; the message has the columns and the flags.
     """
     if columns.responses:
         return "scored"
@@ -96,7 +98,7 @@ def detect_format(fields: Mapping[str, Any], columns: Columns, where: str) -> st
     if isinstance(fields.get("prompt"), Mapping) and "message_tree_id" in fields:
         return "oasst_trees"
     raise UserError(
-        f"{where}: the format cannot be told from the columns {', '.join(map(str, fields))}; give "
+        f"{where}: the format cannot be detected from the columns {', '.join(map(str, fields))}; give "
         "--format, or name the columns of scored answers: --responses_column or "
         "--response_column, with --scores_column or --ranks_column"
     )
@@ -104,10 +106,11 @@ def detect_format(fields: Mapping[str, Any], columns: Columns, where: str) -> st
 
 def read_units(records: Iterable[Record], options: ReadOptions) -> tuple[str, Iterator[Unit]]:
     """
-    The format of the input and its units, read as they are asked for.
+    The format of the input, and its units, read lazily.
 
     Raises:
-        UserError: If the format cannot be told; while reading, for bad rows, if they are to stop.
+        UserError: If the format cannot be detected; while reading, for bad rows, unless they are
+            counted.
     """
     records = iter(records)
     kind, head = options.format, []
@@ -138,5 +141,5 @@ def _read(kind: str, records: Iterator[Record], options: ReadOptions) -> Iterato
         "scored": partial(parse_scored, columns=columns, pairing=pairing),
         "ultrafeedback": partial(parse_ultrafeedback, pairing=pairing),
     }
-    # Without a single row that can be read any parser will do.
+    # If no row can be read, any parser will do.
     return per_record(records, parsers.get(kind, parse_pair), stop)

@@ -1,7 +1,7 @@
-"""The format with one answer a row: rows of the same prompt are brought together on disk."""
+"""The format with one answer per row: rows of the same prompt are grouped on disk."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from ..sources.records import Record
@@ -12,19 +12,21 @@ from .scratch import scratch_database
 
 
 class GroupedUnit(Unit):
-    """Rows with one answer each to the same prompt: kept is the row of every answer in a pair."""
+    """Rows with one answer each to the same prompt; a row is kept if its answer is in a pair."""
 
     __slots__ = ("members",)
 
-    def fates(self, outcomes):
-        """As `Unit.fates`, for each row by itself."""
+    members: list[tuple[str, bool]]
+
+    def fates(self, outcomes: Sequence[str | None]) -> Iterator[tuple[str | None, int]]:
+        """As `Unit.fates`, for each row separately."""
         if not self.pairs:
             yield self.reason, self.rows
             return
         best: dict[str, str | None] = {}
         for pair, outcome in zip(self.pairs, outcomes, strict=True):
             for side in (pair.chosen, pair.rejected):
-                text = side[0]["content"]
+                text = side if isinstance(side, str) else side[0]["content"]
                 if text not in best or outcome is None:
                     best[text] = outcome
         for text, scored in self.members:
@@ -43,11 +45,14 @@ def group_responses(
         columns (`Columns`): Names of the columns.
         pairing (`str`): See [`make_pairs`].
         stop (`bool`): Whether a bad row is an error.
-        folder (`Path`, *optional*): Place of the temporary file.
+        folder (`Path`, *optional*): Folder of the temporary file.
 
     Raises:
         UserError: For a bad row, if `stop`.
     """
+    response = columns.response
+    if response is None:
+        raise ValueError("columns.response is None; must name the column of the answers")
     with scratch_database(folder) as store:
         store.execute(
             "CREATE TABLE answers (prompt, text, score, rank, lang, source, unit, number)"
@@ -56,12 +61,14 @@ def group_responses(
             try:
                 fields = fields_of(record)
                 prompt = text_or_messages(required(fields, columns.prompt), columns.prompt)
-                text = text_of(required(fields, columns.response), columns.response)
-                marks = [
+                text = text_of(required(fields, response), response)
+                score, rank = (
                     json.dumps(None if name is None else fields.get(name))
                     for name in (columns.scores, columns.ranks)
-                ]
-                make_answer(text, *map(json.loads, marks), columns.response)  # or a bad row
+                )
+                make_answer(
+                    text, json.loads(score), json.loads(rank), response
+                )  # raises for a bad row
             except BadRow as bad:
                 yield bad_unit(record, bad, stop)
                 continue
@@ -70,7 +77,8 @@ def group_responses(
                 (
                     json.dumps(prompt),
                     text,
-                    *marks,
+                    score,
+                    rank,
                     language_of(fields, columns.lang),
                     record.source,
                     record.unit,
@@ -88,7 +96,7 @@ def group_responses(
             ).fetchall()
             first = Record(None, *rows[0][4:])
             answers = [
-                make_answer(text, json.loads(score), json.loads(rank), columns.response)
+                make_answer(text, json.loads(score), json.loads(rank), response)
                 for text, score, rank, *_ in rows
             ]
             scored = [answer for answer in answers if answer is not None]

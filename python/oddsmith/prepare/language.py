@@ -1,14 +1,14 @@
-"""Which language a text is in, told by its script and its most frequent words.
+"""Detects the language of a text by its script and its most frequent words.
 
-A heuristic for filtering, of no more than that: it knows the scripts below and eleven languages in
-Latin letters, and says nothing about texts with too little evidence (a formula, a name, code).
+A heuristic, only for filtering: it knows the scripts below and eleven languages in Latin letters,
+and gives no answer for texts with too little evidence (a formula, a name, code).
 """
 
 import re
 import unicodedata
 from collections import Counter
 
-# Languages of a script that has few; others in it are taken for the first.
+# Languages of scripts with few languages; other languages count as the first.
 SCRIPTS = {
     "CYRILLIC": ("ru", "uk", "bg"),
     "GREEK": ("el",),
@@ -51,9 +51,9 @@ LATIN = tuple(STOP_WORDS)
 KNOWN = frozenset(LATIN) | {code for codes in SCRIPTS.values() for code in codes}
 
 _LETTERS = re.compile(r"[^\W\d_]+")
-# Enough to tell; longer texts are judged by their beginning.
+# This is enough; longer texts are judged by their beginning.
 _CHARACTERS = 2000
-# Ukrainian and Bulgarian letters or the lack of them are left aside: counted as Russian.
+# Ukrainian and Bulgarian are not distinguished from Russian.
 _KANA_SHARE = 0.1
 
 
@@ -73,7 +73,7 @@ def guess_language(text: str) -> str | None:
     total = sum(scripts.values())
     if not total:
         return None
-    # Japanese mixes its own letters with Chinese characters.
+    # Japanese mixes kana with Chinese characters.
     kana = scripts["HIRAGANA"] + scripts["KATAKANA"]
     if kana and kana >= _KANA_SHARE * (kana + scripts["CJK"]) and kana + scripts["CJK"] > total / 2:
         return "ja"
@@ -83,8 +83,8 @@ def guess_language(text: str) -> str | None:
     if script != "LATIN":
         return SCRIPTS[script][0] if script in SCRIPTS else None
     scores = {code: sum(word in known for word in words) for code, known in STOP_WORDS.items()}
-    best, second = sorted(scores, key=scores.get, reverse=True)[:2]
-    # A twelfth of ordinary prose of any of these languages is in its list, several times over.
+    best, second = sorted(scores, key=scores.__getitem__, reverse=True)[:2]
+    # Ordinary prose has several times this share of words from its language's list.
     if scores[best] * 12 < len(words) or scores[best] == scores[second]:
         return "latin"
     return best
@@ -92,10 +92,10 @@ def guess_language(text: str) -> str | None:
 
 def may_be(guess: str | None, languages: frozenset[str]) -> bool:
     """
-    Whether a guess leaves room for one of the wanted languages.
+    Whether a guess is compatible with one of the wanted languages.
 
-    Without evidence (`None`, or `"latin"` where one of them is written so) it does: only what is
-    known to be in another language is left out.
+    Without evidence (`None`, or `"latin"` if one of them uses Latin letters) it is: only texts
+    known to be in another language are excluded.
     """
     if guess is None:
         return True

@@ -1,4 +1,4 @@
-"""A preference pair on its way through `oddsmith prepare`, and the input rows that it came from."""
+"""A preference pair in `oddsmith prepare`, and its input rows."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,29 +9,29 @@ from ..sources.records import Record
 
 Messages = list[dict[str, str]]
 
-# Roles of other collections, by the names that chat templates know.
+# Roles of other collections, mapped to the names in chat templates.
 ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "bot": "assistant"}
 
 
 class BadRow(Exception):
-    """A row that a format cannot read. The message names the field, its value and what may be."""
+    """A row that a format cannot read; the message has field, value and what is allowed."""
 
 
 @dataclass(slots=True)
 class Pair:
     """
-    Two answers to a prompt, the first of them better.
+    Two answers to a prompt, the better one first.
 
     Args:
         prompt (`str` or `list[dict]`): Text, or messages with `role` and `content`.
-        chosen (`str` or `list[dict]`): The better answer alone, of the same kind.
-        rejected (`str` or `list[dict]`): The other.
-        score_chosen (`float`, *optional*): Its score, higher is better.
-        score_rejected (`float`, *optional*): Likewise.
-        votes (`tuple[int, int]`, *optional*): Judgements for and against the order; ties left out.
+        chosen (`str` or `list[dict]`): The better answer without the prompt, of the same kind.
+        rejected (`str` or `list[dict]`): The other answer.
+        score_chosen (`float`, *optional*): Score of the chosen answer, higher is better.
+        score_rejected (`float`, *optional*): Score of the rejected answer.
+        votes (`tuple[int, int]`, *optional*): Judgements for and against the order, without ties.
         ranked (`bool`, *optional*): The order does not come from the scores, so equal scores do not
             contradict it.
-        lang (`str`, *optional*): Language that the row names.
+        lang (`str`, *optional*): Language given in the row.
     """
 
     prompt: str | Messages
@@ -47,10 +47,10 @@ class Pair:
 @dataclass(slots=True)
 class Unit:
     """
-    The pairs of one or more rows of input, which are counted together.
+    The pairs of one or more input rows, which are counted together.
 
     Args:
-        where (`str`): Names the first of the rows.
+        where (`str`): Names the first row.
         pairs (`list[Pair]`): Candidates.
         reason (`str`, *optional*): Why there are none.
         rows (`int`, *optional*, defaults to `1`): Rows of input.
@@ -63,14 +63,14 @@ class Unit:
 
     def fates(self, outcomes: Sequence[str | None]) -> Iterator[tuple[str | None, int]]:
         """
-        What has become of each input row, given what has become of the pairs.
+        The result of each input row, given the results of the pairs.
 
         Args:
-            outcomes (`Sequence[str | None]`): For each pair the reason why it was dropped, or None.
+            outcomes (`Sequence[str | None]`): For each pair the reason for dropping it, or None.
 
         Returns:
-            `Iterator[tuple[str | None, int]]`: Reasons (None: kept) and numbers of rows, which add
-            up to `rows`.
+            `Iterator[tuple[str | None, int]]`: Reasons (None: kept) and numbers of rows; the
+                numbers add up to `rows`.
         """
         if self.pairs:
             yield (None if None in outcomes else outcomes[0]), self.rows
@@ -86,7 +86,7 @@ def per_record(
 
     Args:
         records (`Iterable[Record]`): Input.
-        parse (`Callable`): Makes the pairs of a row, or a unit without any.
+        parse (`Callable`): Makes the pairs of a row, or a unit without pairs.
         stop (`bool`): Whether a bad row is an error; otherwise it is counted as such.
 
     Raises:
@@ -104,8 +104,8 @@ def per_record(
 
 
 def fields_of(record: Record) -> dict[str, Any]:
-    if record.problem is not None:
-        raise BadRow(record.problem)
+    if record.fields is None:
+        raise BadRow(record.problem or "is not an object")
     return record.fields
 
 
@@ -113,7 +113,7 @@ def bad_unit(record: Record, bad: BadRow, stop: bool) -> Unit:
     """The unit of a bad row; raises [`UserError`] instead if `stop`."""
     if stop:
         raise UserError(
-            f"{record.where}: {bad} (--bad_rows drop leaves such rows out and counts them)"
+            f"{record.where}: {bad} (--bad_rows drop skips such rows and counts them)"
         ) from bad
     return Unit(record.where, reason="bad row")
 
@@ -139,7 +139,7 @@ def text_of(value: Any, name: str) -> str:
 
 
 def number_of(value: Any, name: str) -> float | None:
-    """A score: a number, or text that is one; None for null, empty, "N/A" and NaN."""
+    """A score from a number or its text; None for null, empty, "N/A" and NaN."""
     if value is None or (isinstance(value, str) and value.strip().upper() in ("", "N/A", "NA")):
         return None
     try:
@@ -152,14 +152,14 @@ def number_of(value: Any, name: str) -> float | None:
 
 
 def messages_of(value: Any, name: str) -> Messages:
-    """Messages as chat templates take them: known roles, nothing but role and content."""
+    """Messages for chat templates: known roles, and only role and content."""
     if not isinstance(value, list) or not value:
         raise BadRow(f"field {name} is {shown(value)}; must be a string or a list of messages")
     messages = []
     for index, message in enumerate(value):
         if not isinstance(message, Mapping):
             raise BadRow(f"field {name}[{index}] is {shown(message)}; must be a message")
-        # ShareGPT's names beside those of OpenAI.
+        # ShareGPT's names as well as OpenAI's.
         role = message.get("role", message.get("from"))
         content = message.get("content", message.get("value"))
         if not isinstance(role, str):

@@ -1,4 +1,4 @@
-"""Files of preference pairs: written beside their place, and put there when they are whole."""
+"""Files of preference pairs, written under a temporary name and renamed when complete."""
 
 import gzip
 import io
@@ -23,7 +23,7 @@ _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]
 
 def format_of(path: Path) -> str:
     """
-    Which of `FORMATS` a path names.
+    The one of `FORMATS` for a path.
 
     Raises:
         UserError: If none.
@@ -47,10 +47,10 @@ def row_of(pair: Pair) -> dict[str, Any]:
 
 class PairFile(AbstractContextManager):
     """
-    A file that appears, whole and on disk, where its context ends without an error.
+    A file that appears, complete and on disk, when its context ends without an error.
 
     Args:
-        path (`Path`): `.jsonl`, `.jsonl.gz` or `.parquet`; its folder is made.
+        path (`Path`): `.jsonl`, `.jsonl.gz` or `.parquet`; its folder is created.
 
     Raises:
         UserError: If it cannot be written.
@@ -67,7 +67,7 @@ class PairFile(AbstractContextManager):
             raise UserError(f"--output {path}: {error}") from error
         self._text: io.TextIOWrapper | None = None
         if self._kind != ".parquet":
-            # Without a name and time in the header the same pairs make the same bytes.
+            # Without a name and time in the header, equal pairs give equal bytes.
             packed = (
                 gzip.GzipFile("", "wb", 6, self._raw, mtime=0)
                 if self._kind.endswith(".gz")
@@ -85,18 +85,22 @@ class PairFile(AbstractContextManager):
         if len(self._rows) >= _ROW_GROUP:
             self._flush()
 
-    def _flush(self) -> None:
+    def _writer(self) -> pq.ParquetWriter:
         if self._parquet is None:
             text = bool(self._rows) and isinstance(self._rows[0]["chosen"], str)
             kind = pa.string() if text else _MESSAGES
             scores = [(f"score_{side}", pa.float64()) for side in ("chosen", "rejected")]
             schema = pa.schema([(name, kind) for name in ("prompt", "chosen", "rejected")] + scores)
             self._parquet = pq.ParquetWriter(self._raw, schema, compression="zstd")
+        return self._parquet
+
+    def _flush(self) -> None:
+        writer = self._writer()
         if self._rows:
-            self._parquet.write_table(pa.Table.from_pylist(self._rows, self._parquet.schema))
+            writer.write_table(pa.Table.from_pylist(self._rows, writer.schema))
         self._rows = []
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         try:
             if kind is None:
                 self._finish()
@@ -111,10 +115,10 @@ class PairFile(AbstractContextManager):
         if self._text is not None:
             self._text.flush()
             if self._text.buffer is not self._raw:
-                self._text.buffer.close()  # gzip's end; it leaves the file below open
+                self._text.buffer.close()  # writes gzip's end; the file below stays open
         else:
             self._flush()
-            self._parquet.close()
+            self._writer().close()
         self._raw.flush()
         os.fsync(self._raw.fileno())
         self._raw.close()

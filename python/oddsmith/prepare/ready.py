@@ -1,4 +1,4 @@
-"""Formats whose rows are pairs already: chosen and rejected, and the dialogues of HH-RLHF."""
+"""Formats whose rows are already pairs: chosen and rejected, and the dialogues of HH-RLHF."""
 
 import re
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ _LANGUAGES = ("lang", "language")
 
 
 def language_of(fields: Mapping[str, Any], column: str | None = None) -> str | None:
-    """The language that a row names: `"pt-BR"` and `"pt_BR"` are `"pt"`."""
+    """The language given in a row: `"pt-BR"` and `"pt_BR"` are `"pt"`."""
     for name in (column,) if column else _LANGUAGES:
         value = fields.get(name)
         if isinstance(value, str) and value.strip():
@@ -34,11 +34,11 @@ def language_of(fields: Mapping[str, Any], column: str | None = None) -> str | N
 
 def parse_pair(fields: Mapping[str, Any], lang_column: str | None = None) -> list[Pair] | Unit:
     """
-    A row with `chosen`, `rejected` and mostly `prompt`, each text or messages.
+    A row with `chosen`, `rejected` and usually `prompt`, each text or messages.
 
-    UltraFeedback-binarized is of this form: its `chosen` and `rejected` hold the question too, which
-    is taken out of them. Where `score_chosen` and `score_rejected` are lists, each place is one
-    annotator's.
+    UltraFeedback-binarized has this form: its `chosen` and `rejected` contain the question too,
+    which is removed. If `score_chosen` and `score_rejected` are lists, each entry is from one
+    annotator.
 
     Args:
         fields (`Mapping[str, Any]`): The row.
@@ -55,27 +55,30 @@ def parse_pair(fields: Mapping[str, Any], lang_column: str | None = None) -> lis
     prompt = fields.get("prompt")
     if prompt is not None:
         prompt = text_or_messages(prompt, "prompt")
-    if isinstance(chosen, str):
+    if isinstance(chosen, str) and isinstance(rejected, str):
         if isinstance(prompt, list):
-            # The answers of a conversation, given without their role.
+            # The answers of a conversation, without their role.
             chosen, rejected = [assistant(chosen)], [assistant(rejected)]
         elif prompt is None:
             prompt, chosen, rejected = extract_prompt(chosen, rejected)
-    elif not isinstance(prompt, list) or chosen[: len(prompt)] == prompt == rejected[: len(prompt)]:
-        # The conversations hold the prompt.
+    elif (isinstance(chosen, list) and isinstance(rejected, list)) and (
+        not isinstance(prompt, list) or chosen[: len(prompt)] == prompt == rejected[: len(prompt)]
+    ):
+        # The conversations include the prompt.
         alone = user(prompt) if isinstance(prompt, str) else None
         prompt, chosen, rejected = _extract_messages(chosen, rejected)
         if not prompt and alone is not None and chosen[0]["role"] != "user":
             prompt = [alone]
     if not prompt or not (prompt if isinstance(prompt, str) else prompt[-1]["content"]).strip():
         return Unit("", reason="no prompt")
-    scores, votes = _scores(fields)
-    return [Pair(prompt, chosen, rejected, *scores, votes, lang=language_of(fields, lang_column))]
+    (better, worse), votes = _scores(fields)
+    lang = language_of(fields, lang_column)
+    return [Pair(prompt, chosen, rejected, better, worse, votes, lang=lang)]
 
 
 def _extract_messages(chosen: Messages, rejected: Messages) -> tuple[Messages, Messages, Messages]:
     cut = 0
-    # The last message of each is its answer, even where they are the same.
+    # The last message of each is its answer, even if they are equal.
     for mine, other in zip(chosen[:-1], rejected[:-1], strict=False):
         if mine != other:
             break
@@ -83,7 +86,9 @@ def _extract_messages(chosen: Messages, rejected: Messages) -> tuple[Messages, M
     return chosen[:cut], chosen[cut:], rejected[cut:]
 
 
-def _scores(fields: Mapping[str, Any]) -> tuple[list[float | None], tuple[int, int] | None]:
+def _scores(
+    fields: Mapping[str, Any],
+) -> tuple[tuple[float | None, float | None], tuple[int, int] | None]:
     lists = []
     for side in ("chosen", "rejected"):
         name = f"score_{side}"
@@ -96,8 +101,8 @@ def _scores(fields: Mapping[str, Any]) -> tuple[list[float | None], tuple[int, i
             raise BadRow(
                 f"score_chosen has {len(lists[0])} annotators and score_rejected {len(lists[1])}"
             )
-        votes = count_votes(*lists)
-    return [mean(values) for values in lists], votes
+        votes = count_votes(lists[0], lists[1])
+    return (mean(lists[0]), mean(lists[1])), votes
 
 
 def count_votes(better: list[float | None], worse: list[float | None]) -> tuple[int, int]:
@@ -112,14 +117,14 @@ def mean(values: list[float | None]) -> float | None:
 
 
 def is_dialogue(value: Any) -> bool:
-    """Whether a text is a dialogue as HH-RLHF writes them."""
+    """Whether a text is a dialogue in the format of HH-RLHF."""
     return isinstance(value, str) and value.startswith("\n\nHuman:") and "\n\nAssistant:" in value
 
 
 def parse_dialogue(text: Any, name: str) -> Messages:
     r"""
-    Messages of a dialogue `"\n\nHuman: ...\n\nAssistant: ..."`; several turns of one side in a
-    row are one message.
+    Messages of a dialogue `"\n\nHuman: ...\n\nAssistant: ..."`; consecutive turns of one side are
+    one message.
 
     Raises:
         BadRow: If it does not begin with the human.
@@ -143,17 +148,17 @@ def parse_dialogue(text: Any, name: str) -> Messages:
 
 def parse_hh(fields: Mapping[str, Any], lang_column: str | None = None) -> list[Pair] | Unit:
     """
-    A row of HH-RLHF: two dialogues that share all but the last answer.
+    A row of HH-RLHF: two dialogues that differ only in the last answer.
 
     Raises:
-        BadRow: If `chosen` or `rejected` is missing or no dialogue.
+        BadRow: If `chosen` or `rejected` is missing or is not a dialogue.
     """
     sides = [parse_dialogue(required(fields, side), side) for side in ("chosen", "rejected")]
     if any(messages[-1]["role"] != "assistant" for messages in sides):
         return Unit("", reason="no answer at the end")
     chosen, rejected = sides
     if chosen[:-1] != rejected[:-1]:
-        # Two courses of a conversation: no two answers to one prompt.
+        # The conversations diverge earlier, so these are not two answers to one prompt.
         return Unit("", reason="dialogues part earlier")
     if not chosen[:-1] or not chosen[-2]["content"]:
         return Unit("", reason="no prompt")

@@ -1,4 +1,4 @@
-"""`oddsmith prepare`: preference data from elsewhere, curated, as pairs to train on."""
+"""`oddsmith prepare`: makes curated pairs for training from other preference data."""
 
 import json
 import os
@@ -20,22 +20,22 @@ from .formats import FORMATS, ReadOptions, read_units
 from .pair import Unit
 from .pair_file import PairFile, format_of
 
-# Units that are judged together: sketches of many prompts are made at once.
+# Units per batch: sketches of many prompts are computed at once.
 _BATCH = 256
-# The article: "at least 10,000 unique prompts for a general-purpose model".
+# Recommendation: "at least 10,000 unique prompts for a general-purpose model".
 ENOUGH_PROMPTS = 10_000
 
 
 @dataclass
 class Ledger:
     """
-    Every row of input, once: kept or dropped for a reason.
+    Counts every input row once: kept, or dropped for a reason.
 
     Args:
-        kept (`int`): Rows of which something was written.
+        kept (`int`): Rows with a written pair.
         dropped (`Counter`): Rows by reason.
-        pairs (`int`): Pairs that were written.
-        pairs_dropped (`Counter`): Pairs by reason; one row may make several.
+        pairs (`int`): Written pairs.
+        pairs_dropped (`Counter`): Pairs by reason; one row can make several.
     """
 
     kept: int
@@ -52,8 +52,8 @@ class Ledger:
         Counts the rows and pairs of a unit.
 
         Raises:
-            RuntimeError: If the fates of its rows do not add up to their number, or a reason is not
-                one of `REASONS`: a bug, and better no output than a wrong count.
+            RuntimeError: If the counts do not add up to the number of rows, or a reason is not one
+                of `REASONS`. This is a bug; the run stops instead of reporting a wrong count.
         """
         entered = 0
         for reason, count in unit.fates(outcomes):
@@ -72,14 +72,14 @@ class Ledger:
 
 
 class _Counted:
-    """Records on their way through, counted, with a progress bar over the bytes of the files."""
+    """Passes records through and counts them, with a progress bar over the bytes of the files."""
 
     def __init__(self, streams: list[RecordStream]):
         self.streams, self.rows = streams, 0
 
     def __iter__(self) -> Iterator[Any]:
-        sizes = [stream.size for stream in self.streams]
-        known = None not in sizes
+        sizes = [stream.size for stream in self.streams if stream.size is not None]
+        known = len(sizes) == len(self.streams)
         with tqdm(
             total=sum(sizes) if known else None,
             desc="reading",
@@ -108,30 +108,30 @@ def run_prepare(
     temp_dir: str | Path | None = None,
 ) -> dict[str, Any]:
     """
-    Reads preference data, drops what is not worth training on, and writes the rest as pairs.
+    Reads preference data, drops rows that are not useful, and writes the rest as pairs.
 
     The file has the columns `prompt`, `chosen` and `rejected`, which are lists of messages (or
-    strings, where the input has chosen and rejected strings), and the scores where there are any.
-    It and its summary appear when they are whole; a failed run leaves nothing.
+    strings, if the input has chosen and rejected strings), and scores if there are any. The file
+    and its summary appear when they are complete; a failed run writes nothing.
 
     Args:
         datasets (`list[str]`): Files, folders, or hub ids, all of one format.
-        output (`str` or `Path`): `.jsonl`, `.jsonl.gz` or `.parquet`. The summary goes beside it,
-            as `NAME.summary.json`.
-        options ([`ReadOptions`], *optional*): How the input becomes pairs.
+        output (`str` or `Path`): `.jsonl`, `.jsonl.gz` or `.parquet`. The summary is next to it,
+        `NAME.summary.json`.
+        options ([`ReadOptions`], *optional*): How to read the input.
         rules ([`Rules`], *optional*): Which pairs are kept.
         config (`str`, *optional*): Configuration of hub datasets.
         split (`str`, *optional*): Split to read; see [`RecordStream`].
-        overwrite (`bool`, *optional*): Replace a file that is there.
-        temp_dir (`str` or `Path`, *optional*): Place of temporary files; that of the system if not
+        overwrite (`bool`, *optional*): Replace an existing file.
+        temp_dir (`str` or `Path`, *optional*): Folder of temporary files; the system's if not
             given.
 
     Returns:
-        `dict[str, Any]`: The summary, as it is written.
+        `dict[str, Any]`: The summary, as in the file.
 
     Raises:
-        UserError: If the input cannot be read, holds a bad row, makes no pair, or the output cannot
-            be written.
+        UserError: If the input cannot be read, has a bad row or no pairs, or the output cannot be
+            written.
     """
     options, rules, output = options or ReadOptions(), rules or Rules(), Path(output).expanduser()
     suffix = format_of(output)
@@ -174,7 +174,7 @@ def run_prepare(
             }
             if not ledger.pairs:
                 raise UserError(
-                    f"none of {ledger.rows} rows is left, so nothing is written:\n"
+                    f"none of {ledger.rows} rows is kept, so nothing is written:\n"
                     + format_dropped(summary)
                 )
         write_json(summary, summary_path)
@@ -191,7 +191,7 @@ def _batches(units: Iterable[Unit]) -> Iterator[list[Unit]]:
 
 
 def _check(entered: int, read: int) -> None:
-    # A tree a row has several messages, which are what is counted; there, trees have to add up.
+    # A ready tree has several messages, which are counted; there, the trees must add up.
     if entered != read:
         raise RuntimeError(f"{read} rows were read and {entered} accounted for")
 
@@ -201,7 +201,7 @@ def in_order(dropped: Counter) -> dict[str, int]:
 
 
 def write_json(content: dict[str, Any], path: Path) -> None:
-    """Writes a JSON file, which appears when it is whole."""
+    """Writes a JSON file, which appears when it is complete."""
     temporary, file = new_file(path.parent, f".{path.name}.")
     with file:
         file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
@@ -216,7 +216,7 @@ def format_dropped(summary: dict[str, Any]) -> str:
 
 
 def format_summary(summary: dict[str, Any]) -> str:
-    """The summary for people."""
+    """The summary as text."""
     rows, pairs, figures = summary["rows"], summary["pairs"], summary["diversity"]
     dropped = rows["read"] - rows["kept"]
     lines = [
@@ -232,12 +232,12 @@ def format_summary(summary: dict[str, Any]) -> str:
         lines.append(f"                     not written: {others}")
     lines.append(
         f"prompts  {figures['distinct_prompts']:>10,}  distinct, "
-        f"{figures['near_duplicate_prompts']:,} of them like an earlier one"
+        f"{figures['near_duplicate_prompts']:,} of them similar to an earlier one"
     )
     if figures["distinct_prompts"] < ENOUGH_PROMPTS:
         lines.append(
-            f"                     a general model wants {ENOUGH_PROMPTS:,} or more, a specialised "
-            "one may do with fewer"
+            f"                     a general model needs about {ENOUGH_PROMPTS:,} or more, a specialised "
+            "one can need fewer"
         )
     lines.append("characters      min     p10     p50     p90     p99     max    mean")
     for side, values in figures["characters"].items():

@@ -1,4 +1,4 @@
-"""Formats with several scored or ranked answers to a prompt: UltraFeedback's full form and others."""
+"""Formats with several scored or ranked answers per prompt, such as the full UltraFeedback."""
 
 import random
 from collections.abc import Mapping
@@ -31,8 +31,8 @@ class Answer:
 
     Args:
         text (`str`): The answer.
-        order (`float`): What answers are ordered by, higher is better.
-        score (`float`, *optional*): On a scale, so that differences and least values mean something.
+        order (`float`): Sort key of the answers, higher is better.
+        score (`float`, *optional*): Score on a scale, for differences and minimum values.
         marks (`list`, *optional*): Scores of several annotators, or by several aspects.
     """
 
@@ -45,15 +45,15 @@ class Answer:
 @dataclass(frozen=True)
 class Columns:
     """
-    Names of the columns, and keys within an answer where it is an object.
+    Names of the columns, and keys of answers that are objects.
 
     Args:
         prompt (`str`): The prompt: text or messages.
         responses (`str`, *optional*): A list of answers: texts, or objects with `text_key`.
-        response (`str`, *optional*): One answer; rows of the same prompt belong together.
-        scores (`str`, *optional*): A list of scores, or of one list an answer with the scores of
-            several annotators; with `response` a score or a list.
-        ranks (`str`, *optional*): Likewise ranks: the best is the lowest.
+        response (`str`, *optional*): One answer; rows with the same prompt are grouped.
+        scores (`str`, *optional*): A list of scores, or of lists with one score per annotator; with
+        `response`, a score or a list.
+        ranks (`str`, *optional*): Ranks, in the same form; the lowest is the best.
         text_key (`str`, *optional*): Text of an answer that is an object.
         score_key (`str`, *optional*): Score of an answer that is an object.
         rank_key (`str`, *optional*): Rank of an answer that is an object.
@@ -73,10 +73,10 @@ class Columns:
 
 def draw_pairs(orders: list[float], pairing: str, seed: str) -> list[tuple[int, int]]:
     """
-    Which answers make pairs.
+    Which answers form pairs.
 
     Args:
-        orders (`list[float]`): What the answers are ordered by, higher is better.
+        orders (`list[float]`): Sort keys of the answers, higher is better.
         pairing (`str`):
             `"best_worst"`: one pair. `"best_random"`: the best and one of the others, drawn with
             the prompt as the seed, as in UltraFeedback-binarized. `"all"`: every two answers that
@@ -84,10 +84,10 @@ def draw_pairs(orders: list[float], pairing: str, seed: str) -> list[tuple[int, 
         seed (`str`): The prompt.
 
     Returns:
-        `list[tuple[int, int]]`: Indices of the better and the worse answer; empty if none is
-        better than another that was drawn.
+        `list[tuple[int, int]]`: Indices of the better and the worse answer; empty if the drawn
+            answers are equally good.
     """
-    # Stable, so that equals keep the order of the file.
+    # A stable sort keeps the file's order of equal answers.
     ordered = sorted(range(len(orders)), key=lambda index: -orders[index])
     if len(ordered) < 2:
         return []
@@ -122,7 +122,7 @@ def pair_of(
 def make_pairs(
     prompt: str | Messages, answers: list[Answer], pairing: str, lang: str | None, ranked: bool
 ) -> list[Pair] | Unit:
-    """Pairs of the answers to a prompt, or a `Unit` that says why there is none."""
+    """Pairs of the answers to a prompt, or a `Unit` with the reason why there are none."""
     last = prompt if isinstance(prompt, str) else prompt[-1]["content"]
     if not last.strip():
         return Unit("", reason="no prompt")
@@ -141,8 +141,8 @@ def parse_ultrafeedback(fields: Mapping[str, Any], pairing: str) -> list[Pair] |
     """
     A row of UltraFeedback: `instruction` and `completions`, each with its ratings.
 
-    The score is the mean of the ratings by aspect (`fine-grained_score`, 1 to 5), and
-    `overall_score` where a row has none; the aspects are the annotators, who may disagree.
+    The score is the mean of the ratings by aspect (`fine-grained_score`, 1 to 5), or
+    `overall_score` if a row has none; the aspects count as annotators, which can disagree.
 
     Raises:
         BadRow: If a field is missing or of another type.
@@ -176,7 +176,7 @@ def _ratings(annotations: Any, name: str) -> dict[str, float | None]:
         return {}
     ratings = {}
     for aspect, annotation in annotations.items():
-        # One annotation an aspect; some releases wrap it into a list.
+        # One annotation per aspect; some releases put it in a list.
         first = annotation[0] if isinstance(annotation, list) and annotation else annotation
         if isinstance(first, Mapping):
             where = f"{name}.annotations.{aspect}.Rating"
@@ -186,12 +186,14 @@ def _ratings(annotations: Any, name: str) -> dict[str, float | None]:
 
 def parse_scored(fields: Mapping[str, Any], columns: Columns, pairing: str) -> list[Pair] | Unit:
     """
-    A row with a list of answers, and their scores or ranks, in the columns that are named.
+    A row with a list of answers and their scores or ranks, in the given columns.
 
     Raises:
         BadRow: If a field is missing or of another type, or the lists differ in length.
     """
     prompt = text_or_messages(required(fields, columns.prompt), columns.prompt)
+    if columns.responses is None:
+        raise ValueError("columns.responses is None; must name the column of the answers")
     responses = required(fields, columns.responses)
     if not isinstance(responses, list):
         raise BadRow(f"field {columns.responses} is {shown(responses)}; must be a list")
@@ -213,17 +215,17 @@ def parse_scored(fields: Mapping[str, Any], columns: Columns, pairing: str) -> l
     return make_pairs(prompt, answers, pairing, language_of(fields, columns.lang), ranked)
 
 
-def _column(fields: Mapping[str, Any], name: str | None, count: int) -> list:
+def _column(fields: Mapping[str, Any], name: str | None, count: int) -> list[Any]:
     if name is None:
         return [None] * count
     values = required(fields, name)
     if not isinstance(values, list) or len(values) != count:
-        raise BadRow(f"field {name} is {shown(values)}; must be a list of {count}, one an answer")
+        raise BadRow(f"field {name} is {shown(values)}; must be a list of {count}, one per answer")
     return values
 
 
 def make_answer(text: str, score: Any, rank: Any, name: str) -> Answer | None:
-    """An answer with its score, or several annotators' scores, or its rank; None without either."""
+    """An answer with its score, the scores of several annotators, or its rank; None without any."""
     scores = [number_of(each, f"score of {name}") for each in _as_list(score)]
     ranks = [number_of(each, f"rank of {name}") for each in _as_list(rank)]
     mean_score, mean_rank = mean(scores), mean(ranks)
@@ -235,5 +237,5 @@ def make_answer(text: str, score: Any, rank: Any, name: str) -> Answer | None:
     return Answer(text, mean_score, mean_score, scores if len(scores) > 1 else None)
 
 
-def _as_list(value: Any) -> list:
+def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]

@@ -1,4 +1,4 @@
-"""A temporary SQLite file: rows that belong together, brought together on disk."""
+"""A temporary SQLite file to group rows on disk."""
 
 import sqlite3
 import tempfile
@@ -10,16 +10,16 @@ from pathlib import Path
 @contextmanager
 def scratch_database(folder: Path | None) -> Iterator[sqlite3.Connection]:
     """
-    Opens an empty database, which is gone at the end.
+    Opens an empty database, which is removed at the end.
 
     Args:
-        folder (`Path`, *optional*): Folder for the file; that of the system if not given.
+        folder (`Path`, *optional*): Folder of the file; the system's if not given.
     """
     with (
         tempfile.TemporaryDirectory(dir=folder, prefix="oddsmith-") as scratch,
         closing(sqlite3.connect(Path(scratch) / "rows.sqlite", isolation_level=None)) as store,
     ):
-        # Nothing has to survive a crash, and sorting has to stay out of memory.
+        # The file need not survive a crash, and sorting must not use much memory.
         for setting in ("journal_mode = OFF", "synchronous = OFF", "temp_store = FILE"):
             store.execute(f"PRAGMA {setting}")
         store.execute(f"PRAGMA temp_store_directory = '{scratch.replace(chr(39), chr(39) * 2)}'")

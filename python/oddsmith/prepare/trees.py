@@ -1,11 +1,11 @@
-"""OpenAssistant's message trees: a prompt is a conversation, and its answers have ranks.
+"""OpenAssistant's message trees: prompts are conversations, and answers have ranks.
 
-Both forms of oasst1: flat (a message a row, `parent_id` leads up) and ready trees (a tree a row,
-`replies` lead down). The rows that are counted are messages in either form.
+Both forms of oasst1: flat (one message per row, with `parent_id`) and ready trees (one tree per
+row, with `replies`). In both forms the counted rows are messages.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -34,7 +34,7 @@ READY = "ready_for_export"
 
 @dataclass(slots=True)
 class Node:
-    """A message, its fate and what replies to it."""
+    """A message, its result and its replies."""
 
     text: str
     role: str
@@ -42,7 +42,7 @@ class Node:
     rank: float | None = None
     quality: float | None = None
     reason: str | None = None
-    # Why it is in no pair with its siblings, and why a pair with it was dropped.
+    # Why it is not in a pair with its siblings, and why a pair with it was dropped.
     unpaired: str | None = None
     dropped: str | None = None
     replies: list["Node"] = field(default_factory=list)
@@ -51,27 +51,27 @@ class Node:
 
 @dataclass(slots=True)
 class TreeUnit(Unit):
-    """A tree: each message is kept as part of a pair, or has a reason why it is in none."""
+    """A tree: each message is kept as part of a pair, or has a reason why not."""
 
     nodes: list[Node] = field(default_factory=list)
-    # For each pair the messages it is made of: the conversation, then both answers.
+    # The messages of each pair: the conversation, then both answers.
     parts: list[list[Node]] = field(default_factory=list)
 
-    def fates(self, outcomes):
-        """As `Unit.fates`, for each message by itself."""
+    def fates(self, outcomes: Sequence[str | None]) -> Iterator[tuple[str | None, int]]:
+        """As `Unit.fates`, for each message separately."""
         for parts, outcome in zip(self.parts, outcomes, strict=True):
             for node in parts:
                 node.kept = node.kept or outcome is None
                 node.dropped = node.dropped or outcome
         for node in self.nodes:
-            # A reason of the message's own goes first, then that of a pair it would have been in.
+            # The message's reason comes first, then that of a dropped pair with it.
             reason = node.reason or node.dropped or node.unpaired or "no two answers to pair"
             yield (None if node.kept else reason), 1
 
 
 def parse_message(fields: Mapping[str, Any]) -> Node:
     """
-    A message, without what replies to it.
+    A message without its replies.
 
     Raises:
         BadRow: If text or role is missing or of another type.
@@ -110,13 +110,13 @@ def _quality(labels: Any) -> float | None:
 
 def tree_unit(where: str, root: Node, pairing: str) -> TreeUnit:
     """
-    The pairs of a tree: at each message of a prompter, its answers by rank (0 is the best).
+    The pairs of a tree: for each message of a prompter, its answers by rank (0 is the best).
 
-    Rank and quality label are two judgements: they may disagree.
+    Rank and quality label are two judgements, which can disagree.
 
     Args:
         where (`str`): Names the tree.
-        root (`Node`): Its first message.
+        root (`Node`): First message of the tree.
         pairing (`str`): `"best_worst"`, `"best_random"` or `"all"`; see `draw_pairs`.
     """
     unit = TreeUnit(where, rows=0)
@@ -127,7 +127,7 @@ def tree_unit(where: str, root: Node, pairing: str) -> TreeUnit:
         unit.nodes.append(node)
         path = [*above, node]
         if node.reason:
-            # What replies to it would have a conversation with a hole.
+            # The conversations of its replies would lack a message.
             spoilt = spoilt or "below a dropped message"
         node.reason = node.reason or spoilt
         waiting += [(reply, path, spoilt) for reply in reversed(node.replies)]
@@ -138,20 +138,20 @@ def tree_unit(where: str, root: Node, pairing: str) -> TreeUnit:
 
 def _pair_replies(unit: TreeUnit, path: list[Node], pairing: str) -> None:
     fit = [reply for reply in path[-1].replies if reply.role == "assistant" and not reply.reason]
-    ranked = [reply for reply in fit if reply.rank is not None]
-    drawn = draw_pairs([-reply.rank for reply in ranked], pairing, path[-1].text)
+    ranked = [(reply, reply.rank) for reply in fit if reply.rank is not None]
+    drawn = draw_pairs([-rank for _, rank in ranked], pairing, path[-1].text)
     messages = [_ROLES[node.role](node.text) for node in path]
     for better, worse in drawn:
         sides = ranked[better], ranked[worse]
-        answers = (
-            Answer(reply.text, -reply.rank, reply.quality, [-reply.rank, reply.quality])
-            for reply in sides
+        first, second = (
+            Answer(reply.text, -rank, reply.quality, [-rank, reply.quality])
+            for reply, rank in sides
         )
-        unit.pairs.append(pair_of(messages, *answers, path[-1].lang, ranked=True))
-        unit.parts.append([*path, *sides])
-    paired = {id(reply) for pair in drawn for reply in (ranked[pair[0]], ranked[pair[1]])}
+        unit.pairs.append(pair_of(messages, first, second, path[-1].lang, ranked=True))
+        unit.parts.append([*path, *(reply for reply, _ in sides)])
+    paired = {id(ranked[place][0]) for pair in drawn for place in pair}
     for reply in fit:
-        # Said only of messages that no pair below will need either.
+        # Only for messages that are not part of another pair's conversation either.
         if id(reply) not in paired:
             reply.unpaired = (
                 "no rank"
@@ -174,7 +174,7 @@ def read_ready_trees(records: Iterable[Record], pairing: str, stop: bool) -> Ite
             fields = fields_of(record)
             root = _parse_tree(required(fields, "prompt"))
         except BadRow as bad:
-            # It cannot be told how many messages a bad tree has: it is one row.
+            # The number of messages in a bad tree is unknown, so it counts as one row.
             yield bad_unit(record, bad, stop)
             continue
         if fields.get("tree_state", READY) != READY:
@@ -183,7 +183,7 @@ def read_ready_trees(records: Iterable[Record], pairing: str, stop: bool) -> Ite
 
 
 def _parse_tree(prompt: Any) -> Node:
-    # No recursion: trees come from outside and may be as deep as they like.
+    # No recursion, because trees of the input can be arbitrarily deep.
     if not isinstance(prompt, Mapping):
         raise BadRow(f"field prompt is {shown(prompt)}; must be a message with replies")
     root = parse_message(prompt)
@@ -203,13 +203,13 @@ def read_flat_messages(
     records: Iterable[Record], pairing: str, stop: bool, folder: Path | None
 ) -> Iterator[Unit]:
     """
-    Units of trees whose messages are a row each, in any order, brought together on disk.
+    Units of trees with one message per row, in any order, grouped on disk.
 
     Args:
         records (`Iterable[Record]`): Rows with `message_id`, `parent_id`, `text` and `role`.
         pairing (`str`): See [`tree_unit`].
         stop (`bool`): Whether a bad row is an error.
-        folder (`Path`, *optional*): Place of the temporary file.
+        folder (`Path`, *optional*): Folder of the temporary file.
 
     Raises:
         UserError: For a bad row, if `stop`.
@@ -238,8 +238,8 @@ def read_flat_messages(
             if not added:
                 yield Unit(record.where, reason="message repeated")
         store.execute("CREATE INDEX by_parent ON messages (parent)")
-        # Generation by generation: each takes the tree of its parents. Messages in a circle, or
-        # under a parent that is not there, are never reached.
+        # Generation by generation: replies take the tree of their parents. Messages in a circle, or
+        # under a missing parent, are never reached.
         store.execute("UPDATE messages SET tree = rowid WHERE parent IS NULL")
         store.execute("CREATE TABLE grown AS SELECT id FROM messages WHERE parent IS NULL")
         while store.execute("SELECT 1 FROM grown LIMIT 1").fetchone():
@@ -265,9 +265,9 @@ def read_flat_messages(
             yield Unit(place, reason="parent missing")
 
 
-def _grow(members: list[tuple], pairing: str) -> TreeUnit:
+def _grow(members: list[tuple[Any, ...]], pairing: str) -> TreeUnit:
     nodes = {name: Node(*json.loads(stored)) for _, name, _, stored, _ in members}
-    root, where = None, members[0][4]
+    root, where = nodes[members[0][1]], members[0][4]
     for _, name, parent, _, place in members:
         if parent is None:
             root, where = nodes[name], place

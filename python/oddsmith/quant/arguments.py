@@ -10,7 +10,7 @@ __all__ = ["NestedScales", "PackedWeight", "packed_weight"]
 
 
 class NestedScales(NamedTuple):
-    """What quantised scales need beside their codes."""
+    """The parts of quantised scales other than their codes."""
 
     absmax: Tensor
     code: Tensor

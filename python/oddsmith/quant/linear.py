@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import _core
 from .arguments import packed_weight
 from .nf4 import packed_bytes, scale_arguments
-from .state import QuantState, dtype_name
+from .state import QuantState, dtype_name, layout
 
 __all__ = ["linear_nf4", "linear_nf4_lora"]
 
@@ -65,7 +65,7 @@ def _(grad, packed, *scales_and_sizes):
 
 
 class _LinearNF4(torch.autograd.Function):
-    """Saves only what is there anyway: the codes and their scales."""
+    """Saves only the codes and their scales, which exist anyway."""
 
     @staticmethod
     def forward(ctx, x, bias, packed, absmax, nested_absmax, nested_code, offset, *rest):
@@ -77,8 +77,9 @@ class _LinearNF4(torch.autograd.Function):
         return _linear_nf4(x, bias, *weight, *sizes)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
+    @torch.autograd.function.once_differentiable  # whose type has no names of parameters
+    def backward(ctx, *grads):  # pyright: ignore[reportIncompatibleMethodOverride]
+        (grad,) = grads
         d_x = d_bias = None
         if ctx.needs_input_grad[0]:
             d_x = _linear_nf4_input_gradient(grad, *ctx.saved_tensors, *ctx.sizes, ctx.weight_dtype)
@@ -91,16 +92,17 @@ class _LinearNF4(torch.autograd.Function):
 def linear_nf4(x: Tensor, packed: Tensor, state: QuantState, bias: Tensor | None = None) -> Tensor:
     """`x @ weight.T + bias` with an NF4 weight, differentiable in `x` and `bias`.
 
-    Equivalent to, with a copy of the weight in full for each of forward and backward:
+    Equivalent to this code, which makes a full copy of the weight in forward and in backward:
 
     ```python
     F.linear(x, dequantize_nf4(packed, state, x.dtype), bias)
     ```
 
-    On the CPU the weight is dequantised tile by tile, and for a few tokens multiplied straight from
-    its codes, in `float32` whatever the dtype of `x`. On CUDA up to eight tokens are multiplied straight
-    from the codes, more by the library, with the weight in memory that the next layer takes over. The
-    gradient of `x` uses the weight as rounded to `state.dtype`, then to `x.dtype`, as bitsandbytes does.
+    On the CPU the weight is dequantised tile by tile, and a few tokens are multiplied directly with
+    its codes, in `float32` for any dtype of `x`. On CUDA up to eight tokens are multiplied directly
+    with the codes; for more the weight is dequantised to memory that the next layer reuses, and
+    multiplied by the library. The gradient of `x` uses the weight as rounded to `state.dtype`, then
+    to `x.dtype`, as bitsandbytes does.
 
     Args:
         x (`Tensor`): `(.., in_features)`, `float32`, `bfloat16` or `float16`.
@@ -115,29 +117,33 @@ def linear_nf4(x: Tensor, packed: Tensor, state: QuantState, bias: Tensor | None
         ValueError: For a shape or device that does not fit; the message names the argument.
         TypeError: For a dtype that does not fit.
     """
-    _check_weight(x, packed, state, bias)
+    shape, blocksize, dtype = _check_weight(x, packed, state, bias)
     codes = packed_bytes(packed.detach())
-    weight = *scale_arguments(state), state.blocksize, *state.shape
+    weight = *scale_arguments(state), blocksize, *shape
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        return _LinearNF4.apply(x, bias, codes, *weight, state.dtype)
+        return _LinearNF4.apply(x, bias, codes, *weight, dtype)
     return _linear_nf4(x, bias, codes, *weight)
 
 
-def _check_weight(x: Tensor, packed: Tensor, state: QuantState, bias: Tensor | None) -> None:
+def _check_weight(
+    x: Tensor, packed: Tensor, state: QuantState, bias: Tensor | None
+) -> tuple[tuple[int, int], int, torch.dtype]:
+    """Shape, block size and dtype of the weight."""
     if state.quant_type != "nf4":
         raise ValueError(f'linear_nf4: quant_type is {state.quant_type!r}; must be "nf4"')
-    if len(state.shape) != 2:
-        shape = tuple(state.shape)
-        raise ValueError(f"linear_nf4: the weight has shape {shape}; must be a matrix")
+    shape, blocksize, dtype = layout(state)
+    if len(shape) != 2:
+        raise ValueError(f"linear_nf4: the weight has shape {tuple(shape)}; must be a matrix")
     for name, tensor in (("packed", packed), ("absmax", state.absmax), ("bias", bias)):
         if tensor is not None and tensor.device != x.device:
             raise ValueError(
                 f"linear_nf4: {name} is on {tensor.device}; must be on the device of x, {x.device}"
             )
+    return (shape[0], shape[1]), blocksize, dtype
 
 
 class _LinearNF4Lora(torch.autograd.Function):
-    """Saves the input, its low-rank image and what is there anyway."""
+    """Saves the input, its low-rank product, the codes and their scales."""
 
     @staticmethod
     def forward(ctx, x, lora_a, lora_b, scaling, bias, packed, *weight):
@@ -153,8 +159,9 @@ class _LinearNF4Lora(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
+    @torch.autograd.function.once_differentiable  # whose type has no names of parameters
+    def backward(ctx, *grads):  # pyright: ignore[reportIncompatibleMethodOverride]
+        (grad,) = grads
         x, low, lora_a, lora_b, packed, *tensors = ctx.saved_tensors
         rows = grad.reshape(-1, grad.shape[-1])
         given = rows.to(lora_b.dtype)
@@ -174,7 +181,7 @@ class _LinearNF4Lora(torch.autograd.Function):
 
 
 def _add_product(to: Tensor, left: Tensor, right: Tensor, factor: float) -> None:
-    """`to += factor * left @ right`, rounded to the dtype of `to` once where dtypes differ."""
+    """`to += factor * left @ right`, rounded once if dtypes differ."""
     if to.dtype == left.dtype:
         to.addmm_(left, right, alpha=factor)
     else:
@@ -192,7 +199,7 @@ def linear_nf4_lora(
 ) -> Tensor:
     """The product with an NF4 weight and a low-rank addition to it (Hu et al. 2021, eq. 3).
 
-    Equivalent to, with fewer copies of the output and of the gradient:
+    Equivalent to this code, with fewer copies of the output and of the gradient:
 
     ```python
     linear_nf4(x, packed, state, bias) + scaling * (x @ lora_a.T @ lora_b.T)
@@ -202,7 +209,7 @@ def linear_nf4_lora(
         x (`Tensor`): `(.., in_features)`, `float32`, `bfloat16` or `float16`.
         packed (`Tensor`): Codes of the weight.
         state ([`QuantState`]): State of the weight.
-        lora_a (`Tensor`): `(rank, in_features)`; its dtype is that of the low-rank products.
+        lora_a (`Tensor`): `(rank, in_features)`; its dtype is used for the low-rank products.
         lora_b (`Tensor`): `(out_features, rank)`, dtype of `lora_a`.
         scaling (`float`): Factor of the addition: alpha over the rank, in LoRA.
         bias (`Tensor`, *optional*): `(out_features,)`.
@@ -214,21 +221,21 @@ def linear_nf4_lora(
         ValueError: For shapes or devices that do not fit.
         TypeError: For dtypes that do not fit.
     """
-    shapes = (lora_b.shape[0], lora_a.shape[1])
+    adapter = (lora_b.shape[0], lora_a.shape[1])
+    shape, blocksize, dtype = _check_weight(x, packed, state, bias)
     if lora_a.dim() != 2 or lora_b.dim() != 2 or lora_a.shape[0] != lora_b.shape[1]:
         raise ValueError(
             f"linear_nf4_lora: lora_a has shape {tuple(lora_a.shape)} and lora_b {tuple(lora_b.shape)}; "
             "must be (rank, in_features) and (out_features, rank)"
         )
-    if shapes != tuple(state.shape):
+    if adapter != shape:
         raise ValueError(
-            f"linear_nf4_lora: the adapter makes a weight of {shapes}; must be {tuple(state.shape)}"
+            f"linear_nf4_lora: the adapter makes a weight of {adapter}; must be {shape}"
         )
     if lora_a.dtype != lora_b.dtype:
         raise TypeError(
             f"linear_nf4_lora: lora_b has dtype {lora_b.dtype}; must be that of lora_a, {lora_a.dtype}"
         )
-    _check_weight(x, packed, state, bias)
     codes = packed_bytes(packed.detach())
-    weight = *scale_arguments(state), state.blocksize, *state.shape, state.dtype
+    weight = *scale_arguments(state), blocksize, *shape, dtype
     return _LinearNF4Lora.apply(x, lora_a, lora_b, scaling, bias, codes, *weight)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch._C._nn as torch_nn
 from torch import Tensor, nn
 
 from .linear import linear_nf4
 from .nf4 import quantize_nf4
-from .state import PACKED_KEY, QuantState, dtype_name
+from .state import PACKED_KEY, QuantState, dtype_name, layout, nested_layout
 
 __all__ = ["Linear4bit", "Params4bit"]
 
 
-# What the bytes of codes may be kept as.
+# Dtypes that the bytes of codes can be stored as.
 _STORAGE = (torch.uint8, torch.int8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -30,22 +31,32 @@ def _check_options(quant_type: str, quant_storage: torch.dtype) -> None:
 class Params4bit(nn.Parameter):
     """A parameter that is quantised when it is moved to a device, as in bitsandbytes.
 
-    The name of the class is what transformers, accelerate and FSDP know 4-bit weights by.
+    transformers, accelerate and FSDP recognise 4-bit weights by this class name.
 
     Args:
         data (`Tensor`, *optional*): A weight of any float dtype, or its codes if there is a
             `quant_state`.
         requires_grad (`bool`, *optional*, defaults to `False`): Codes have no gradient; a weight
-            that is not quantised yet may.
+            that is not quantised yet can have one.
         quant_state ([`QuantState`], *optional*): State of the codes.
         blocksize (`int`, *optional*, defaults to 64): Values that share a scale.
         compress_statistics (`bool`, *optional*, defaults to `True`): Quantise the scales too.
-        quant_type (`str`, *optional*, defaults to `"nf4"`): The only type there is.
-        quant_storage (`torch.dtype`, *optional*, defaults to `torch.uint8`): Dtype under which the
-            bytes of the codes are kept.
-        bnb_quantized (`bool`, *optional*): What bitsandbytes calls a weight with a state; ignored.
-        module (`nn.Module`, *optional*): Likewise.
+        quant_type (`str`, *optional*, defaults to `"nf4"`): The only supported type.
+        quant_storage (`torch.dtype`, *optional*, defaults to `torch.uint8`): Dtype in which the
+            bytes of the codes are stored.
+        bnb_quantized (`bool`, *optional*): Set by bitsandbytes for weights with a state; ignored.
+        module (`nn.Module`, *optional*): For compatibility with bitsandbytes; ignored.
     """
+
+    quant_state: QuantState | None
+    blocksize: int
+    compress_statistics: bool
+    quant_type: str
+    quant_storage: torch.dtype
+
+    if TYPE_CHECKING:
+        # torch's stubs describe the constructor of a parameter as an `__init__` of two arguments.
+        def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
     def __new__(
         cls,
@@ -85,17 +96,17 @@ class Params4bit(nn.Parameter):
         device: torch.device | str | None = None,
         **kwargs: Any,
     ) -> Params4bit:
-        """A weight from the entries of a checkpoint.
+        """Create a weight from the entries of a checkpoint.
 
         Args:
             data (`Tensor`): The codes.
             quantized_stats (`dict`): The other entries of the weight, under any prefix.
             requires_grad (`bool`, *optional*, defaults to `False`): Passed on.
-            device (`torch.device`, *optional*): Where the weight goes; stays if not given.
-            kwargs: What other releases pass as well; ignored.
+            device (`torch.device`, *optional*): Device of the weight; not moved if not given.
+            kwargs: Arguments of other releases; ignored.
 
         Raises:
-            ValueError: If codes and state do not belong together.
+            ValueError: If codes and state do not fit each other.
         """
         state = QuantState.from_dict(quantized_stats, device)
         _check_size(data, state)
@@ -112,11 +123,12 @@ class Params4bit(nn.Parameter):
         names = ("blocksize", "compress_statistics", "quant_type", "quant_storage")
         return {name: getattr(self, name) for name in names}
 
-    def _with(self, data: Tensor, state: QuantState | None) -> Params4bit:
+    def with_data(self, data: Tensor, state: QuantState | None) -> Params4bit:
+        """A parameter like this one with other data: codes if there is a `state`."""
         return type(self)(data, self.requires_grad, state, **self._settings())
 
     def quantize_(self, device: torch.device | str | None = None) -> Params4bit:
-        """Replaces the weight by its codes, on `device`."""
+        """Quantises the weight on `device`, in place."""
         if self.quant_state is not None:
             return self
         data = self.data if device is None else self.data.to(device)
@@ -131,28 +143,31 @@ class Params4bit(nn.Parameter):
         """As `Tensor.to`: a weight that is moved to a device is quantised there, and the dtype of
         codes does not change.
         """
-        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
+        device, dtype, non_blocking, _ = torch_nn._parse_to(*args, **kwargs)
         if self.quant_state is None:
             if device is not None and device.type != "meta":
                 return self.quantize_(device)
-            return self._with(self.data.to(device, dtype, non_blocking=non_blocking), None)
+            return self.with_data(self.data.to(device, dtype, non_blocking=non_blocking), None)
         if device is None:
             return self
         moved = self.data.to(device, non_blocking=non_blocking)
-        return self._with(moved, self.quant_state.to(device))
+        return self.with_data(moved, self.quant_state.to(device))
 
-    def cpu(self) -> Tensor:
+    def cpu(self, memory_format: torch.memory_format = torch.preserve_format) -> Tensor:
         return self.to(device="cpu")
 
     def cuda(
-        self, device: torch.device | int | str | None = None, non_blocking: bool = False
+        self,
+        device: torch.device | int | str | None = None,
+        non_blocking: bool = False,
+        memory_format: torch.memory_format = torch.preserve_format,
     ) -> Tensor:
         return self.to(device="cuda" if device is None else device, non_blocking=non_blocking)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Params4bit:
         if id(self) not in memo:
             state = copy.deepcopy(self.quant_state, memo)
-            memo[id(self)] = self._with(self.data.clone(), state)
+            memo[id(self)] = self.with_data(self.data.clone(), state)
         return memo[id(self)]
 
     def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
@@ -161,13 +176,17 @@ class Params4bit(nn.Parameter):
 
 
 def _rebuild(
-    cls: type, data: Tensor, requires_grad: bool, state: QuantState | None, settings: dict[str, Any]
+    cls: type[Params4bit],
+    data: Tensor,
+    requires_grad: bool,
+    state: QuantState | None,
+    settings: dict[str, Any],
 ) -> Params4bit:
     return cls(data, requires_grad, state, **settings)
 
 
 def _stored(packed: Tensor, dtype: torch.dtype) -> Tensor:
-    """The bytes under another dtype."""
+    """Views the bytes as another dtype."""
     if dtype == torch.uint8:
         return packed
     if packed.numel() % dtype.itemsize:
@@ -179,25 +198,27 @@ def _stored(packed: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _check_size(data: Tensor, state: QuantState) -> None:
+    shape, blocksize, _ = layout(state)
     codes = data.numel() * data.element_size()
-    wanted = (state.shape.numel() + 1) // 2
+    wanted = (shape.numel() + 1) // 2
     if codes != wanted:
         raise ValueError(
-            f"quant_state: shape is {tuple(state.shape)}, {wanted} bytes of codes; the weight has {codes}"
+            f"quant_state: shape is {tuple(shape)}, {wanted} bytes of codes; the weight has {codes}"
         )
-    scales = [("absmax", state.absmax, -(-state.shape.numel() // state.blocksize))]
+    scales = [("absmax", state.absmax, -(-shape.numel() // blocksize))]
     if state.state2 is not None:
-        groups = -(-state.absmax.numel() // state.state2.blocksize)
-        scales.append(("nested_absmax", state.state2.absmax, groups))
+        nested = nested_layout(state)
+        groups = -(-state.absmax.numel() // nested.blocksize)
+        scales.append(("nested_absmax", nested.absmax, groups))
     for name, tensor, blocks in scales:
         if tensor.numel() != blocks:
             raise ValueError(
-                f"quant_state: {name} has {tensor.numel()} elements; must be {blocks}, one a block"
+                f"quant_state: {name} has {tensor.numel()} elements; must be {blocks}, one per block"
             )
 
 
 class Linear4bit(nn.Linear):
-    """A linear layer with an NF4 weight that is not trained.
+    """A linear layer with a frozen NF4 weight.
 
     The weight is quantised when it is moved to a device:
 
@@ -208,7 +229,7 @@ class Linear4bit(nn.Linear):
     ```
 
     `state_dict` has the entries of bitsandbytes, and `load_state_dict` reads them, or a weight in
-    full precision, which is then quantised if the layer's is.
+    full precision, which is quantised if the layer's weight is.
 
     Args:
         input_features (`int`): Size of the last dimension of the input.
@@ -217,9 +238,9 @@ class Linear4bit(nn.Linear):
         compute_dtype (`torch.dtype`, *optional*): Dtype that the input is cast to; that of the
             input if not given. The output has the dtype of the input.
         compress_statistics (`bool`, *optional*, defaults to `True`): Quantise the scales too.
-        quant_type (`str`, *optional*, defaults to `"nf4"`): The only type there is.
-        quant_storage (`torch.dtype`, *optional*, defaults to `torch.uint8`): Dtype under which the
-            bytes of the codes are kept.
+        quant_type (`str`, *optional*, defaults to `"nf4"`): The only supported type.
+        quant_storage (`torch.dtype`, *optional*, defaults to `torch.uint8`): Dtype in which the
+            bytes of the codes are stored.
         device (`torch.device`, *optional*): Where the weight in full precision is made.
         blocksize (`int`, *optional*, defaults to 64): Values that share a scale.
 
@@ -254,15 +275,15 @@ class Linear4bit(nn.Linear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, **options: Any) -> Linear4bit:
-        """A layer with the quantised weight of `linear`, on its device, and its bias.
+        """Create a layer with the quantised weight and the bias of `linear`, on its device.
 
         Args:
-            linear (`nn.Linear`): Left as it is.
+            linear (`nn.Linear`): The layer; not changed.
             options: Arguments of the constructor from `compute_dtype` on.
         """
         size = linear.in_features, linear.out_features
         layer = cls(*size, bias=linear.bias is not None, device="meta", **options)
-        layer.weight = layer.weight._with(linear.weight.data, None).quantize_()
+        layer.weight = layer.weight.with_data(linear.weight.data, None).quantize_()
         layer.bias = linear.bias
         return layer.train(linear.training)
 
@@ -271,37 +292,41 @@ class Linear4bit(nn.Linear):
         """State of the weight, `None` before it is quantised."""
         return self.weight.quant_state
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         state = self.weight.quant_state
         if state is None:
             raise RuntimeError(
                 "Linear4bit: the weight is not quantised yet; move the layer to a device first"
             )
-        dtype = self.compute_dtype or x.dtype
-        return linear_nf4(x.to(dtype), self.weight, state, self.bias).to(x.dtype)
+        dtype = self.compute_dtype or input.dtype
+        return linear_nf4(input.to(dtype), self.weight, state, self.bias).to(input.dtype)
 
     def _replace_weight(self, data: Tensor, state: QuantState | None, **settings: Any) -> None:
-        """In place where a parameter can change its data: optimizers and hooks know it."""
+        """In place if possible, because optimizers and hooks refer to the parameter."""
         weight = self.weight
-        if torch._has_compatible_shallow_copy_type(weight, data):
+        # What `nn.Module._apply` asks too; torch does not export it.
+        if torch._has_compatible_shallow_copy_type(weight, data):  # pyright: ignore[reportPrivateImportUsage]
             weight.data, weight.quant_state = data, state
-            weight.__dict__.update(settings)
+            vars(weight).update(settings)
         else:  # from meta to a device, or back
             settings = {**weight._settings(), **settings}
-            self.weight = Params4bit(data, weight.requires_grad, state, **settings)
+            # Narrower than in the base class, whose weight is any tensor.
+            self.weight = Params4bit(  # pyright: ignore[reportIncompatibleVariableOverride]
+                data, weight.requires_grad, state, **settings
+            )
 
     def _apply(self, fn: Any, recurse: bool = True) -> Linear4bit:
         weight = self.weight
         if weight.quant_state is None:
-            applied = fn(weight)  # where that quantises, the weight itself
+            applied = fn(weight)  # if this quantises, it returns the weight itself
             if applied is not weight:
                 self._replace_weight(applied.data, getattr(applied, "quant_state", None))
         else:
-            # As bytes, which a change of dtype leaves alone.
+            # As bytes, which a change of dtype does not convert.
             moved = fn(weight.data.view(torch.uint8))
             state = weight.quant_state.to(moved.device)
             self._replace_weight(moved.view(weight.dtype), state)
-        # What is left is the bias.
+        # Only the bias is left.
         parameters = self._parameters
         self._parameters = {name: p for name, p in parameters.items() if name != "weight"}
         try:
@@ -353,18 +378,19 @@ class Linear4bit(nn.Linear):
                 raise ValueError(f"has shape {tuple(data.shape)}; must be {tuple(shape)}")
             data = data.detach()
             if weight.quant_state is not None:
-                fresh = weight._with(data, None).quantize_(device)
+                fresh = weight.with_data(data, None).quantize_(device)
                 self._replace_weight(fresh.data, fresh.quant_state)
             elif device is None:
                 self._replace_weight(data.clone(), None)
-            else:  # to the layer's dtype and device, as torch's own layers do
+            else:  # to the layer's dtype and device, as torch's layers do
                 self._replace_weight(data.to(weight.data, copy=True), None)
             return
         if not any(key.endswith(PACKED_KEY) for key in parts):
             kinds = [key for key in parts if "bitsandbytes__" in key] or ["none"]
             raise ValueError(f"quant_state: found {', '.join(kinds)}; must be {PACKED_KEY}")
         loaded = Params4bit.from_prequantized(data.detach().clone(), parts, device=device)
-        if loaded.quant_state.shape != shape:
-            found = tuple(loaded.quant_state.shape)
+        state = loaded.quant_state
+        if state is not None and state.shape != shape:
+            found = tuple(layout(state)[0])
             raise ValueError(f"quant_state: shape is {found}; must be {tuple(shape)}")
-        self._replace_weight(loaded.data, loaded.quant_state, **loaded._settings())
+        self._replace_weight(loaded.data, state, **loaded._settings())

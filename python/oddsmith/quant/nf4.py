@@ -1,4 +1,4 @@
-"""NF4: tensors as 4-bit codes with a scale a block, in the format of bitsandbytes.
+"""NF4: tensors as 4-bit codes with one scale per block, in the format of bitsandbytes.
 
 Use [`quantize_nf4`] and [`dequantize_nf4`] through `oddsmith.functional`. The algorithm is in
 `src/quant`.
@@ -11,11 +11,11 @@ from torch import Tensor
 
 from .. import _core
 from .arguments import packed_weight
-from .state import QuantState, dtype_name, nf4_code
+from .state import QuantState, dtype_name, layout, nested_layout, nf4_code
 
 __all__ = ["dequantize_nf4", "dynamic_map", "quantize_nf4"]
 
-# Scales that share one scale of their own, in double quantisation.
+# Scales that share one scale in double quantisation.
 NESTED_BLOCKSIZE = 256
 
 
@@ -23,13 +23,13 @@ def dynamic_map(signed: bool = True) -> Tensor:
     """The 256 values of 8-bit dynamic quantisation, ascending, `float32`.
 
     Dettmers et al. 2022 (arXiv 2110.02861): seven decades, each with twice as many fractions as the
-    one below, and zero and one. The bits come from this machine's `torch.linspace`, as they do in
-    bitsandbytes: between processors they differ in the last place, so a map is stored with what it
-    has quantised.
+    one below, and zero and one. As in bitsandbytes, the bits come from this machine's
+    `torch.linspace`: they differ in the last place between processors, so a map is stored with the
+    tensor that it quantised.
 
     Args:
-        signed (`bool`, *optional*, defaults to `True`): Values of both signs; otherwise none below
-            zero, and twice as many fractions a decade.
+        signed (`bool`, *optional*, defaults to `True`): Values of both signs; otherwise no negative
+            values, and twice as many fractions per decade.
     """
     values = [torch.tensor([0.0, 1.0])]
     for decade in range(7):
@@ -79,11 +79,11 @@ def _(
 def scale_arguments(
     state: QuantState,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, int]:
-    """`absmax`, and what its double quantisation needs, as arguments of the custom operators."""
-    nested = state.state2
-    if nested is None:
+    """`absmax` and the tensors of its double quantisation, as arguments of the custom operators."""
+    if state.state2 is None:
         return state.absmax, None, None, None, 0
-    return state.absmax, nested.absmax, nested.code, state.offset, nested.blocksize
+    nested = nested_layout(state)
+    return state.absmax, nested.absmax, nested.code, nested.offset, nested.blocksize
 
 
 def packed_bytes(packed: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ def quantize_nf4(
 ) -> tuple[Tensor, QuantState]:
     """Quantises a tensor to NF4 (Dettmers et al. 2023, arXiv 2305.14314).
 
-    Equivalent to, for sizes that blocks divide:
+    For sizes that are multiples of the block size, equivalent to:
 
     ```python
     blocks = tensor.float().reshape(-1, blocksize)
@@ -105,21 +105,22 @@ def quantize_nf4(
     packed = codes[0::2] << 4 | codes[1::2]
     ```
 
-    Bit-equal to bitsandbytes 0.50 on a CPU, but for the codes of scales under `double_quant`:
-    bitsandbytes looks those up in a table that has no zero; here they are the nearest. A NaN makes
-    its whole block NaN, an infinity its block NaN and infinite, as there. Under `double_quant` either
-    would make the mean of the scales, and with it every value, NaN: such a tensor is refused.
+    Bit-identical to bitsandbytes 0.50 on a CPU, except for the codes of scales with `double_quant`:
+    bitsandbytes uses a table without zero; here they are the nearest. As in bitsandbytes, a NaN
+    makes all of its block NaN, and an infinity makes its block NaN and infinite. With
+    `double_quant` either would make the mean of the scales, and so every value, NaN: such a tensor
+    is refused.
 
     Args:
         tensor (`Tensor`): Any shape, `float32`, `bfloat16` or `float16`.
         blocksize (`int`, *optional*, defaults to 64): Values that share a scale: 32, 64, 128, 256,
             512, 1024, 2048 or 4096, counted along the flat tensor. The last block may be partial.
         double_quant (`bool`, *optional*, defaults to `False`): Quantise the scales to 8 bits, in
-            blocks of 256: half a bit less a value.
+            blocks of 256, which saves almost half a bit per value.
 
     Returns:
         `(Tensor, QuantState)`: The codes, `((n + 1) // 2, 1)` `uint8`, the first of two in the high
-        half; and what is needed to read them.
+        half; and their state.
 
     Raises:
         ValueError: For another block size; with `double_quant` for NaN and infinite values.
@@ -135,7 +136,7 @@ def quantize_nf4(
         dtype=tensor.dtype,
     )
     if double_quant:
-        # libtorch's own mean: the order in which it adds decides the last bits.
+        # libtorch's mean: the order of its additions decides the last bits.
         state.offset = absmax.mean()
         if absmax.numel() and not state.offset.isfinite():
             raise ValueError(f"quantize_nf4: {_why_not_finite(absmax, blocksize, tensor.numel())}")
@@ -161,9 +162,9 @@ def _why_not_finite(absmax: Tensor, blocksize: int, count: int) -> str:
 
 
 def dequantize_nf4(packed: Tensor, state: QuantState, dtype: torch.dtype | None = None) -> Tensor:
-    """The values of a tensor that [`quantize_nf4`] or bitsandbytes has quantised.
+    """Dequantises a tensor of [`quantize_nf4`] or bitsandbytes.
 
-    Equivalent to, for sizes that blocks divide:
+    For sizes that are multiples of the block size, equivalent to:
 
     ```python
     codes = torch.stack([packed >> 4, packed & 15], -1).flatten().int()
@@ -171,8 +172,8 @@ def dequantize_nf4(packed: Tensor, state: QuantState, dtype: torch.dtype | None 
     ```
 
     Args:
-        packed (`Tensor`): The codes, two a byte, `uint8` or another dtype of the same bytes.
-        state ([`QuantState`]): What `quantize_nf4` has returned with them.
+        packed (`Tensor`): The codes, two per byte, `uint8` or another dtype of the same bytes.
+        state ([`QuantState`]): Their state, as returned by `quantize_nf4`.
         dtype (`torch.dtype`, *optional*): `float32`, `bfloat16` or `float16`; that of the tensor that
             was quantised if not given. Values are rounded to it once.
 
@@ -180,7 +181,7 @@ def dequantize_nf4(packed: Tensor, state: QuantState, dtype: torch.dtype | None 
         `Tensor`: `state.shape`, `dtype`.
 
     Raises:
-        ValueError: If codes and state do not belong together; the message names what does not fit.
+        ValueError: If codes and state do not fit each other; the message names the part.
         TypeError: For a dtype that does not fit.
     """
     if state.quant_type != "nf4":
@@ -190,6 +191,6 @@ def dequantize_nf4(packed: Tensor, state: QuantState, dtype: torch.dtype | None 
             f"dequantize_nf4: packed is on {packed.device}; must be on the device of absmax, "
             f"{state.absmax.device}"
         )
-    dtype = dtype or state.dtype
+    shape, blocksize, stored = layout(state)
     scales = scale_arguments(state)
-    return _dequantize_nf4(packed_bytes(packed), *scales, state.blocksize, list(state.shape), dtype)
+    return _dequantize_nf4(packed_bytes(packed), *scales, blocksize, list(shape), dtype or stored)

@@ -1,4 +1,4 @@
-"""What is kept with the codes of a quantised tensor, and how a checkpoint spells it."""
+"""The state of a quantised tensor, and its entries in a checkpoint."""
 
 from __future__ import annotations
 
@@ -6,19 +6,17 @@ import functools
 import json
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import _core
+from .block_sizes import BLOCK_SIZES
 
-__all__ = ["BLOCK_SIZES", "PACKED_KEY", "QuantState", "dtype_name", "nf4_code"]
+__all__ = ["PACKED_KEY", "QuantState", "dtype_name", "layout", "nested_layout", "nf4_code"]
 
-# Values that may share a scale.
-BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-
-# The one key of a state dict that holds what is no tensor, as JSON.
+# The state dict key of the parts that are not tensors, as JSON.
 PACKED_KEY = "quant_state.bitsandbytes__nf4"
 
 _DTYPES = {
@@ -46,7 +44,7 @@ def nf4_code(device: torch.device) -> Tensor:
 
 
 class QuantState:
-    """Everything but the codes of a quantised tensor, named as in bitsandbytes.
+    """All parts of a quantised tensor except its codes, named as in bitsandbytes.
 
     Args:
         absmax (`Tensor`): The scale of each block, `float32`; with double quantisation its 8-bit
@@ -103,10 +101,8 @@ class QuantState:
             for a, b in pairs
         )
 
-    __hash__ = None
-
     def to(self, device: torch.device | str) -> QuantState:
-        """The state with its tensors on `device`; `self` if they are there already."""
+        """The state with its tensors on `device`; `self` if they are already there."""
 
         def moved(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.to(device)
@@ -128,27 +124,29 @@ class QuantState:
         )
 
     def as_dict(self, packed: bool = False) -> dict[str, Any]:
-        """The parts by the names they have in a checkpoint.
+        """The parts by their names in a checkpoint.
 
         Args:
-            packed (`bool`, *optional*, defaults to `False`): Only tensors: the rest as the bytes of
-                one JSON object, under `quant_state.bitsandbytes__nf4`. Prefixed with the name of
-                the weight these are the entries of a state dict.
+            packed (`bool`, *optional*, defaults to `False`): Return only tensors: the other parts
+                become the bytes of a JSON object, `quant_state.bitsandbytes__nf4`. With the
+                weight's name as prefix these are the entries of a state dict.
         """
+        shape, blocksize, dtype = layout(self)
         tensors = {"absmax": self.absmax, "quant_map": self.code}
-        rest = {
+        rest: dict[str, Any] = {
             "quant_type": self.quant_type,
-            "blocksize": self.blocksize,
-            "dtype": dtype_name(self.dtype),
-            "shape": tuple(self.shape),
+            "blocksize": blocksize,
+            "dtype": dtype_name(dtype),
+            "shape": tuple(shape),
         }
         if self.state2 is not None:
-            tensors["nested_absmax"] = self.state2.absmax
-            # Weights share the map; files of safetensors must not.
-            tensors["nested_quant_map"] = self.state2.code.clone()
-            rest["nested_blocksize"] = self.state2.blocksize
-            rest["nested_dtype"] = dtype_name(self.state2.dtype)
-            rest["nested_offset"] = self.offset.item()
+            nested = nested_layout(self)
+            tensors["nested_absmax"] = nested.absmax
+            # Weights share the map, which safetensors files do not allow.
+            tensors["nested_quant_map"] = nested.code.clone()
+            rest["nested_blocksize"] = nested.blocksize
+            rest["nested_dtype"] = dtype_name(self.state2.dtype or torch.float32)
+            rest["nested_offset"] = nested.offset.item()
         if not packed:
             return {**rest, **tensors}
         text = json.dumps(rest).encode()
@@ -158,11 +156,11 @@ class QuantState:
     def from_dict(
         cls, qs_dict: Mapping[str, Any], device: torch.device | str | None = None
     ) -> QuantState:
-        """Reads what [`QuantState.as_dict`] or bitsandbytes has written.
+        """Read the parts from [`QuantState.as_dict`] or bitsandbytes.
 
         Args:
             qs_dict (`dict`): The parts, packed or not, under any prefix.
-            device (`torch.device`, *optional*): Where the tensors go; where they are if not given.
+            device (`torch.device`, *optional*): Device of the tensors; not moved if not given.
 
         Raises:
             ValueError: If a part is missing, unknown or out of range; the message names it.
@@ -203,17 +201,50 @@ class QuantState:
         )
 
 
+def layout(state: QuantState) -> tuple[torch.Size, int, torch.dtype]:
+    """Shape, block size and dtype of the tensor of the codes.
+
+    Raises:
+        ValueError: If the state has none, as a state of quantised scales.
+    """
+    if state.shape is None or state.blocksize is None or state.dtype is None:
+        missing = [name for name in ("shape", "blocksize", "dtype") if getattr(state, name) is None]
+        raise ValueError(f"quant_state: {', '.join(missing)} missing")
+    return state.shape, state.blocksize, state.dtype
+
+
+class NestedLayout(NamedTuple):
+    """What scales are read with that are quantised themselves."""
+
+    absmax: Tensor
+    code: Tensor
+    offset: Tensor
+    blocksize: int
+
+
+def nested_layout(state: QuantState) -> NestedLayout:
+    """The parts of double quantisation.
+
+    Raises:
+        ValueError: If the state lacks one.
+    """
+    nested = state.state2
+    if nested is None or nested.code is None or nested.blocksize is None or state.offset is None:
+        raise ValueError("quant_state: state2, its code and blocksize, or offset missing")
+    return NestedLayout(nested.absmax, nested.code, state.offset, nested.blocksize)
+
+
 def _unpack_json(name: str, value: object) -> dict[str, Any]:
     """The JSON object in a tensor of bytes."""
     kind = name.removeprefix("bitsandbytes__")
     if kind != "nf4":
         raise ValueError(f'quant_state: quant_type is "{kind}"; must be "nf4"')
     if not isinstance(value, Tensor) or value.dtype != torch.uint8 or value.dim() != 1:
-        raise ValueError(f"quant_state: {name} is no tensor of bytes")
+        raise ValueError(f"quant_state: {name} is not a tensor of bytes")
     try:
         parts = json.loads(bytes(value.tolist()))
-    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, lists without end
-        raise ValueError(f"quant_state: {name} is no JSON: {error}") from None
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, nested too deeply
+        raise ValueError(f"quant_state: {name} is not JSON: {error}") from None
     if not isinstance(parts, dict):
         raise ValueError(f"quant_state: {name} is {parts!r}; must be a JSON object")
     return parts
@@ -242,7 +273,7 @@ def _check_tensors(parts: dict[str, Any]) -> None:
             continue
         tensor = parts[name]
         if not isinstance(tensor, Tensor):
-            raise ValueError(f"quant_state: {name} is no tensor")
+            raise ValueError(f"quant_state: {name} is not a tensor")
         if tensor.dtype != dtype:
             found, wanted = dtype_name(tensor.dtype), dtype_name(dtype)
             raise ValueError(f"quant_state: {name} has dtype {found}; must be {wanted}")
@@ -250,11 +281,11 @@ def _check_tensors(parts: dict[str, Any]) -> None:
             shape = tuple(tensor.shape)
             raise ValueError(f"quant_state: {name} has shape {shape}; must be ({length},)")
     code = parts["quant_map"]
-    # Codes that other releases have written may differ in the last bit; they mean the same.
+    # The map of other releases may differ in the last bit; the codes are the same.
     if code.device.type != "meta" and not torch.allclose(
         code, nf4_code(code.device), rtol=0, atol=1e-6
     ):
-        raise ValueError("quant_state: quant_map has other values than NF4")
+        raise ValueError("quant_state: quant_map does not have the values of NF4")
 
 
 def _check_parts(parts: dict[str, Any]) -> None:
@@ -273,7 +304,7 @@ def _check_parts(parts: dict[str, Any]) -> None:
     if not isinstance(shape, (list, tuple)) or not all(_is_size(size) for size in shape):
         raise ValueError(f"quant_state: shape is {shape!r}; must be a list of sizes")
     if any(size >= 1 << 62 for size in shape) or math.prod(shape) >= 1 << 62:
-        raise ValueError(f"quant_state: shape is {shape!r}; must be that of a tensor")
+        raise ValueError(f"quant_state: shape is {shape!r}; must be the shape of a tensor")
     if not _is_size(blocksize) or blocksize not in BLOCK_SIZES:
         allowed = ", ".join(map(str, BLOCK_SIZES))
         raise ValueError(f"quant_state: blocksize is {blocksize!r}; must be one of {allowed}")
@@ -286,7 +317,7 @@ def _check_parts(parts: dict[str, Any]) -> None:
         _check_offset(parts["nested_offset"])
 
 
-def _check_offset(offset: object) -> None:
+def _check_offset(offset: Any) -> None:
     number = isinstance(offset, (int, float)) and not isinstance(offset, bool)
     # NaN compares false.
     if not (number and abs(offset) <= torch.finfo(torch.float32).max):

@@ -1,1 +1,1 @@
-"""Where rows come from: files, folders, saved datasets, the hub."""
+"""Sources of rows: files, folders, saved datasets, the hub."""

@@ -1,29 +1,29 @@
-"""Preference pairs from wherever they are: the hub, files, folders of files, saved datasets."""
+"""Loads preference pairs from the hub, files, folders of files or saved datasets."""
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
 from ..errors import UserError
 from .records import DECOMPRESSORS, find_damage
 
-# Builder of datasets for each kind of file; datasets decompresses .gz and its like by itself.
+# The `datasets` builder of each kind of file; it also decompresses .gz and similar files.
 BUILDERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet"}
 COMPRESSIONS = tuple(DECOMPRESSORS)
-# Files beside data that are none.
+# Files next to data files that are not data.
 METADATA = ("dataset_info.json", "dataset_infos.json", "summary.json")
 SUMMARY_SUFFIX = ".summary.json"
 # UltraFeedback's names first: its `train` split is for supervised training and has no pairs.
 TRAIN_SPLITS = ("train_prefs", "train")
 TEST_SPLITS = ("test_prefs", "test", "validation", "valid", "eval", "dev")
-# Columns of a preference row that mean something to the trainer.
+# Columns of a preference row that the trainer uses.
 COLUMNS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
 
 
 def file_kind(path: Path) -> str | None:
-    """Builder for a data file, by its name; `None` if it is none."""
+    """Builder of a data file, by its name; `None` if it is not a data file."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in COMPRESSIONS:
         suffixes.pop()
@@ -31,7 +31,7 @@ def file_kind(path: Path) -> str | None:
 
 
 def is_path(name: str) -> bool:
-    """Whether a dataset's name can only be meant as a path: a hub id looks like `owner/name`."""
+    """Whether a dataset's name must be a path: a hub id looks like `owner/name`."""
     return (
         name.startswith(("/", "./", "../", "~"))
         or name.endswith("/")
@@ -54,7 +54,7 @@ def load_source(name: str, config: str | None = None) -> DatasetDict:
         `DatasetDict`: The splits; a single file or saved dataset is the split `train`.
 
     Raises:
-        UserError: If there is no such thing, or it cannot be read.
+        UserError: If there is no such dataset, or it cannot be read.
     """
     path = Path(name).expanduser()
     if path.exists():
@@ -62,21 +62,21 @@ def load_source(name: str, config: str | None = None) -> DatasetDict:
             loaded = load_local(path)
         except UserError:
             raise
-        except Exception as error:  # pyarrow, json, datasets: each has its own families
-            # Arrow and datasets do not say which line; reading the files once more does.
+        except Exception as error:  # pyarrow, json, datasets: no common exception type
+            # Arrow and datasets do not report the line; read the files again to find it.
             damage = find_damage([file for files in local_splits(path).values() for file in files])
             raise UserError(f"dataset {name} cannot be read: {damage or reason(error)}") from error
     elif is_path(name):
         raise UserError(f"dataset {name}: no such file or folder")
     else:
         try:
-            loaded = load_dataset(name, config)
+            loaded = cast(DatasetDict, load_dataset(name, config))
         except Exception as error:
             raise UserError(
-                f"dataset {name} is no local path and cannot be loaded from the hub: "
+                f"dataset {name} is not a local path and cannot be loaded from the hub: "
                 f"{reason(error)}"
             ) from error
-    return loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)
+    return loaded if isinstance(loaded, DatasetDict) else DatasetDict({"train": loaded})
 
 
 def reason(error: BaseException) -> str:
@@ -91,11 +91,11 @@ def load_local(path: Path) -> Dataset | DatasetDict:
     if path.is_dir() and is_saved(path):
         return load_from_disk(str(path))
     files = data_files(path)
-    kind = file_kind(files[0])
+    kind = file_kind(files[0]) or "json"
     if path.is_file():
-        return load_dataset(kind, data_files=str(path))
-    # One by one: datasets wants the same columns in all splits of a call, and UltraFeedback's
-    # supervised splits have others than its preference splits.
+        return cast(DatasetDict, load_dataset(kind, data_files=str(path)))
+    # One by one: datasets requires the same columns in all splits of a call, but UltraFeedback's
+    # supervised splits have other columns than its preference splits.
     return DatasetDict(
         {
             split: load_dataset(kind, data_files=group, split="train")
@@ -106,23 +106,23 @@ def load_local(path: Path) -> Dataset | DatasetDict:
 
 def data_files(path: Path) -> list[Path]:
     """
-    The data files that a path means: itself, or those of a folder, all of one kind.
+    The data files of a path: the file itself, or those of a folder, all of one kind.
 
     Raises:
-        UserError: If the path is no data file, or the folder holds none, or files of two kinds.
+        UserError: If the path is not a data file, or the folder has none, or files of two kinds.
     """
     if path.is_file():
         if file_kind(path) is None:
             raise UserError(
-                f"dataset {path}: files can be .jsonl, .json or .parquet, also with "
-                f"{', '.join(COMPRESSIONS)} behind"
+                f"dataset {path}: files can be .jsonl, .json or .parquet, or these with "
+                f"{', '.join(COMPRESSIONS)} appended"
             )
         if path.stat().st_size == 0:
             raise UserError(f"dataset {path} is empty")
         return [path]
     files = sorted(file for file in path.rglob("*") if file.is_file() and file_kind(file))
-    # Metadata such as dataset_info.json lies beside the rows of many datasets, and what
-    # `oddsmith prepare` counted beside its pairs.
+    # Many folders also have metadata such as dataset_info.json, or the report of `oddsmith
+    # prepare`.
     files = [
         file
         for file in files
@@ -130,7 +130,7 @@ def data_files(path: Path) -> list[Path]:
     ]
     if not files:
         raise UserError(
-            f"dataset {path}: the folder holds no .jsonl, .json or .parquet file and is no saved "
+            f"dataset {path}: the folder has no .jsonl, .json or .parquet file and is not a saved "
             "dataset"
         )
     kinds = {file_kind(file) for file in files if file.suffix != ".json"} or {"json"}
@@ -199,14 +199,14 @@ def group_by_split(files: list[Path]) -> dict[str, list[str]]:
 def pick_split(
     splits: DatasetDict, wanted: str | None, candidates: tuple[str, ...], flag: str
 ) -> Dataset | None:
-    """Picks a split by name, or the first of `candidates` that there is.
+    """Picks a split by name, or the first of `candidates` that exists.
 
     Raises:
         UserError: If `wanted` is given and absent.
     """
     if wanted is not None:
         if wanted not in splits:
-            raise UserError(f"{flag} is {wanted!r}; the dataset has {', '.join(splits)}")
+            raise UserError(f"{flag} is {wanted!r}; the dataset has {', '.join(map(str, splits))}")
         return splits[wanted]
     for name in candidates:
         if name in splits:
@@ -215,7 +215,7 @@ def pick_split(
 
 
 def check_pairs(dataset: Dataset, what: str) -> Dataset:
-    """Checks that a dataset holds preference pairs and keeps the columns that matter.
+    """Checks that a dataset has preference pairs, and keeps the columns that are used.
 
     Args:
         dataset (`Dataset`): Rows.
@@ -237,11 +237,11 @@ def check_pairs(dataset: Dataset, what: str) -> Dataset:
 
 
 def load_pairs(run: Any, evaluates: bool) -> tuple[Dataset, Dataset | None]:
-    """Loads what `oddsmith train` trains and evaluates on.
+    """Loads the training and evaluation rows of `oddsmith train`.
 
     Args:
         run (`RunArguments`): The names of datasets and splits.
-        evaluates (`bool`): Whether the run has evaluations, so that their rows must be there.
+        evaluates (`bool`): Whether the run evaluates, so that evaluation rows are required.
 
     Returns:
         `tuple[Dataset, Dataset | None]`: Training rows, and evaluation rows if the run has them.
@@ -250,13 +250,13 @@ def load_pairs(run: Any, evaluates: bool) -> tuple[Dataset, Dataset | None]:
         UserError: If anything is missing.
     """
     splits = load_source(run.dataset_name, run.dataset_config)
-    single = tuple(splits) if len(splits) == 1 else ()
+    single = tuple(map(str, splits)) if len(splits) == 1 else ()
     train = pick_split(
         splits, run.dataset_train_split, TRAIN_SPLITS + single, "--dataset_train_split"
     )
     if train is None:
         raise UserError(
-            f"dataset {run.dataset_name} has the splits {', '.join(splits)}; name the one to "
+            f"dataset {run.dataset_name} has the splits {', '.join(map(str, splits))}; name the one to "
             "train on with --dataset_train_split"
         )
     train = check_pairs(train, f"dataset {run.dataset_name}")
@@ -265,13 +265,13 @@ def load_pairs(run: Any, evaluates: bool) -> tuple[Dataset, Dataset | None]:
     test_splits = TEST_SPLITS
     if run.eval_dataset_name:
         splits = load_source(run.eval_dataset_name)
-        # A place of its own: whatever it holds is for evaluation, a lone file's `train` too.
-        test_splits += TRAIN_SPLITS + tuple(splits)
+        # A separate dataset: any split is for evaluation, even the `train` of a single file.
+        test_splits += TRAIN_SPLITS + tuple(map(str, splits))
     test = pick_split(splits, run.dataset_test_split, test_splits, "--dataset_test_split")
     if test is None:
         raise UserError(
             f"--eval_strategy needs rows to evaluate on, and dataset {run.dataset_name} only has "
-            f"{', '.join(splits)}; give --eval_dataset or --dataset_test_split"
+            f"{', '.join(map(str, splits))}; give --eval_dataset or --dataset_test_split"
         )
     name = run.eval_dataset_name or run.dataset_name
     return train, check_pairs(test, f"dataset {name} (evaluation)")

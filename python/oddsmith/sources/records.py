@@ -1,4 +1,4 @@
-"""Records of a dataset as a stream, each with the file and line that it came from."""
+"""Records of a dataset as a stream, each with its file and line."""
 
 import bz2
 import gzip
@@ -18,7 +18,7 @@ from ..errors import UserError
 # Characters of a JSON array that are decoded at a time.
 _CHUNK = 1 << 20
 _PARQUET_BATCH = 256
-# What the decompressors of the standard library and Arrow raise on damaged or cut off data.
+# Exceptions of the standard library's decompressors and Arrow on damaged or truncated data.
 _DAMAGE = (EOFError, OSError, zlib.error, lzma.LZMAError, pa.ArrowException)
 
 
@@ -27,7 +27,7 @@ class Record(NamedTuple):
     One row of input.
 
     Args:
-        fields (`dict` or `None`): The row; `None` where it cannot be read.
+        fields (`dict` or `None`): The row; `None` if it cannot be read.
         source (`str`): File or dataset.
         unit (`str`): What `number` counts: `"line"` of a text file, else `"row"`.
         number (`int`): From 1, as editors count.
@@ -50,7 +50,7 @@ def _open_zstd(raw: BinaryIO) -> BinaryIO:
 
 
 # By the last suffix of the name.
-DECOMPRESSORS: dict[str, Callable[[BinaryIO], BinaryIO]] = {
+DECOMPRESSORS: dict[str, Callable[[BinaryIO], Any]] = {
     ".gz": lambda raw: gzip.GzipFile(fileobj=raw),
     ".bz2": bz2.BZ2File,
     ".xz": lzma.LZMAFile,
@@ -60,7 +60,7 @@ DECOMPRESSORS: dict[str, Callable[[BinaryIO], BinaryIO]] = {
 
 class FileRecords:
     """
-    Records of one file, read front to back in bounded memory.
+    Records of one file, read from start to end in bounded memory.
 
     Args:
         path (`Path`):
@@ -74,16 +74,17 @@ class FileRecords:
 
     def __init__(self, path: Path):
         self.path = path
-        self.size = path.stat().st_size
-        self.done = 0
+        self.size: int = path.stat().st_size
+        self.done: int = 0
 
     def __iter__(self) -> Iterator[Record]:
         """
         Reads the file.
 
         Raises:
-            UserError: If the file is damaged or cut off, with the line or rows where. A line that
-                is no JSON object is a record with a `problem` instead: the next line can be read.
+            UserError: If the file is damaged or truncated; the message has the line or rows. A line
+                that is not a JSON object becomes a record with a `problem`, because the next line
+                can be read.
         """
         suffixes = [suffix.lower() for suffix in self.path.suffixes]
         if suffixes[-1] in DECOMPRESSORS:
@@ -99,7 +100,7 @@ class FileRecords:
         self.done = self.size
 
     def _open(self) -> tuple[BinaryIO, BinaryIO]:
-        """The file as it is, whose position tells how much is read, and decompressed."""
+        """The raw file, whose position is the progress, and the decompressed stream."""
         raw = self.path.open("rb")
         decompress = DECOMPRESSORS.get(self.path.suffix.lower())
         return raw, decompress(raw) if decompress else raw
@@ -170,7 +171,7 @@ class FileRecords:
                         f"{self.path} after line {line + buffer.count(chr(10))}: the file is "
                         f"damaged or cut off: {error}"
                     ) from error
-                # Twice as much each time, or a long item would be scanned over and over.
+                # Twice as much each time, so that a long item is not scanned too often.
                 size *= 2
                 self.done = raw.tell()
                 buffer, ended = buffer + more, not more
@@ -182,7 +183,7 @@ class FileRecords:
                 file = pq.ParquetFile(stream)
             except _DAMAGE as error:
                 raise UserError(
-                    f"{self.path}: no whole parquet file: {_first_line(error)}"
+                    f"{self.path}: not a complete parquet file: {_first_line(error)}"
                 ) from error
             number, groups = 0, file.num_row_groups
             for group in range(groups):
@@ -205,12 +206,12 @@ class FileRecords:
                     self.done = self.size * number // max(file.metadata.num_rows, 1)
 
     def _arrow(self) -> Iterator[Record]:
-        number = 0
+        number, batches = 0, None
         with self.path.open("rb") as raw:
             while True:
                 try:
-                    if number == 0:
-                        # Read, not mapped: mapped pages would count as memory of the process.
+                    if batches is None:
+                        # Read, not mapped, because mapped pages count as memory of the process.
                         batches = pa.ipc.open_stream(raw)
                     rows = batches.read_next_batch().to_pylist()
                 except StopIteration:
@@ -247,7 +248,7 @@ def _as_fields(item: Any) -> tuple[dict | None, str | None]:
 
 
 def _may_go_on(error: json.JSONDecodeError, length: int) -> bool:
-    # A string that has no end yet is reported where it begins, anything else where text ran out.
+    # An unfinished string is reported at its beginning, anything else at the end of the text.
     return error.msg.startswith("Unterminated string") or error.pos >= length - 10
 
 
@@ -258,7 +259,7 @@ def _first_line(error: BaseException) -> str:
 
 def find_damage(paths: list[Path]) -> str | None:
     """
-    Says where the first of several files cannot be read: file, line, and why.
+    Find the first fault in several files: file, line and reason.
 
     Args:
         paths (`list[Path]`): Data files.

@@ -1,7 +1,8 @@
-"""Rows of a dataset one by one, without loading it: files of any size, or from the hub."""
+"""Streams the rows of a dataset without loading it: files of any size, or from the hub."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any, cast
 
 from datasets import load_dataset
 
@@ -12,13 +13,12 @@ from .records import FileRecords, Record
 
 class RecordStream:
     """
-    The rows of a dataset in order, each read when it is asked for.
+    The rows of a dataset in order, read one at a time.
 
     Args:
         name (`str`): As in [`load_source`].
         config (`str`, *optional*): Configuration of a hub dataset.
-        split (`str`, *optional*): Split to read; otherwise that which training would take, or the
-            only one.
+        split (`str`, *optional*): Split to read; by default the training split, or the only one.
 
     Attributes:
         size (`int` or `None`): Bytes to read, for progress; `None` from the hub.
@@ -30,7 +30,7 @@ class RecordStream:
     def __init__(self, name: str, config: str | None = None, split: str | None = None):
         self.name = name
         self._files: list[FileRecords] = []
-        self._rows: Iterable[dict] | None = None
+        self._rows: Iterable[dict[str, Any]] | None = None
         path = Path(name).expanduser()
         if path.exists():
             groups = local_splits(path)
@@ -39,7 +39,7 @@ class RecordStream:
             raise UserError(f"dataset {name}: no such file or folder")
         else:
             self._rows = _open_hub(name, config, split)
-        self.size = sum(file.size for file in self._files) if self._files else None
+        self.size: int | None = sum(file.size for file in self._files) if self._files else None
 
     @property
     def done(self) -> int:
@@ -54,7 +54,7 @@ class RecordStream:
             while True:
                 try:
                     fields = next(rows, None)
-                except Exception as error:  # network, parsers of the hub: each its own families
+                except Exception as error:  # network, parsers of the hub: no common exception type
                     raise UserError(
                         f"dataset {self.name} after row {number}: {reason(error)}"
                     ) from error
@@ -66,10 +66,10 @@ class RecordStream:
 
 def choose_split(name: str, splits: Iterable[str], wanted: str | None) -> str:
     """
-    The split that is meant: `wanted`, or that which training would take, or the only one.
+    The split to read: `wanted`, or the training split, or the only one.
 
     Raises:
-        UserError: If it is not there, or cannot be told.
+        UserError: If it does not exist, or the choice is not unique.
     """
     splits = list(splits)
     if wanted is not None:
@@ -84,11 +84,13 @@ def choose_split(name: str, splits: Iterable[str], wanted: str | None) -> str:
     )
 
 
-def _open_hub(name: str, config: str | None, split: str | None) -> Iterable[dict]:
+def _open_hub(name: str, config: str | None, split: str | None) -> Iterable[dict[str, Any]]:
     try:
         splits = load_dataset(name, config, streaming=True)
     except Exception as error:
         raise UserError(
-            f"dataset {name} is no local path and cannot be loaded from the hub: {reason(error)}"
+            f"dataset {name} is not a local path and cannot be loaded from the hub: {reason(error)}"
         ) from error
-    return splits[choose_split(name, splits, split)]
+    return cast(Mapping[str, Iterable[dict[str, Any]]], splits)[
+        choose_split(name, map(str, splits), split)
+    ]

@@ -1,1 +1,1 @@
-"""What ORPOTrainer is put together from: hooks, metrics, models, optimisers by name."""
+"""The parts of ORPOTrainer: hooks, metrics, models, optimisers by name."""

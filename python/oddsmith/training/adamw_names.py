@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
-from transformers import Trainer
 
 from ..optim.adamw.adamw_8bit import AdamW8bit
 from ..optim.adamw.optimizer import BlockAdamW
 from ..optim.adamw.paged import PagedAdamW8bit, PagedAdamW32bit
-from .optim_args import parse_optim_args, yes_or_no
+from .optim_args import decayed_names, parse_optim_args, yes_or_no
 
 _CLASSES: dict[str, type[BlockAdamW]] = {
     "adamw_8bit": AdamW8bit,
@@ -20,10 +19,10 @@ _CLASSES: dict[str, type[BlockAdamW]] = {
     "paged_adamw_8bit": PagedAdamW8bit,
 }
 
-#: Names that `adamw_optimizer` knows.
+#: Names that `adamw_optimizer` accepts.
 ADAMW_NAMES = frozenset(_CLASSES)
 
-# Options in optim_args, and what they are read by.
+# Options in optim_args, and their parsers.
 _OPTIONS = {"stochastic_rounding": yes_or_no, "min_8bit_size": int}
 _PAGED_OPTIONS = {"page_dir": str, "device_budget": int}
 
@@ -33,8 +32,8 @@ def adamw_optimizer(args: Any, model: nn.Module | None) -> tuple[type[BlockAdamW
     Class and arguments of an 8-bit or paged AdamW, as `get_optimizer_cls_and_kwargs` returns them.
 
     Learning rate, betas, epsilon, weight decay and seed come from `args`; `stochastic_rounding`,
-    `min_8bit_size`, `page_dir` and `device_budget` from its `optim_args`. Embeddings get moments of 32
-    bits: few of their rows have gradients.
+    `min_8bit_size`, `page_dir` and `device_budget` from its `optim_args`. Embeddings get 32-bit
+    moments, because few of their rows have gradients.
 
     Args:
         args (`TrainingArguments`): Arguments of the run.
@@ -62,11 +61,10 @@ def adamw_optimizer(args: Any, model: nn.Module | None) -> tuple[type[BlockAdamW
 
 def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """
-    Parameters with and without weight decay, as transformers has them, even if there are none of a
-    kind: the state of a run with bitsandbytes has their numbers.
+    Parameters with and without weight decay, as in transformers. Empty groups are kept, because the
+    saved state of a run with bitsandbytes refers to group numbers.
     """
-    # Static in all but its signature.
-    decayed = set(Trainer.get_decay_parameter_names(None, model))
+    decayed = decayed_names(model)
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     trained = [(name, each) for name, each in model.named_parameters() if each.requires_grad]
     groups = []
@@ -86,8 +84,8 @@ def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 def _check_setting(args: Any, name: str) -> None:
     if getattr(args, "deepspeed", None):
         raise ValueError(
-            f"optim is {name!r} with deepspeed, which updates parameters in parts of its own: use "
-            "'adamw_torch', or DDP or FSDP2 in place of deepspeed"
+            f"optim is {name!r} with deepspeed, which splits parameters itself: use "
+            "'adamw_torch', or DDP or FSDP2 instead of deepspeed"
         )
     version = (getattr(args, "fsdp_plugin_args", None) or {}).get("fsdp_version", 1)
     if args.fsdp and int(version) != 2:

@@ -1,28 +1,31 @@
-"""Batches of a training run: which sampler the dataloader gets."""
+"""Batches of a training run: the sampler of the dataloader."""
 
-from typing import Any
+from typing import Any, cast
 
 from accelerate.data_loader import prepare_data_loader
 from datasets import Dataset
 from torch.utils.data import DataLoader, Sampler
 
 from ..data.token_batches import TokenBatches, pair_lengths
+from .trainer_parts import TrainerParts
 
 
-class BatchHooks:
+class BatchHooks(TrainerParts):
     """Part of [`~oddsmith.ORPOTrainer`]: how rows become batches."""
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[Any] | None:
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         strategy = getattr(self.args, "train_sampling_strategy", "random")
         by_length = strategy in ("group_by_length", "batch_rebalance")
         column = self.args.length_column_name
-        if by_length and isinstance(dataset, Dataset) and column not in dataset.column_names:
-            # transformers would measure `input_ids`, and there is no such column.
-            dataset = Dataset.from_dict({column: pair_lengths(dataset).sum(axis=1)})
-        return super()._get_train_sampler(dataset)
+        own = dataset if isinstance(dataset, Dataset) else None
+        if by_length and own is not None and column not in own.column_names:
+            # transformers would use the length of `input_ids`, but there is no such column.
+            own = Dataset.from_dict({column: pair_lengths(own).sum(axis=1)})
+            return super()._get_train_sampler(cast(Any, own))
+        return super()._get_train_sampler(cast(Any, dataset))
 
-    def get_train_dataloader(self) -> DataLoader:
+    def get_train_dataloader(self) -> DataLoader[Any]:
         """The training batches; by `max_tokens_per_batch` if that is set."""
         args = self.args
         if args.max_tokens_per_batch is None:
@@ -46,14 +49,14 @@ class BatchHooks:
             workers["persistent_workers"] = args.dataloader_persistent_workers
             workers["prefetch_factor"] = args.dataloader_prefetch_factor
         loader = DataLoader(
-            self.train_dataset,
+            cast(Any, self.train_dataset),  # torch reads it by index, whatever its class
             batch_sampler=batches,
             collate_fn=self.data_collator,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
             **workers,
         )
-        # The batches know their process: here is nothing left to distribute.
+        # The batches are already those of this process, so accelerate must not split them.
         return prepare_data_loader(
             loader, accelerator.device, num_processes=1, process_index=0, put_on_device=True
         )

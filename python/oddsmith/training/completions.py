@@ -19,24 +19,24 @@ _LOGGED_CHARACTERS = 200
 
 
 def pick_rows(dataset: Any, count: int, seed: int) -> list[dict[str, Any]]:
-    """Up to `count` rows: at random, or the first ones of a stream."""
+    """Up to `count` random rows, or the first ones of a stream."""
     if not hasattr(dataset, "__len__"):
         return list(islice(iter(dataset), count))
-    # A generator of its own: the global one belongs to the training run.
+    # A separate generator: the global one belongs to the training run.
     indices = random.Random(seed).sample(range(len(dataset)), k=min(count, len(dataset)))
     return [dataset[index] for index in indices]
 
 
 @contextmanager
 def untouched_randomness() -> Iterator[None]:
-    """Sampling within leaves torch's random state as it was, so evaluation changes no training."""
+    """Restores torch's random state, so that sampling in evaluation does not affect training."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with torch.random.fork_rng(devices=list(devices)):
         yield
 
 
 def completion_of(text: str, prompt: str) -> str:
-    """What follows the prompt in a decoded sequence."""
+    """The text after the prompt in a decoded sequence."""
     return text[len(prompt) :] if text.startswith(prompt) else text
 
 
@@ -44,7 +44,7 @@ def log_completions(
     rows: Sequence[tuple[str, str]], output_dir: str, step: int, prefix: str, report_to: Any
 ) -> Path:
     """
-    Write a table of completions to the log, to a file, and to wandb or Comet where configured.
+    Write a table of completions to the log, to a file, and to wandb or Comet if configured.
 
     Args:
         rows (`Sequence[tuple[str, str]]`): Prompts and completions.
@@ -63,17 +63,17 @@ def log_completions(
             file.write(json.dumps(dict(zip(COLUMNS, row, strict=True)), ensure_ascii=False) + "\n")
 
     lines = [f"{_short(prompt)} -> {_short(completion)}" for prompt, completion in rows]
-    # Asked for by a flag, so shown at the level that is shown by default.
+    # The user asked for these by a flag, so log them at a level that is shown by default.
     logger.warning("\n".join([f"Completions at step {step}, also in {path}:", *lines]))
 
     if "wandb" in report_to and is_wandb_available():
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]  # the user has it
 
         if wandb.run is not None:
             table = wandb.Table(columns=list(COLUMNS), data=[list(row) for row in rows])
             wandb.log({"game_log": table})
     if "comet_ml" in report_to and is_comet_available():
-        import comet_ml
+        import comet_ml  # pyright: ignore[reportMissingImports]
 
         experiment = comet_ml.get_running_experiment()
         if experiment is not None:

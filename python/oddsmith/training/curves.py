@@ -1,10 +1,10 @@
-"""Training curves as a picture."""
+"""Plots training curves."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-# Panel title and the metric it shows; evaluations carry the same name behind "eval_".
+# Panel title and its metric; metrics of evaluations have the prefix "eval_".
 PANELS = (
     ("loss", "loss"),
     ("likelihood term (nll)", "nll_loss"),
@@ -33,17 +33,17 @@ def save_curves(history: Iterable[Mapping[str, Any]], path: str | Path, title: s
     Args:
         history (`Iterable[Mapping[str, Any]]`): `trainer.state.log_history`.
         path (`str` or `Path`): File to write; its suffix names the format (`.png`, `.svg`, `.pdf`).
-        title (`str`, *optional*, defaults to `""`): Title of the picture.
+        title (`str`, *optional*, defaults to `""`): Title of the plot.
 
     Returns:
         `Path`: The file.
 
     Raises:
-        ValueError: If the history holds none of the metrics.
+        ValueError: If the history has none of the metrics.
         ModuleNotFoundError: If matplotlib is not installed.
     """
     try:
-        # The figure without pyplot: no backend is chosen and no global state is left behind.
+        # Without pyplot, no backend is chosen and no global state is changed.
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
@@ -57,7 +57,7 @@ def save_curves(history: Iterable[Mapping[str, Any]], path: str | Path, title: s
     }
     if not any(steps for pair in series.values() for steps, _ in pair):
         raise ValueError(
-            "history holds no ORPO metrics; pass trainer.state.log_history after at least one log"
+            "history has no ORPO metrics; pass trainer.state.log_history after at least one log"
         )
     figure = Figure(figsize=(9, 6), layout="constrained")
     if title:

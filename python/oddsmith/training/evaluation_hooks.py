@@ -1,6 +1,6 @@
-"""Evaluation: TRL's hooks for it, with metrics under the name of their evaluation set."""
+"""Evaluation: TRL's hooks, with metrics named after their evaluation set."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -9,12 +9,13 @@ from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
 from . import completions
+from .trainer_parts import TrainerParts
 
 logger = logging.get_logger(__name__)
 
 
-class EvaluationHooks:
-    """Part of [`~oddsmith.ORPOTrainer`]: what happens to an evaluation batch and set."""
+class EvaluationHooks(TrainerParts):
+    """Part of [`~oddsmith.ORPOTrainer`]: evaluation of batches and datasets."""
 
     def prediction_step(
         self,
@@ -30,11 +31,9 @@ class EvaluationHooks:
                 "data_collator override prediction_step if they differ."
             )
         if ignore_keys is None:
-            ignore_keys = (
-                getattr(model.config, "keys_to_ignore_at_inference", [])
-                if hasattr(model, "config")
-                else []
-            )
+            config = getattr(model, "config", None)
+            ignore_keys = getattr(config, "keys_to_ignore_at_inference", None)
+        ignored = ignore_keys or []
         with torch.no_grad(), self._autocast():
             loss, metrics = self.get_batch_loss_metrics(model, inputs, train_eval="eval")
         self._stored_metrics.watch("eval", loss, self.state.global_step)
@@ -42,14 +41,14 @@ class EvaluationHooks:
         if prediction_loss_only:
             return loss.detach(), None, None
         names = [f"eval_logits/{side}" for side in ("chosen", "rejected")]
-        kept = [torch.as_tensor(metrics[name]) for name in names if name not in ignore_keys]
+        kept = [torch.as_tensor(metrics[name]) for name in names if name not in ignored]
         logits = torch.stack(kept).to(self.accelerator.device) if kept else None
         labels = torch.zeros(len(kept), device=self.accelerator.device) if kept else None
         return loss.detach(), logits, labels
 
     def evaluation_loop(
         self,
-        dataloader: DataLoader,
+        dataloader: DataLoader[Any],
         description: str,
         prediction_loss_only: bool | None = None,
         ignore_keys: list[str] | None = None,
@@ -61,15 +60,17 @@ class EvaluationHooks:
         output = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )
-        for name, value in self._take_metrics("eval").items():
-            output.metrics[f"{metric_key_prefix}_{name.removeprefix('eval_')}"] = value
-        return output
+        own = {
+            f"{metric_key_prefix}_{name.removeprefix('eval_')}": value
+            for name, value in self._take_metrics("eval").items()
+        }
+        return output._replace(metrics={**(output.metrics or {}), **own})
 
     def generate_from_model(self, model: nn.Module, batch: dict[str, Any]) -> list[str]:
         """Text of prompts and their sampled completions, for the prompts of a batch."""
         prompts = batch["prompt_input_ids"]
         with self._autocast(), torch.no_grad():
-            tokens = model.generate(
+            tokens = cast(Any, model).generate(
                 input_ids=prompts,
                 attention_mask=batch["prompt_attention_mask"],
                 max_length=max(self.max_length, prompts.shape[1] + 1),
@@ -78,11 +79,11 @@ class EvaluationHooks:
             )
         return self.processing_class.batch_decode(tokens, skip_special_tokens=True)
 
-    def _log_completions(self, dataloader: DataLoader, prefix: str) -> None:
-        # All processes generate, for a model may be in pieces; one of them writes.
+    def _log_completions(self, dataloader: DataLoader[Any], prefix: str) -> None:
+        # All processes generate, because the model may be split; one of them writes.
         seed = self.args.seed + self.state.global_step
         rows = completions.pick_rows(dataloader.dataset, self.args.eval_batch_size, seed)
-        batch = self._prepare_inputs(self.data_collator(rows))
+        batch: dict[str, Any] = self._prepare_inputs(self.data_collator(rows))
         model = self.accelerator.unwrap_model(self.model)
         training = model.training
         model.eval()
@@ -95,5 +96,9 @@ class EvaluationHooks:
         prompts = self.processing_class.batch_decode(prompts, skip_special_tokens=True)
         pairs = zip(batch["prompt"], map(completions.completion_of, texts, prompts), strict=True)
         completions.log_completions(
-            list(pairs), self.args.output_dir, self.state.global_step, prefix, self.args.report_to
+            list(pairs),
+            self.args.output_dir or ".",
+            self.state.global_step,
+            prefix,
+            self.args.report_to,
         )

@@ -1,6 +1,8 @@
 """The loss and metrics of a batch: the hooks of TRL's trainer that subclasses override."""
 
-from typing import Any, Literal
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,49 +12,48 @@ from ..data.collator import PairBatch
 from ..head import logits as plain
 from ..integrations import model_attention, model_head
 from ..packing.batch import PackedBatch
-from .metrics import PairScores, batch_share, pair_metrics
+from .metrics import PairScores, Split, batch_share, pair_metrics
 from .overrides import is_overridden
+from .trainer_parts import TrainerParts
 
-Split = Literal["train", "eval"]
-
-# A subclass that has one of these of its own gets the loss through them.
+# If a subclass overrides one of these, the loss is computed through them.
 LOSS_HOOKS = ("concatenated_forward", "get_batch_logps", "odds_ratio_loss")
 
 
-class LossHooks:
+class LossHooks(TrainerParts):
     """
     Part of [`~oddsmith.ORPOTrainer`]: how a batch becomes a loss.
 
-    In the model's output head by default; from logits, through the hooks, where the head does not
-    allow it or one of them is overridden.
+    In the model's output head by default; from logits, through the hooks, if the head does not
+    support it or a hook is overridden.
     """
 
-    # Why the loss goes through logits, whatever the hooks; None where it does not.
+    # Why the loss is computed from logits even without overridden hooks, or None.
     _plain_because: str | None = None
-    # Why batches go through the model with their pads; None where they are packed.
+    # Why batches keep their padding; None if they are packed.
     _padded_because: str | None = None
-    # Weight of the last batch in the averages that are logged.
+    # Weight of the last batch in the logged averages.
     _metric_weight: float = 1.0
 
     def _own_loss_hooks(self) -> list[str]:
-        """Those that a subclass overrides."""
+        """The hooks that a subclass overrides."""
         return [name for name in LOSS_HOOKS if is_overridden(self, LossHooks, name)]
 
     @staticmethod
     def concatenated_inputs(
-        batch: dict[str, list | Tensor],
+        batch: dict[str, Any],
         is_encoder_decoder: bool = False,
         padding_value: int = 0,
         device: torch.device | None = None,
     ) -> dict[str, Tensor]:
         """
-        Put the two sides of a batch into one, chosen sequences first.
+        Concatenate the two sides of a batch, chosen sequences first.
 
         Args:
             batch (`dict`): A batch with `chosen_*` and `rejected_*` tensors `(B, T)`.
             is_encoder_decoder (`bool`, *optional*): Kind of the model.
-            padding_value (`int`, *optional*): Pads the shorter side's token ids.
-            device (`torch.device`, *optional*): Where to put the result.
+            padding_value (`int`, *optional*): Token id that pads the shorter side.
+            device (`torch.device`, *optional*): Device of the result.
 
         Returns:
             `dict[str, Tensor]`: `concatenated_input_ids` and the like, `(2B, T)`.
@@ -66,12 +67,13 @@ class LossHooks:
         The odds ratio term from mean log-probabilities.
 
         Args:
-            policy_chosen_logps (`Tensor`): Of the chosen completions, `(B,)`.
-            policy_rejected_logps (`Tensor`): Of the rejected completions, `(B,)`.
+            policy_chosen_logps (`Tensor`): Those of the chosen completions, `(B,)`.
+            policy_rejected_logps (`Tensor`): Those of the rejected completions, `(B,)`.
 
         Returns:
             `tuple`: `beta * link(log_odds)` of each pair, which the loss subtracts; rewards of the
-            chosen and rejected side; means of the log-sigmoid of the log odds and of the log odds.
+                chosen and rejected side; means of the log-sigmoid of the log odds and of the log
+                odds.
         """
         log_odds = plain.log_odds(policy_chosen_logps, policy_rejected_logps)
         ratio = F.logsigmoid(log_odds)
@@ -80,7 +82,7 @@ class LossHooks:
             self.beta * logps.detach().float().to(self.accelerator.device)
             for logps in (policy_chosen_logps, policy_rejected_logps)
         )
-        means = (each.mean().float() for each in (ratio, log_odds))
+        means = ratio.mean().float(), log_odds.mean().float()
         return (self.beta * linked).float(), chosen, rejected, *means
 
     @staticmethod
@@ -114,13 +116,11 @@ class LossHooks:
             logits, labels = logits[:, :-1], labels[:, 1:]
         return plain.sequence_logps(logits, labels, average_log_prob)
 
-    def concatenated_forward(
-        self, model: nn.Module, batch: dict[str, list | Tensor]
-    ) -> tuple[Tensor, ...]:
+    def concatenated_forward(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, ...]:
         """
         Run the model on both sides of a batch at once, with logits.
 
-        Not called where the fused head computes the loss, unless a subclass overrides it.
+        Not called if the fused head computes the loss, unless a subclass overrides it.
 
         Returns:
             `tuple`: Mean log-probabilities of chosen and rejected completions, `(B,)`; their logits
@@ -149,15 +149,16 @@ class LossHooks:
         return (*scores, outputs.aux_loss) if self.aux_loss_enabled else scores
 
     def get_batch_loss_metrics(
-        self, model: nn.Module, batch: dict[str, list | Tensor], train_eval: Split = "train"
+        self, model: nn.Module, batch: dict[str, Any], train_eval: Split = "train"
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """
         Loss and metrics of a batch.
 
         Returns:
-            `tuple`: The loss, and the metrics as 0-dim tensors on the device, those of an
-            evaluation with `eval_` before their names.
+            `tuple`: The loss, and the metrics as 0-dim tensors on the device, with the prefix
+            `eval_` in an evaluation.
         """
+        self._borrow()
         if self.args.beta_schedule != "constant" and self.state.max_steps > 0:
             self.beta = self.args.beta_at(self.state.global_step, self.state.max_steps)
         uses_logits = self._plain_because is not None or bool(self._own_loss_hooks())
@@ -169,23 +170,23 @@ class LossHooks:
         prefix = "eval_" if train_eval == "eval" else ""
         loss = scores.loss
         if self.aux_loss_enabled:
-            loss = loss + self.aux_loss_coef * scores.aux_loss
+            loss = loss + self.aux_loss_coef * cast(Tensor, scores.aux_loss)
         return loss, {f"{prefix}{name}": value for name, value in metrics.items()}
 
-    # ---- The two ways to the scores ----
+    # ---- Scores: fused head or logits ----
 
-    def _concatenated(self, batch: dict[str, list | Tensor]) -> dict[str, Tensor]:
+    def _concatenated(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         inputs = self.concatenated_inputs(
             batch,
             is_encoder_decoder=self.is_encoder_decoder,
             padding_value=self.padding_value,
             device=self.accelerator.device,
         )
-        # Any negative label is masked; the hooks may expect TRL's.
+        # Any negative label is masked; the hooks may expect TRL's label.
         labels = inputs["concatenated_labels"]
         return {**inputs, "concatenated_labels": torch.where(labels < 0, -100, labels)}
 
-    def _run(self, model: nn.Module, inputs: dict[str, Tensor], **extra: Any) -> Any:
+    def _run(self, model: Callable[..., Any], inputs: dict[str, Tensor], **extra: Any) -> Any:
         if self.aux_loss_enabled:
             extra["output_router_logits"] = True
         return model(
@@ -195,7 +196,7 @@ class LossHooks:
             **extra,
         )
 
-    def _fused_scores(self, model: nn.Module, batch: dict[str, list | Tensor]) -> PairScores:
+    def _fused_scores(self, model: nn.Module, batch: dict[str, Any]) -> PairScores:
         objective = {
             "beta": self.beta,
             "nll_scope": self.args.nll_scope,
@@ -204,19 +205,20 @@ class LossHooks:
         }
         if self._padded_because is None:
             packed = batch.packed() if isinstance(batch, PairBatch) else None
-            if packed is None:  # of another collator, or changed since
+            if packed is None:  # another collator, or changed after packing
                 packed = PackedBatch.from_padded(batch, self.args.share_prompt)
             packed = packed.to(self.accelerator.device)
             rows = model_head.FusedBatch.of_packed(packed, **objective)
             inputs = model_attention.packed_inputs(packed)
-            out = model(**inputs, use_cache=False, oddsmith_batch=rows)
+            out = model_head.fused_loss(model, rows, **inputs, use_cache=False)
+            model_attention.check_seen(inputs)
         else:
             inputs = self._concatenated(batch)
             columns = ("input_ids", "attention_mask", "labels")
             rows = model_head.FusedBatch.build(
                 *(inputs[f"concatenated_{column}"] for column in columns), **objective
             )
-            out = self._run(model, inputs, oddsmith_batch=rows)
+            out = self._run(partial(model_head.fused_loss, model, rows), inputs)
         return PairScores(
             loss=out.loss,
             nll_loss=out.nll_loss,
@@ -232,7 +234,7 @@ class LossHooks:
             aux_loss=out.aux_loss,
         )
 
-    def _plain_scores(self, model: nn.Module, batch: dict[str, list | Tensor]) -> PairScores:
+    def _plain_scores(self, model: nn.Module, batch: dict[str, Any]) -> PairScores:
         chosen, rejected, chosen_logits, rejected_logits, nll, *aux = self.concatenated_forward(
             model, batch
         )
@@ -245,7 +247,7 @@ class LossHooks:
         else:
             whole, counted = _whole_pairs(labels), real
         whole, pairs = whole.to(chosen.device), whole.shape[0]
-        # An empty completion has no odds: its pair stays out of the term and of the averages.
+        # An empty completion has no odds: its pair is excluded from the term and the averages.
         kept = slice(None) if bool(whole.all()) else whole
         if not bool(whole.any()):
             zero = chosen.detach().float()[:0].sum()
@@ -277,16 +279,16 @@ def _whole_pairs(labels: Tensor) -> Tensor:
 
 
 def _scattered(rewards: Tensor, whole: Tensor) -> Tensor:
-    """Rewards of whole pairs at their places, `(B,)`."""
+    """Rewards of complete pairs at their indices, `(B,)`."""
     out = rewards.new_zeros(whole.shape)
     out[whole] = rewards.detach()
     return out
 
 
 def _mean_logit(logits: Tensor, counted: Tensor) -> Tensor:
-    """Mean over real positions and the vocabulary, `logits` `(B, T, V)` and `counted` `(B, T)`."""
+    """Mean of `logits` `(B, T, V)` over the vocabulary and the `counted` `(B, T)` positions."""
     logits = logits.detach()
-    if logits.shape[:2] != counted.shape:  # a hook of one's own: as TRL, over all there is
+    if logits.shape[:2] != counted.shape:  # an overridden hook: over all positions, as TRL
         return logits.mean()
     per_position = logits.float().mean(dim=-1)
     counted = counted.to(logits.device)

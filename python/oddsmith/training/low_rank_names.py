@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, cast
 
 from accelerate.state import GradientState
 from torch import nn
-from transformers import Trainer
-from transformers.trainer_utils import check_target_module_exists
 from transformers.training_args import ParallelMode
 from transformers.utils import logging
 
@@ -16,7 +14,7 @@ from ..optim.low_rank.apollo import APOLLOAdamW
 from ..optim.low_rank.galore import GaLoreAdafactor, GaLoreAdamW
 from ..optim.low_rank.galore_8bit import GaLoreAdamW8bit
 from ..optim.low_rank.optimizer import LowRankOptimizer, check_matrix
-from .optim_args import parse_optim_args, readers
+from .optim_args import decayed_names, parse_optim_args, readers
 
 logger = logging.get_logger(__name__)
 
@@ -25,13 +23,13 @@ _LAYERWISE = "_layerwise"
 _CLASSES: dict[str, type[LowRankOptimizer]] = {
     "galore_adamw": GaLoreAdamW,
     "galore_adamw_8bit": GaLoreAdamW8bit,
-    # As older scripts and articles have it.
+    # The name in older scripts and articles.
     "galore_adamw_8bit_bnb": GaLoreAdamW8bit,
     "galore_adafactor": GaLoreAdafactor,
     "apollo_adamw": APOLLOAdamW,
 }
 
-#: Names that `low_rank_optimizer` knows.
+#: Names that `low_rank_optimizer` accepts.
 LOW_RANK_NAMES = frozenset(_CLASSES) | {
     name + _LAYERWISE for name in _CLASSES if not name.endswith("bnb")
 }
@@ -41,17 +39,17 @@ _DEFAULT_RANK = 128
 
 def target_parameters(model: nn.Module, targets: Any, where: str) -> dict[str, nn.Parameter]:
     """
-    Weights of the linear layers that `optim_target_modules` names, by their names.
+    Weights of the linear layers in `optim_target_modules`, by name.
 
     Args:
         model (`nn.Module`): The model.
-        targets (`str` or `list[str]`): `"all-linear"`; a regular expression that matches the whole
+        targets (`str` or `list[str]`): `"all-linear"`; a regular expression that matches the full
             name of a module; or a list of names, parts of names, or such expressions.
         where (`str`): Name of the optimiser, for messages.
 
     Raises:
-        ValueError: If nothing matches, or an expression is none.
-        TypeError: If `targets` is something else.
+        ValueError: If nothing matches, or an expression is invalid.
+        TypeError: If `targets` has another type.
     """
     if targets is None:
         raise ValueError(
@@ -63,19 +61,22 @@ def target_parameters(model: nn.Module, targets: Any, where: str) -> dict[str, n
             f"optim_target_modules is {targets!r}; must be 'all-linear', a regular expression or a "
             "list of strings"
         )
+    from transformers.trainer_utils import check_target_module_exists  # not documented
+
     all_linear = isinstance(targets, str) and targets.replace("_", "-") == "all-linear"
     names = set()
     for name, module in model.named_modules():
         try:
-            found, is_regex = check_target_module_exists(targets, name, return_is_regex=True)
+            matched = check_target_module_exists(targets, name, return_is_regex=True)
         except re.error as error:
             raise ValueError(f"optim_target_modules is {targets!r}: {error}") from None
+        found, is_regex = cast(tuple[bool, bool], matched)
         if isinstance(module, nn.Linear):
             if found or all_linear:
                 names.add(f"{name}.weight")
         elif found and not is_regex and next(module.parameters(recurse=False), None) is not None:
             logger.warning(f"{name} is in optim_target_modules but not linear: not projected.")
-    # By name, so that a head that shares the embeddings' weight goes with the embeddings.
+    # By name, so that a head with the embeddings' weight is grouped with the embeddings.
     found = {name: each for name, each in model.named_parameters() if name in names}
     if not found:
         raise ValueError(
@@ -91,7 +92,7 @@ def low_rank_optimizer(
     Class and arguments of a low-rank optimiser, as `get_optimizer_cls_and_kwargs` returns them.
 
     Learning rate, betas, epsilon, weight decay and seed come from `args`; the rest from its
-    `optim_args`. Parameters that `optim_target_modules` does not name are updated in full.
+    `optim_args`. Parameters that are not in `optim_target_modules` are updated in full.
 
     Args:
         args (`TrainingArguments`): Arguments of the run.
@@ -147,8 +148,7 @@ def parameter_groups(
     options: dict[str, Any],
 ) -> list[dict[str, Any]]:
     """The trained parameters: others with and without weight decay, then the projected ones."""
-    # Static in all but its signature.
-    decayed = set(Trainer.get_decay_parameter_names(None, model))
+    decayed = decayed_names(model)
     groups: list[dict[str, Any]] = [
         {"params": [], "weight_decay": weight_decay},
         {"params": [], "weight_decay": 0.0},
@@ -161,7 +161,7 @@ def parameter_groups(
 
 
 def embeddings_apart(model: nn.Module, group: dict[str, Any]) -> list[dict[str, Any]]:
-    """A group, and its embeddings by themselves with 32 bits: few of their rows have gradients."""
+    """Splits off a 32-bit group for the embeddings, whose rows rarely have gradients."""
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     if "rank" in group:
         return [group]
@@ -174,13 +174,13 @@ def embeddings_apart(model: nn.Module, group: dict[str, Any]) -> list[dict[str, 
 def _check_setting(args: Any, model: nn.Module, name: str, layerwise: bool) -> None:
     if getattr(model, "peft_config", None):
         raise ValueError(
-            f"optim is {name!r} on a model with an adapter: its matrices are of low rank already. "
-            "Train the whole model (no peft_config), or use another optim, such as adamw_8bit"
+            f"optim is {name!r} on a model with an adapter: its matrices already have a low rank. "
+            "Train the full model (no peft_config), or use another optim, such as adamw_8bit"
         )
     if args.fsdp or getattr(args, "deepspeed", None):
         split = "fsdp" if args.fsdp else "deepspeed"
         raise ValueError(
-            f"optim is {name!r} with {split}: a projection needs whole matrices. Use DDP, or an "
+            f"optim is {name!r} with {split}: a projection needs full matrices. Use DDP, or an "
             "element-wise optim, such as adamw_8bit"
         )
     if not layerwise:
@@ -192,6 +192,6 @@ def _check_setting(args: Any, model: nn.Module, name: str, layerwise: bool) -> N
         )
     if args.fp16:
         raise ValueError(
-            f"optim is {name!r} with fp16: the gradients are scaled when a layer-wise update takes "
+            f"optim is {name!r} with fp16: the gradients are still scaled when a layer-wise update uses "
             f"them. Use bf16, or {name.removesuffix(_LAYERWISE)!r}"
         )

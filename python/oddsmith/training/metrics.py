@@ -1,11 +1,13 @@
-"""MetricStore: metrics of micro-batches, averaged where they are and read back once per log."""
+"""MetricStore: averages metrics of micro-batches on their device and reads them once per log."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
-# Keys that are no averages. The private two watch the loss; they never reach a log.
+Split = Literal["train", "eval"]
+
+# Keys that are not averages. The two private ones track the loss and are not logged.
 EMPTY_COMPLETIONS = "empty_completions"
 NON_FINITE, FIRST_NON_FINITE = "_non_finite", "_first_non_finite"
 _SUMS = (EMPTY_COMPLETIONS, NON_FINITE)
@@ -16,8 +18,8 @@ class MetricStore:
     """
     Metrics since the last log, by split (`"train"` and `"eval"`).
 
-    Tensors stay on their device, and are only summed there. Python numbers are taken to be the same
-    in all processes, as those that TRL's trainer stores are.
+    Tensors stay on their device, and are only summed there. Python numbers are assumed to be equal
+    in all processes, like those that TRL's trainer stores.
     """
 
     def __init__(self) -> None:
@@ -41,7 +43,7 @@ class MetricStore:
                 total[0] += float(value) * weight
                 total[1] += weight
                 continue
-            # MPS has no float64; a few hundred terms lose nothing that a log would show.
+            # MPS has no float64; the error over a few hundred terms is not visible in a log.
             dtype = torch.float32 if value.device.type == "mps" else torch.float64
             value = value.detach().to(dtype)
             if key in _MINIMA:
@@ -49,7 +51,7 @@ class MetricStore:
                 state[0] = torch.minimum(state[0], value)
             else:
                 state = tensors.setdefault(key, [torch.zeros_like(value) for _ in range(2)])
-                # A micro-batch without weight may have no pair of its own, and so no number.
+                # A micro-batch with weight 0 may have no pairs, and so NaN metrics.
                 state[0] = state[0] + (value * weight if weight else 0.0)
                 state[1] = state[1] + weight
 
@@ -61,9 +63,9 @@ class MetricStore:
 
     def pop(self, split: str, accelerator: Any) -> dict[str, float]:
         """
-        Averages over micro-batches and processes since the last call; one read from the device.
+        Averages over micro-batches and processes since the last call.
 
-        To be called by all processes.
+        All processes must call this. It reads once from the device.
 
         Args:
             split (`str`): `"train"` or `"eval"`.
@@ -90,7 +92,8 @@ class MetricStore:
 
 def batch_share(accelerator: Any, pairs: int) -> tuple[int, float]:
     """
-    How many pairs of an evaluation batch are this process's own, and the batch's weight.
+    Number of this process's pairs in an evaluation batch that are not repeats, and the batch's
+    weight.
 
     The last batch is filled up with pairs from the beginning, so that all processes have one.
 
@@ -99,8 +102,8 @@ def batch_share(accelerator: Any, pairs: int) -> tuple[int, float]:
         pairs (`int`): Pairs in this process's batch.
 
     Returns:
-        `tuple[int, float]`: Count of leading pairs to average over, and the weight, so that each
-        global batch weighs the same.
+        `tuple[int, float]`: Count of leading pairs to average over, and the weight with which all
+            global batches count equally.
     """
     state, processes = accelerator.gradient_state, accelerator.num_processes
     if processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
@@ -111,10 +114,10 @@ def batch_share(accelerator: Any, pairs: int) -> tuple[int, float]:
 
 class PairScores(NamedTuple):
     """
-    What is known of a batch of B pairs.
+    Scores of a batch of B pairs.
 
     Only `loss` and `aux_loss` carry gradients. `log_odds_ratio` and `log_odds_chosen` are `(B,)`,
-    or means where a hook has averaged them.
+    or means if a hook averaged them.
     """
 
     loss: torch.Tensor
@@ -137,7 +140,7 @@ def pair_metrics(scores: PairScores, pairs: int) -> dict[str, torch.Tensor]:
 
     Args:
         scores ([`PairScores`]): The batch.
-        pairs (`int`): Leading pairs to average over; pairs with an empty completion stay out.
+        pairs (`int`): Leading pairs to average over; pairs with an empty completion are excluded.
     """
     whole = scores.whole[:pairs]
     count = whole.sum().clamp(min=1)

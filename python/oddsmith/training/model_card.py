@@ -1,4 +1,4 @@
-"""The model card that is saved beside each checkpoint."""
+"""The model card that is saved with each checkpoint."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -25,7 +25,7 @@ def model_card(
     tags: Iterable[str],
 ) -> str:
     """
-    The text of a model card: what was trained, how, and whom to cite.
+    The text of a model card: model, data, settings and citation.
 
     Args:
         args ([`ORPOConfig`]): Arguments of the run.

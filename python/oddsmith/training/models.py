@@ -1,10 +1,9 @@
-"""The model of a training run: loaded by name, with its adapter, without dropout."""
+"""Prepares the model of a training run: loads it by name, adds its adapter, lists its patches."""
 
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.dropout import _DropoutNd
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -12,10 +11,13 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
 )
-from transformers.utils import is_peft_available
+from transformers.utils.import_utils import is_peft_available
 
 from ..config import ORPOConfig
-from ..integrations.bitsandbytes_layers import adopt_on_cpu
+from ..integrations.bitsandbytes_layers import AdoptedLayers, on_cpu
+from ..integrations.checkpointing import Checkpointing
+from ..integrations.dropout import NoDropout
+from ..integrations.patch import Patch
 
 
 def load_model(name: str, args: ORPOConfig) -> PreTrainedModel:
@@ -26,16 +28,16 @@ def load_model(name: str, args: ORPOConfig) -> PreTrainedModel:
     [`~transformers.Trainer`] places the model.
 
     Raises:
-        ValueError: If `dtype` in `model_init_kwargs` names no dtype.
+        ValueError: If `dtype` in `model_init_kwargs` is not the name of a dtype.
     """
-    kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+    kwargs = {"trust_remote_code": args.trust_remote_code, **args.model_kwargs()}
     if "torch_dtype" in kwargs:
         kwargs.setdefault("dtype", kwargs.pop("torch_dtype"))
     if kwargs.get("dtype") is not None:
         kwargs["dtype"] = _dtype(kwargs["dtype"])
     config = kwargs.get("config")
     if config is None:
-        # What says where and which configuration it is, but not what changes it.
+        # Arguments that select the configuration, but not those that change it.
         where = ("trust_remote_code", "revision", "token", "cache_dir", "subfolder")
         config = AutoConfig.from_pretrained(
             name, **{key: kwargs[key] for key in where if key in kwargs}
@@ -54,12 +56,12 @@ def _dtype(value: Any) -> Any:
     return dtype
 
 
-def load_processing_class(model: nn.Module, revision: str | None, args: ORPOConfig) -> Any:
+def load_processing_class(model: Any, revision: str | None, args: ORPOConfig) -> Any:
     """
-    Load the tokenizer that a model came with.
+    Load the tokenizer from a model's hub id or folder.
 
     Raises:
-        ValueError: If the model does not say where it came from.
+        ValueError: If the model does not have its hub id or folder.
     """
     name = getattr(model.config, "_name_or_path", "")
     if not name:
@@ -71,14 +73,14 @@ def load_processing_class(model: nn.Module, revision: str | None, args: ORPOConf
     )
 
 
-def check_model(model: nn.Module) -> None:
+def check_model(model: Any) -> None:
     """
     Check that a model has an output head.
 
     Raises:
         ValueError: If it has none.
     """
-    # Before the adapter, which would answer for the model.
+    # Check below the adapter, which would forward the call.
     core = model.get_base_model() if hasattr(model, "get_base_model") else model
     if isinstance(core, PreTrainedModel) and core.get_output_embeddings() is None:
         raise ValueError(
@@ -87,49 +89,65 @@ def check_model(model: nn.Module) -> None:
         )
 
 
-def vocabulary_size(model: nn.Module) -> int:
-    """Number of token ids that a model takes and scores."""
+def vocabulary_size(model: Any) -> int:
+    """Number of token ids in a model's embeddings and output head."""
     core = model.get_base_model() if hasattr(model, "get_base_model") else model
     text = core.config.get_text_config() if hasattr(core.config, "get_text_config") else core.config
     layers = [core.get_input_embeddings(), core.get_output_embeddings()]
     sizes = [getattr(layers[0], "num_embeddings", None), getattr(layers[1], "out_features", None)]
-    # Quantized or wrapped layers may not tell.
+    # Quantised or wrapped layers may not have the attribute.
     known = [size for size in sizes if isinstance(size, int) and size > 0]
     return min(known) if known else text.vocab_size
 
 
 def is_quantized(model: nn.Module) -> bool:
-    """Whether the weights are held in 8 or 4 bits, by bitsandbytes or by oddsmith."""
+    """Whether the weights have 8 or 4 bits, from bitsandbytes or oddsmith."""
     return any(getattr(model, f"is_loaded_in_{bits}bit", False) for bits in (8, 4))
 
 
 def prepare_model(model: nn.Module, args: ORPOConfig, peft_config: Any) -> tuple[nn.Module, bool]:
     """
-    Add the adapter, let gradients through to it, and take out dropout.
+    Add the adapter. Without one the model is not changed.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`): The model; changed in place.
-        args ([`ORPOConfig`]): For `gradient_checkpointing`, `bf16` and `disable_dropout`.
+        args ([`ORPOConfig`]): For `bf16`.
         peft_config (`PeftConfig`, *optional*): The adapter.
 
     Returns:
-        `tuple`: The model, wrapped if there is an adapter, and whether it has `bfloat16` parts that
-        need autocast in everything it is called for.
+        `tuple`: The model, wrapped if there is an adapter, and whether it has `bfloat16` parts, so
+            that every call needs autocast.
 
     Raises:
-        ImportError: If there is a `peft_config` but no PEFT.
-        TypeError: If `peft_config` is none.
-        ValueError: If the model has an adapter already.
+        ImportError: If `peft_config` is given but PEFT is not installed.
+        TypeError: If `peft_config` is not a `PeftConfig`.
+        ValueError: If the model already has an adapter.
     """
-    casted = False
-    adopt_on_cpu(model)
-    if peft_config is not None:
-        model, casted = _add_adapter(model, args, peft_config)
-    elif args.gradient_checkpointing:
-        _let_inputs_require_grad(model)
+    if peft_config is None:
+        return model, False
+    if on_cpu(model):
+        AdoptedLayers(model).apply()  # not undone, because the adapter is created for these layers
+    return _add_adapter(model, args, peft_config)
+
+
+def run_patches(model: nn.Module, args: ORPOConfig) -> list[Patch]:
+    """
+    The patches of a model while it is trained or evaluated, which are undone at the end.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): The model, with its adapter.
+        args ([`ORPOConfig`]): For `gradient_checkpointing` and `disable_dropout`.
+    """
+    patches: list[Patch] = []
+    if on_cpu(model):
+        patches.append(AdoptedLayers(model))
+    if args.gradient_checkpointing:
+        options = args.gradient_checkpointing_kwargs
+        options = options if isinstance(options, dict) else {}
+        patches.append(Checkpointing(model, options.get("use_reentrant", True)))
     if args.disable_dropout:
-        disable_dropout(model)
-    return model, casted
+        patches.append(NoDropout(model))
+    return patches
 
 
 def _add_adapter(model: nn.Module, args: ORPOConfig, peft_config: Any) -> tuple[nn.Module, bool]:
@@ -144,22 +162,17 @@ def _add_adapter(model: nn.Module, args: ORPOConfig, peft_config: Any) -> tuple[
         )
     if isinstance(model, PeftModel):
         raise ValueError(
-            "model is a PeftModel already and peft_config is given; leave peft_config out to train "
+            "model is already a PeftModel and peft_config is given; remove peft_config to train "
             "its adapter, or pass model.merge_and_unload() to train a new one"
         )
     quantized = is_quantized(model)
     if quantized:
-        model = prepare_model_for_kbit_training(
-            model,
-            use_gradient_checkpointing=args.gradient_checkpointing,
-            gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
-        )
-    elif args.gradient_checkpointing:
-        _let_inputs_require_grad(model)
-    kwargs = {}
+        # Trainer switches checkpointing on, and only while it trains.
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    kwargs: dict[str, Any] = {}
     deepspeed = args.deepspeed_plugin
     if deepspeed is not None and deepspeed.zero_stage == 3 and not quantized:
-        # ZeRO-3 gathers parameters of one dtype only; PEFT would make the adapter float32.
+        # ZeRO-3 gathers parameters of only one dtype; PEFT would make the adapter float32.
         kwargs["autocast_adapter_dtype"] = False
     model = get_peft_model(model, peft_config, **kwargs)
     casted = bool(args.bf16 and getattr(model, "is_loaded_in_4bit", False))
@@ -169,35 +182,10 @@ def _add_adapter(model: nn.Module, args: ORPOConfig, peft_config: Any) -> tuple[
 
 
 def _cast_to_bf16(model: nn.Module) -> None:
-    """Norms in float32, float32 embeddings and heads in bfloat16, as TRL has them for QLoRA."""
+    """Casts norms to float32, and float32 embeddings and heads to bfloat16, as TRL for QLoRA."""
     for name, module in model.named_modules():
         if isinstance(module, nn.LayerNorm) or "norm" in name:
             module.to(torch.float32)
         elif any(part in name for part in ("lm_head", "embed_tokens", "wte", "wpe")):
             if getattr(getattr(module, "weight", None), "dtype", None) == torch.float32:
                 module.to(torch.bfloat16)
-
-
-def _let_inputs_require_grad(model: nn.Module) -> None:
-    """A checkpoint passes no gradient on to an adapter if no input of it requires one."""
-    if hasattr(model, "enable_input_require_grads"):
-        model.enable_input_require_grads()
-    else:
-        model.get_input_embeddings().register_forward_hook(_require_grad)
-
-
-def _require_grad(module: nn.Module, args: Any, output: torch.Tensor) -> None:
-    output.requires_grad_(True)
-
-
-def disable_dropout(model: nn.Module) -> None:
-    """
-    Set every dropout probability to 0: those of dropout layers, and those that attention layers
-    keep as a number for the functional form.
-    """
-    for module in model.modules():
-        if isinstance(module, _DropoutNd):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if name.endswith("dropout") and isinstance(value, float):
-                setattr(module, name, 0.0)

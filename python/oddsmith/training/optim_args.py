@@ -1,9 +1,12 @@
-"""`optim_args`: the text of options to their values."""
+"""Parses the options in `optim_args`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
+
+from torch import nn
+from transformers import Trainer
 
 from ..optim.low_rank.optimizer import LowRankOptimizer
 
@@ -16,7 +19,13 @@ def yes_or_no(value: str) -> bool:
     return answers[value.lower()]
 
 
-# Options in optim_args that are no strings.
+def decayed_names(model: nn.Module) -> set[str]:
+    """Names of the parameters that transformers lets decay."""
+    # Static in all but its signature.
+    return set(Trainer.get_decay_parameter_names(cast(Trainer, None), model))
+
+
+# Options in optim_args that are not strings.
 _TYPES: dict[str, Callable[[str], Any]] = {
     "rank": int,
     "update_proj_gap": int,
@@ -28,7 +37,7 @@ _TYPES: dict[str, Callable[[str], Any]] = {
 
 
 def readers(kind: type[LowRankOptimizer]) -> dict[str, Callable[[str], Any]]:
-    """The options of an optimiser's projected groups, and what reads their values."""
+    """The options of an optimiser's projected groups, and their parsers."""
     return {option: _TYPES.get(option, str) for option in kind.group_options}
 
 
@@ -36,15 +45,15 @@ def parse_optim_args(
     text: str | None, known: dict[str, Callable[[str], Any]], where: str
 ) -> dict[str, Any]:
     """
-    Options from `"rank=128,update_proj_gap=200,scale=0.25"`.
+    Parse options such as `"rank=128,update_proj_gap=200,scale=0.25"`.
 
     Args:
         text (`str`, *optional*): `optim_args` of the training arguments.
-        known (`dict[str, Callable]`): Options that there are, and what reads their values.
+        known (`dict[str, Callable]`): Known options, and their parsers.
         where (`str`): Name of the optimiser, for messages.
 
     Raises:
-        ValueError: If an option is unknown, there twice, or its value cannot be read.
+        ValueError: If an option is unknown or given twice, or its value cannot be read.
     """
     options: dict[str, Any] = {}
     for part in filter(None, (text or "").replace(" ", "").split(",")):
@@ -53,7 +62,7 @@ def parse_optim_args(
             raise ValueError(f"{where}: optim_args has {part!r}; must be option=value")
         if key not in known:
             raise ValueError(
-                f"{where}: optim_args has {key!r}, which is no option; there are "
+                f"{where}: optim_args has the unknown option {key!r}; known are "
                 f"{', '.join(sorted(known))}"
             )
         if key in options:

@@ -1,4 +1,4 @@
-"""Rows of a training run: TRL's hooks for them, and the checks before training starts."""
+"""Rows of a training run: TRL's hooks, and the checks before training starts."""
 
 from typing import Any
 
@@ -12,14 +12,15 @@ from ..data.vocabulary import check_vocabulary
 from ..inspection.report import report_rows
 from ..inspection.token_stats import needed
 from .overrides import is_overridden
+from .trainer_parts import TrainerParts
 
 logger = logging.get_logger(__name__)
 
-# A subclass that has one of these of its own makes its rows one by one, through them.
+# If a subclass overrides one of these, rows are made one by one through them.
 ROW_HOOKS = ("tokenize_row", "build_tokenized_answer")
 
 
-class RowHooks:
+class RowHooks(TrainerParts):
     """Part of [`~oddsmith.ORPOTrainer`]: how a pair becomes a row. Uses its `_rows`."""
 
     def build_tokenized_answer(self, prompt: str, answer: str) -> dict[str, list[int]]:
@@ -58,7 +59,7 @@ class RowHooks:
     def _report_rows(self, train_dataset: Any) -> None:
         columns = train_dataset.column_names
         if columns is not None and not set(needed(columns)) <= set(columns):
-            return  # a tokenize_row of one's own names them otherwise
+            return  # an overridden tokenize_row may use other names
         report = report_rows(
             train_dataset,
             self.processing_class,

@@ -1,11 +1,11 @@
-//! The readers on anything: a file or an error, never a panic.
+//! Arbitrary files: the readers return a file or an error, never a panic.
 
 use proptest::prelude::*;
 
 use super::*;
 
 proptest! {
-    /// No file makes the reader panic, and what it takes can be read.
+    /// No file makes the reader panic, and an accepted file can be read.
     #[test]
     fn any_bytes_are_a_file_or_an_error(mut content: Vec<u8>, length in any::<Option<u8>>()) {
         if let (Some(length), true) = (length, content.len() >= 8) {
@@ -14,7 +14,7 @@ proptest! {
         read_all(&content);
     }
 
-    /// Headers of the right form, with sizes that fit the file now and then.
+    /// Well-formed headers, with sizes that sometimes fit the file.
     #[test]
     fn any_header_is_a_file_or_an_error(
         tensors in prop::collection::vec(
@@ -65,7 +65,7 @@ proptest! {
         read_all(&content);
     }
 
-    /// Texts in place of the JSON: what is read has the sizes that it says.
+    /// Other texts instead of the JSON: an accepted state has the sizes that the text gives.
     #[test]
     fn any_json_is_a_state_or_an_error(
         (key, value) in (
@@ -97,7 +97,7 @@ proptest! {
         read_all(&std::fs::read(write(folder.path(), "x", &tensors)).expect("it"));
     }
 
-    /// Whatever the shape, the file holds what quantising the whole tensor makes, and reads back.
+    /// For any shape, the file has the same codes as quantising the tensor at once, and can be read back.
     #[test]
     fn any_matrix_is_quantised_whole(
         rows in 1usize..90, columns in 1usize..90, power in 5u32..13, double: bool, seed: u32,

@@ -22,7 +22,7 @@ fn plain<'a>(bytes: &'a [u8], absmax: &'a [f32], blocksize: usize) -> Packed<'a>
     Packed { bytes, scales: Scales::Plain(absmax), blocksize, via: [Dtype::F32; 2] }
 }
 
-/// The format in its own words, one value after another.
+/// The format by its definition, value by value.
 fn naive(values: &[f32], blocksize: usize) -> (Vec<u8>, Vec<f32>) {
     let (mut codes, mut scales) = (Vec::new(), Vec::new());
     for block in values.chunks(blocksize) {
@@ -41,12 +41,12 @@ fn naive(values: &[f32], blocksize: usize) -> (Vec<u8>, Vec<f32>) {
 #[test]
 fn a_block_by_hand() {
     let mut values = [0.0f32; 33];
-    // Scale 2: 1.0, 0.5, -0.25, which lie nearest to codes 15, 12 (0.44; 0.56 is further) and 4 (-0.28).
+    // Scale 2: 1.0, 0.5, -0.25, which are nearest to codes 15, 12 (0.44; 0.56 is further) and 4 (-0.28).
     (values[0], values[1], values[2], values[32]) = (2.0, 1.0, -0.5, -3.0);
     let (packed, absmax) = quantized(&values, 32);
     assert_eq!(absmax, [2.0, 3.0]);
     assert_eq!(packed[..3], [0xfc, 0x47, 0x77]);
-    assert_eq!(packed[16], 0x07); // -1, then the pad
+    assert_eq!(packed[16], 0x07); // -1, then the padding
 }
 
 #[test]

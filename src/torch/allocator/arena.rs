@@ -1,8 +1,8 @@
 //! Where in a range of memory each buffer goes: first fit by address.
 //!
-//! Training allocates and frees the same kinds of buffers in each layer and each step. Placing each
-//! one in the first gap that holds it, and joining gaps as soon as they touch, keeps the range as
-//! full as it can be: what is resident stays near what is in use.
+//! Training allocates and frees the same kinds of buffers in each layer and each step. Placing each one in
+//! the first gap that fits and joining adjacent gaps at once keeps the range dense, so that resident memory
+//! stays near the memory in use.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -13,9 +13,9 @@ const GRAIN: usize = 4096;
 #[derive(Debug)]
 pub struct Arena {
     capacity: usize,
-    /// End of the last buffer: all beyond is free.
+    /// End of the last buffer; everything after it is free.
     top: usize,
-    /// Start and size of each gap below `top`. No two touch, and none reaches `top`.
+    /// Start and size of each gap below `top`. No two are adjacent, and none ends at `top`.
     gaps: BTreeMap<usize, usize>,
     /// Start and size of each buffer.
     used: HashMap<usize, usize>,
@@ -47,7 +47,7 @@ impl Arena {
         Some(start)
     }
 
-    /// Takes a buffer back; false if none starts there.
+    /// Frees a buffer; false if none starts there.
     pub fn free(&mut self, start: usize) -> bool {
         let Some(size) = self.used.remove(&start) else { return false };
         let (mut first, mut end) = (start, start + size);
@@ -68,8 +68,7 @@ impl Arena {
         true
     }
 
-    /// Start and size of everything that is free and may have been touched: the gaps, and what lies
-    /// between the top and `touched`.
+    /// Start and size of free memory that may be resident: the gaps, and the part from the top to `touched`.
     pub fn vacant(&self, touched: usize) -> impl Iterator<Item = (usize, usize)> + '_ {
         let gaps = self.gaps.iter().map(|(&start, &size)| (start, size));
         gaps.chain((touched > self.top).then(|| (self.top, touched - self.top)))
@@ -119,7 +118,7 @@ mod tests {
                 assert!(live.iter().all(|&(s, n)| start + size <= s || s + n <= start));
                 live.push((start, size));
             }
-            // Everything below the top is a buffer or a gap.
+            // All memory below the top is a buffer or a gap.
             let rounded: usize = live.iter().map(|&(_, n)| n.next_multiple_of(GRAIN)).sum();
             let gaps: usize = arena.vacant(arena.top()).map(|(_, n)| n).sum();
             assert_eq!(rounded + gaps, arena.top());

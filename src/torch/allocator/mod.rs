@@ -1,5 +1,4 @@
-//! Memory of CPU tensors: [`arena`] says where a buffer goes, [`pool`] hands buffers to libtorch, which
-//! `vtable` puts it into.
+//! Memory of CPU tensors: [`arena`] places buffers, [`pool`] gives them to libtorch, through `vtable`.
 
 pub mod arena;
 #[cfg(target_os = "linux")]

@@ -1,11 +1,11 @@
-//! Memory of CPU tensors from one range that is reused, while a model trains.
+//! A pool that reuses the memory of CPU tensors while a model trains.
 //!
-//! libtorch asks the C library for each tensor anew. glibc hands out large ones as fresh mappings,
-//! whose pages fault in each time, and smaller ones aligned from its heap, where a hole that an
-//! equally large tensor has left is too small by the alignment: a step of training keeps several
-//! times what it uses. Here a hole is as good as new, and stays mapped.
+//! libtorch allocates each tensor from the C library. glibc makes a new mapping for each large one, with page
+//! faults each time, and aligns smaller ones in its heap, where the gap of a freed tensor is too small for an
+//! equally large one because of the alignment: a training step keeps several times the memory it uses. Here
+//! gaps are reused and stay mapped.
 //!
-//! A tensor made while the pool is installed may live as long as it likes.
+//! A tensor of the pool may outlive the installation of the pool.
 #![allow(unsafe_code)] // system calls
 
 use std::ffi::c_void;
@@ -14,13 +14,13 @@ use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use super::arena::Arena;
 use super::vtable::{self, Hooks};
 
-/// Smaller tensors stay with the C library.
+/// Smaller tensors come from the C library.
 const SMALLEST: usize = 256 << 10;
 
 struct Pool {
     base: usize,
-    /// Process that reserved the range. A forked child has a copy of it, and of a lock that another
-    /// thread may have held: it leaves both alone.
+    /// Process that reserved the range. A forked child has a copy of it, and of a lock that another thread
+    /// may have held, so it uses neither.
     process: u32,
     capacity: usize,
     state: Mutex<State>,
@@ -28,7 +28,7 @@ struct Pool {
 
 struct State {
     arena: Arena,
-    /// End of what was ever in use since it was last given back.
+    /// End of the memory used since pages were last returned to the system.
     touched: usize,
 }
 
@@ -48,7 +48,7 @@ impl Pool {
         if base == libc::MAP_FAILED {
             return None;
         }
-        // SAFETY: advice on the mapping just made; its failure costs speed alone.
+        // SAFETY: advice on the new mapping; a failure only costs speed.
         unsafe { libc::madvise(base, capacity, libc::MADV_HUGEPAGE) };
         let state = State { arena: Arena::new(capacity), touched: 0 };
         Some(Self { base: base as usize, process: std::process::id(), capacity, state: Mutex::new(state) })
@@ -58,7 +58,7 @@ impl Pool {
         if std::process::id() != self.process {
             return None;
         }
-        // Nothing panics while it holds the lock.
+        // No code panics while it holds the lock.
         Some(self.state.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
@@ -69,11 +69,11 @@ impl Pool {
         Some(self.base + start)
     }
 
-    /// Gives the pages of all holes back to the system.
+    /// Returns the pages of all gaps to the system.
     fn trim(&self) {
         let Some(mut state) = self.state() else { return };
         for (start, size) in state.arena.vacant(state.touched) {
-            // SAFETY: the range lies within the mapping and no buffer has a byte in it.
+            // SAFETY: the range is within the mapping and no buffer overlaps it.
             unsafe { libc::madvise((self.base + start) as *mut c_void, size, libc::MADV_DONTNEED) };
         }
         state.touched = state.arena.top();
@@ -103,14 +103,14 @@ fn free(data: *mut c_void) -> bool {
     true
 }
 
-/// Makes tensors of 256 KiB and more come from the pool. Returns false if the system has no room
-/// for it, or this libtorch no place; then nothing changes.
+/// Allocates tensors of 256 KiB and more from the pool. Returns false without a change if the system has no
+/// address space for it, or this libtorch has no place for another allocator.
 pub fn install() -> bool {
-    // Either allocator frees what it has made, whichever is installed then.
+    // Each allocator frees its own memory, whichever is installed then.
     POOL.get_or_init(Pool::reserve).is_some() && vtable::install(Hooks { allocate, free })
 }
 
-/// New tensors come from the C library again, and the pool's holes go back to the system.
+/// Allocates new tensors from the C library again, and returns the pool's gaps to the system.
 pub fn uninstall() {
     vtable::uninstall();
     if let Some(pool) = pool() {

@@ -1,4 +1,4 @@
-//! Arguments and results of the head's ops: below all backends, which take them as they are here.
+//! Arguments and results of the head's ops, which all backends share.
 
 use tch::{Device, Kind, Tensor};
 
@@ -9,7 +9,7 @@ use crate::torch::device::{check_devices, on_host};
 use crate::torch::dtype::{check_kind, dtype_name};
 use crate::torch::view::slice;
 
-/// The label that means "no row".
+/// The label of rows without a target.
 pub const IGNORE: i64 = -100;
 
 /// The arguments that every op of the head shares.
@@ -23,7 +23,7 @@ pub struct Args<'a> {
     pub weight: &'a Tensor,
     /// `(V,)`, same dtype.
     pub bias: Option<&'a Tensor>,
-    /// `(N,)` int64: words, or [`IGNORE`].
+    /// `(N,)` int64: tokens, or [`IGNORE`].
     pub targets: &'a Tensor,
     /// Bound on the logits.
     pub softcap: Option<f64>,
@@ -31,7 +31,7 @@ pub struct Args<'a> {
     pub logit_scale: f64,
 }
 
-/// Which gradients are wanted.
+/// Which gradients to compute.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Wants {
     /// Of the hidden states.
@@ -75,7 +75,7 @@ impl Args<'_> {
     /// Checks devices, shapes, dtypes and values, before anything is allocated.
     ///
     /// # Errors
-    /// The first argument that does not fit, by name.
+    /// The first invalid argument, by name.
     pub fn check(&self) -> Result<()> {
         let others = [("weight", Some(self.weight)), ("targets", Some(self.targets)), ("bias", self.bias)];
         check_devices(self.op, ("hidden", self.hidden), others)?;
@@ -105,7 +105,7 @@ impl Args<'_> {
             "targets",
             self.targets,
             vocab,
-            &format!("words in 0..{vocab}, or {IGNORE} for no row"),
+            &format!("tokens in 0..{vocab}, or {IGNORE} for none"),
             true,
         )?;
         self.positive("softcap", self.softcap.unwrap_or(1.0))?;
@@ -115,19 +115,18 @@ impl Args<'_> {
         Ok(())
     }
 
-    /// Checks an argument with one entry a row.
+    /// Checks an argument with one entry per row.
     fn row_argument(&self, argument: &'static str, tensor: &Tensor, rows: i64, kind: Kind) -> Result<()> {
         self.shape(
             argument,
             tensor,
-            &format!("({rows},), a value a row of hidden"),
+            &format!("({rows},), one value per row of hidden"),
             tensor.size() == [rows],
         )?;
         self.like_hidden(argument, tensor, Some(kind))
     }
 
-    /// Checks that values lie in `0..end`. Only on the CPU: elsewhere the check would make the
-    /// host wait for the device.
+    /// Checks that values are in `0..end`, only on the CPU: elsewhere the host would wait for the device.
     fn range(
         &self,
         argument: &'static str,
@@ -147,16 +146,16 @@ impl Args<'_> {
         }
     }
 
-    /// Checks what a backward pass takes beside the arguments of its forward pass: a number a row.
+    /// Checks the additional arguments of a backward pass, which have one number per row.
     ///
     /// # Errors
-    /// The first argument that does not fit, by name.
+    /// The first invalid argument, by name.
     pub fn check_backward(&self, lse: &Tensor, upstream: &Tensor) -> Result<()> {
         let rows = self.hidden.size()[0];
         for (argument, tensor) in [("lse", lse), ("upstream", upstream)] {
             check_devices(self.op, ("hidden", self.hidden), [(argument, Some(tensor))])?;
             check_kind(self.op, argument, tensor.f_kind()?, &[Kind::Float, Kind::Double])?;
-            let expected = format!("({rows},), a value a row of hidden");
+            let expected = format!("({rows},), one value per row of hidden");
             self.shape(argument, tensor, &expected, tensor.size() == [rows])?;
         }
         Ok(())
@@ -174,16 +173,16 @@ impl Args<'_> {
     }
 }
 
-/// Who is who in the batch.
+/// The sequence and role of each row of the batch.
 #[derive(Debug)]
 pub struct Pairs<'a> {
     /// `(N,)` int64 in `0..2 * count`.
     pub sequence: &'a Tensor,
     /// `(N,)` bool.
     pub completion: &'a Tensor,
-    /// Number of pairs; none: as many as `sequence` names.
+    /// Number of pairs; none: read from `sequence`.
     pub count: Option<i64>,
-    /// Number of rows in the loss; none: those that there are.
+    /// Number of rows in the loss; none: counted.
     pub scored: Option<i64>,
 }
 
@@ -191,7 +190,7 @@ impl Pairs<'_> {
     /// Checks the batch against the rows and returns the number of pairs.
     ///
     /// # Errors
-    /// The first argument that does not fit, by name.
+    /// The first invalid argument, by name.
     pub fn check(&self, args: &Args<'_>, objective: Objective) -> Result<i64> {
         let rows = args.hidden.size()[0];
         let others = [("sequence", Some(self.sequence)), ("completion", Some(self.completion))];
@@ -210,7 +209,7 @@ impl Pairs<'_> {
         Ok(pairs)
     }
 
-    /// As [`Args::range`]: elsewhere the loss is NaN if the number is not that of the rows.
+    /// On the CPU only, as [`Args::range`]; elsewhere the loss is NaN if the number is wrong.
     fn check_scored(&self, args: &Args<'_>, pairs: i64, scope: NllScope) -> Result<()> {
         let Some(scored) = self.scored else { return Ok(()) };
         let rows = args.hidden.size()[0];
@@ -251,7 +250,7 @@ pub struct Report {
     pub rejected_logits: Tensor,
     /// Pairs with an empty side, `()` int64.
     pub empty: Tensor,
-    /// Of hidden, weight and bias, empty where not wanted.
+    /// Of hidden, weight and bias, empty if not needed.
     pub gradients: [Tensor; 3],
 }
 
@@ -279,7 +278,7 @@ impl Report {
 /// The outcome as tensors.
 ///
 /// # Errors
-/// What libtorch reports.
+/// Errors of libtorch.
 pub fn report(outcome: &Outcome, kind: Kind, device: Device, grads: [Tensor; 3]) -> Result<Report> {
     let many = |values: &[f64]| -> Result<Tensor> {
         Ok(Tensor::f_from_slice(values)?.f_to_kind(kind)?.f_to_device(device)?)

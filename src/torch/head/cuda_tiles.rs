@@ -1,9 +1,8 @@
-//! A head on a card: tiles of products by libtorch, and the kernels of `kernels/head_tiles.cu` on them.
+//! The head on a GPU: tiles of products by libtorch, and the kernels of `kernels/head_tiles.cu` on them.
 //!
-//! Products come out in `f32` whatever is multiplied. Logits that are rounded to `bf16` would save a
-//! third of the passes' traffic, and cost what the loss is made of: over 16,000 words, with logits of a
-//! spread of 8, the log-probability of a token is off by up to 0.1 then, and by 4e-6 as it is; the
-//! gradient of a row is off by 8e-3 of its length, and by 3e-4.
+//! Products are in `f32` for all dtypes. Rounding logits to `bf16` would save a third of the passes' traffic,
+//! but lose accuracy: with 16,000 tokens and logits with a spread of 8, the error of a log-probability is up
+//! to 0.1 instead of 4e-6, and that of a row's gradient 8e-3 of its norm instead of 3e-4.
 
 use std::ops::Range;
 
@@ -16,22 +15,22 @@ use crate::cuda::{self, Arg, Launch};
 use crate::torch::device::pointer;
 use crate::torch::dtype::{named, names};
 
-/// Columns that a thread has of a row, threads of a block at most, and so the widest tile.
+/// Columns of a row per thread, most threads of a block, and so the widest tile.
 const GROUP: i64 = constant(HEAD_TILES.text, "GROUP");
 const COLUMNS: i64 = GROUP * constant(HEAD_TILES.text, "GROUPS");
 const MAX_THREADS: i64 = constant(HEAD_TILES.text, "MAX_THREADS");
 const MAX_COLUMNS: i64 = COLUMNS * MAX_THREADS;
 
-/// Threads of the kernels that take a whole batch.
+/// Threads of the kernels on a complete batch.
 const BATCH_THREADS: i64 = constant(HEAD_BATCH.text, "BLOCK");
 
-/// Threads of the kernels that take rows of any width.
+/// Threads of the kernels on rows of any width.
 const ROW_THREADS: i64 = 256;
 const _: () = assert!(ROW_THREADS <= MAX_THREADS);
 
 /// `gradient *= factor` in place, without reading the factor.
 pub(super) fn scale(device: cuda::Device, gradient: &Tensor, factor: &Tensor) -> Result<()> {
-    const BLOCKS: u32 = 8; // of a multiprocessor: as many threads as it takes
+    const BLOCKS: u32 = 8; // per multiprocessor: all its threads
     let kind = gradient.f_kind()?;
     let kernel = named(kind, names!("head_scale"));
     let count = gradient.numel() as i64;
@@ -61,16 +60,16 @@ pub(super) struct GpuHead<'a> {
     bias: Option<Tensor>,
     /// Dtype of hidden and weight.
     pub kind: Kind,
-    /// Whether libtorch multiplies halves into `f32` here: on cards, `bf16` from Ampere on.
+    /// Whether libtorch multiplies 16-bit matrices into `f32` here: on GPUs, `bf16` from Ampere on.
     mixed: bool,
 }
 
-/// Rows that go through the vocabulary together.
+/// Rows that are swept together.
 #[derive(Debug)]
 pub(super) struct Rows {
     /// `(R, D)`.
     pub hidden: Tensor,
-    /// `(R,)`; negative in rows of which only the logits' sum is wanted.
+    /// `(R,)`; negative in rows that only need the sum of their logits.
     pub targets: Tensor,
 }
 
@@ -85,7 +84,7 @@ impl Rows {
     }
 }
 
-/// What sweeps find out about rows, each `(R,)`.
+/// Statistics of the rows from sweeps, each `(R,)`.
 #[derive(Debug)]
 pub(super) struct Stats {
     /// `f32`.
@@ -94,7 +93,7 @@ pub(super) struct Stats {
     pub sum: Tensor,
     /// The target's logit, `f32`.
     pub label: Tensor,
-    /// Sum of the logits, `f64`, under a softcap and in rows without a target.
+    /// Sum of the logits, `f64`, with a softcap and in rows without a target.
     pub total: Tensor,
 }
 
@@ -109,7 +108,7 @@ impl Stats {
         })
     }
 
-    /// Those of `len` rows.
+    /// The statistics of `len` rows.
     pub fn part(&self, first: i64, len: i64) -> Result<Self> {
         let part = |x: &Tensor| x.f_narrow(0, first, len);
         Ok(Self {
@@ -130,7 +129,7 @@ impl Stats {
     }
 }
 
-/// Room for tiles of the same rows, `(R, stride)` in `f32`.
+/// A buffer for tiles of the same rows, `(R, stride)` in `f32`.
 #[derive(Debug)]
 pub(super) struct Room(Tensor);
 
@@ -139,12 +138,12 @@ impl Room {
         Ok(Self(Tensor::f_empty([rows, columns], (Kind::Float, device))?))
     }
 
-    /// The room of the first `len` rows, or of all if it has fewer.
+    /// The buffer of the first `len` rows, or of all if it has fewer.
     pub fn first(&self, len: i64) -> Result<Self> {
         Ok(Self(self.0.f_narrow(0, 0, len.min(self.0.size()[0]))?))
     }
 
-    /// What a kernel has left in the rows: elements of the head's dtype, from their beginning.
+    /// The result of a kernel in the rows: elements of the head's dtype, at the start of each row.
     fn results(&self, kind: Kind, columns: i64) -> Result<Tensor> {
         let elements =
             if kind == Kind::Float { self.0.shallow_clone() } else { self.0.f_view_dtype(kind)? };
@@ -168,7 +167,7 @@ impl<'a> GpuHead<'a> {
         })
     }
 
-    /// Where its tensors are.
+    /// The device of its tensors.
     pub fn place(&self) -> Device {
         self.hidden.device()
     }
@@ -181,8 +180,8 @@ impl<'a> GpuHead<'a> {
         self.weight.size()[1]
     }
 
-    /// Rows that the means of the two sides take. A half has 8 or 11 bits, and what it loses becomes a
-    /// row of its own.
+    /// Rows of the means of the two sides. A 16-bit type has 8 or 11 bits, and the rounding error becomes
+    /// another row.
     pub fn side_rows(&self) -> i64 {
         if self.kind == Kind::Float { 2 } else { 4 }
     }
@@ -193,7 +192,7 @@ impl<'a> GpuHead<'a> {
         Ok(self.bias.as_ref().map(sum).transpose()?)
     }
 
-    /// A gradient that is not wanted.
+    /// The empty gradient, if not needed.
     pub fn nothing(&self) -> Result<Tensor> {
         Ok(Tensor::f_empty([0], (self.kind, self.place()))?)
     }
@@ -215,12 +214,12 @@ impl<'a> GpuHead<'a> {
 
     /// Columns of a tile of `rows` rows and about `elements` elements.
     pub fn columns(&self, rows: i64, elements: i64) -> i64 {
-        // The matrix products like whole blocks of their own; kernels need a multiple of 8.
+        // Matrix products are faster on multiples of their block size; kernels need a multiple of 8.
         let columns = (elements / rows.max(1)).clamp(128, MAX_COLUMNS) & !127;
         columns.min(round_up(self.vocab(), GROUP))
     }
 
-    /// The vocabulary, cut.
+    /// The ranges of the vocabulary's tiles.
     pub fn tiles(&self, columns: i64) -> impl Iterator<Item = Range<i64>> + use<> {
         let vocab = self.vocab();
         (0..vocab).step_by(columns as usize).map(move |first| first..(first + columns).min(vocab))
@@ -271,7 +270,7 @@ impl<'a> GpuHead<'a> {
         [Arg::f32(self.args.logit_scale as f32), Arg::f32(self.args.softcap.unwrap_or(0.0) as f32)]
     }
 
-    /// What every kernel on a tile begins with.
+    /// The first arguments of every kernel on a tile.
     fn tile_args(&self, rows: &Rows, tile: &Range<i64>, room: &Room) -> Result<Vec<Arg>> {
         let bias = match &self.bias {
             Some(bias) => pointer(&bias.f_narrow(0, tile.start, tile.end - tile.start)?, Kind::Float)?,
@@ -302,8 +301,8 @@ impl<'a> GpuHead<'a> {
         self.on_tile("head_forward", rows, tile, &args)
     }
 
-    /// Statistics, and `sum(exp(logit - max) * slope * w)` of every row, `(R, D)` with rows as long as
-    /// a multiple of 4: two products a tile.
+    /// Statistics, and `sum(exp(logit - max) * slope * w)` of every row, `(R, D)` with a stride that is a
+    /// multiple of 4: two products per tile.
     pub fn expectation(&self, rows: &Rows, columns: i64, stats: &Stats) -> Result<Tensor> {
         let room = Room::new(rows.len(), columns, self.place())?;
         let size = [rows.len(), round_up(self.width(), 4)];
@@ -337,7 +336,7 @@ impl<'a> GpuHead<'a> {
         room.results(self.kind, tile.end - tile.start)
     }
 
-    /// `d_hidden (+)= gradients words`, in `f32`.
+    /// `d_hidden (+)= gradients weight`, in `f32`.
     pub fn d_hidden(&self, out: &Tensor, gradients: &Tensor, tile: &Range<i64>) -> Result<()> {
         self.product(out, gradients, &self.words(tile)?, tile.start > 0)
     }

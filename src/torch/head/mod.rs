@@ -1,8 +1,8 @@
 //! The ORPO head on tensors: checks the arguments, picks the path, returns tensors.
 //!
 //! On the CPU [`slices`] runs the algorithm of [`crate::head`] on views of the tensors. On NVIDIA GPUs
-//! [`cuda`] runs the same chunks through kernels; on any other device, and there for `f64`, [`ops`] does
-//! through libtorch's ops.
+//! [`cuda`] runs the same chunks through kernels; on any other device, and on GPUs for `f64`, [`ops`] uses
+//! libtorch's ops.
 
 pub mod args;
 pub mod cuda;
@@ -27,7 +27,7 @@ fn on_cpu(args: &Args<'_>) -> bool {
 /// `float64`), the expectation has the dtype of `hidden`.
 ///
 /// # Errors
-/// Arguments that do not fit, and what libtorch reports.
+/// Invalid arguments, and errors of libtorch.
 pub fn logps(args: &Args<'_>, expectation: bool) -> Result<[Tensor; 3]> {
     args.check()?;
     if let Some(device) = cuda::device(args)? {
@@ -39,10 +39,10 @@ pub fn logps(args: &Args<'_>, expectation: bool) -> Result<[Tensor; 3]> {
     slices::logps(args, expectation)
 }
 
-/// Gradients of `sum(upstream * logps)`: of hidden, weight and bias, empty where not wanted.
+/// Gradients of `sum(upstream * logps)`: of hidden, weight and bias, empty if not needed.
 ///
 /// # Errors
-/// Arguments that do not fit, and what libtorch reports.
+/// Invalid arguments, and errors of libtorch.
 pub fn logps_backward(args: &Args<'_>, lse: &Tensor, upstream: &Tensor, wants: Wants) -> Result<[Tensor; 3]> {
     args.check()?;
     args.check_backward(lse, upstream)?;
@@ -58,7 +58,7 @@ pub fn logps_backward(args: &Args<'_>, lse: &Tensor, upstream: &Tensor, wants: W
 /// The fused loss.
 ///
 /// # Errors
-/// Arguments that do not fit, and what libtorch reports.
+/// Invalid arguments, and errors of libtorch.
 pub fn orpo(args: &Args<'_>, pairs: &Pairs<'_>, objective: Objective, wants: Wants) -> Result<Report> {
     args.check()?;
     let count = pairs.check(args, objective)?;

@@ -1,8 +1,7 @@
-//! The head's chunks through libtorch's ops, on any device.
+//! The head with libtorch's ops, on any device.
 //!
-//! The same sweeps as [`crate::head::engine`], tile by tile, with a tensor op for each step. The
-//! handful of per-sequence numbers goes to the host, where [`crate::head::scores`] turns them into
-//! loss and coefficients.
+//! The same sweeps as [`crate::head::engine`], tile by tile, with a tensor op for each step. The few numbers
+//! per sequence go to the host, where [`crate::head::scores`] turns them into loss and coefficients.
 
 use std::ops::Range;
 
@@ -15,7 +14,7 @@ use crate::head::plan::default_budget;
 use crate::head::scores::{Objective, Scores};
 use crate::torch::view::slice;
 
-/// Elements of a tile of logits. A device wants larger tiles than a cache.
+/// Elements of a tile of logits: a device needs larger tiles than a CPU's cache.
 const TILE: i64 = 1 << 25;
 
 /// Below every logit, and finite: `exp(LOWEST - max)` is zero and never NaN.
@@ -72,7 +71,7 @@ impl<'a> Sweep<'a> {
         Ok(self.args.weight.f_detach()?.f_narrow(0, tile.start, tile.end - tile.start)?)
     }
 
-    /// `a b` with a result in `kind`: half-precision logits would lose more than their inputs did.
+    /// `a b` with a result in `kind`: half-precision logits would lose more accuracy than their inputs.
     fn product(&self, a: &Tensor, b: &Tensor) -> Result<Tensor> {
         if a.f_kind()? == self.kind {
             return Ok(a.f_mm(b)?);
@@ -83,7 +82,7 @@ impl<'a> Sweep<'a> {
         Ok(a.f_to_kind(self.kind)?.f_mm(&b.f_to_kind(self.kind)?)?)
     }
 
-    /// A tensor with one number a row.
+    /// A tensor with one number per row.
     fn full(&self, value: f64) -> Result<Tensor> {
         Ok(Tensor::f_full([self.rows()], value, (self.kind, self.args.hidden.device()))?)
     }
@@ -101,21 +100,20 @@ impl<'a> Sweep<'a> {
         Ok(z)
     }
 
-    /// `d logit / d product`, or none where it is one.
+    /// `d logit / d product`, or none if it is one.
     fn slope(&self, logits: &Tensor) -> Result<Option<Tensor>> {
         let Some(cap) = self.args.softcap else { return Ok(None) };
         Ok(Some(logits.f_div_scalar(cap)?.f_square()?.f_neg()?.f_add_scalar(1.0)?))
     }
 
-    /// Column of each row's target in the tile, `(R, 1)`, and whether it is there at all.
+    /// Column of each row's target in the tile, `(R, 1)`, and whether it is in the tile.
     fn label(&self, tile: &Range<i64>) -> Result<(Tensor, Tensor)> {
         let column = self.targets.f_sub_scalar(tile.start)?;
         let inside = self.targets.f_ge(tile.start)?.f_logical_and(&self.targets.f_lt(tile.end)?)?;
         Ok((column.f_clamp(0, tile.end - tile.start - 1)?.f_unsqueeze(1)?, inside))
     }
 
-    /// The forward sweep. `visit` sees every tile's logits, the new maxima, and the factor by which
-    /// they shrink what came before.
+    /// The forward sweep. `visit` sees every tile's logits, the new maxima, and the factor on earlier sums.
     fn forward(
         &self,
         mut visit: impl FnMut(&Range<i64>, &Tensor, &Tensor, &Tensor) -> Result<()>,
@@ -169,7 +167,7 @@ impl<'a> Sweep<'a> {
         Ok((s, out))
     }
 
-    /// As `Engine::backward`: gradients of hidden, weight and bias, empty where not wanted.
+    /// As `Engine::backward`: gradients of hidden, weight and bias, empty if not needed.
     fn backward(
         &self,
         lse: &Tensor,
@@ -217,21 +215,21 @@ impl<'a> Sweep<'a> {
         Ok([d_hidden, d_weight, d_bias])
     }
 
-    /// Spreads `(R, D)` over the rows `index` of `(N, D)`, in the dtype of hidden.
+    /// Scatters `(R, D)` to the rows `index` of `(N, D)`, in the dtype of hidden.
     fn scatter(&self, index: &Tensor, rows: &Tensor) -> Result<Tensor> {
         let rows = rows.f_to_kind(self.hidden.f_kind()?)?;
         let all = Tensor::f_zeros(self.args.hidden.size(), (rows.f_kind()?, rows.device()))?;
         Ok(all.f_index_copy(0, index, &rows)?)
     }
 
-    /// Spreads `(R,)` over `(N,)` zeros.
+    /// Scatters `(R,)` to `(N,)` zeros.
     fn spread(&self, index: &Tensor, values: &Tensor) -> Result<Tensor> {
         let all = Tensor::f_zeros(self.args.targets.size(), (self.kind, self.args.hidden.device()))?;
         Ok(all.f_index_copy(0, index, values)?)
     }
 }
 
-/// Places of the rows that have a target.
+/// Indices of the rows that have a target.
 pub(super) fn scored(targets: &Tensor) -> Result<Tensor> {
     Ok(targets.f_ge(0)?.f_nonzero()?.f_squeeze_dim(1)?)
 }
@@ -243,7 +241,7 @@ fn empty(args: &Args<'_>) -> Result<Tensor> {
 /// [`super::logps`] on any device.
 ///
 /// # Errors
-/// What libtorch reports.
+/// Errors of libtorch.
 pub fn logps(args: &Args<'_>, expectation: bool) -> Result<[Tensor; 3]> {
     let index = scored(args.targets)?;
     let sweep = Sweep::new(args, &index)?;
@@ -260,7 +258,7 @@ pub fn logps(args: &Args<'_>, expectation: bool) -> Result<[Tensor; 3]> {
 /// [`super::logps_backward`] on any device.
 ///
 /// # Errors
-/// What libtorch reports.
+/// Errors of libtorch.
 pub fn logps_backward(args: &Args<'_>, lse: &Tensor, upstream: &Tensor, wants: Wants) -> Result<[Tensor; 3]> {
     let index = scored(args.targets)?;
     let sweep = Sweep::new(args, &index)?;
@@ -274,7 +272,7 @@ pub fn logps_backward(args: &Args<'_>, lse: &Tensor, upstream: &Tensor, wants: W
 /// [`super::orpo`] on any device.
 ///
 /// # Errors
-/// What libtorch reports.
+/// Errors of libtorch.
 pub fn orpo(
     args: &Args<'_>,
     pairs: &Pairs<'_>,

@@ -1,5 +1,5 @@
-//! The head on the CPU: the slice algorithm of [`crate::head`] on views of the tensors, whatever their
-//! dtype, in `f32` (`f64` for `f64`).
+//! The head on the CPU: the slice algorithm of [`crate::head`] on views of tensors of any dtype, computed in
+//! `f32` (`f64` for `f64`).
 
 use half::{bf16, f16};
 use tch::{Device, Kind, Tensor};
@@ -47,7 +47,7 @@ fn matrix<T: Element>(tensor: &Tensor) -> Result<Matrix<'_, T>> {
     })
 }
 
-/// Gradient tensors in the type they are computed in; those not wanted are empty.
+/// Gradient tensors in the type they are computed in; empty if not needed.
 struct Buffers {
     hidden: Tensor,
     weight: Tensor,
@@ -58,7 +58,7 @@ struct Buffers {
 impl Buffers {
     fn new<T: Element>(args: &Args<'_>, wants: Wants) -> Result<Self> {
         let options = (T::KIND, Device::Cpu);
-        // Tiles cover the weight's gradient, so it is written in full; d_hidden is added to.
+        // Tiles cover the weight's gradient, so it is overwritten; d_hidden is accumulated.
         let new = |wanted: bool, like: &[i64]| Tensor::f_empty(if wanted { like } else { &[0] }, options);
         let mut weight = new(wants.weight, &args.weight.size())?;
         huge_pages::advise(slice_mut::<T>(&mut weight)?);
@@ -116,16 +116,16 @@ where
     f(&engine, matrix(&owned.hidden)?, slice(&owned.targets)?)
 }
 
-/// A tensor of statistics in the type that was computed in.
+/// A tensor of statistics in the type of the computation.
 fn stats<T: Real + Element>(values: impl IntoIterator<Item = f64>) -> Result<Tensor> {
     let values: Vec<f64> = values.into_iter().collect();
     Ok(Tensor::f_from_slice(&values)?.f_to_kind(T::KIND)?)
 }
 
-/// [`super::logps`] on the CPU, of arguments that were checked.
+/// [`super::logps`] on the CPU, with checked arguments.
 ///
 /// # Errors
-/// What libtorch reports.
+/// Errors of libtorch.
 pub fn logps(args: &Args<'_>, expectation: bool) -> Result<[Tensor; 3]> {
     match args.hidden.f_kind()? {
         Kind::Double => logps_as::<f64>(args, expectation),
@@ -144,10 +144,10 @@ fn logps_as<T: Real + Element>(args: &Args<'_>, expectation: bool) -> Result<[Te
     Ok([stats::<T>(out.logps)?, stats::<T>(out.lse)?, expectation])
 }
 
-/// [`super::logps_backward`] on the CPU, of arguments that were checked.
+/// [`super::logps_backward`] on the CPU, with checked arguments.
 ///
 /// # Errors
-/// What libtorch reports.
+/// Errors of libtorch.
 pub fn logps_backward(args: &Args<'_>, lse: &Tensor, upstream: &Tensor, wants: Wants) -> Result<[Tensor; 3]> {
     match args.hidden.f_kind()? {
         Kind::Double => logps_backward_as::<f64>(args, lse, upstream, wants),
@@ -171,10 +171,10 @@ fn logps_backward_as<T: Real + Element>(
     buffers.finish(args)
 }
 
-/// [`super::orpo`] on the CPU, of arguments that were checked.
+/// [`super::orpo`] on the CPU, with checked arguments.
 ///
 /// # Errors
-/// What libtorch reports.
+/// Errors of libtorch.
 pub fn orpo(
     args: &Args<'_>,
     pairs: &Pairs<'_>,

@@ -1,4 +1,4 @@
-//! A step of `AdamW` on a card: a launch of kernels/adamw.cu for each parameter, checked before.
+//! A step of `AdamW` on a GPU: a launch of kernels/adamw.cu for each checked parameter.
 
 use tch::{Kind, Tensor};
 
@@ -10,7 +10,7 @@ use crate::optim::adamw;
 use crate::torch::device::{grid, pointer};
 
 const THREADS: i64 = constant(ADAMW.text, "THREADS");
-/// Elements that a warp takes: those that share a scale.
+/// Elements per warp: those that share a scale.
 const BLOCK: i64 = constant(ADAMW.text, "BLOCK");
 const _: () = assert!(BLOCK == adamw::BLOCK as i64);
 

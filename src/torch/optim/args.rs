@@ -1,4 +1,4 @@
-//! Arguments of a step: below all backends, which take them as they are here.
+//! Arguments of a step, which all backends share.
 
 use tch::{Kind, Tensor};
 
@@ -10,7 +10,7 @@ use crate::torch::dtype::{FLOATS, check_kind};
 /// The op, for messages.
 pub(super) const OP: &str = "adamw_step";
 
-/// A parameter and its state as they came from Python.
+/// A parameter and its state from Python.
 #[derive(Debug)]
 pub struct Item {
     /// Values, changed in place.
@@ -19,9 +19,9 @@ pub struct Item {
     pub grad: Tensor,
     /// First and second moments: `f32`, or `uint8` codes.
     pub moments: [Tensor; 2],
-    /// Scales of the codes, `f32`, one a block of 256.
+    /// Scales of the codes, `f32`, one per block of 256.
     pub absmax: Option<[Tensor; 2]>,
-    /// Place of the first element, for stochastic rounding of a part of a parameter.
+    /// Index of the first element, for stochastic rounding of a part of a parameter.
     pub first: i64,
     /// The rule of the parameter's group at its step.
     pub rule: Rule,
@@ -50,7 +50,7 @@ impl Item {
     /// Checks dtypes, sizes, devices and strides.
     ///
     /// # Errors
-    /// The first argument that does not fit, by name.
+    /// The first invalid argument, by name.
     pub fn check(&self) -> Result<()> {
         let kind = self.value.f_kind()?;
         check_kind(OP, "value", kind, &FLOATS)?;

@@ -36,11 +36,11 @@ fn parameter(item: &mut Item) -> Result<Parameter<'_>> {
     Ok(Parameter { values, moments, rule: *rule, first: *first as u64 })
 }
 
-/// Updates values and moments in place, and adds to `bad`, `(1,)` int64 on their device, how many
-/// elements had a gradient that is not finite.
+/// Updates values and moments in place, and adds to `bad`, `(1,)` int64 on their device, how many gradients
+/// were not finite.
 ///
 /// # Errors
-/// The first argument that does not fit, before anything has changed.
+/// The first invalid argument, before anything is changed.
 pub fn adamw_step(mut items: Vec<Item>, bad: &Tensor) -> Result<()> {
     check_kind(OP, "bad", bad.f_kind()?, &[Kind::Int64])?;
     for item in &items {
@@ -53,8 +53,8 @@ pub fn adamw_step(mut items: Vec<Item>, bad: &Tensor) -> Result<()> {
     }
     let _guard = tch::no_grad_guard();
     let Some(first) = items.first() else { return Ok(()) };
-    if let Some(card) = device::of(&first.value)? {
-        return items.iter().try_for_each(|item| adamw_cuda::update(card, item, bad));
+    if let Some(gpu) = device::of(&first.value)? {
+        return items.iter().try_for_each(|item| adamw_cuda::update(gpu, item, bad));
     }
     if first.value.device() != Device::Cpu {
         let got = format!("on {}", device_name(first.value.device()));
@@ -68,10 +68,10 @@ pub fn adamw_step(mut items: Vec<Item>, bad: &Tensor) -> Result<()> {
     Ok(())
 }
 
-/// The values that 8-bit moments stand for: the first, and the second.
+/// The values of the 8-bit codes of the first and the second moment.
 ///
 /// # Errors
-/// What libtorch reports.
+/// Errors of libtorch.
 pub fn maps() -> Result<[Tensor; 2]> {
     Ok([Tensor::f_from_slice(&octave::signed_map())?, Tensor::f_from_slice(&octave::square_map())?])
 }

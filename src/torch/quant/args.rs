@@ -1,4 +1,4 @@
-//! Arguments of the ops of quantisation: below all backends, which take them as they are here.
+//! Arguments of the ops of quantisation, which all backends share.
 
 use tch::{Device, Kind, Tensor};
 
@@ -34,15 +34,15 @@ pub(super) fn check_blocksize(op: &'static str, blocksize: i64) -> Result<usize>
     Err(Error::value(op, "blocksize", "32, 64, 128, 256, 512, 1024, 2048 or 4096", &blocksize))
 }
 
-/// Blocks that `count` values make, the last of which may be partial; both are not negative.
+/// Number of blocks of `count` values, the last of which may be partial; both are not negative.
 pub(super) fn blocks_of(count: i64, blocksize: i64) -> i64 {
     (count as u64).div_ceil(blocksize as u64) as i64
 }
 
-/// What quantised scales need beside their codes.
+/// The parts of quantised scales other than their codes.
 #[derive(Debug)]
 pub struct Nested {
-    /// `f32`, one a block of scales.
+    /// `f32`, one per block of scales.
     pub absmax: Tensor,
     /// `(256,)` `f32`.
     pub map: Tensor,
@@ -52,7 +52,7 @@ pub struct Nested {
     pub blocksize: i64,
 }
 
-/// A 4-bit tensor as it came from Python.
+/// A 4-bit tensor from Python.
 #[derive(Debug)]
 pub struct Weight {
     /// Name of the op, for messages.
@@ -71,7 +71,7 @@ impl Weight {
     /// Checks devices, dtypes and lengths for a tensor of `count` values, and makes the parts contiguous.
     ///
     /// # Errors
-    /// The first argument that does not fit, by name.
+    /// The first invalid argument, by name.
     pub fn checked(mut self, count: i64) -> Result<Self> {
         let op = self.op;
         let nested = self.nested.as_ref();
@@ -110,7 +110,7 @@ impl Weight {
         Ok(self)
     }
 
-    /// The weight as slices, for values that are rounded to `via` on their way.
+    /// The weight as slices, for values that are first rounded to `via`.
     pub(super) fn view(&self, via: [Dtype; 2]) -> Result<Packed<'_>> {
         let scales = match &self.nested {
             None => Scales::Plain(slice(&self.absmax)?),
@@ -129,9 +129,9 @@ impl Weight {
 /// Sizes of the weight.
 #[derive(Clone, Copy, Debug)]
 pub struct Size {
-    /// Rows of the weight: width of the output.
+    /// Rows of the weight: output features.
     pub rows: i64,
-    /// Columns of the weight: width of the input.
+    /// Columns of the weight: input features.
     pub columns: i64,
 }
 
@@ -139,7 +139,7 @@ impl Size {
     /// Number of its elements.
     ///
     /// # Errors
-    /// Sizes that no tensor has.
+    /// Sizes that a tensor cannot have.
     pub fn count(self, op: &'static str) -> Result<i64> {
         count(op, &[self.rows, self.columns])
     }
@@ -150,14 +150,14 @@ pub(super) fn count(op: &'static str, shape: &[i64]) -> Result<i64> {
     let sizes = shape.iter().all(|&size| size >= 0);
     let product = shape.iter().try_fold(1i64, |product, &size| product.checked_mul(size));
     match product {
-        Some(product) if sizes && product < i64::MAX => Ok(product), // plus one, it is halved
+        Some(product) if sizes && product < i64::MAX => Ok(product), // plus one must not overflow
         _ => Err(Error::value(op, "shape", "sizes of a tensor", &format!("{shape:?}"))),
     }
 }
 
 pub(super) fn check_map(op: &'static str, code: &Tensor) -> Result<()> {
     check_kind(op, "code", code.f_kind()?, &[Kind::Float])?;
-    check_len(op, "code", code, MAP_LEN as i64, "a value a code")
+    check_len(op, "code", code, MAP_LEN as i64, "one per code")
 }
 
 /// The 256 values of 8-bit codes, on the CPU.

@@ -1,5 +1,4 @@
-//! 8-bit blockwise quantisation on a card: the kernels of kernels/blockwise8.cu on tensors whose
-//! arguments were checked.
+//! 8-bit blockwise quantisation on a GPU: the kernels of kernels/blockwise8.cu, with checked arguments.
 
 use tch::{Kind, Tensor};
 

@@ -1,15 +1,15 @@
-//! The linear layer with a 4-bit weight: product and input gradient, without the weight in full.
+//! The linear layer with a 4-bit weight: product and input gradient, without a full copy of the weight.
 //!
-//! On the CPU a tile of the weight is dequantised, multiplied by libtorch and forgotten. Products run
-//! in `f32` whatever the dtype of the tokens, as libtorch's half-precision products are a hundred times
-//! slower on processors without units for them; where a processor has units for `bf16`, they run in
-//! `bf16`. Either way a weight is rounded to the dtype of the tokens before it is multiplied, and every
-//! result is the sum of a whole row or column, rounded once. A few tokens are multiplied straight from
-//! the codes, always in `f32`.
+//! On the CPU a tile of the weight is dequantised, multiplied by libtorch and discarded. Products run in
+//! `f32` for all dtypes of the tokens, because libtorch's half-precision products are a hundred times slower
+//! on processors without instructions for them; on a processor with `bf16` instructions, they run in `bf16`.
+//! In both cases a weight is rounded to the dtype of the tokens before it is multiplied, and every result is
+//! the sum over a full row or column, rounded once. A few tokens are multiplied directly with the codes,
+//! always in `f32`.
 //!
-//! On other devices the weight is dequantised in full, into memory that torch's allocator hands out again
-//! for the next layer, and multiplied by libtorch in the dtype of the tokens; on NVIDIA's cards a few
-//! tokens are multiplied straight from the codes there too.
+//! On other devices the full weight is dequantised, into memory that torch's allocator reuses for the next
+//! layer, and multiplied by libtorch in the dtype of the tokens; NVIDIA GPUs also multiply a few tokens
+//! directly with the codes.
 
 use std::sync::OnceLock;
 
@@ -29,18 +29,17 @@ use crate::torch::large;
 use crate::torch::threads::TorchThreads;
 use crate::torch::view::{Element, slice, slice_mut};
 
-/// Bytes of a tile, at least and at most. The library packs all tokens anew for every tile.
+/// Smallest and largest size of a tile in bytes. The library repacks all tokens for every tile.
 const TILE: [i64; 2] = [16 << 20, 32 << 20];
 
-/// Tokens up to which products straight from the codes are faster than those in `bf16` by a processor
-/// that has units for it.
+/// Up to this many tokens, products directly with the codes are faster than `bf16` instructions.
 const FEW_WITH_UNITS: usize = 12;
 
-/// Tokens that are converted at a time where a product runs in another dtype than theirs.
+/// Tokens that are converted at a time if a product runs in another dtype.
 const ROWS: i64 = 2048;
 
-/// True if the processor multiplies `bf16` by itself, and oneDNN, which libtorch multiplies with, was
-/// not told by its environment to do without.
+/// True if the processor has `bf16` instructions, and the environment does not disable them in oneDNN, which
+/// libtorch uses.
 fn has_bf16_units() -> bool {
     static UNITS: OnceLock<bool> = OnceLock::new();
     *UNITS.get_or_init(|| {
@@ -81,7 +80,7 @@ fn with_width(tokens: &Tensor, width: i64) -> Vec<i64> {
 /// `x weight^T + bias`, in the dtype of `x`.
 ///
 /// # Errors
-/// Arguments that do not fit, and what libtorch reports.
+/// Invalid arguments, and errors of libtorch.
 pub fn forward(weight: Weight, size: Size, x: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     let op = weight.op;
     check_devices(op, ("x", x), [("packed", Some(&weight.packed)), ("bias", bias)])?;
@@ -96,12 +95,12 @@ pub fn forward(weight: Weight, size: Size, x: &Tensor, bias: Option<&Tensor>) ->
     let _guard = tch::no_grad_guard();
     let kind = x.f_kind()?;
     let shape = with_width(x, size.rows);
-    let card = device::of(x)?;
-    if card.is_some() || x.device() != Device::Cpu || tensor_ops() {
+    let gpu = device::of(x)?;
+    if gpu.is_some() || x.device() != Device::Cpu || tensor_ops() {
         let weight = weight.checked(size.count(op)?)?;
-        if let Some(card) = card {
+        if let Some(gpu) = gpu {
             let x = x.f_reshape([tokens, size.columns])?;
-            if let Some(out) = nf4_cuda::few_tokens(card, &weight, size, &x, bias)? {
+            if let Some(out) = nf4_cuda::few_tokens(gpu, &weight, size, &x, bias)? {
                 return Ok(out.f_view(&shape[..])?);
             }
         }
@@ -137,7 +136,7 @@ fn few(weight: &Packed<'_>, size: Size, x: &Tensor, bias: Option<&Tensor>) -> Re
     })
 }
 
-/// A product that lands in a part of `out`, converted where the dtypes differ.
+/// Writes a product to a part of `out`, converted if the dtypes differ.
 fn into_part(part: &Tensor, kind: Kind, product: impl FnOnce(&Tensor) -> Result<()>) -> Result<()> {
     if part.f_kind()? == kind {
         return product(part);
@@ -148,19 +147,19 @@ fn into_part(part: &Tensor, kind: Kind, product: impl FnOnce(&Tensor) -> Result<
     Ok(())
 }
 
-/// Ranges of the tokens that are multiplied at a time: all, where nothing is converted.
+/// Ranges of the tokens that are multiplied at a time: all if nothing is converted.
 fn row_ranges(tokens: i64, converted: bool) -> impl Iterator<Item = (i64, i64)> {
     let step = if converted { ROWS } else { tokens };
     (0..tokens).step_by(step.max(1) as usize).map(move |first| (first, step.min(tokens - first)))
 }
 
-/// `step` of at least one and at most `end`, near `wanted`, a multiple of 64 where it is larger.
+/// A step from one to `end`, near `wanted`, and a multiple of 64 if it is larger than that.
 fn tile_step(wanted: i64, end: i64) -> i64 {
     let even = if wanted > 64 { wanted / 64 * 64 } else { wanted };
     even.clamp(1, end)
 }
 
-/// Half of the weight, within the bounds of a tile.
+/// Half of the weight, within the limits of a tile.
 fn tile_elements<T>(size: Size) -> i64 {
     let bytes = size_of::<T>() as i64;
     (size.rows * size.columns / 2 * bytes).clamp(TILE[0], TILE[1]) / bytes
@@ -202,7 +201,7 @@ fn tiles<T: Float + Element>(
 /// `weight_kind`, the dtype it was quantised from, and then to that of `grad`.
 ///
 /// # Errors
-/// Arguments that do not fit, and what libtorch reports.
+/// Invalid arguments, and errors of libtorch.
 pub fn input_gradient(weight: Weight, size: Size, grad: &Tensor, weight_kind: Kind) -> Result<Tensor> {
     let op = weight.op;
     check_devices(op, ("grad", grad), [("packed", Some(&weight.packed))])?;
@@ -228,8 +227,7 @@ pub fn input_gradient(weight: Weight, size: Size, grad: &Tensor, weight_kind: Ki
     Ok(out.f_view(&shape[..])?)
 }
 
-/// Strips of columns: each product sums over all rows of the weight, so that nothing is added up in
-/// the output.
+/// Strips of columns: each product sums over all rows of the weight, so the output is not accumulated.
 fn strips<T: Float + Element>(weight: &Packed<'_>, size: Size, grad: &Tensor, out: &Tensor) -> Result<()> {
     let step = tile_step(tile_elements::<T>(size) / size.rows, size.columns);
     let mut buffer = large::empty(&[size.rows * step], T::KIND)?;

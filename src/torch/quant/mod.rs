@@ -1,7 +1,7 @@
 //! Quantisation of tensors: checks the arguments and picks the path.
 //!
 //! On the CPU the slice algorithms of [`crate::quant`] run on views of the tensors, on NVIDIA's GPUs the
-//! kernels of [`nf4_cuda`] and [`blockwise8_cuda`]; on any other device [`ops`] does the same through libtorch's ops.
+//! kernels of [`nf4_cuda`] and [`blockwise8_cuda`]; on any other device [`ops`] uses libtorch's ops.
 
 pub mod args;
 mod blockwise8_cuda;
@@ -26,15 +26,15 @@ use args::{Weight, blocks_of, check_blocksize, check_len, check_map, count, map}
 /// The 16 values of the code.
 ///
 /// # Errors
-/// What libtorch reports.
+/// Errors of libtorch.
 pub fn code() -> Result<Tensor> {
     Ok(Tensor::f_from_slice(&codebook::NF4)?)
 }
 
-/// Packed codes `((n + 1) / 2, 1)` and scales, one a block of the flat tensor.
+/// Packed codes `((n + 1) / 2, 1)` and scales, one per block of the flat tensor.
 ///
 /// # Errors
-/// A dtype or block size that does not fit, and what libtorch reports.
+/// An invalid dtype or block size, and errors of libtorch.
 pub fn quantize_nf4(x: &Tensor, blocksize: i64) -> Result<[Tensor; 2]> {
     const OP: &str = "quantize_nf4";
     check_kind(OP, "tensor", x.f_kind()?, &FLOATS)?;
@@ -65,7 +65,7 @@ fn quantize_as<T: Float + Element>(x: &Tensor, blocksize: usize) -> Result<[Tens
 /// The values, `f32(code * scale)` rounded to `kind`, in `shape`.
 ///
 /// # Errors
-/// Arguments that do not fit, and what libtorch reports.
+/// Invalid arguments, and errors of libtorch.
 pub fn dequantize_nf4(weight: Weight, shape: &[i64], kind: Kind) -> Result<Tensor> {
     check_kind(weight.op, "dtype", kind, &FLOATS)?;
     let count = count(weight.op, shape)?;
@@ -87,11 +87,11 @@ pub fn dequantize_nf4(weight: Weight, shape: &[i64], kind: Kind) -> Result<Tenso
     Ok(values)
 }
 
-/// A byte a value, in the shape of `x`, and the largest magnitude a block. On a card the values of `code`
-/// are waited for, to see that they ascend.
+/// One byte per value, in the shape of `x`, and the largest magnitude per block. On a GPU this waits for the
+/// values of `code`, to check that they are ascending.
 ///
 /// # Errors
-/// Arguments that do not fit, and what libtorch reports.
+/// Invalid arguments, and errors of libtorch.
 pub fn quantize_blockwise(x: &Tensor, code: &Tensor, blocksize: i64) -> Result<[Tensor; 2]> {
     const OP: &str = "quantize_blockwise";
     check_kind(OP, "tensor", x.f_kind()?, &FLOATS)?;
@@ -102,11 +102,11 @@ pub fn quantize_blockwise(x: &Tensor, code: &Tensor, blocksize: i64) -> Result<[
     let map = Map::new(&map(OP, code)?);
     let _guard = tch::no_grad_guard();
     let device = x.device();
-    if let Some(card) = device::of(x)? {
+    if let Some(gpu) = device::of(x)? {
         let code = code.f_contiguous()?;
-        return blockwise8_cuda::quantize(card, &x.f_contiguous()?, &code, blocksize);
+        return blockwise8_cuda::quantize(gpu, &x.f_contiguous()?, &code, blocksize);
     }
-    // Scales are few: other devices send them here.
+    // There are few scales, so other devices copy them to the CPU.
     let x = x.f_to_device(Device::Cpu)?.f_contiguous()?;
     let blocks = blocks_of(x.numel() as i64, blocksize);
     let mut codes = Tensor::f_empty(x.size(), (Kind::Uint8, Device::Cpu))?;
@@ -123,7 +123,7 @@ pub fn quantize_blockwise(x: &Tensor, code: &Tensor, blocksize: i64) -> Result<[
 /// `code[x] * absmax`, rounded to `kind`, in the shape of `codes`.
 ///
 /// # Errors
-/// Arguments that do not fit, and what libtorch reports.
+/// Invalid arguments, and errors of libtorch.
 pub fn dequantize_blockwise(
     codes: &Tensor,
     absmax: &Tensor,
@@ -143,12 +143,12 @@ pub fn dequantize_blockwise(
     check_len(OP, "absmax", absmax, blocks_of(count, blocksize), &format!("for {count} codes"))?;
     let _guard = tch::no_grad_guard();
     let device = codes.device();
-    if let Some(card) = device::of(codes)? {
-        // Whether the values ascend is not asked: the answer would have to be waited for.
+    if let Some(gpu) = device::of(codes)? {
+        // No check that the values are ascending: it would wait for the device.
         check_map(OP, code)?;
         let (codes, absmax) = (codes.f_contiguous()?, absmax.f_contiguous()?);
         let code = code.f_contiguous()?;
-        return blockwise8_cuda::dequantize(card, &codes, &absmax, &code, blocksize, kind);
+        return blockwise8_cuda::dequantize(gpu, &codes, &absmax, &code, blocksize, kind);
     }
     let map = map(OP, code)?;
     let host = |tensor: &Tensor| -> Result<Tensor> { Ok(tensor.f_to_device(Device::Cpu)?.f_contiguous()?) };

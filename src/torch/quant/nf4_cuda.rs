@@ -1,4 +1,4 @@
-//! NF4 on a card: the kernels of kernels/nf4.cu on tensors whose arguments were checked.
+//! NF4 on a GPU: the kernels of kernels/nf4.cu, with checked arguments.
 
 use tch::{Kind, Tensor};
 
@@ -17,8 +17,8 @@ const MULTIPLY_THREADS: i64 = constant(NF4.text, "MULTIPLY_THREADS");
 const MULTIPLY_ROWS: i64 = constant(NF4.text, "ROWS");
 const CODES: i64 = constant(NF4.text, "CODES");
 
-/// Most tokens that are multiplied straight from the codes. A product by the library reads and writes
-/// the weight in full besides, eight times the bytes of the codes, whatever the number of tokens.
+/// Most tokens that are multiplied directly with the codes. A product by the library also writes and reads
+/// the full weight, eight times the bytes of the codes, for any number of tokens.
 const FEW: i64 = 8;
 
 /// As [`super::quantize_nf4`], of a contiguous tensor.
@@ -45,11 +45,11 @@ pub(super) fn quantize(device: Device, x: &Tensor, blocksize: i64) -> Result<[Te
     Ok([packed, absmax])
 }
 
-/// Codes and scales as every kernel takes them, and `log2` of the size of a block, which comes last.
+/// Codes and scales as arguments of every kernel, and `log2` of the block size, the last argument.
 struct Arguments {
     parts: [Arg; 6],
     block_shift: Arg,
-    /// Scales that the pointers lead to, where they had to be made.
+    /// Owns the scales behind the pointers, if they had to be computed.
     _scales: Option<Tensor>,
 }
 
@@ -68,7 +68,7 @@ fn arguments(weight: &Weight) -> Result<Arguments> {
         return Ok(plain(None, pointer(&weight.absmax, Kind::Float)?));
     };
     if !(nested.blocksize as u64).is_power_of_two() {
-        // No writer makes these; kernels that divide would be slower for all.
+        // No library writes such states; a division in the kernels would slow down all others.
         let scales = ops::scales(weight)?;
         let absmax = pointer(&scales, Kind::Float)?;
         return Ok(plain(Some(scales), absmax));
@@ -102,8 +102,8 @@ pub(super) fn dequantize(device: Device, weight: &Weight, shape: &[i64], kind: K
     Ok(values)
 }
 
-/// `x weight^T + bias` of `(tokens, columns)`, straight from the codes, for at most [`FEW`] tokens;
-/// `None` for more, or where rows are not whole words of codes.
+/// `x weight^T + bias` of `(tokens, columns)`, directly from the codes, for at most [`FEW`] tokens; `None`
+/// for more, or if rows are not full words of codes.
 pub(super) fn few_tokens(
     device: Device,
     weight: &Weight,

@@ -1,4 +1,4 @@
-//! NF4 through libtorch's ops, on any device.
+//! NF4 with libtorch's ops, on any device.
 
 use tch::{Kind, Tensor};
 
@@ -13,7 +13,7 @@ pub(super) fn quantize_nf4(x: &Tensor, blocksize: i64) -> Result<[Tensor; 2]> {
     let n = flat.size()[0];
     let whole = n - n % blocksize;
     let blocks = flat.f_narrow(0, 0, whole)?.f_view([whole / blocksize, blocksize])?;
-    // NaN wins in amax and passes through clamp_min.
+    // amax and clamp_min propagate NaN.
     let mut absmax = blocks.f_abs()?.f_amax([1], false)?;
     let inverse = absmax.f_clamp_min(LEAST)?.f_reciprocal()?;
     let mut scaled = blocks.f_mul(&inverse.f_unsqueeze(1)?)?.f_reshape([-1])?;
@@ -54,7 +54,7 @@ pub(super) fn dequantize_nf4(weight: &Weight, shape: &[i64], kind: Kind) -> Resu
     Ok(out.f_to_kind(kind)?.f_reshape(shape)?)
 }
 
-/// The scales in `f32`, one a block.
+/// The scales in `f32`, one per block.
 pub(super) fn scales(weight: &Weight) -> Result<Tensor> {
     let absmax = weight.absmax.f_reshape([-1])?;
     let Some(Nested { absmax: nested, map, offset, blocksize }) = &weight.nested else {

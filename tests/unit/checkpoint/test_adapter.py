@@ -7,7 +7,7 @@ import torch
 
 from oddsmith.checkpoint.adapter import Adapter
 from oddsmith.checkpoint.merge import merge_adapter
-from oddsmith.checkpoint.rules import Factor, Update
+from oddsmith.checkpoint.rules import Factor, MergeUpdate
 from oddsmith.errors import UserError
 from support.checkpoint_models import make_adapter
 
@@ -39,7 +39,7 @@ def test_other_methods_are_refused_by_name(base, tmp_path):
         merge_adapter(base, adapter, tmp_path / "out")
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
-    with pytest.raises(UserError, match="adapter_model.bin is no safetensors file"):
+    with pytest.raises(UserError, match="adapter_model.bin is not a safetensors file"):
         merge_adapter(base, adapter, tmp_path / "out")
     (adapter / "adapter_config.json").unlink()
     with pytest.raises(UserError, match="has no adapter_config.json"):
@@ -75,18 +75,18 @@ def test_names_are_sorted_into_modules_and_replacements(tmp_path):
     weight, bias = adapter.updates("layers.0.q_proj", "linear", "linear")
     scale = 8 / 2  # peft's lora_alpha, and the rank of the file
     left, right = Factor(f"{stem}.lora_B.weight"), Factor(f"{stem}.lora_A.weight")
-    assert weight == ("layers.0.q_proj.weight", Update(left, right, scale, None))
-    assert bias == ("layers.0.q_proj.bias", Update(Factor(f"{stem}.lora_B.bias"), None, scale))
+    assert weight == ("layers.0.q_proj.weight", MergeUpdate(left, right, scale, None))
+    assert bias == ("layers.0.q_proj.bias", MergeUpdate(Factor(f"{stem}.lora_B.bias"), None, scale))
 
 
-def test_what_holds_the_transpose_gets_the_transpose(tmp_path):
+def test_transposed_weights_get_transposed_updates(tmp_path):
     adapter = Adapter(make_adapter(tmp_path, parts("c_fc"), lora_alpha=3))
     ((name, update),) = adapter.updates("c_fc", "conv1d", "conv1d")
     a, b = (f"base_model.model.c_fc.lora_{side}.weight" for side in "AB")
-    assert (name, update) == ("c_fc.weight", Update(Factor(a, True), Factor(b, True), 1.5))
-    # Quantised it is turned already.
+    assert (name, update) == ("c_fc.weight", MergeUpdate(Factor(a, True), Factor(b, True), 1.5))
+    # A quantised one is already transposed.
     ((_, update),) = adapter.updates("c_fc", "conv1d", "linear")
-    assert update == Update(Factor(b), Factor(a), 1.5)
+    assert update == MergeUpdate(Factor(b), Factor(a), 1.5)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_scales(options, rank, scale, tmp_path):
     assert adapter.scale("layers.0.q_proj") == scale
 
 
-def test_lengths_of_dora_go_with_linear_layers_alone(tmp_path):
+def test_dora_needs_linear_layers(tmp_path):
     tensors = parts("q_proj", lora_magnitude_vector=torch.ones(3))
     adapter = Adapter(make_adapter(tmp_path, tensors, use_dora=True))
     ((_, update),) = adapter.updates("q_proj", "linear", "linear")

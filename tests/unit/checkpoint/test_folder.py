@@ -1,4 +1,4 @@
-"""Folders of checkpoints: what they hold, and what is said of damaged ones."""
+"""Folders of checkpoints: their contents, and errors of damaged ones."""
 
 import json
 import os
@@ -38,14 +38,17 @@ def bad_index(content):
         (truncate, "is truncated or too long"),
         (no_weights, "must have model.safetensors or .*; found pytorch_model.bin"),
         (lambda base: (base / "model.safetensors").write_bytes(b""), "has 0 bytes"),
-        (lambda base: (base / "model.safetensors").write_bytes(b"x" * 99), "no safetensors file"),
+        (
+            lambda base: (base / "model.safetensors").write_bytes(b"x" * 99),
+            "not a safetensors file",
+        ),
         (lambda base: (base / "config.json").unlink(), "config.json: No such file"),
-        (lambda base: (base / "config.json").write_text("{"), "config.json: is no JSON"),
+        (lambda base: (base / "config.json").write_text("{"), "config.json: is not JSON"),
         (lambda base: (base / "config.json").write_text("[]"), "is list; must be a JSON object"),
         (lambda base: (base / "config.json").write_text("{}"), "cannot build the model"),
         (shutil.rmtree, "no such folder"),
         (bad_index({}), "weight_map is None"),
-        (bad_index({"weight_map": {"x": "../y"}}), "'../y' is no name of a file"),
+        (bad_index({"weight_map": {"x": "../y"}}), "'../y' is not a file name"),
         (bad_index({"weight_map": {"x": "y.safetensors"}}), "y.safetensors: No such file"),
         (bad_index({"weight_map": {"x": "part.safetensors"}}), "has no tensor 'x', which"),
     ],
@@ -114,7 +117,7 @@ def test_the_hub_is_asked_for_names_that_are_no_folders(base, tmp_path, monkeypa
     assert asked == ["owner/name", "owner/gone"]
 
 
-def test_errors_of_files_are_the_users():
+def test_errors_of_files_are_user_errors():
     with pytest.raises(UserError, match="^/etc/x: Permission denied$"), file_errors():
         raise PermissionError(13, "Permission denied", "/etc/x")
     with pytest.raises(UserError, match="^odd$"), file_errors():

@@ -1,4 +1,4 @@
-"""Adapters merged on disk as peft merges them in memory, or refused by name."""
+"""Adapters merged on disk give the same results as peft, or are refused by name."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:Fu
 
 
 def train(model: PeftModel) -> None:
-    """Gives every trained parameter values that matter."""
+    """Gives every trained parameter nonzero values."""
     torch.manual_seed(11)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -41,7 +41,7 @@ def train(model: PeftModel) -> None:
 
 
 def merged_by_peft(model, config, tmp_path, base_dtype=None):
-    """Saves base and adapter, and returns what peft's merge makes of them."""
+    """Saves base and adapter, and returns the result of peft's merge."""
     if base_dtype is not None:
         model = model.to(base_dtype)
     model.save_pretrained(tmp_path / "base")
@@ -112,7 +112,7 @@ def test_merged_in_half_precision(dtype, tmp_path):
         stem = f"base_model.model.{name.removesuffix('.weight')}"
         a, b = (adapter[f"{stem}.lora_{part}.weight"].double() for part in "AB")
         true = before[name].double() + 2.0 * b @ a
-        # One rounding; peft rounds the product too, where the adapter is in half precision.
+        # One rounding; peft also rounds the product if the adapter is in half precision.
         assert (
             torch.equal(ours[name], true.to(dtype))
             or (
@@ -159,7 +159,7 @@ def test_merged_into_four_bits(double_quant, dtype, tmp_path):
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert "quantization_config" not in config
 
-    # And in 4 bits again: what the adapter leaves alone is copied.
+    # And in 4 bits again: weights that the adapter does not change are copied.
     merge_adapter(tmp_path / "base", tmp_path / "adapter", tmp_path / "again", quantize=True)
     again, before = weights(tmp_path / "again"), weights(tmp_path / "base")
     assert again.keys() == before.keys()
@@ -210,7 +210,7 @@ def test_conv1d_turns_back_from_four_bits(tmp_path):
     values = four_bit(tmp_path, gpt2())
     name = "transformer.h.0.mlp.c_fc.weight"
     assert values[name].shape == (192, 48)
-    # On a 4-bit base peft sees a linear layer, whichever way the weight was stored.
+    # On a 4-bit base peft sees a linear layer, even if the weight was stored transposed.
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     config = LoraConfig(r=2, lora_alpha=4, target_modules=["c_fc"])
@@ -239,7 +239,7 @@ def test_a_full_base_may_become_four_bit(tmp_path):
     assert_quantized(weights(tmp_path / "full"), weights(tmp_path / "out"), names, 128, True)
 
 
-def test_the_adapter_s_tokenizer_wins(base, tmp_path):
+def test_the_adapters_tokenizer_is_used(base, tmp_path):
     adapter = make_adapter(tmp_path)
     (adapter / "tokenizer.json").write_text('{"trained": true}')
     (adapter / "README.md").write_text("card of the adapter")
@@ -290,7 +290,7 @@ def test_adapters_that_do_not_fit(tensors, words, base, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_tied_embeddings_are_not_torn_apart(tmp_path):
+def test_tied_embeddings_are_not_separated(tmp_path):
     qwen(tie_word_embeddings=True).save_pretrained(tmp_path / "base")
     stem = "base_model.model.lm_head"
     tensors = {
@@ -322,7 +322,7 @@ def test_bases_that_are_refused_by_name(base, tmp_path):
         tensors["model.layers.0.self_attn.q_proj.SCB"] = torch.ones(48)
 
     for edit, words in (
-        (renamed, f"{name}: is fp4; of quantised weights only nf4"),
+        (renamed, f"{name}: is quantised to fp4; only nf4 can be read"),
         (shorter, f"{name}: quant_state has shape .48, 48., which does not fit the 1151 bytes"),
         (int8, f"{name} is int8"),
         (lambda tensors: tensors.pop(f"{name}.absmax"), f"{name}: absmax is missing"),

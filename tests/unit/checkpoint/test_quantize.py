@@ -1,4 +1,4 @@
-"""Checkpoints on disk: quantised as tensors in memory are, and refused by name."""
+"""Checkpoints on disk are quantised like tensors in memory, or refused by name."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ from support.checkpoint_models import (
 @pytest.mark.parametrize("blocksize", [32, 64, 256, 4096])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_quantised_as_in_memory(blocksize, double_quant, dtype, tmp_path):
-    # 48 x 80 values: no multiple of 256 or 4096, so blocks are partial.
+    # 48 x 80 values: not a multiple of 256 or 4096, so blocks are partial.
     model = mistral().to(dtype)
     model.save_pretrained(tmp_path / "base")
     options = {"double_quant": double_quant, "blocksize": blocksize}
@@ -46,7 +46,7 @@ def test_quantised_as_in_memory(blocksize, double_quant, dtype, tmp_path):
 
 
 def test_means_are_those_of_libtorch(tmp_path):
-    # More scales than libtorch adds up in one thread.
+    # More scales than libtorch adds in one thread.
     model = mistral(hidden_size=1024, intermediate_size=4224, num_hidden_layers=1).bfloat16()
     model.save_pretrained(tmp_path / "base")
     quantize_checkpoint(tmp_path / "base", tmp_path / "out", double_quant=True)
@@ -69,7 +69,7 @@ def test_skipped_modules(base, tmp_path):
         quantize_checkpoint(base, tmp_path / "more", skip=["o_prog"])
 
 
-def test_tied_embeddings_are_left(tmp_path):
+def test_tied_embeddings_are_not_quantised(tmp_path):
     model = qwen(tie_word_embeddings=True)
     model.save_pretrained(tmp_path / "base")
     quantize_checkpoint(tmp_path / "base", tmp_path / "out")
@@ -136,7 +136,7 @@ def test_weights_that_are_not_finite_are_named(value, name, base, tmp_path):
 
 def test_quantised_models_are_refused_by_name(base, tmp_path):
     quantize_checkpoint(base, tmp_path / "out")
-    with pytest.raises(UserError, match="is quantised already, with nf4 of bitsandbytes"):
+    with pytest.raises(UserError, match="is already quantised with nf4 of bitsandbytes"):
         quantize_checkpoint(tmp_path / "out", tmp_path / "more")
     config = json.loads((base / "config.json").read_text())
     cases = [
@@ -150,7 +150,7 @@ def test_quantised_models_are_refused_by_name(base, tmp_path):
             quantize_checkpoint(base, tmp_path / "more")
     (base / "config.json").write_text(json.dumps(config))
     change(base / "model.safetensors", lambda t: t.update({"x.SCB": torch.ones(1)}))
-    with pytest.raises(UserError, match="x.SCB is there, of int8"):
+    with pytest.raises(UserError, match="x.SCB belongs to int8 weights"):
         quantize_checkpoint(base, tmp_path / "more")
 
 
@@ -166,8 +166,8 @@ def test_arguments_are_checked(base, tmp_path):
         quantize_checkpoint(base, tmp_path / "out", blocksize=48)
     with pytest.raises(UserError, match="--compute_dtype int8: must be one of"):
         quantize_checkpoint(base, tmp_path / "out", compute_dtype="int8")
-    with pytest.raises(UserError, match="is the folder that is read"):
+    with pytest.raises(UserError, match="is the input folder"):
         quantize_checkpoint(base, base, overwrite=True)
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="file: is no folder"):
+    with pytest.raises(UserError, match="file: is not a folder"):
         quantize_checkpoint(base, tmp_path / "file", overwrite=True)

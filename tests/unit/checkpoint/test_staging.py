@@ -1,4 +1,5 @@
-"""Folders that appear when they are whole: errors, full disks and interrupts leave what was there."""
+"""Output folders appear when they are complete: errors, full disks and interrupts change
+nothing."""
 
 import os
 import resource

@@ -9,7 +9,7 @@ from safetensors import safe_open
 
 from oddsmith.checkpoint.folder import Checkpoint, Tensor
 from oddsmith.checkpoint.quantize import quantize_checkpoint
-from oddsmith.checkpoint.rules import Rule
+from oddsmith.checkpoint.rules import TensorRule
 from oddsmith.checkpoint.write import (
     Summary,
     casts,
@@ -81,7 +81,7 @@ def test_what_is_cast():
         "a.weight.absmax": "F32", "norm.weight.scale": "F32",
     })  # fmt: skip
     assert is_part(source, "a.weight.absmax") and not is_part(source, "a.weight")
-    assert not is_part(source, "norm.weight.scale")  # no codes are beside it
+    assert not is_part(source, "norm.weight.scale")  # there are no codes with it
     assert casts(source, None, []) == []
     names = [rule.name for rule in casts(source, "bfloat16", ["c.weight"])]
     assert names == ["a.weight", "norm.weight.scale"]
@@ -90,7 +90,7 @@ def test_what_is_cast():
 
 def test_rules_decide_tensor_by_tensor(base, tmp_path):
     source = Checkpoint(base)
-    rules = [Rule("lm_head.weight", "float32"), Rule("model.norm.weight", "float16")]
+    rules = [TensorRule("lm_head.weight", "float32"), TensorRule("model.norm.weight", "float16")]
     summary = write_checkpoint(source, tmp_path / "out", rules, {"a": 1})
     before, after = weights(base), weights(tmp_path / "out")
     assert after.pop("lm_head.weight").dtype == torch.float32
@@ -103,7 +103,7 @@ def test_rules_decide_tensor_by_tensor(base, tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == {"a": 1}
 
 
-def test_extra_files_win(base, tmp_path):
+def test_extra_files_replace_others(base, tmp_path):
     (tmp_path / "more").mkdir()
     for name in ("tokenizer.json", "extra.txt"):
         (tmp_path / "more" / name).write_text("mine")

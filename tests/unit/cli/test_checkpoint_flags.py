@@ -1,4 +1,4 @@
-"""Flags of `oddsmith quantize` and `oddsmith merge`, and what they become."""
+"""Flags of `oddsmith quantize` and `oddsmith merge`, and their values."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from oddsmith.cli.checkpoint_flags import merge_parser, quantize_parser, run_mer
 
 @pytest.fixture
 def calls(monkeypatch):
-    """What the two functions behind the commands are called with."""
+    """Records the arguments of the two functions behind the commands."""
     made = []
 
     def record(*args, **kwargs):

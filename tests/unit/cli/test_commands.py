@@ -37,19 +37,34 @@ def test_no_or_an_unknown_command(argv, capsys):
 
 @pytest.mark.parametrize(
     "argv",
-    [
-        ["--help"], ["--version"], ["train", "--help"], ["trian"],
-        ["prepare", "--help"], ["prepare", "x.jsonl"], ["inspect", "--help"], ["inspect"],
-    ],
-)  # fmt: skip
+    [["--help"], ["--version"], [], ["trian"]]
+    + [[command, "--help"] for command in commands.COMMANDS]
+    + [[command] for command in commands.COMMANDS if command != "demo"]  # which needs no argument
+    + [[command, "--no-such-flag"] for command in commands.COMMANDS if command != "train"],
+    ids=" ".join,
+)
 def test_help_and_typing_errors_answer_at_once(argv):
-    """torch and transformers take seconds to import; help must not wait for them."""
+    """These libraries take seconds to import; help must not wait for them."""
     program = (
         "import sys\nfrom oddsmith.cli import main\n"
-        f"main({argv!r})\nsys.exit(3 if {{'torch', 'transformers', 'datasets'}} & sys.modules.keys() else 0)"
+        f"code = main({argv!r})\n"
+        "slow = {'torch', 'transformers', 'datasets', 'peft', 'numpy', 'pyarrow'} & sys.modules.keys()\n"
+        "sys.exit(f'imports {slow}' if slow else code)"
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+    asked = bool({"--help", "--version"} & set(argv))
+    assert run.returncode == (0 if asked else 2), run.stderr
+    assert (run.stdout if asked else run.stderr).strip()
+
+
+def test_python_m_oddsmith_is_the_console_script():
+    def answer(*argv):
+        command = [sys.executable, "-m", "oddsmith", *argv]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    shown = answer("--version")
+    assert (shown.returncode, shown.stdout) == (0, f"oddsmith {version('oddsmith')}\n")
+    assert answer("trian").returncode == 2
 
 
 def test_user_errors_are_one_line_and_exit_code_1(monkeypatch, capsys):
@@ -87,8 +102,8 @@ def test_an_interrupt_is_exit_code_130(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("argv", "reason"),
     [
-        (["--steps", "0"], "'0' is no whole number above 0"),
-        (["--steps", "many"], "'many' is no whole number above 0"),
+        (["--steps", "0"], "'0' is not a whole number above 0"),
+        (["--steps", "many"], "'many' is not a whole number above 0"),
         (["--seed", "x"], "invalid int value: 'x'"),
         (["--stps", "3"], "unrecognized arguments: --stps"),
     ],

@@ -1,4 +1,4 @@
-"""Flags of `oddsmith prepare` and `oddsmith inspect`, and what they become."""
+"""Flags of `oddsmith prepare` and `oddsmith inspect`, and their values."""
 
 import re
 
@@ -13,7 +13,7 @@ from oddsmith.prepare.scored import Columns
 
 @pytest.fixture
 def prepared(monkeypatch):
-    """What the run is called with."""
+    """Records the arguments of the run."""
     calls = []
 
     def record(datasets, output, options, rules, **others):
@@ -54,7 +54,7 @@ def test_prepare_defaults_are_those_of_the_options(prepared):
     assert others == {"config": None, "split": None, "overwrite": False, "temp_dir": None}
 
 
-def test_one_answer_a_row_is_another_column(prepared):
+def test_one_answer_per_row_is_another_column(prepared):
     argv = "x --output y.jsonl --response-column answer --scores_column s"
     run_prepare(argv.split())
     assert prepared[0][2].columns == Columns(response="answer", scores="s")
@@ -67,7 +67,7 @@ def test_one_answer_a_row_is_another_column(prepared):
         ("--near_duplicates 1.5", "near_duplicates"),
     ],
 )
-def test_values_that_rules_refuse_are_the_users(prepared, flags, words):
+def test_values_that_rules_refuse_are_user_errors(prepared, flags, words):
     with pytest.raises(UserError, match=words):
         run_prepare(["x", "--output", "y.jsonl", *flags.split()])
     assert not prepared
@@ -106,7 +106,7 @@ def test_inspect_flags_reach_the_run(monkeypatch):
         (prepare_parser, ["--output", "y"], "arguments are required: DATASET"),
         (prepare_parser, ["x", "--output", "y", "--format", "csv"], "invalid choice: 'csv'"),
         (inspect_parser, ["x"], "arguments are required: --model"),
-        (inspect_parser, ["x", "--model", "m", "--rows", "0"], "'0' is no whole number above 0"),
+        (inspect_parser, ["x", "--model", "m", "--rows", "0"], "'0' is not a whole number above 0"),
         (inspect_parser, ["x", "--model", "m", "--overlength", "keep"], "invalid choice: 'keep'"),
     ],
 )

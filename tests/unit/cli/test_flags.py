@@ -1,4 +1,4 @@
-"""What the parsers of the commands share."""
+"""Functions that the parsers share."""
 
 import argparse
 
@@ -27,4 +27,4 @@ def test_positive(text, number):
 def test_anything_else_is_refused_with_what_was_given(text):
     with pytest.raises(argparse.ArgumentTypeError) as error:
         positive(text)
-    assert str(error.value) == f"{text!r} is no whole number above 0"
+    assert str(error.value) == f"{text!r} is not a whole number above 0"

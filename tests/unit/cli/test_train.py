@@ -71,7 +71,7 @@ def test_the_checkpoint_to_go_on_from(given, found, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("given", "words"),
-    [("true", "holds no checkpoint; leave the flag out"), ("/no/such", "/no/such: no such folder")],
+    [("true", "has no checkpoint; remove the flag"), ("/no/such", "/no/such: no such folder")],
 )
 def test_a_checkpoint_that_is_not_there(given, words, tmp_path):
     with pytest.raises(UserError, match=words):

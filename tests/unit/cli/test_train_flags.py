@@ -1,4 +1,4 @@
-"""Arguments of `oddsmith train`: flags, settings files, and what wrong ones are told."""
+"""Arguments of `oddsmith train`: flags, settings files, and errors."""
 
 import json
 
@@ -14,7 +14,7 @@ def parse(*flags):
 
 
 def rejects(capsys, argv):
-    """The one line that a wrong command line gets."""
+    """The error line for a wrong command line."""
     with pytest.raises(SystemExit) as exit_:
         parse_train_arguments(argv)
     assert exit_.value.code == 2
@@ -54,7 +54,7 @@ def test_trl_names_of_model_and_dataset():
     assert (run.model_name_or_path, run.dataset_name, run.dtype) == ("a/b", "c/d", "float32")
 
 
-def test_lora_flags_without_an_adapter_are_said(capsys):
+def test_lora_flags_without_an_adapter_are_reported(capsys):
     parse("--lora_r", "4")
     assert "lora_r without use_peft" in capsys.readouterr().err
     parse("--lora_r", "4", "--use_peft")
@@ -72,6 +72,7 @@ def test_lora_flags_without_an_adapter_are_said(capsys):
         (["--beta", "0"], "beta is 0.0; must be positive and finite"),
         (["--beta", "nan"], "beta is nan; must be positive and finite"),
         (["--dtype", "int8"], "invalid choice: 'int8'"),
+        (["--share_prompt", "maybe"], "share_prompt is 'maybe'; must be True, False or 'auto'"),
         (["--beta_schedule", "linear"], "beta_schedule is 'linear'; needs beta_end"),
         (["--max_length", "8", "--max_prompt_length", "8"], "max_prompt_length is 8"),
     ],
@@ -96,6 +97,7 @@ use_peft: true
 lora_target_modules: [q_proj, v_proj]
 lora_modules_to_save: null
 max_length: 640
+share_prompt: false
 lr_scheduler_kwargs: {num_cycles: 2}
 disable_dropout: false
 """
@@ -111,6 +113,7 @@ def test_a_yaml_file_and_flags_over_it(tmp_path):
     assert (config.learning_rate, config.max_steps, config.max_length) == (8e-6, 12, 640)
     assert config.lr_scheduler_kwargs == {"num_cycles": 2}
     assert config.disable_dropout is False
+    assert config.share_prompt is False
     assert config.beta == 0.5
 
 
@@ -140,8 +143,8 @@ def test_a_json_file(tmp_path):
         ("a.yaml", "max_steps: soon", "invalid int value: 'soon'"),
         ("a.yaml", "beta: [1", "cannot be parsed"),
         ("a.json", "{'beta': 1}", "cannot be parsed"),
-        ("a.yaml", "- beta", "must hold a mapping"),
-        ("a.yaml", "", "must hold a mapping"),
+        ("a.yaml", "- beta", "must be a mapping"),
+        ("a.yaml", "", "must be a mapping"),
         ("a.toml", "beta = 1", "neither a flag nor a settings file"),
         ("a.yaml", None, "no such file"),
     ],

@@ -1,4 +1,4 @@
-"""Arrow tables of a dataset: where their text comes from, and their columns of tokens."""
+"""Arrow tables of a dataset: their text, and their columns of tokens."""
 
 import pyarrow as pa
 import pytest

@@ -11,7 +11,11 @@ from support.word_tokenizer import TEMPLATE, bot, user
     [
         ("a b c", "a b d", "a b"),  # the space goes with the answers
         ("a bc", "a bd", "a b"),
-        ("ab", "abcd", "a"),  # one begins the other: the last shared character stays
+        (
+            "ab",
+            "abcd",
+            "a",
+        ),  # one is the beginning of the other: the last shared character belongs to the answers
         ("abc", "abc", "ab"),
         ("yes ", "no", ""),
         ("", "no", ""),
@@ -57,7 +61,7 @@ def test_an_unfinished_answer_is_continued(tokenizer):
     assert row_text(row, tokenizer, "row") == (" <user> a <bot> b", " <bot> c", " <bot> d")
 
 
-def test_a_template_that_writes_the_prompt_alone_otherwise(tokenizer):
+def test_a_template_that_writes_the_prompt_alone_differently(tokenizer):
     tokenizer.chat_template = TEMPLATE.replace(
         "%}{{ ' <bot> ' }}{% endif", "%}{{ ' <bot> <think> ' }}{% endif"
     )
@@ -73,7 +77,7 @@ def test_tools_and_template_arguments_reach_the_template(tokenizer):
         assert row_text(given, tokenizer, "row")[0] == "d e <user> a <bot> "
 
 
-def test_a_prompt_of_messages_before_strings_is_said(tokenizer, log):
+def test_a_prompt_of_messages_before_strings_is_logged(tokenizer, log):
     row = {"prompt": [user("x")], "chosen": "a b", "rejected": "a c"}
     assert row_text(row, tokenizer, "data row 4") == ("a", " b", " c")
     assert "data row 4: prompt is a list of messages" in log.text

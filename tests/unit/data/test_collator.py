@@ -1,4 +1,4 @@
-"""PreferenceCollator: padding by hand, and the packed batch beside it."""
+"""PreferenceCollator: padding by hand, and the packed batch."""
 
 import pytest
 import torch

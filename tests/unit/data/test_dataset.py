@@ -84,7 +84,7 @@ def test_dicts_of_datasets(tokenizer, kind):
         prepare_dataset(parts, tokenizer, builder.tokenize_row, name="eval_dataset")
 
 
-def test_a_tokenize_row_of_ones_own(tokenizer):
+def test_an_overridden_tokenize_row(tokenizer):
     builder = RowBuilder(tokenizer, 6)
 
     def scored(feature):
@@ -127,7 +127,7 @@ def test_drop(tokenizer, log, make):
 def test_truncate_is_counted(tokenizer, log):
     assert len(prepare(ROWS, tokenizer, max_length=5)) == 3
     assert "2 of 3 rows (66.7%) are longer than max_length 5: truncated" in log.text
-    assert "1 of 3 rows have no token of a completion left within max_length 5" in log.text
+    assert "1 of 3 rows have no completion tokens within max_length 5" in log.text
     log.clear()
     prepare(ROWS, tokenizer, max_length=8)
     assert not log.records
@@ -135,12 +135,12 @@ def test_truncate_is_counted(tokenizer, log):
 
 @pytest.mark.parametrize("make", [Dataset.from_list, stream_of])
 def test_max_length_below_every_completion(tokenizer, make):
-    with pytest.raises(ValueError, match="no token of a completion left within max_length 2;"):
+    with pytest.raises(ValueError, match="no completion tokens within max_length 2;"):
         prepare(make(ROWS), tokenizer, max_length=2)
 
 
 def test_drop_that_leaves_nothing(tokenizer):
-    with pytest.raises(ValueError, match="3 of 3 rows .* overlength='drop' leaves none"):
+    with pytest.raises(ValueError, match="3 of 3 rows .* overlength='drop' removes all"):
         prepare(ROWS, tokenizer, max_length=3, overlength="drop")
 
 

@@ -1,4 +1,4 @@
-"""Duplicates and near duplicates, against their definitions."""
+"""Duplicates and near duplicates, compared with their definitions."""
 
 import random
 
@@ -103,7 +103,7 @@ def test_the_index_agrees_with_a_dictionary(tmp_path):
                 truth[key] = batch * 40 + place
                 index.add(key, truth[key])
         index.settle()
-    # Some of it lies in files, which have no names any more.
+    # A part is in files, which are already unlinked.
     assert any(isinstance(known, np.memmap) for known, _ in index._runs)
     assert list(tmp_path.iterdir()) == []
     assert index.find(np.zeros((0,), np.uint64)).shape == (0,)

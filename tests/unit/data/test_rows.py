@@ -1,4 +1,4 @@
-"""RowBuilder on a vocabulary of words, small enough to work out by hand."""
+"""RowBuilder on a vocabulary of words, small enough to compute by hand."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def test_a_row_by_hand(tokenizer):
         (8, [1, A, B, C, D, E, F, 2], [1, A, B, C, D, 2], False),
         (7, [1, A, B, C, D, E, F], [1, A, B, C, D, 2], True),
         (5, [1, A, B, C, D], [1, A, B, C, D], True),
-        # The prompt alone fills it: TRL keeps it whole.
+        # The prompt alone fills it: TRL does not cut it.
         (4, [1, A, B, C], [1, A, B, C], True),
         (3, [1, A, B, C], [1, A, B, C], True),
     ],
@@ -50,7 +50,7 @@ def test_answers_are_cut_to_what_the_prompt_leaves(
         # 4 + 4 > 7: the prompt is cut to 2, then 2 + 4 fits.
         (7, "keep_end", [B, C], [D, E, F, 2], [D, 2]),
         (7, "keep_start", [1, A], [D, E, F, 2], [D, 2]),
-        # 2 + 4 > 5 still: both answers are cut to 5 - 2.
+        # 2 + 4 > 5: both answers are cut to 5 - 2.
         (5, "keep_end", [B, C], [D, E, F], [D, 2]),
         (8, "keep_end", [1, A, B, C], [D, E, F, 2], [D, 2]),
     ],
@@ -75,7 +75,7 @@ def test_many_rows_are_the_rows_one_by_one(tokenizer):
     assert builder.tokenize_batch([], [], []) == ([], [])
 
 
-def test_a_build_tokenized_answer_of_ones_own(tokenizer):
+def test_an_overridden_build_tokenized_answer(tokenizer):
     builder = RowBuilder(tokenizer, 6)
 
     def shouting(prompt, answer):
@@ -90,7 +90,8 @@ def test_a_build_tokenized_answer_of_ones_own(tokenizer):
 
 
 def test_the_boundary_moves_back_over_a_merged_token(tokenizer):
-    # "a b" + "c" is "a", "bc": the last token of the prompt (b, 4) is another in the whole (<pad>).
+    # "a b" + "c" is "a", "bc": the last token of the prompt (b, 4) differs in the complete text
+    # (<pad>).
     tokens = RowBuilder(tokenizer).build_tokenized_answer("a b", "c d")
     assert tokens["prompt_input_ids"] == [A]
     assert tokens["input_ids"] == [0, D]
@@ -98,7 +99,7 @@ def test_the_boundary_moves_back_over_a_merged_token(tokenizer):
 
 def test_rows_that_cannot_be_split(tokenizer):
     class Merging:
-        """Makes one token of whatever contains an x."""
+        """Encodes any text with an x as one token."""
 
         bos_token_id = eos_token_id = None
 

@@ -1,4 +1,4 @@
-"""FastRows and the tables made with it: columns, cache, faults, and when Python does it instead."""
+"""FastRows and the tables made with it: columns, cache, faults, and when Python is used instead."""
 
 import pickle
 import re
@@ -114,8 +114,8 @@ def test_streams(tokenizer):
     assert list(stream) == list(prepare(ROWS * 40, tokenizer, max_length=7))
 
 
-def test_workers_of_a_data_loader_have_threads_of_their_own(tokenizer):
-    """A fork has the memory of a thread pool and none of its threads."""
+def test_workers_of_a_data_loader_start_threads(tokenizer):
+    """A forked process has the memory of a thread pool without its threads."""
     dataset = Dataset.from_list(ROWS * 40)
     expected = prepare(dataset, tokenizer)  # the pool runs
     stream = prepare(dataset.to_iterable_dataset(num_shards=2), tokenizer)
@@ -243,11 +243,11 @@ def test_what_changes_the_rows_changes_the_fingerprint(tokenizer):
     assert made == FastRows(RowBuilder(tokenizer)).fingerprint(dataset)
 
 
-# Where Python does it
+# Where Python is used
 
 
 class Shouting(PreTrainedTokenizerFast):
-    """A class that does more than its backend."""
+    """A class with a step besides its backend."""
 
     def __call__(self, text, *args, **kwargs):
         text = [part.replace("a", "b") for part in text]
@@ -273,7 +273,7 @@ def with_python_component():
 
 
 class Slow:
-    """As much of a Python-only tokenizer as rows need."""
+    """A Python-only tokenizer with the methods that rows need."""
 
     bos_token_id, eos_token_id, pad_token_id = 1, 2, 0
 
@@ -287,7 +287,7 @@ class Slow:
         (Slow, "Slow is not a fast tokenizer"),
         (
             lambda: word_tokenizer(kind=Shouting, chat_template=TEMPLATE),
-            "Shouting has a __call__ of its own",
+            "Shouting overrides __call__",
         ),
         (with_python_component, "the backend of .* cannot be written as JSON: .*serialized"),
     ],
@@ -304,11 +304,11 @@ def test_tokenizers_that_need_python(make, reason, log):
 
 
 @pytest.mark.parametrize("make", [Dataset.from_list, lambda rows: stream_of(rows)])
-def test_rows_that_come_out_otherwise_need_python(monkeypatch, make, log):
+def test_rows_that_differ_need_python(monkeypatch, make, log):
     monkeypatch.setattr(fast_module, "_ENCODING_METHODS", ())
     prepared = prepare(make(ROWS), word_tokenizer(kind=Shouting, chat_template=TEMPLATE))
     assert next(iter(prepared))["prompt_input_ids"] == [1, 4]  # "b" for "a"
-    assert "the backend alone encodes the prompt 'a ' otherwise" in log.text
+    assert "the backend alone encodes the prompt 'a ' differently" in log.text
     assert len(log.records) == 1
 
 
@@ -319,7 +319,7 @@ def stream_of(rows):
 @pytest.mark.parametrize(
     "make, reason",
     [
-        (lambda made: OwnRules(made), "OwnRules has rules of its own"),
+        (lambda made: OwnRules(made), "OwnRules overrides its rules"),
         (lambda made: RowBuilder(made, label_pad_token_id=2**40), "int"),
         (
             lambda made: RowBuilder(made, is_encoder_decoder=True, max_completion_length=9),

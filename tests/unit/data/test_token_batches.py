@@ -1,4 +1,4 @@
-"""Batches by length and by a budget of tokens: each pair once an epoch."""
+"""Batches by length and by a budget of tokens: each pair once per epoch."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ def test_every_pair_is_in_one_batch(lengths, budget, processes):
     every = [batch for each in batches for batch in each]
     pairs = [index for batch in every for index in batch]
     assert set(pairs) == set(range(len(lengths)))
-    # More than once only where there are too few pairs to make the processes even.
+    # More than once only if there are too few pairs for equal processes.
     if len(pairs) > len(lengths):
         assert len(pairs) - len(lengths) < processes
     for batch in every:

@@ -1,4 +1,4 @@
-"""What training needs of a tokenizer: padding, and a template for conversations."""
+"""Preparing a tokenizer: padding, and a template for conversations."""
 
 import pytest
 from datasets import Dataset
@@ -7,7 +7,7 @@ from oddsmith.data.tokenizer import ensure_chat_template, ensure_pad_token
 from support.word_tokenizer import TEMPLATE, bot, user
 
 
-def test_pad_token_falls_back_to_eos_and_says_so_once(tokenizer, log):
+def test_pad_token_falls_back_to_eos_and_logs_it_once(tokenizer, log):
     assert ensure_pad_token(tokenizer) == 0
     assert not log.records
     for _ in range(2):

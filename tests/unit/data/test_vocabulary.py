@@ -1,4 +1,4 @@
-"""Token ids against the size of the vocabulary."""
+"""Token ids compared with the size of the vocabulary."""
 
 import pytest
 from datasets import Dataset

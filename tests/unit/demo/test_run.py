@@ -1,11 +1,9 @@
-"""The demo's table, samples, files and progress bar; tests/e2e/test_demo.py runs it whole."""
+"""The demo's table, samples, files and progress bar; tests/e2e/test_demo.py runs all of it."""
 
 import json
 from types import SimpleNamespace
 
-import datasets
 import pytest
-from transformers.utils import logging as transformers_logging
 
 from oddsmith.demo import run as demo
 from oddsmith.demo.tasks import TASKS
@@ -57,21 +55,6 @@ def test_a_run_is_logged_fifty_times_and_evaluated_five_times(steps, logging, ev
     assert (config.max_steps, config.seed) == (steps, 5)
     assert (config.logging_steps, config.eval_steps) == (logging, evaluation)
     assert config.use_cpu and not config.bf16 and config.nll_scope == "completion"
-
-
-@pytest.mark.parametrize("shown", [True, False])
-def test_other_bars_are_hidden_and_come_back(shown):
-    set_datasets = datasets.enable_progress_bars if shown else datasets.disable_progress_bars
-    before = datasets.are_progress_bars_disabled()
-    try:
-        set_datasets()
-        with demo.no_other_bars():
-            assert datasets.are_progress_bars_disabled()
-            assert not transformers_logging.is_progress_bar_enabled()
-        assert datasets.are_progress_bars_disabled() is not shown
-        assert transformers_logging.is_progress_bar_enabled()
-    finally:
-        (datasets.disable_progress_bars if before else datasets.enable_progress_bars)()
 
 
 def test_the_bar_shows_what_is_logged():

@@ -1,4 +1,4 @@
-"""The demo's pairs: right answers are right, wrong ones wrong, and none of the test leaks."""
+"""The demo's pairs: correct and wrong answers, and no leak of held-out questions."""
 
 import random
 
@@ -32,7 +32,7 @@ def test_answers_are_graded(instruction, right, wrong):
 
 
 def test_an_unknown_instruction_is_refused():
-    with pytest.raises(ValueError, match="'Reverse it' follows none"):
+    with pytest.raises(ValueError, match="'Reverse it' matches none"):
         is_correct("Reverse it", "ti")
 
 

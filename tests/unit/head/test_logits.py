@@ -50,7 +50,7 @@ def test_certain_chosen_side_keeps_a_gradient_of_order_one():
 
 
 def test_sequence_logps_by_hand():
-    # Two words of equal logits: each label has probability 1/2; the masked one does not count.
+    # Two tokens of equal logits: each label has probability 1/2; the masked one does not count.
     logits = torch.zeros(2, 3, 2)
     logits[1, 0] = torch.tensor([0.0, math.log(3.0)])  # probabilities 1/4, 3/4
     labels = torch.tensor([[0, 1, -100], [1, -100, -100]])

@@ -146,7 +146,7 @@ def test_certain_tokens_and_empty_completions_stay_finite(chosen_bias):
     hidden, weight, targets, sequence, completion = make_batch(
         sequences=((4, 7), (1, 0), (4, 5), (2, 9)), dtype=torch.float32
     )
-    # Every chosen token is certain: its log-probability is zero to the last bit.
+    # Every chosen token is certain: its log-probability is exactly zero.
     chosen = sequence < 2
     weight = torch.nn.functional.normalize(weight, dim=-1)
     hidden[chosen] = chosen_bias * weight[targets[chosen].clamp(min=0)]
@@ -185,7 +185,7 @@ def test_empty_batch():
 
 
 @pytest.mark.parametrize("num_pairs", [2, None])
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # dynamo's own
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # of dynamo
 def test_compiles_without_a_graph_break(num_pairs):
     hidden, weight, *rows = make_batch(dtype=torch.float32)
 

@@ -1,4 +1,4 @@
-"""Histograms: bars in a terminal, edges of bins, a picture."""
+"""Histograms: bars in a terminal, edges of bins, a plot."""
 
 import numpy as np
 
@@ -17,7 +17,7 @@ def test_bars():
         "  25-29 █████                                    1",
     ]
     assert draw_bars(lengths[:0], "tokens") == "tokens: no rows"
-    # A few rows far beyond the rest share the last bin.
+    # A few much longer rows share the last bin.
     far = draw_bars(np.array([3] * 1000 + [10**6]), "tokens").splitlines()
     assert far[-1].split() == ["4+", "▏", "1"]
 

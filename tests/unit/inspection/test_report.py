@@ -1,4 +1,4 @@
-"""The report on a dataset: figures against their definitions, findings one by one."""
+"""The report on a dataset: figures compared with their definitions, findings one by one."""
 
 import numpy as np
 import pytest
@@ -42,7 +42,7 @@ def findings(row, tokenizer, max_length=20, report=False):
         ({**CLEAN, "rejected": "g <s>"}, "more than one BOS"),
         ({**CLEAN, "rejected": CLEAN["chosen"]}, "the same chosen and rejected"),
         ({**CLEAN, "rejected": ""}, "an empty completion"),
-        ({**CLEAN, "prompt": "a " * 25}, "longer than max_length 20 by their prompt alone"),
+        ({**CLEAN, "prompt": "a " * 25}, "a prompt longer than max_length 20"),
     ],
 )
 def test_findings_name_the_row_and_the_fix(tokenizer, row, words):
@@ -57,7 +57,7 @@ def test_clean_rows_have_no_findings(tokenizer):
     quoting = {"prompt": "a b c d e", "chosen": "f a b c d e", "rejected": "g"}
     assert findings(quoting, tokenizer) == []  # an answer may quote the prompt
     cut = {**CLEAN, "chosen": "f " * 30}
-    assert findings(cut, tokenizer) == []  # without EOS, for it was cut
+    assert findings(cut, tokenizer) == []  # without EOS, because it was cut
 
 
 def test_missing_eos(tokenizer):
@@ -140,7 +140,7 @@ def test_figures_by_hand(tokenizer):
     assert figures["near_duplicate_prompts"] == 0
     text = str(report)
     assert "train_dataset: 3 rows, 34 tokens" in text
-    assert "pads: 29% of the positions of batches of 3 pairs" in text
+    assert "padding: 29% of positions in batches of 3 pairs" in text
     assert "1.31x fewer tokens; both: 1.85x" in text
 
 
@@ -168,7 +168,7 @@ def test_chunks_of_any_size_make_the_same_figures(tokenizer, monkeypatch):
 
 
 def test_near_duplicate_prompts(tokenizer):
-    # 52 tokens; another one changes 3 of their shingles, of which 53 are left of 59.
+    # 52 tokens; another one changes 3 of their shingles, so 53 of 59 remain.
     alphabet = WORDS[3:29]
     long = " ".join(alphabet + alphabet[::-1]) + " "
     rows = [
@@ -179,7 +179,7 @@ def test_near_duplicate_prompts(tokenizer):
     report = report_rows(prepare(rows, tokenizer, 60), tokenizer, max_length=60)
     assert report.figures()["near_duplicate_prompts"] == 1
     assert report.stats.similar.first == 1
-    assert "prompts seen before: 0; like one before: 1" in str(report)
+    assert "repeated prompts: 0; similar to an earlier one: 1" in str(report)
 
 
 def test_overlength_rows_are_in_the_report(tokenizer):

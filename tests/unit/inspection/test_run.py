@@ -1,4 +1,4 @@
-"""`oddsmith inspect`: what it says, drops and refuses."""
+"""`oddsmith inspect`: its report, dropped rows and errors."""
 
 import json
 
@@ -99,7 +99,7 @@ def test_inspect_needs_a_tokenizer_and_sane_lengths(folder, tmp_path, capsys):
     with pytest.raises(UserError, match="--histogram x: needs a suffix"):
         run_inspect(source, folder, histogram="x")
     assert cli.main(["inspect", source, "--model", folder, "--max_length", "0"]) == 2
-    assert "'0' is no whole number above 0" in capsys.readouterr().err
+    assert "'0' is not a whole number above 0" in capsys.readouterr().err
 
 
 def test_inspect_uses_the_templates_that_train_would(folder, tmp_path, capsys):
@@ -112,7 +112,8 @@ def test_inspect_uses_the_templates_that_train_would(folder, tmp_path, capsys):
         }
     ]
     source = write(tmp_path / "rows.jsonl", rows)
-    # <s> [INST] a b [/INST] and c, d e, </s>; words apart, for the tokenizer knows no others.
+    # <s> [INST] a b [/INST] and c, d e, </s>; separate words, because the tokenizer knows no
+    # others.
     report = run_inspect(source, folder)
     assert report.figures()["rows"] == 1
     template = tmp_path / "t.jinja"

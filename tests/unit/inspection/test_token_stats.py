@@ -17,7 +17,7 @@ def test_padded_tokens():
     chosen, rejected = np.array([3, 9, 4, 4]), np.array([5, 1, 4, 2])
     assert padded_tokens(chosen, rejected, 1) == 2 * (5 + 9 + 4 + 4)
     assert padded_tokens(chosen, rejected, 9) == 2 * 4 * 9
-    # Three and one: the 9 is alone or with two others.
+    # Batches of three and one: the 9 is alone or with two others.
     assert padded_tokens(chosen, rejected, 3) in {2 * (3 * 5 + 9), 2 * (3 * 9 + 4), 2 * (3 * 9 + 5)}
     assert padded_tokens(chosen[:0], rejected[:0], 3) == 0
     assert quantiles(chosen[:0]) == {}
@@ -83,7 +83,7 @@ def test_faults_of_tokens_by_hand():
             ([1, 6, 5], [1, 2], [8, 2]),  # a second BOS
             ([1, 6, 7], [7], [8, 2]),  # four tokens, and no EOS
             ([1, 6, 8], [7, 9], [8, 2]),  # five, so it may have been cut
-            ([1, 6, 8], [7, 9, 2], [8, 2]),  # six; and a prompt that came before
+            ([1, 6, 8], [7, 9, 2], [8, 2]),  # six; and a repeated prompt
         )
     )
     stats.close()

@@ -10,10 +10,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from oddsmith import ORPOConfig, ORPOTrainer
 from oddsmith.integrations.head_probe import HeadMismatch, find_head, probe_head
-from oddsmith.integrations.model_head import FusedBatch, install
+from oddsmith.integrations.model_head import FusedBatch, check, fused_loss
 from support.trainer_runs import DECODERS, arguments, make_model, make_tokenizer, pairs
 
-# PEFT reads an older name of transformers'.
+# PEFT reads a deprecated name of transformers.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
 )
@@ -135,14 +135,14 @@ def llama(kind=LlamaForCausalLM, **extra):
 )
 def test_unknown_treatment_of_logits_is_found(kind, reason):
     with pytest.raises(HeadMismatch, match=reason):
-        install(llama(kind))
+        check(llama(kind))
 
 
 def test_hook_that_changes_logits_is_found():
     model = llama()
     model.lm_head.register_forward_hook(lambda module, args, output: output + 1.0)
     with pytest.raises(HeadMismatch, match="known softcap"):
-        install(model)
+        check(model)
 
 
 class LinearWithTwist(nn.Linear):
@@ -154,7 +154,7 @@ def test_head_of_another_kind_is_found():
     model = llama()
     model.lm_head = LinearWithTwist(32, model.config.vocab_size)
     with pytest.raises(HeadMismatch, match="LinearWithTwist, not a torch.nn.Linear"):
-        install(model)
+        check(model)
 
 
 def inputs():
@@ -167,7 +167,7 @@ def test_nothing_changes_without_a_batch():
     before, keys = model(**inputs()).logits, set(model.state_dict())
     signature = inspect.signature(model.forward)
     text = model.generate(**inputs(), do_sample=False, max_new_tokens=5, pad_token_id=0)
-    install(model)
+    check(model)
     torch.testing.assert_close(model(**inputs()).logits, before, rtol=0, atol=0)
     assert inspect.signature(model.forward) == signature
     assert set(model.state_dict()) == keys
@@ -187,30 +187,23 @@ def fused_batch():
 
 def test_a_copy_runs_on_its_own_weights():
     model = llama()
-    install(model)
+    check(model)
     twin = copy.deepcopy(model)
     with torch.no_grad():
         twin.lm_head.weight.mul_(3.0)
     batch = fused_batch()
-    one, other = (m(**inputs(), oddsmith_batch=batch) for m in (model, twin))
+    one, other = (fused_loss(m, batch, **inputs()) for m in (model, twin))
     assert abs(one.loss - other.loss) > 0.1
     other.loss.backward()
     assert model.lm_head.weight.grad is None and twin.lm_head.weight.grad is not None
 
 
-def test_installing_again_does_no_harm():
-    model = llama()
-    first = install(model)
-    assert install(model) is first
-    assert torch.isfinite(model(**inputs(), oddsmith_batch=fused_batch()).loss)
-
-
 def test_head_is_itself_again_after_an_error():
     model = llama()
-    install(model)
+    check(model)
     given = {name: x[:, :5] for name, x in inputs().items()}
     with pytest.raises(RuntimeError, match="for 18 positions; set use_fused_head=False"):
-        model(**given, oddsmith_batch=fused_batch())
+        fused_loss(model, fused_batch(), **given)
     assert "forward" not in vars(model.lm_head)
     assert model(**given).logits.shape == (2, 5, model.config.vocab_size)
 
@@ -218,12 +211,12 @@ def test_head_is_itself_again_after_an_error():
 def test_hooks_of_the_head_run():
     """FSDP, ZeRO-3 and offloading gather the weights in them; backward ones too."""
     model = llama()
-    install(model)
+    check(model)
     seen = []
     model.lm_head.register_forward_pre_hook(lambda *_: seen.append("before"))
     model.lm_head.register_forward_hook(lambda *_: seen.append("after"))
     model.lm_head.register_full_backward_pre_hook(lambda *_: seen.append("backward"))
-    model(**inputs(), oddsmith_batch=fused_batch()).loss.backward()
+    fused_loss(model, fused_batch(), **inputs()).loss.backward()
     assert seen == ["before", "after", "backward"]
 
 

@@ -7,8 +7,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from oddsmith.functional import dequantize_nf4
+from oddsmith.integrations.nf4_config import NF4Config
 from oddsmith.integrations.peft_lora import LoraLinear4bit
-from oddsmith.integrations.transformers_quantizer import NF4Config
 from oddsmith.nn import Linear4bit
 from oddsmith.quant.linear import linear_nf4_lora
 from support.trainer_runs import make_model, make_tokenizer
@@ -205,7 +205,7 @@ def test_unmerging_comes_back_but_for_rounding(folder):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"use_dora": True}, "use_dora is not there for 4-bit layers"),
+        ({"use_dora": True}, "use_dora is not supported for 4-bit layers"),
         ({"init_lora_weights": "pissa"}, "changes the base"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What the options of a group may be; the optimisers' own tests have the messages of all of them."""
+"""Options of a group; the optimisers' tests have all messages."""
 
 import math
 

@@ -25,7 +25,7 @@ def test_flash_is_the_definition(dtype):
     truth = attention(q, k, v, SEGMENTS, 0.6)
     assert out.dtype == dtype
     torch.testing.assert_close(out.double(), truth, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
-    # What the model makes of it, (1, N, heads * d), needs no copy.
+    # The model's reshape to (1, N, heads * d) needs no copy.
     assert out.transpose(1, 2).is_contiguous()
 
 
@@ -52,5 +52,5 @@ def test_blocks_by_hand():
         (slice(11, 16), None),
         (slice(16, 22), None),
     ]
-    # Nothing of the chosen sequence: its block is empty, and there is none.
+    # The rest of the chosen sequence is empty, so there is no block for it.
     assert list(blocks(((0, 0, 3),))) == [(slice(0, 3), None)]

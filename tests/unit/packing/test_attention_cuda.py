@@ -1,4 +1,4 @@
-"""The variable-length kernel over a packed row: what it is given, and on a GPU what it gives."""
+"""The variable-length kernel over a packed row: its arguments, and on a GPU its results."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from support.packed_attention import SEGMENTS, TOLERANCE, attention, tensors
 
 
 def naive_varlen(query, key, value, plan, scale, window):
-    """What a variable-length kernel computes: block by block, causal at the lower right."""
+    """The definition of a variable-length kernel: block by block, causal at the lower right."""
     out, groups = [], query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
     bounds = zip(plan.query_bounds, plan.query_bounds[1:], plan.key_bounds, plan.key_bounds[1:])
@@ -48,7 +48,7 @@ def test_the_kernel_on_a_gpu(window):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("window", [None, 3])
 def test_what_the_kernel_is_given_makes_the_definition(dtype, window, monkeypatch):
-    # The kernel itself needs a GPU; what it is given does not.
+    # The kernel needs a GPU; its arguments can be checked without one.
     monkeypatch.setattr(attention_cuda, "_kernel", lambda: naive_varlen)
     q, k, v = tensors(SEGMENTS, dtype)
     out = attention_cuda.packed_varlen(q, k, v, SEGMENTS, 0.6, window)
@@ -58,18 +58,18 @@ def test_what_the_kernel_is_given_makes_the_definition(dtype, window, monkeypatc
 
 def test_the_plan_by_hand():
     plan = attention_cuda._plan(((2, 1, 3), (0, 2, 0)), torch.device("cpu"))
-    # Three blocks: prompt and chosen 0..3, rejected 3..6 behind the prompt 0..2, and 6..8.
+    # Three blocks: prompt and chosen 0..3, rejected 3..6 with the prompt 0..2, and 6..8.
     assert plan.query_bounds.tolist() == [0, 3, 6, 8]
     assert plan.key_bounds.tolist() == [0, 3, 8, 10]
     assert plan.keys.tolist() == [0, 1, 2, 0, 1, 3, 4, 5, 6, 7]
     assert (plan.longest_query, plan.longest_key) == (3, 5)
     assert plan.query_bounds.dtype == plan.key_bounds.dtype == torch.int32
-    # No prompt is shared: keys stay where they are.
+    # No prompt is shared: keys are not moved.
     assert attention_cuda._plan(((0, 2, 3),), torch.device("cpu")).keys is None
 
 
 class OnGpu:
-    """As much of a query as `can_run` looks at."""
+    """The attributes of a query that `can_run` reads."""
 
     def __init__(self, width=64, dtype=torch.bfloat16, kind="cuda"):
         self.shape, self.dtype, self.device = (1, 4, 9, width), dtype, torch.device(kind)

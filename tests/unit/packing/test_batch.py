@@ -1,4 +1,4 @@
-"""PackedBatch: pairs as one row of real tokens, each prompt once."""
+"""PackedBatch: pairs as one row of tokens without padding, each prompt once."""
 
 import pickle
 
@@ -12,7 +12,7 @@ from oddsmith.packing.batch import PackedBatch
 
 
 def pair(chosen, rejected, prompt, chosen_prompt=None):
-    """Ids of both sides; the first `prompt` are no completion."""
+    """Ids of both sides; the first `prompt` are not completion."""
     row = {}
     sides = (("chosen", chosen, chosen_prompt or prompt), ("rejected", rejected, prompt))
     for side, ids, masked in sides:
@@ -52,8 +52,8 @@ def test_whole_sequences_by_hand():
         ([1, 9], [1, 8], 1, 0),  # nothing before the last token
         ([7, 2, 9], [1, 2, 8], 2, 0),  # no common beginning
         ([1, 2], [1, 2, 8, 8], 2, 1),  # an empty chosen answer
-        ([1, 2, 8, 8], [1, 2], 2, 1),  # an empty rejected one keeps a token to itself
-        ([1], [1, 2, 3, 8], 3, 1),  # a chosen sequence that the prompt outgrows
+        ([1, 2, 8, 8], [1, 2], 2, 1),  # an empty rejected answer keeps one token
+        ([1], [1, 2, 3, 8], 3, 1),  # a chosen sequence that is shorter than the prompt
     ],
 )
 def test_what_is_shared(chosen, rejected, prompt, shared):
@@ -62,7 +62,7 @@ def test_what_is_shared(chosen, rejected, prompt, shared):
     assert batch.segments == ((shared, len(chosen) - shared, len(rejected) - shared),)
 
 
-def test_auto_shares_what_is_worth_it():
+def test_auto_shares_long_prompts():
     long_prompt = pair([*range(20), 90], [*range(20), 91], 20)
     short_prompt = pair([1, 2, *range(30, 70)], [1, 2, *range(40, 80)], 2)
     batch = PackedBatch.build([long_prompt, short_prompt], share_prompt="auto")
@@ -94,7 +94,7 @@ def test_each_sequence_is_in_its_rows(texts, share):
             assert torch.equal(batch.position_ids[0, rows], torch.arange(len(ids) - 1))
             assert torch.equal(batch.targets[mine], ids[1:])
             assert torch.equal(batch.completion[mine], labels[1:] >= 0)
-    # A row that a loss needs belongs to one sequence alone.
+    # A scored row belongs to only one sequence.
     needed = batch.completion | (batch.sequence < len(pairs))
     assert len(batch.rows[needed].unique()) == int(needed.sum())
 
@@ -114,7 +114,7 @@ def assert_equal(one, other):
     assert one.segments == other.segments
 
 
-def test_a_changed_batch_is_not_taken_for_what_it_was():
+def test_a_changed_batch_is_detected():
     def collated():
         rows = [pair([1, 2, 3, 4, 5], [1, 2, 3, 6], 3)]
         return PreferenceCollator(0, packing=True)(rows)
@@ -144,3 +144,12 @@ def test_ids_and_labels_must_match():
     row["rejected_labels"] = [-100]
     with pytest.raises(ValueError, match="pair 0 of the batch: rejected_input_ids has 2 tokens"):
         PackedBatch.build([row], share_prompt=False)
+
+
+@pytest.mark.parametrize("value", ["yes", "true", 0, 1, None])
+def test_share_prompt_is_true_false_or_auto(value):
+    reason = f"share_prompt is {value!r}; must be True, False or 'auto'"
+    with pytest.raises(ValueError, match=reason):
+        PackedBatch.build([pair([1, 2], [1, 3], 1)], value)
+    with pytest.raises(ValueError, match=reason):
+        PreferenceCollator(0, share_prompt=value)

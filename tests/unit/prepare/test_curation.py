@@ -63,7 +63,7 @@ def test_rules_out_of_range(name, value):
 
 
 def judge(pairs, batches=1, **rules):
-    """One unit a pair, in several batches."""
+    """One unit per pair, in several batches."""
     curator = Curator(Rules(**rules))
     units = [Unit(str(index), [each]) for index, each in enumerate(pairs)]
     size = -(-len(units) // batches)
@@ -80,7 +80,7 @@ LONG = "Tell me in one paragraph how the water wheel of an old mill drives its s
 @pytest.mark.parametrize("batches", [1, 2, 5])
 def test_duplicate_prompts(batches):
     pairs = [
-        pair("What is it?", rejected="Here."),  # dropped for its answers: leaves no trace
+        pair("What is it?", rejected="Here."),  # dropped for its answers: does not count as seen
         pair("What is it?"),
         pair("  what  IS it? "),
         pair(LONG),

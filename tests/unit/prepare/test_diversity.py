@@ -1,4 +1,4 @@
-"""Figures of how varied pairs are, by hand."""
+"""Figures of the diversity of pairs, by hand."""
 
 from collections import Counter
 
@@ -16,7 +16,7 @@ def test_word_figures():
         "distinct_2": 0.75,
         "distinct_3": 1.0,
     }
-    # Windows of 1,000 words with 2 and 1 of them distinct; the last 500 words make none.
+    # Windows of 1,000 words with 2 and 1 of them distinct; the last 500 words are not a window.
     figures = word_figures(("x y " * 500 + "z " * 1500,))
     assert figures["type_token_ratio"] == pytest.approx(0.0015)
     assert word_figures(())["distinct_1"] is None

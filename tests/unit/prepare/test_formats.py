@@ -1,4 +1,4 @@
-"""Which format rows are in, and which options go together."""
+"""Detection of formats, and combinations of options."""
 
 import pytest
 
@@ -13,7 +13,7 @@ def test_formats_are_told_apart():
     assert set(FORMATS) == {"pairs", "hh", "ultrafeedback", "oasst", "oasst_trees", "scored",
                             "responses"}  # fmt: skip
     with pytest.raises(
-        UserError, match="x line 3: the format cannot be told from the columns a, b"
+        UserError, match="x line 3: the format cannot be detected from the columns a, b"
     ):
         detect_format({"a": 1, "b": 2}, Columns(), "x line 3")
     dialogue = "\n\nHuman: a\n\nAssistant: b"

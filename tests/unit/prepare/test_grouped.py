@@ -1,10 +1,10 @@
-"""One answer a row: rows of a prompt brought together, and the fate of each."""
+"""One answer per row: rows grouped by prompt, and the result of each."""
 
 from oddsmith.prepare.pair import assistant
 from support.prepared_units import TALK, bad, read
 
 
-def test_one_answer_a_row(tmp_path):
+def test_one_answer_per_row(tmp_path):
     columns = {"response": "answer", "scores": "score"}
     rows = [
         {"prompt": "Tea?", "answer": "fair", "score": 2},
@@ -25,7 +25,7 @@ def test_one_answer_a_row(tmp_path):
         ("neither best nor worst", 1), ("both poor", 1), ("no score or rank", 1), ("both poor", 1),
     ]  # fmt: skip
     assert (milk.reason, milk.rows) == ("fewer than two answers", 1)
-    assert list(tmp_path.iterdir()) == []  # the file on the way is gone
+    assert list(tmp_path.iterdir()) == []  # the temporary file is removed
     assert "field answer is missing" in bad({"prompt": "q"}, columns=columns)
     differ = [{**rows[0], "score": [1, 2]}, {**rows[2], "score": [3]}]
     _, units = read(differ, columns=columns, stop_at_bad_rows=False)

@@ -30,7 +30,7 @@ def test_languages(text, code):
     assert guess_language(text) == code
 
 
-def test_a_doubt_is_for_the_row():
+def test_uncertain_rows_are_kept():
     english = frozenset({"en"})
     assert may_be(None, english) and may_be("latin", english) and may_be("en", english)
     assert not may_be("de", english) and not may_be("ru", english)

@@ -1,4 +1,4 @@
-"""Fields of rows and what they become; units and the fate of their rows."""
+"""Parsing of fields; units and the results of their rows."""
 
 import pytest
 
@@ -39,7 +39,7 @@ def test_numbers(value, number):
 
 
 @pytest.mark.parametrize("value", [True, "high", [1], {}])
-def test_what_is_no_number(value):
+def test_texts_that_are_not_numbers(value):
     with pytest.raises(BadRow, match="field score is .* must be a number"):
         number_of(value, "score")
 
@@ -113,5 +113,5 @@ def test_bad_rows_stop_or_are_counted():
     with pytest.raises(UserError) as error:
         list(per_record(records, parse, stop=True))
     assert str(error.value) == (
-        "f.jsonl line 2: not JSON (--bad_rows drop leaves such rows out and counts them)"
+        "f.jsonl line 2: not JSON (--bad_rows drop skips such rows and counts them)"
     )

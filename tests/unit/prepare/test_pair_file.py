@@ -1,4 +1,4 @@
-"""Files of pairs: their columns, and that they appear whole or not at all."""
+"""Files of pairs: their columns; they appear complete or not at all."""
 
 import gzip
 import json
@@ -36,7 +36,7 @@ def written(path, *pairs):
     with PairFile(path) as file:
         for pair in pairs:
             file.write(pair)
-        # Not there before it is whole.
+        # It does not exist before it is complete.
         assert not path.exists()
     assert list(path.parent.iterdir()) == [path]
     return path
@@ -93,7 +93,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
         PairFile(tmp_path / "file" / "a.jsonl")
 
 
-def test_a_full_disk_is_the_users(tmp_path, monkeypatch):
+def test_a_full_disk_is_a_user_error(tmp_path, monkeypatch):
     def full(handle):
         raise OSError(28, "No space left on device")
 

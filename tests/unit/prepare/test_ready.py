@@ -1,4 +1,4 @@
-"""Rows that are pairs already, and dialogues: hand-made, with the pairs that they must make."""
+"""Rows that are already pairs, and dialogues, with the expected pairs."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from support.prepared_units import TALK, bad, pairs_of, read
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
-        (  # UltraFeedback-binarized: a bare prompt beside whole conversations
+        (  # UltraFeedback-binarized: a prompt string and complete conversations
             {
                 "prompt": "Tea?",
                 "chosen": [user("Tea?"), assistant("Yes")],
@@ -22,7 +22,7 @@ from support.prepared_units import TALK, bad, pairs_of, read
             {"prompt": TALK, "chosen": [assistant("Yes")], "rejected": [assistant("No")]},
             (TALK, [assistant("Yes")], [assistant("No")]),
         ),
-        (  # a prompt of messages, and once more in both
+        (  # a prompt of messages, repeated in both
             {
                 "prompt": TALK,
                 "chosen": [*TALK, assistant("Yes")],
@@ -43,7 +43,7 @@ from support.prepared_units import TALK, bad, pairs_of, read
             },
             ([{"role": "system", "content": "Be"}, user("Hi")], [assistant("A")], [assistant("B")]),
         ),
-        (  # a bare prompt, answers without it
+        (  # a prompt string, answers without it
             {"prompt": "Tea?", "chosen": [assistant("Yes")], "rejected": [assistant("No")]},
             ([user("Tea?")], [assistant("Yes")], [assistant("No")]),
         ),

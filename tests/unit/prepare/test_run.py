@@ -1,4 +1,4 @@
-"""`oddsmith prepare`: what it writes, and that it writes whole files or none."""
+"""`oddsmith prepare`: its output, and that files are complete or not written."""
 
 import gzip
 import json
@@ -7,7 +7,8 @@ from collections import Counter
 import pyarrow.parquet as pq
 import pytest
 
-from oddsmith.cli import data_flags, main
+from oddsmith import cli
+from oddsmith.cli import data_flags
 from oddsmith.errors import UserError
 from oddsmith.prepare.curation import REASONS, Rules
 from oddsmith.prepare.formats import FORMATS, ReadOptions
@@ -85,7 +86,7 @@ def test_every_row_is_kept_or_has_its_reason(name, tmp_path, capsys):
     assert "read              9" in shown and "kept              2  (22.2%)" in shown
     for reason in summary["rows"]["dropped"]:
         assert f"1  {reason}: {REASONS[reason]}" in shown
-    # Nothing else is left lying about.
+    # No other files are left.
     assert sorted(p.name for p in out.parent.iterdir() if not p.name.startswith("rows")) in (
         sorted([out.name, "out.summary.json"]),
         sorted([out.name, "out.summary.json", "sub"]),
@@ -155,7 +156,7 @@ def test_a_failed_run_leaves_the_old_file(tmp_path):
 
 def test_nothing_left_is_an_error_with_the_reasons(tmp_path):
     source = write(tmp_path / "rows.jsonl", ROWS[6:8])
-    with pytest.raises(UserError, match="none of 2 rows is left") as error:
+    with pytest.raises(UserError, match="none of 2 rows is kept") as error:
         run_prepare([source], tmp_path / "out.jsonl")
     assert "1  empty answer" in str(error.value)
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
@@ -179,11 +180,11 @@ def test_a_unit_that_does_not_add_up_is_a_bug():
 def test_the_command(tmp_path, capsys):
     source, out = write(tmp_path / "rows.jsonl", ROWS), tmp_path / "out.jsonl"
     argv = ["prepare", source, "--output", str(out), "--min-score", "3", "--languages", "EN"]
-    assert main(argv) == 0
+    assert cli.main(argv) == 0
     assert len(load(out)) == 2
-    assert main(argv) == 1
+    assert cli.main(argv) == 1
     assert "--overwrite replaces it" in capsys.readouterr().err
-    assert main([*argv, "--overwrite", "--min_agreement", "0", "--keep_ties"]) == 0
+    assert cli.main([*argv, "--overwrite", "--min_agreement", "0", "--keep_ties"]) == 0
     assert len(load(out)) == 4
 
 
@@ -199,13 +200,13 @@ def test_the_command(tmp_path, capsys):
 def test_wrong_flags(flags, words, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     source = write(tmp_path / "rows.jsonl", ROWS)
-    assert main(["prepare", source, *flags]) == 1
+    assert cli.main(["prepare", source, *flags]) == 1
     assert words in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
 def test_the_flags_offer_what_there_is():
-    # cli_data names them itself, so that help need not import what reads them.
+    # data_flags repeats the names, so that help does not import the parsers.
     parser = data_flags.prepare_parser()
     choices = {action.dest: action.choices for action in parser._actions}
     assert choices["format"] == ("auto", *FORMATS)
@@ -213,7 +214,7 @@ def test_the_flags_offer_what_there_is():
 
 
 def test_argparse_errors(capsys):
-    assert main(["prepare", "x.jsonl"]) == 2
+    assert cli.main(["prepare", "x.jsonl"]) == 2
     assert "--output" in capsys.readouterr().err
-    assert main(["prepare", "--help"]) == 0
+    assert cli.main(["prepare", "--help"]) == 0
     assert "--near_duplicates" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Rows of several answers: hand-made, with the pairs that they must make."""
+"""Rows of several answers, with the expected pairs."""
 
 from oddsmith.prepare.pair import assistant, user
 from oddsmith.prepare.scored import draw_pairs

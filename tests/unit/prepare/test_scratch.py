@@ -1,4 +1,4 @@
-"""The temporary database: where it is, and that it goes."""
+"""The temporary database: its folder, and its removal."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from oddsmith.prepare.scratch import scratch_database
 
 
 @pytest.mark.parametrize("name", ["plain", "with 'quotes'"])
-def test_it_is_in_its_folder_and_goes(name, tmp_path):
+def test_it_is_in_its_folder_and_removed(name, tmp_path):
     folder = tmp_path / name
     folder.mkdir()
     with scratch_database(folder) as store:
@@ -21,7 +21,7 @@ def test_it_is_in_its_folder_and_goes(name, tmp_path):
     assert not list(folder.iterdir())
 
 
-def test_it_goes_after_an_error_too(tmp_path):
+def test_it_is_removed_after_an_error(tmp_path):
     with pytest.raises(ZeroDivisionError), scratch_database(tmp_path):
         raise ZeroDivisionError
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""OpenAssistant's trees: pairs by rank, and the fate of every message."""
+"""OpenAssistant's trees: pairs by rank, and the result of every message."""
 
 import random
 from collections import Counter
@@ -47,7 +47,7 @@ def read(rows, tmp_path=None, **options):
 
 
 def nested(rows):
-    """The same messages as ready trees, a tree a row."""
+    """The same messages as ready trees, one tree per row."""
     nodes = {row["message_id"]: {**row, "replies": []} for row in rows}
     roots = []
     for row in rows:
@@ -99,12 +99,12 @@ def test_pairs_by_rank(ready, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_fate_of_a_pair_is_that_of_its_messages():
+def test_the_result_of_a_pair_is_that_of_its_messages():
     (unit,) = read(TREE)[1]
     dropped = fates([unit], lambda pair: "both poor" if len(pair.prompt) > 1 else None)
     # e f p were only in the pair that was dropped; q and a are in the other too.
     assert dropped[None] == 3 and dropped["both poor"] == 3
-    # Messages remember: read anew.
+    # Messages keep their results, so read them again.
     assert fates(read(TREE)[1], lambda pair: "both poor")["both poor"] == 6
 
 
@@ -121,7 +121,7 @@ def test_all_pairs_and_quality_against_rank():
 @pytest.mark.parametrize("ready", [False, True])
 def test_messages_that_are_left_out(ready):
     rows = [dict(row) for row in TREE]
-    rows[1]["deleted"] = True  # a: p e f lose their conversation; b takes its place
+    rows[1]["deleted"] = True  # without a, p e f lose their conversation, and b replaces a
     rows[9]["review_result"] = False
     rows[2]["text"] = " "
     units = read(nested(rows) if ready else rows)[1]

@@ -1,4 +1,4 @@
-"""The product with a 4-bit weight: values, gradients, and what is refused."""
+"""The product with a 4-bit weight: values, gradients, and errors."""
 
 import sys
 from pathlib import Path
@@ -11,9 +11,9 @@ import reference
 from oddsmith import functional
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# Tokens: none; straight from the codes; more than that, an odd number of them.
+# Tokens: none; few, multiplied directly with the codes; more, an odd number.
 TOKENS = [0, 1, 2, 3, 4, 5, 16, 17, 131]
-# Rows and columns: whole blocks, whole vectors, neither.
+# Rows and columns: full blocks, full vectors, neither.
 SIZES = [(64, 128), (37, 192), (19, 96), (23, 67), (1, 64), (48, 1), (33, 320)]
 
 
@@ -37,7 +37,7 @@ def problem(tokens, rows, columns, dtype=torch.float32, double_quant=True, weigh
 
 
 def naive(x, packed, state, bias, upstream):
-    """Output and gradients from a weight in full, all in the dtype of `x`."""
+    """Output and gradients from the full weight, all in the dtype of `x`."""
     weight = reference.unpacked(packed, state).to(x.dtype)
     out = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
     inputs = [tensor for tensor in (x, bias) if tensor is not None]
@@ -71,7 +71,7 @@ def test_values_and_gradients_equal_the_truth(path, size, double_quant, with_bia
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("tokens", [1, 4, 17, 131])
 @pytest.mark.parametrize("size", [(64, 128), (37, 192), (23, 67)], ids=str)
-def test_no_further_from_the_truth_than_the_naive_form(path, size, tokens, dtype):
+def test_as_accurate_as_the_naive_form(path, size, tokens, dtype):
     case = problem(tokens, *size, dtype)
     results = zip(ours(*case), naive(*case), true(*case), strict=True)
     for mine, simple, truth in results:
@@ -149,8 +149,8 @@ def test_tokens_may_have_any_shape(path):
     assert torch.equal(strided, whole)
 
 
-def test_a_token_by_itself_gets_what_it_gets_among_others():
-    """Decoding goes straight from the codes, the prompt through tiles."""
+def test_a_token_alone_gets_the_same_result_as_among_others():
+    """Decoding multiplies directly with the codes, the prompt uses tiles."""
     x, packed, state, bias, _ = problem(40, 96, 256)
     together = functional.linear_nf4(x, packed, state, bias)
     for few in (1, 2, 5, 16):
@@ -168,7 +168,7 @@ def test_many_tiles_give_one_result():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_the_weight_is_never_there_in_full():
+def test_there_is_never_a_full_weight():
     rows, columns = 8192, 8192  # 256 MiB in float32
     packed = torch.randint(256, (rows * columns // 2, 1), dtype=torch.uint8)
     absmax = torch.rand(rows * columns // 64)

@@ -51,7 +51,7 @@ def layer_and_input(dtype=torch.float32, **options):
 
 
 class TestModule:
-    # dynamo's own, on seeing an autograd function
+    # of dynamo, for an autograd function
     @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
     @pytest.mark.parametrize("tokens", [3, 40])
     def test_torch_compile_without_a_graph_break(self, tokens):
@@ -75,7 +75,7 @@ class TestModule:
         plain = layer(x).square().sum()
         wanted = torch.autograd.grad(plain, inputs)
         again = checkpoint(layer, x, use_reentrant=use_reentrant).square().sum()
-        if use_reentrant:  # which knows backward() alone
+        if use_reentrant:  # which supports only backward()
             again.backward()
             found = [tensor.grad for tensor in inputs]
         else:

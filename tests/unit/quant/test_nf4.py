@@ -1,4 +1,4 @@
-"""NF4 tensors: codes and scales, what is kept with them, and what is refused."""
+"""NF4 tensors: codes, scales, states, and errors."""
 
 import os
 import subprocess
@@ -24,8 +24,8 @@ def path(request, tensor_ops_switch):
 
 
 def test_a_block_by_hand(path):
-    # Scale 2: 1, 0.5 and -0.25 lie nearest to codes 15 (1), 12 (0.4407; 0.5626 is further) and 4
-    # (-0.2844; -0.1848 is further). The second block has one value, -3, and a pad.
+    # Scale 2: 1, 0.5 and -0.25 are nearest to codes 15 (1), 12 (0.4407; 0.5626 is further) and 4
+    # (-0.2844; -0.1848 is further). The second block has one value, -3, and padding.
     values = torch.zeros(33)
     values[0], values[1], values[2], values[32] = 2.0, 1.0, -0.5, -3.0
     packed, state = functional.quantize_nf4(values, blocksize=32)
@@ -69,18 +69,18 @@ def test_strides_do_not_matter(path, dtype):
         assert torch.equal(values, functional.dequantize_nf4(same, other))
 
 
-def test_blocks_of_zeros_and_of_specks(path):
+def test_blocks_of_zeros_and_of_tiny_values(path):
     packed, state = functional.quantize_nf4(torch.zeros(70))
     assert state.absmax.tolist() == [0.0, pytest.approx(1e-38)]
     assert packed.unique().tolist() == [0x77]
     assert not functional.dequantize_nf4(packed, state).any()
     packed, state = functional.quantize_nf4(torch.full((64,), -1e-40))
-    # Below 1e-38 a scale has no inverse: the codes are those of x / 1e-38, the scale stays.
+    # Below 1e-38 a scale has no inverse: the codes are those of x / 1e-38, the scale is kept.
     assert state.absmax.tolist() == [pytest.approx(1e-40, rel=1e-3)]
     assert packed.unique().tolist() == [0x77]
 
 
-def test_nothing_at_all(path):
+def test_empty_tensors(path):
     packed, state = functional.quantize_nf4(torch.empty(0, 5))
     assert packed.shape == (0, 1) and state.absmax.shape == (0,)
     assert functional.dequantize_nf4(packed, state).shape == (0, 5)
@@ -95,12 +95,12 @@ def test_nan_and_infinity_stay_in_their_blocks(path):
     whole = torch.cat([torch.arange(64), torch.arange(192, 256)])
     assert back[whole].isfinite().all()
     assert back[64:128].isnan().all() and back[257].isinf()
-    # 0 * inf: as in bitsandbytes an infinity takes its neighbours with it.
+    # 0 * inf: as in bitsandbytes, an infinity makes its block NaN.
     assert back[128:192].isfinite().sum() == 0
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_double_quantisation_refuses_what_would_spread(path, bad):
+def test_double_quantisation_refuses_nan_and_infinity(path, bad):
     values = heavy_tailed(5, 64)
     values[3, 17] = bad
     with pytest.raises(ValueError, match=r"1 of 5 blocks .* the first at 192\.\.256"):
@@ -211,6 +211,28 @@ def test_a_state_that_does_not_fit_is_refused(path, changes, message):
     x = torch.ones(1, 1).expand(1, state.shape[1])
     with pytest.raises((ValueError, TypeError), match=message):
         functional.linear_nf4(x, packed, state)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("shape", "quant_state: shape missing"),
+        ("blocksize", "quant_state: blocksize missing"),
+        ("dtype", "quant_state: dtype missing"),
+        ("offset", "quant_state: state2, its code and blocksize, or offset missing"),
+    ],
+)
+def test_a_state_that_lacks_a_part_is_refused(name, message):
+    packed, state = functional.quantize_nf4(torch.ones(64, 64), double_quant=True)
+    setattr(state, name, None)
+    x = torch.ones(1, 64)
+    for use in (
+        lambda: functional.dequantize_nf4(packed, state),
+        lambda: functional.linear_nf4(x, packed, state),
+        state.as_dict,
+    ):
+        with pytest.raises(ValueError, match=message):
+            use()
 
 
 def test_codes_that_do_not_fit_are_refused(path):

@@ -1,4 +1,4 @@
-"""QuantState: its names in a checkpoint, equality, moves, and what is refused."""
+"""QuantState: its names in a checkpoint, equality, moves, and errors."""
 
 import copy
 import json
@@ -88,7 +88,7 @@ WRONG = [
     ({"shape": None}, "shape is None; must be a list of sizes"),
     ({"shape": [5, -128]}, r"shape is \[5, -128\]; must be a list of sizes"),
     ({"shape": [5, 128.0]}, "shape is .*; must be a list of sizes"),
-    ({"shape": [1 << 40, 1 << 40]}, "shape is .*; must be that of a tensor"),
+    ({"shape": [1 << 40, 1 << 40]}, "shape is .*; must be the shape of a tensor"),
     ({"blocksize": 48}, "blocksize is 48; must be one of 32, 64"),
     ({"blocksize": "64"}, "blocksize is '64'; must be one of 32, 64"),
     ({"blocksize": True}, "blocksize is True; must be one of 32, 64"),
@@ -96,10 +96,10 @@ WRONG = [
     ({"nested_offset": "much"}, "nested_offset is 'much'; must be a finite number"),
     ({"nested_offset": float("nan")}, "nested_offset is nan; must be a finite number"),
     ({"nested_offset": 10**400}, "nested_offset is 1000.*; must be a finite number"),
-    ({"quant_map": torch.linspace(-1, 1, 16)}, "quant_map has other values than NF4"),
+    ({"quant_map": torch.linspace(-1, 1, 16)}, "quant_map does not have the values of NF4"),
     ({"quant_map": torch.zeros(15)}, r"quant_map has shape \(15,\); must be \(16,\)"),
     ({"nested_quant_map": torch.zeros(2)}, r"nested_quant_map has shape \(2,\)"),
-    ({"absmax": [1.0]}, "absmax is no tensor"),
+    ({"absmax": [1.0]}, "absmax is not a tensor"),
     ({"absmax": torch.ones(10)}, "absmax has dtype float32; must be uint8"),
     ({"nested_absmax": torch.ones(1).double()}, "nested_absmax has dtype float64"),
 ]
@@ -114,14 +114,14 @@ def test_parts_that_do_not_fit_are_refused(changes, message):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"\xff\xfe", "no JSON"),
-        (b'{"quant_type": "nf4", ', "no JSON"),
+        (b"\xff\xfe", "not JSON"),
+        (b'{"quant_type": "nf4", ', "not JSON"),
         (b"[1, 2]", "must be a JSON object"),
-        (b"", "no JSON"),
+        (b"", "not JSON"),
         (b"{}", "blocksize, dtype, quant_type, shape missing"),
     ],
 )
-def test_json_that_is_none_is_refused(data, message):
+def test_invalid_json_is_refused(data, message):
     _, state = functional.quantize_nf4(heavy_tailed(5, 128))
     parts = state.as_dict(packed=True)
     parts[PACKED_KEY] = torch.tensor(list(data), dtype=torch.uint8)
@@ -137,5 +137,5 @@ def test_other_types_are_refused_by_name():
         QuantState.from_dict(parts)
     text = json.dumps({"quant_type": "nf4"})
     parts = {PACKED_KEY: text}
-    with pytest.raises(ValueError, match="no tensor of bytes"):
+    with pytest.raises(ValueError, match="not a tensor of bytes"):
         QuantState.from_dict(parts)

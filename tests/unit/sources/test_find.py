@@ -27,7 +27,7 @@ def write_jsonl(path, rows, opener=open):
 
 
 def ask(dataset, **names):
-    """Arguments of a run that names nothing but what is given."""
+    """Arguments of a run with only the given names."""
     absent = dict.fromkeys(
         ("dataset_config", "dataset_train_split", "dataset_test_split", "eval_dataset_name")
     )
@@ -130,7 +130,7 @@ def test_missing_and_unreadable_files(tmp_path):
     with pytest.raises(UserError, match=r"broken\.parquet cannot be read: .+"):
         load_source(str(tmp_path / "broken.parquet"))
     (tmp_path / "folder").mkdir()
-    with pytest.raises(UserError, match="the folder holds no"):
+    with pytest.raises(UserError, match="the folder has no"):
         load_source(str(tmp_path / "folder"))
 
 
@@ -146,7 +146,9 @@ def test_a_hub_id_without_a_hub(monkeypatch):
         raise ConnectionError("Couldn't reach the Hub\nsecond line")
 
     monkeypatch.setattr("oddsmith.sources.find.load_dataset", offline)
-    with pytest.raises(UserError, match="no local path and cannot be loaded from the hub: Could"):
+    with pytest.raises(
+        UserError, match="not a local path and cannot be loaded from the hub: Could"
+    ):
         load_source("owner/name")
 
 
@@ -161,7 +163,7 @@ def test_splits_are_found(tmp_path):
     assert load_pairs(ask(tmp_path / "d"), evaluates=False)[1] is None
 
 
-def test_named_splits_win(tmp_path):
+def test_named_splits_are_used(tmp_path):
     DatasetDict(
         train=Dataset.from_list(ROWS),
         test=Dataset.from_list(ROWS),
@@ -176,7 +178,7 @@ def test_named_splits_win(tmp_path):
         load_pairs(ask(tmp_path / "d", dataset_train_split="tny"), False)
 
 
-def test_a_lone_split_is_trained_on_whatever_its_name(tmp_path):
+def test_a_single_split_is_trained_on(tmp_path):
     DatasetDict(harmless=Dataset.from_list(ROWS)).save_to_disk(tmp_path / "d")
     assert len(load_pairs(ask(tmp_path / "d"), False)[0]) == 5
     DatasetDict(a=Dataset.from_list(ROWS), b=Dataset.from_list(ROWS)).save_to_disk(tmp_path / "e")

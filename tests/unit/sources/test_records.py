@@ -1,4 +1,4 @@
-"""Records of files: every kind, and what is said of damaged ones."""
+"""Records of files: every kind, and errors of damaged ones."""
 
 import bz2
 import gzip
@@ -120,7 +120,7 @@ def test_a_bad_line_is_named_and_the_others_are_read(content, number, problem, t
 
 @pytest.mark.parametrize(
     ("suffix", "opener", "least"),
-    # bzip2 gives nothing before a whole block of 900 kB.
+    # bzip2 has no output before a full block of 900 kB.
     [
         (".gz", gzip.compress, 1200),
         (".bz2", bz2.compress, 1),
@@ -129,13 +129,13 @@ def test_a_bad_line_is_named_and_the_others_are_read(content, number, problem, t
     ],
 )
 def test_a_cut_off_archive_names_the_line(suffix, opener, least, tmp_path):
-    # Lines that do not compress, so that the cut falls behind some of them.
+    # Lines that do not compress, so that the cut is after some of them.
     rng = random.Random(3)
     lines = [json.dumps({"a": rng.randbytes(200).hex()}) + "\n" for _ in range(2000)]
     path = tmp_path / f"a.jsonl{suffix}"
     packed = opener("".join(lines).encode())
     path.write_bytes(packed[: len(packed) * 3 // 4])
-    # Some decompressors only stop: then the last line is a fragment.
+    # Some decompressors stop without an error: then the last line is a fragment.
     damage = find_damage([path])
     assert damage is not None
     number = int(damage.split(" line ")[1].split(":")[0])
@@ -183,11 +183,11 @@ def test_damaged_parquet(tmp_path):
             seen.append(record.number)
     assert seen == list(range(1, 1001))
     path.write_bytes(whole[:-30])
-    with pytest.raises(UserError, match="a.parquet: no whole parquet file: "):
+    with pytest.raises(UserError, match="a.parquet: not a complete parquet file: "):
         fields(path)
 
 
-# ---- What `oddsmith train` reads ----
+# ---- Files for `oddsmith train` ----
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_damaged_parquet(tmp_path):
         ("a.jsonl", LINES[:90] + b"\n" + LINES, "a.jsonl line 2: not JSON: "),
         ("a.jsonl.gz", gzip.compress(LINES)[:-20], "a.jsonl.gz line "),
         ("a.json", b'[\n{"chosen": "x"},\n{"chosen"', "a.json line 3: not JSON: "),
-        ("a.parquet", b"PAR1 no more", "a.parquet: no whole parquet file: "),
+        ("a.parquet", b"PAR1 no more", "a.parquet: not a complete parquet file: "),
     ],
 )
 def test_training_names_file_and_line_too(name, content, words, tmp_path):

@@ -75,5 +75,5 @@ def test_a_cut_off_saved_dataset(tmp_path):
         (["train", "test"], "test", "test"),
     ],
 )
-def test_the_split_that_is_meant(splits, wanted, chosen):
+def test_the_split_to_read(splits, wanted, chosen):
     assert choose_split("mine", iter(splits), wanted) == chosen

@@ -13,7 +13,7 @@ from oddsmith.optim import AdamW8bit, PagedAdamW8bit, PagedAdamW32bit
 from oddsmith.training.adamw_names import ADAMW_NAMES, adamw_optimizer
 from support.trainer_runs import arguments, make_model, make_tokenizer, pairs
 
-# PEFT asks the model by a name that transformers 5.2x deprecates.
+# PEFT reads a name that transformers 5.2x deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
 KINDS = {
@@ -68,7 +68,7 @@ def test_arguments_reach_the_optimizer(name, config, model):
 
 @pytest.mark.parametrize("adapter", [False, True])
 def test_groups_are_those_of_transformers(adapter, config, tokenizer):
-    """Parameters have the numbers that a run with bitsandbytes has saved them by, empty groups too."""
+    """Parameters have the same numbers as in a saved run with bitsandbytes, with empty groups."""
     lora = LoraConfig(r=3, target_modules=["q_proj"], task_type="CAUSAL_LM")
     groups = {}
     for name in ("paged_adamw_8bit", "paged_adamw_32bit", "adamw_torch"):
@@ -124,14 +124,14 @@ def test_optim_args(config, model, tmp_path):
         (
             "adamw_8bit",
             "page_dir=/tmp",
-            "adamw_8bit: optim_args has 'page_dir', which is no option",
+            "adamw_8bit: optim_args has the unknown option 'page_dir'",
         ),
         (
             "adamw_bnb_8bit",
             "betas=0.9",
-            "'betas', which is no option; there are min_8bit_size, stoch",
+            "the unknown option 'betas'; known are min_8bit_size, stoch",
         ),
-        ("paged_adamw_8bit", "pages=3", "there are device_budget, min_8bit_size, page_dir, stoch"),
+        ("paged_adamw_8bit", "pages=3", "known are device_budget, min_8bit_size, page_dir, stoch"),
         (
             "paged_adamw",
             "device_budget=1e6",

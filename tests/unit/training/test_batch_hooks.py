@@ -1,4 +1,4 @@
-"""Which sampler and loader a run gets; tests/e2e/test_trainer_batches.py trains with them."""
+"""The sampler and loader of a run; tests/e2e/test_trainer_batches.py trains with them."""
 
 import pytest
 from datasets import Dataset
@@ -22,7 +22,7 @@ def test_lengths_of_both_sides_are_grouped(make, strategy):
     if strategy == "group_by_length":
         assert isinstance(sampler, LengthGroupedSampler)
     assert list(sampler.lengths) == lengths
-    # A column of that name is taken as it is, and so is another dataset.
+    # A column of that name is used unchanged, and so is another dataset.
     given = Dataset.from_dict({trainer.args.length_column_name: [5, 9, 2]})
     assert list(trainer._get_train_sampler(given).lengths) == [5, 9, 2]
 

@@ -1,4 +1,4 @@
-"""Completions of an evaluation: which rows, what is logged, and that training sees nothing of it."""
+"""Completions of an evaluation: rows, logs, and no effect on training."""
 
 import json
 
@@ -56,5 +56,5 @@ def test_the_file_and_the_log(tmp_path, caplog):
     head, first, second = caplog.records[-1].getMessage().splitlines()
     assert head == f"Completions at step 42, also in {path}:"
     assert first == '"Was?\\n" -> "Übung"'
-    # 200 characters with the quote in front and the dots at the end.
+    # 200 characters with the quote at the start and the dots at the end.
     assert second == '"' + "q" * 198 + '… -> "short"'

@@ -1,4 +1,4 @@
-"""Curves: what is read from a trainer's log, and that pictures come out."""
+"""Curves: series from a trainer's log, and plots."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What happens to an evaluation batch and set."""
+"""Evaluation of batches and datasets."""
 
 from support.trainer_runs import batch_of, pairs
 
@@ -15,7 +15,7 @@ def test_prediction_step(make):
     assert kept.tolist() == logits[1:].tolist()
 
 
-def test_another_collator_is_told_once(make, log):
+def test_another_collator_is_logged_once(make, log):
     batches = make().data_collator
     trainer = make(data_collator=lambda rows: batches(rows))
     for _ in range(2):
@@ -30,7 +30,7 @@ def test_metrics_have_the_name_of_their_set(make):
     assert {"eval_hard_loss", "eval_hard_logps/chosen"} <= output.metrics.keys()
     assert all(name.startswith("eval_hard_") for name in output.metrics)
     assert output.num_samples == 4
-    # The averages have been taken: the next set starts anew.
+    # The averages were read: the next set starts from zero.
     assert trainer._take_metrics("eval") == {}
 
 

@@ -1,4 +1,4 @@
-"""How a batch becomes a loss: in the head, from logits, and through hooks of one's own."""
+"""The loss of a batch: in the head, from logits, and through overridden hooks."""
 
 import copy
 import math
@@ -33,14 +33,14 @@ def test_overridden_hooks_are_called(make, model, hook, caplog):
     plain = make(model=copy.deepcopy(model))
     kind = type("Own", (ORPOTrainer,), {hook: counted(getattr(ORPOTrainer, hook))})
     own = make(kind=kind, model=model)
-    assert f"Own has its own {hook}" in caplog.text
+    assert f"Own overrides {hook}" in caplog.text
     loss, _ = own.get_batch_loss_metrics(own.model, batch_of(own))
     assert calls == [hook]
     expected, _ = plain.get_batch_loss_metrics(plain.model, batch_of(plain))
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_an_own_odds_ratio_decides_the_loss(make):
+def test_an_overridden_odds_ratio_decides_the_loss(make):
     class Own(ORPOTrainer):
         def odds_ratio_loss(self, policy_chosen_logps, policy_rejected_logps):
             term = policy_chosen_logps - policy_rejected_logps
@@ -86,7 +86,7 @@ def test_logps_by_hand():
     assert ORPOTrainer.get_batch_logps(logits, labels).item() == pytest.approx(expected)
     mean = ORPOTrainer.get_batch_logps(logits, labels, average_log_prob=True).item()
     assert mean == pytest.approx(expected / 2)
-    # Of an encoder-decoder labels and logits are aligned: 0 and 1, masked at the end.
+    # For an encoder-decoder, labels and logits are aligned: 0 and 1, masked at the end.
     aligned = ORPOTrainer.get_batch_logps(
         logits, torch.tensor([[0, 1, -100]]), is_encoder_decoder=True
     )

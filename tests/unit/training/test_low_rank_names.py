@@ -13,7 +13,7 @@ from oddsmith.optim.low_rank.galore_8bit import GaLoreAdamW8bit
 from oddsmith.training.low_rank_names import LOW_RANK_NAMES, low_rank_optimizer, target_parameters
 from support.trainer_runs import arguments, make_model, make_tokenizer, pairs
 
-# PEFT asks the model by a name that transformers 5.2x deprecates.
+# PEFT reads a name that transformers 5.2x deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
 ARTICLE = [r".*attn.*", r".*mlp.*"]
@@ -143,7 +143,7 @@ def test_bad_targets(targets, error, message, model):
          r"rank is 25, but model.layers.0.self_attn.k_proj.weight has shape \(24, 48\)"),
         ({"optim_args": None}, ValueError, "rank is 128"),
         ({"optim_target_modules": ["nothing"]}, ValueError, "matches no linear layer"),
-        ({"optim": "apollo_adamw", "optim_args": "rank=8,svd=exact"}, ValueError, "no option"),
+        ({"optim": "apollo_adamw", "optim_args": "rank=8,svd=exact"}, ValueError, "unknown option"),
     ],
 )  # fmt: skip
 def test_bad_settings(changed, error, message, config, model):
@@ -175,7 +175,7 @@ def test_all_frozen_is_refused(config, tokenizer):
 def test_sharded_models_and_many_processes_are_refused(config, model, monkeypatch):
     args = config(optim="galore_adamw_layerwise")
     monkeypatch.setattr(args, "fsdp", ["full_shard"])
-    with pytest.raises(ValueError, match="with fsdp: a projection needs whole matrices"):
+    with pytest.raises(ValueError, match="with fsdp: a projection needs full matrices"):
         low_rank_optimizer(args, model)
     monkeypatch.setattr(args, "fsdp", [])
     monkeypatch.setattr(args, "fp16", True)

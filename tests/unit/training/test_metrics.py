@@ -9,7 +9,7 @@ from oddsmith.training.metrics import MetricStore, PairScores, batch_share, pair
 
 
 class Processes:
-    """Stands for accelerate's Accelerator: every process has the same numbers, times its rank."""
+    """A fake accelerate Accelerator: every process has the same numbers, times its rank."""
 
     device = torch.device("cpu")
 
@@ -130,7 +130,7 @@ def test_pair_metrics():
     assert metrics["empty_completions"] == 0
 
 
-def test_pair_metrics_leave_out_empty_and_foreign_pairs():
+def test_pair_metrics_exclude_empty_and_repeated_pairs():
     metrics = pair_metrics(scores([True, False, True]), 3)
     assert metrics["logps/rejected"] == pytest.approx((-2.0 - 5.0) / 2)
     assert metrics["empty_completions"] == 1

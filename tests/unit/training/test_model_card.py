@@ -1,4 +1,4 @@
-"""The model card: what was trained, how, and whom to cite."""
+"""The model card: model, data, settings and citation."""
 
 from oddsmith import ORPOConfig
 from oddsmith.training.model_card import CITATION, model_card

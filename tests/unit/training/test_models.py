@@ -1,17 +1,14 @@
-"""The model of a run: loaded by name, its adapter, its dropout, what is refused."""
-
-import copy
+"""The model of a run: loaded by name, its adapter, what is refused."""
 
 import pytest
 import torch
-from torch import nn
 from transformers import LlamaForSequenceClassification, LlamaModel
 
 from oddsmith import ORPOConfig
-from oddsmith.training.models import disable_dropout, load_model
+from oddsmith.training.models import load_model
 from support.trainer_runs import arguments, make_model, make_tokenizer
 
-# PEFT reads an older name of transformers'.
+# PEFT reads a deprecated name of transformers.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
 )
@@ -46,7 +43,7 @@ def test_peft_model_with_a_peft_config(make, model):
 
 
 def test_model_init_kwargs_with_a_model(make):
-    with pytest.raises(ValueError, match="the model has been made already"):
+    with pytest.raises(ValueError, match="model is not a name"):
         make(config={"model_init_kwargs": {"dtype": "float32"}})
 
 
@@ -79,29 +76,11 @@ def test_encoder_decoder_by_name(make, tmp_path):
     assert trainer._plain_because == "it is an encoder-decoder model"
 
 
-def test_dropout_is_off_in_the_adapter_too(make, model):
-    from peft import LoraConfig
-
-    config = LoraConfig(r=2, lora_dropout=0.3, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    trainer = make(model=copy.deepcopy(model), peft_config=config)
-    rates = [m.p for m in trainer.model.modules() if isinstance(m, nn.Dropout)]
-    assert rates and set(rates) == {0.0}
-    trainer = make(model=model, peft_config=config, config={"disable_dropout": False})
-    assert 0.3 in [m.p for m in trainer.model.modules() if isinstance(m, nn.Dropout)]
-
-
-def test_disable_dropout_reaches_functional_ones():
-    layer = nn.Module()
-    layer.attention_dropout, layer.scale, layer.inner = 0.1, 0.5, nn.Dropout1d(0.2)
-    disable_dropout(layer)
-    assert (layer.attention_dropout, layer.scale, layer.inner.p) == (0.0, 0.5, 0.0)
-
-
 def test_gradients_reach_an_adapter_under_checkpointing(make):
     from peft import LoraConfig
 
     config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    # The reentrant kind passes no gradient on if no input of a layer requires one.
+    # Reentrant checkpointing gives no gradient if no input of a layer requires one.
     checkpointing = {
         "gradient_checkpointing": True,
         "gradient_checkpointing_kwargs": {"use_reentrant": True},

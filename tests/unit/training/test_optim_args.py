@@ -1,4 +1,4 @@
-"""The text of `optim_args` to its values."""
+"""Parsing of `optim_args`."""
 
 import pytest
 
@@ -12,7 +12,7 @@ from oddsmith.training.optim_args import parse_optim_args, readers, yes_or_no
     [
         ("rank", "'rank'; must be option=value"),
         ("rank=", "must be option=value"),
-        ("ranks=4", "'ranks', which is no option; there are"),
+        ("ranks=4", "the unknown option 'ranks'; known are"),
         ("rank=4,rank=5", "'rank' twice"),
         ("rank=four", "rank is 'four' in optim_args; must be an integer"),
         ("scale=big", "scale is 'big' in optim_args; must be a number"),
@@ -41,7 +41,7 @@ def test_booleans(text, value):
 
 
 @pytest.mark.parametrize("text", ["yes", "2", ""])
-def test_what_is_no_boolean(text):
+def test_other_texts_are_not_booleans(text):
     with pytest.raises(ValueError, match="must be true or false"):
         yes_or_no(text)
 

@@ -1,4 +1,4 @@
-"""Which hooks a subclass, or an instance, has of its own."""
+"""Hooks that a subclass or an instance overrides."""
 
 from oddsmith.training.overrides import is_overridden
 
@@ -26,21 +26,21 @@ class Own(Base):
         return 5
 
 
-def test_a_subclass_with_its_own():
+def test_a_subclass_that_overrides():
     for name in ("hook", "plain"):
         assert not is_overridden(Base(), Base, name)
         assert not is_overridden(Other(), Base, name)
         assert is_overridden(Own(), Base, name)
 
 
-def test_an_instance_with_its_own():
+def test_an_instance_that_overrides():
     instance = Base()
     instance.hook = lambda: 6
     assert is_overridden(instance, Base, "hook")
     assert not is_overridden(instance, Base, "plain")
 
 
-def test_a_hook_that_another_base_brings():
+def test_a_hook_of_another_base_class():
     class Mixin:
         def hook(self):
             return 7

@@ -1,4 +1,4 @@
-"""How a pair becomes a row: hooks of one's own, checks, the report."""
+"""The rows of a run: overridden hooks, checks, the report."""
 
 from datasets import Dataset, DatasetDict
 

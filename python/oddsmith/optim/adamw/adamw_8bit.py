@@ -12,18 +12,18 @@ from .optimizer import BlockAdamW
 
 class AdamW8bit(BlockAdamW):
     __doc__ = f"""
-    AdamW with moments of 8 bits: two bytes a parameter, and a scale for every 256.
+    AdamW with 8-bit moments: two bytes per element, and a scale per 256 elements.
 
-    After Dettmers et al. 2022 (arXiv 2110.02861). Moments of fewer than `min_8bit_size` elements, and
-    of groups with `optim_bits=32` (which is what embeddings should have), are `fp32`. Needs no
-    bitsandbytes. See [`BlockAdamW`] for what happens to NaN, and for saved state.
+    After Dettmers et al. 2022 (arXiv 2110.02861). Moments of fewer than `min_8bit_size` elements,
+    and of groups with `optim_bits=32` (recommended for embeddings), are `fp32`. bitsandbytes is not
+    needed. See [`BlockAdamW`] about NaN and saved states.
 
     Args:
         {ARGS_DOC}
         optim_bits (`int`, *optional*, defaults to 8):
             8 or 32.
         min_8bit_size (`int`, *optional*, defaults to 4096):
-            Elements from which on moments have 8 bits.
+            Parameters with at least this many elements have 8-bit moments.
         {REST_DOC}
     """
 

@@ -11,10 +11,10 @@ __all__ = ["Item", "Rule"]
 
 class Rule(NamedTuple):
     """
-    What the elements of a parameter have in common in a step.
+    What is the same for all elements of a parameter in a step.
 
     `value = (value + step_size * m / (sqrt(v) + eps)) * keep`, with `m` and `v` the moments after the
-    step, their biases not corrected.
+    step, without bias correction.
     """
 
     beta1: float
@@ -30,14 +30,14 @@ class Item(NamedTuple):
 
     Args:
         value (`Tensor`): Contiguous; `fp32`, `bf16` or `fp16`.
-        grad (`Tensor`): Contiguous, of its shape; of its dtype or `fp32`.
+        grad (`Tensor`): Contiguous, of the shape of `value`, of its dtype or `fp32`.
         state1 (`Tensor`): First moments, `fp32` or codes.
         state2 (`Tensor`): Second moments.
-        absmax1 (`Tensor`, *optional*): Scales of the codes.
-        absmax2 (`Tensor`, *optional*): Likewise.
-        first (`int`): Place of the first element, if this is a part of a parameter.
-        rule ([`Rule`]): Of its group, at its step.
-        seed (`int`, *optional*): Of stochastic rounding, 32 bits.
+        absmax1 (`Tensor`, *optional*): Scales of the codes of first moments.
+        absmax2 (`Tensor`, *optional*): Scales of the codes of second moments.
+        first (`int`): Index of the first element, if this is a part of a parameter.
+        rule ([`Rule`]): Rule of the parameter's group at this step.
+        seed (`int`, *optional*): Seed of stochastic rounding, 32 bits.
     """
 
     value: Tensor

@@ -1,27 +1,27 @@
 """What the docstrings of these optimisers share."""
 
 ARGS_DOC = """params (`Iterable`):
-            Parameters, or groups of them; `fp32`, `bf16` or `fp16`. A group may have `optim_bits`,
-            `min_8bit_size` and `stochastic_rounding` of its own, and `full_precision`: the places of
-            parameters in it whose moments have 32 bits.
+            Parameters, or groups of them; `fp32`, `bf16` or `fp16`. A group may set `optim_bits`,
+            `min_8bit_size` and `stochastic_rounding`, and `full_precision`: the indices of its
+            parameters whose moments have 32 bits.
         lr (`float`, *optional*, defaults to 1e-3):
             Learning rate.
         betas (`tuple[float, float]`, *optional*, defaults to `(0.9, 0.999)`):
-            Of the moments.
+            Decay of the moments.
         eps (`float`, *optional*, defaults to 1e-8):
-            Added to the root of the second moment, after the correction of its bias.
+            Added to the root of the second moment, after the bias correction.
         weight_decay (`float`, *optional*, defaults to 1e-2):
-            Decoupled, after the update."""
+            Decoupled weight decay, after the update."""
 
 REST_DOC = """stochastic_rounding (`bool`, *optional*, defaults to `False`):
-            Round `bf16` parameters up or down by chance, so that small updates are not lost.
+            Round `bf16` parameters up or down at random, so that small updates are not lost.
         seed (`int`, *optional*, defaults to 0):
-            Of that chance: with it and the step, a run can be repeated.
+            Seed of the rounding; a run with the same seed gives the same values.
 
     Raises:
         ValueError: If an option is unknown or out of range, or a parameter is of another dtype."""
 
 PAGES_DOC = """page_dir (`str` or `Path`, *optional*):
-            Folder for the state of parameters on a CPU; that of temporary files by default.
+            Folder for the state of parameters on a CPU; by default the folder of temporary files.
         device_budget (`int`, *optional*, defaults to 256 MiB):
-            Bytes of a GPU's memory through which the state of parameters there passes."""
+            GPU memory in bytes that buffers the state of parameters on a GPU."""

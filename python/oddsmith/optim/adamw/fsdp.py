@@ -9,13 +9,15 @@ from torch import Tensor
 from .moments import decode
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor that FSDP2 has split, or the tensor."""
+def local(tensor: Any) -> Tensor:
+    """The local part of a tensor that FSDP2 has split, or the tensor itself."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def gathered(parameter: Any, state: dict[str, Any]) -> dict[str, Any] | None:
-    """The state of a split parameter with moments that are split alike, `fp32`; `None` for others."""
+    """The state of a split parameter with moments split in the same way, `fp32`; `None` for
+    others.
+    """
     if not hasattr(parameter, "device_mesh"):
         return None
     from torch.distributed.tensor import DTensor
@@ -35,11 +37,12 @@ def gathered(parameter: Any, state: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def split(parameter: Any, value: Any) -> Any:
-    """What this process has of a saved moment."""
+    """The local part of a saved moment."""
     if not isinstance(value, Tensor):
         return value
-    if hasattr(value, "to_local"):
-        return value.to_local()
+    own = local(value)
+    if own is not value:
+        return own
     if hasattr(parameter, "device_mesh") and value.shape == parameter.shape:
         from torch.distributed.tensor import distribute_tensor
 

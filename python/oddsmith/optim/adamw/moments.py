@@ -1,10 +1,11 @@
 """The moments of AdamW as an optimiser's state: 32 bits, or 8 with a scale for every 256.
 
-The entries have bitsandbytes' names: `state1` and `state2` are the moments; of 8 bits they are
-`uint8`, with `absmax1`, `absmax2` (`fp32`, one a block of 256 of the flat parameter) and the values of
-the codes, `qmap1` and `qmap2`, beside them: `moment = qmap[code] * absmax[block]`. The maps are our own:
-numbers whose steps grow with their size, so that vector code needs no table, and for the second moment
-the squares of such numbers, which reach twice as many decades down (`src/optim/octave.rs`).
+The entries have bitsandbytes' names: `state1` and `state2` are the moments; with 8 bits they are
+`uint8` codes, and `absmax1`, `absmax2` (`fp32`, one per block of 256 elements of the flat
+parameter) and the values of the codes, `qmap1` and `qmap2`, give `moment = qmap[code] *
+absmax[block]`. The maps differ from bitsandbytes': their steps grow with the value, so that vector
+code needs no table, and the second moment has squares of such numbers, which span twice as many
+decades (`src/optim/octave.rs`).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 from ... import _core
 
 BLOCKSIZE = 256
-# Tensors smaller than this keep fp32 moments: there is little to save.
+# Tensors smaller than this keep fp32 moments: 8 bits would save little.
 MIN_8BIT_SIZE = 4096
 
 State = dict[str, Any]
@@ -34,12 +35,12 @@ def maps(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def blocks_of(numel: int) -> int:
-    """Blocks, and scales, of so many elements."""
+    """Number of blocks, and so of scales, of `count` elements."""
     return -(-numel // BLOCKSIZE)
 
 
 def layout(shape: torch.Size, bits: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of each tensor that a parameter's moments take."""
+    """Shape and dtype of each tensor in a parameter's state."""
     dtype = torch.uint8 if bits == 8 else _FLOAT
     entries = {"state1": (tuple(shape), dtype), "state2": (tuple(shape), dtype)}
     if bits == 8:
@@ -54,7 +55,7 @@ def is_8bit(state: State) -> bool:
 
 
 def has_our_maps(state: State) -> bool:
-    """Whether an 8-bit state's codes are ours, and not bitsandbytes'."""
+    """Whether an 8-bit state has our codes, not bitsandbytes'."""
     ours = maps(state["qmap1"].device)
     return all(torch.equal(state[key], own) for key, own in zip(("qmap1", "qmap2"), ours))
 
@@ -63,19 +64,20 @@ def decode(state: State) -> tuple[Tensor, Tensor]:
     """Both moments of a state, `fp32`."""
     if not is_8bit(state):
         return state["state1"], state["state2"]
-    return tuple(
+    first, second = (
         _spread(state[f"absmax{i}"], state[f"state{i}"].numel())
         .mul_(state[f"qmap{i}"][state[f"state{i}"].flatten().long()])
         .view(state[f"state{i}"].shape)
         for i in (1, 2)
     )
+    return first, second
 
 
 def encode(first: Tensor, second: Tensor) -> State:
     """
-    8-bit moments with the codes nearest to `fp32` ones; of the second, to its root.
+    Encode `fp32` moments as the nearest 8-bit codes; for the second moment, nearest to its root.
 
-    What [`decode`] gives comes back as it was.
+    The result of [`decode`] is encoded to the same codes.
     """
     first, second = first.to(_FLOAT), second.to(_FLOAT)
     qmap1, qmap2 = maps(first.device)
@@ -93,7 +95,7 @@ def encode(first: Tensor, second: Tensor) -> State:
 
 
 def _spread(absmax: Tensor, numel: int) -> Tensor:
-    """A scale for each element."""
+    """The scale of each element."""
     return absmax.repeat_interleave(BLOCKSIZE)[:numel]
 
 

@@ -1,4 +1,4 @@
-"""BlockAdamW: what AdamW with 8-bit and with paged moments share, from steps to saved state."""
+"""BlockAdamW: the base of AdamW with 8-bit and with paged moments."""
 
 from __future__ import annotations
 
@@ -20,10 +20,13 @@ from .step import AdamUpdate, NonFinite, adamw_step, rule_of
 
 logger = logging.getLogger(__name__)
 
+# Bytes of a GPU's memory through which paged state passes.
+DEVICE_BUDGET = 256 << 20
+
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# Options of a group that come from a saved state. How many bits moments have does not: a run may go on
-# under the name of another of these optimisers.
+# Options of a group that are restored from a saved state. The number of bits is not: a run can
+# continue with another of these optimisers.
 _LOADED = ("lr", "betas", "eps", "weight_decay", "stochastic_rounding", "initial_lr")
 
 
@@ -33,12 +36,12 @@ class BlockAdamW(Optimizer):
 
     Base of [`AdamW8bit`], [`PagedAdamW8bit`] and [`PagedAdamW32bit`].
 
-    A gradient element that is NaN or infinite leaves its parameter as it is and begins its moments
-    again; `nonfinite` counts them.
+    If an element of a gradient is NaN or infinite, its parameter is kept and its moments are reset;
+    `nonfinite` counts such elements.
 
-    `state_dict` has bitsandbytes' layout. `load_state_dict` takes that of either, with moments of 8 or
-    32 bits, and converts what is not as this optimiser keeps it. The state of a parameter that FSDP2
-    has split is saved in 32 bits, for it to be gathered and split anew; nothing is lost in that.
+    `state_dict` has bitsandbytes' layout. `load_state_dict` accepts states of either, with moments
+    of 8 or 32 bits, and converts them if necessary. The state of a parameter that FSDP2 has split
+    is saved in 32 bits, so that it can be gathered and split again; this is lossless.
     """
 
     def __init__(
@@ -48,16 +51,15 @@ class BlockAdamW(Optimizer):
         *,
         seed: int = 0,
         pages: FilePages | None = None,
-        device_budget: int | None = None,
+        device_budget: int = DEVICE_BUDGET,
     ):
         if not isinstance(seed, int) or isinstance(seed, bool):
             raise ValueError(f"seed is {seed!r}; must be an integer")
-        if device_budget is not None:
-            if not is_count(device_budget):
-                raise ValueError(
-                    f"device_budget is {device_budget!r}; must be a positive number of bytes"
-                )
-            slot_capacity(device_budget)  # not in the middle of a step
+        if not is_count(device_budget):
+            raise ValueError(
+                f"device_budget is {device_budget!r}; must be a positive number of bytes"
+            )
+        slot_capacity(device_budget)  # fail here, not in the first step
         check_adam(defaults)
         self.seed = seed
         self._pages = pages
@@ -68,7 +70,7 @@ class BlockAdamW(Optimizer):
         super().__init__(params, defaults)
 
     def __getstate__(self) -> dict[str, Any]:
-        # What torch leaves out, for copies; the room that state passes through they make themselves.
+        # Attributes that torch does not copy; a copy allocates its buffers again.
         self._synchronize()
         own = ("seed", "_pages", "_device_budget", "_bad", "_reported")
         return {
@@ -143,7 +145,7 @@ class BlockAdamW(Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    # It may have been cast since it was added.
+                    # It may have been cast after it was added.
                     self._check_dtype(parameter)
                     if parameter.grad.is_sparse:
                         shape = tuple(parameter.shape)
@@ -152,7 +154,7 @@ class BlockAdamW(Optimizer):
                         )
                     found.append((parameter, group, index))
                 index += 1
-        # All that may fail comes before the first change.
+        # Everything that can fail comes before the first change.
         self._allocate([(parameter, group) for parameter, group, _ in found])
         updates, copies = [], []
         for parameter, group, index in found:
@@ -185,7 +187,7 @@ class BlockAdamW(Optimizer):
             self._staged[device].step(some, self._bad)
 
     def _draw(self, index: int, step: int) -> int:
-        """32 bits for a parameter's step; what the kernel draws for an element starts from them."""
+        """Seed of a parameter's step, 32 bits; the kernel derives its random numbers from it."""
         mixed = (
             self.seed * 0x9E3779B97F4A7C15 + index * 0xBF58476D1CE4E5B9 + step * 0x94D049BB133111EB
         )
@@ -197,18 +199,18 @@ class BlockAdamW(Optimizer):
         return self._bad.total()
 
     def report(self) -> None:
-        """Warns once if there were NaN or infinite gradients."""
+        """Warns once about NaN or infinite gradients."""
         if not self._reported and (count := self.nonfinite):
             self._reported = True
             logger.warning(
                 f"{type(self).__name__}: {count} element(s) of the gradients were NaN or infinite; their "
-                "parameters stayed as they were. Later ones are counted in `nonfinite`."
+                "parameters were kept. Later ones are counted in `nonfinite`."
             )
 
     # ---- State ----
 
     def _allocate(self, found: list[tuple[Tensor, dict[str, Any]]]) -> None:
-        """Gives each parameter that has none a state of zeros, on its device or in pages."""
+        """Creates missing states, zeros on the parameter's device or in pages."""
         fresh: dict[torch.device, list[tuple[Tensor, dict[str, Any]]]] = {}
         for parameter, group in found:
             state, device = self.state.get(parameter), local(parameter).device
@@ -246,7 +248,7 @@ class BlockAdamW(Optimizer):
         return pages.allocate(entries)
 
     def _move(self, parameter: Tensor, state: dict[str, Any]) -> None:
-        """Lets a state follow a parameter that has gone to another device."""
+        """Moves a state to its parameter's device."""
         self._synchronize()
         self.state[parameter] = self._placed([(local(parameter).device, state)])[0]
 
@@ -285,11 +287,11 @@ class BlockAdamW(Optimizer):
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """
-        Restores what a `state_dict` of this optimiser, or bitsandbytes' AdamW, has given.
+        Restores a `state_dict` of this optimiser or of bitsandbytes' AdamW.
 
         Raises:
             ValueError: If groups or shapes differ; nothing is changed then.
-            OSError: If the state is paged and the disk has no room; nothing is changed either.
+            OSError: If the state is paged and the disk is full; nothing is changed then.
         """
         name = type(self).__name__
         groups, saved_groups = self.param_groups, state_dict["param_groups"]

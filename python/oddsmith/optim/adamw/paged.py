@@ -8,6 +8,7 @@ from typing import Any
 
 from .adamw_8bit import AdamW8bit
 from .docs import ARGS_DOC, PAGES_DOC, REST_DOC
+from .optimizer import DEVICE_BUDGET
 from .pages import FilePages
 
 
@@ -15,9 +16,9 @@ class PagedAdamW8bit(AdamW8bit):
     __doc__ = f"""
     [`AdamW8bit`] with its state in pages.
 
-    On a CPU the state is in a file that is mapped into memory, and may be larger than the memory. On a
-    GPU it is in the host's pinned memory, and comes and goes while the parts before and behind are
-    updated. Either way it goes with the optimiser.
+    On a CPU the state is in a memory-mapped file and can be larger than the memory. On a GPU it is
+    in pinned host memory, and is copied in and out while other parts are updated. It is freed with
+    the optimiser.
 
     Args:
         {ARGS_DOC}
@@ -25,9 +26,9 @@ class PagedAdamW8bit(AdamW8bit):
         optim_bits (`int`, *optional*, defaults to 8):
             8 or 32.
         min_8bit_size (`int`, *optional*, defaults to 4096):
-            Elements from which on moments have 8 bits.
+            Parameters with at least this many elements have 8-bit moments.
         {REST_DOC}
-        OSError: In a step or in `load_state_dict`, if `page_dir` has no room; nothing is changed then.
+        OSError: In a step or in `load_state_dict`, if `page_dir` is full; nothing is changed then.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class PagedAdamW8bit(AdamW8bit):
         weight_decay: float = 1e-2,
         *,
         page_dir: str | os.PathLike[str] | None = None,
-        device_budget: int = 256 << 20,
+        device_budget: int = DEVICE_BUDGET,
         **options: Any,
     ):
         super().__init__(
@@ -62,7 +63,7 @@ class PagedAdamW32bit(PagedAdamW8bit):
         {ARGS_DOC}
         {PAGES_DOC}
         {REST_DOC}
-        OSError: In a step or in `load_state_dict`, if `page_dir` has no room; nothing is changed then.
+        OSError: In a step or in `load_state_dict`, if `page_dir` is full; nothing is changed then.
     """
 
     def __init__(self, params: Iterable[Any], *args: Any, **options: Any):

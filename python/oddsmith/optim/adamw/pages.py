@@ -1,4 +1,4 @@
-"""Where a paged optimiser keeps its state: in a file that is memory, or in the host's pinned memory."""
+"""Storage of a paged optimiser's state: a memory-mapped file, or pinned host memory."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -20,17 +21,19 @@ Entry = tuple[tuple[int, ...], torch.dtype]
 
 
 def carve(storage: torch.UntypedStorage, entries: list[Entry]) -> list[Tensor]:
-    """Tensors one behind the other in a storage."""
+    """Consecutive tensors in one storage."""
     tensors, start = [], 0
     for shape, dtype in entries:
         whole = torch.empty(0, dtype=dtype, device=storage.device)
-        tensors.append(whole.set_(storage, start // dtype.itemsize, shape))
+        place = start // dtype.itemsize
+        # torch's stub asks for strides, which have a default.
+        tensors.append(whole.set_(storage, place, shape))  # pyright: ignore[reportCallIssue]
         start += padded_bytes((shape, dtype))
     return tensors
 
 
 def _by_dtype(entries: list[Entry], storage: Callable[[int], torch.UntypedStorage]) -> list[Tensor]:
-    """Tensors in one storage a dtype: torch.save refuses storages that are seen as several."""
+    """Tensors in one storage per dtype: torch.save refuses a storage with several dtypes."""
     tensors: dict[int, Tensor] = {}
     for dtype in {dtype for _, dtype in entries}:
         places = [place for place, entry in enumerate(entries) if entry[1] == dtype]
@@ -40,17 +43,17 @@ def _by_dtype(entries: list[Entry], storage: Callable[[int], torch.UntypedStorag
 
 
 def padded_bytes(entry: Entry) -> int:
-    """Bytes of a tensor up to where the next begins."""
+    """Bytes from a tensor to the next one."""
     size = math.prod(entry[0]) * entry[1].itemsize
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 class FilePages:
     """
-    Tensors in files that are mapped into memory: the system writes what it has no room for.
+    Tensors in memory-mapped files: the system writes pages to disk when memory is full.
 
-    A file is as large as its tensors from the start, so that a full disk is an error there and then and
-    not in the middle of a step. It has no name once it is mapped: it goes with its last tensor, even if
+    A file has its full size from the start, so that a full disk is an error at once and not in the
+    middle of a step. It is unlinked once it is mapped, so it is freed with its last tensor, even if
     the process is killed.
 
     Args:
@@ -58,11 +61,11 @@ class FilePages:
             files by default.
 
     Raises:
-        ValueError: If there is no such folder, or nothing can be written there.
+        ValueError: If there is no such folder, or it is not writable.
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None = None):
-        self.folder = Path(tempfile.gettempdir() if folder is None else folder)
+        self.folder: Path = Path(tempfile.gettempdir() if folder is None else folder)
         try:
             tempfile.TemporaryFile(dir=self.folder).close()
         except OSError as error:
@@ -76,7 +79,7 @@ class FilePages:
         Tensors of zeros.
 
         Raises:
-            OSError: If the disk has no room for them.
+            OSError: If the disk is full.
         """
         return _by_dtype(entries, self._file)
 
@@ -86,7 +89,8 @@ class FilePages:
         handle, name = tempfile.mkstemp(prefix="oddsmith-", suffix=".pages", dir=self.folder)
         try:
             self._reserve(handle, total)
-            return torch.UntypedStorage.from_file(name, True, total)
+            storage = torch.UntypedStorage.from_file(name, True, total)
+            return cast(torch.UntypedStorage, storage)  # the class that it is called on
         finally:
             os.close(handle)
             os.unlink(name)
@@ -107,10 +111,10 @@ class FilePages:
 
 
 class PinnedPages:
-    """Tensors in memory of the host that a GPU copies from and to while it computes."""
+    """Tensors in pinned host memory, which a GPU reads and writes while it computes."""
 
     def allocate(self, entries: list[Entry]) -> list[Tensor]:
-        """Tensors of zeros, in page-locked memory where there is a GPU."""
+        """Tensors of zeros, in pinned memory if there is a GPU."""
         pinned = torch.cuda.is_available()
 
         def storage(total: int) -> torch.UntypedStorage:

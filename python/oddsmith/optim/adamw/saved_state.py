@@ -1,4 +1,4 @@
-"""An optimiser's state as bitsandbytes saves it, so that a run can move there and back."""
+"""An optimiser's state in bitsandbytes' layout, so that a run can switch between the two."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .moments import blocks_of, decode, encode, has_our_maps, is_8bit, maps
 
-# What bitsandbytes calls the dictionary that keeps tensors away from FSDP's gathering.
+# bitsandbytes' name of the dictionary that hides tensors from FSDP's gathering.
 WRAPPED = "__bnb_optimizer_quant_state__"
 
 _WRAPPED_KEYS = ("state1", "qmap1", "state2", "qmap2", "absmax1", "absmax2")
@@ -32,11 +32,11 @@ def check(state: dict[str, Any], numel: int, where: str) -> None:
     Checks a parameter's unwrapped state.
 
     Raises:
-        ValueError: If an entry is missing, or has another size than the parameter asks for.
+        ValueError: If an entry is missing, or does not have the parameter's size.
     """
     for key in ("step", "state1", "state2"):
         if key not in state:
-            raise ValueError(f"{where} has no {key}: it is not that of an AdamW")
+            raise ValueError(f"{where} has no {key}, so it is not a state of AdamW")
     sizes = {"state1": numel, "state2": numel}
     if is_8bit(state):
         sizes |= {
@@ -59,7 +59,7 @@ def converted(state: dict[str, Any], bits: int) -> dict[str, Any]:
     A checked state with moments of `bits`, and codes of ours.
 
     Args:
-        state (`dict`): As bitsandbytes or we have saved it.
+        state (`dict`): Saved by bitsandbytes or by this package.
         bits (`int`): 8 or 32.
     """
     rest = {key: value for key, value in state.items() if key not in _WRAPPED_KEYS}

@@ -1,4 +1,4 @@
-"""Steps on a GPU of parameters whose state is in the host's memory."""
+"""Steps on a GPU with the optimiser state in host memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .moments import BLOCKSIZE, blocks_of, is_8bit
 from .pages import ALIGNMENT, carve, padded_bytes
 from .step import AdamUpdate, NonFinite, adamw_step
 
-# One on its way in, one that is computed with, one on its way out.
+# One is copied in, one is used, one is copied out.
 _SLOTS = 3
 
 
@@ -27,7 +27,7 @@ class Piece:
     stop: int
 
     def host(self) -> dict[str, Tensor]:
-        """The part's state in the host's memory."""
+        """The part's state in host memory."""
         blocks = slice(self.start // BLOCKSIZE, blocks_of(self.stop))
         state = self.update.state
         elements = slice(self.start, self.stop)
@@ -37,7 +37,7 @@ class Piece:
         return parts
 
     def on_device(self, state: dict[str, Tensor]) -> AdamUpdate:
-        """The part's update, with the state that has come to the device."""
+        """The part's update, with its state on the device."""
         update, elements = self.update, slice(self.start, self.stop)
         return replace(
             update,
@@ -49,7 +49,7 @@ class Piece:
 
 
 def bytes_of(state: dict[str, Any], elements: int) -> int:
-    """Bytes that so many elements' state takes in a slot."""
+    """Bytes of the state of `count` elements in a slot."""
     if is_8bit(state):
         entries = [((elements,), torch.uint8), ((blocks_of(elements),), torch.float32)]
     else:
@@ -58,7 +58,7 @@ def bytes_of(state: dict[str, Any], elements: int) -> int:
 
 
 def batches(updates: list[AdamUpdate], capacity: int) -> Iterator[list[Piece]]:
-    """Pieces in order, together as many as a slot of `capacity` bytes has room for."""
+    """Group consecutive pieces that fit together in a slot of `capacity` bytes."""
     batch: list[Piece] = []
     free = capacity
     for update in updates:
@@ -85,7 +85,7 @@ def slot_capacity(budget: int) -> int:
     Bytes of a slot.
 
     Raises:
-        ValueError: If the budget is too small for a block of each slot.
+        ValueError: If the budget is too small for one block per slot.
     """
     capacity = budget // _SLOTS // ALIGNMENT * ALIGNMENT
     least = 4 * ALIGNMENT + 8 * BLOCKSIZE
@@ -96,19 +96,19 @@ def slot_capacity(budget: int) -> int:
 
 class Staged:
     """
-    Brings state to a GPU, updates there, and takes it back, all three at once for different parts.
+    Copies state to a GPU, updates there, and copies it back; the three overlap for different parts.
 
     Args:
         device (`torch.device`): Where the parameters are.
-        budget (`int`): Bytes of device memory for state. On a CPU, for tests, the same copies run one
-            after the other.
+        budget (`int`): Bytes of device memory for state. On a CPU, for tests, the copies run one
+            after another.
 
     Raises:
-        ValueError: If the budget is too small for a block of each slot.
+        ValueError: If the budget is too small for one block per slot.
     """
 
     def __init__(self, device: torch.device, budget: int):
-        self.capacity = slot_capacity(budget)
+        self.capacity: int = slot_capacity(budget)
         self._device = device
         self._slots = [
             torch.empty(self.capacity, dtype=torch.uint8, device=device) for _ in range(_SLOTS)
@@ -117,13 +117,13 @@ class Staged:
         self._in, self._out = (torch.cuda.Stream(device) if on_gpu else None for _ in range(2))
         self._free: list[Any] = [None] * _SLOTS
         if self._in is not None:
-            # The slots' memory may have been another tensor's, whose last use is still to come.
+            # The memory of the slots may still be in use by an earlier tensor's pending work.
             self._in.wait_stream(torch.cuda.current_stream(device))
 
     def step(self, updates: list[AdamUpdate], bad: NonFinite) -> None:
-        """Applies updates whose values are on the device, and whose state is in the host's memory."""
-        if self._in is not None:
-            # What the last step has taken back.
+        """Applies updates with values on the device and state in host memory."""
+        if self._in is not None and self._out is not None:
+            # Wait for the copies back of the last step.
             self._in.wait_stream(self._out)
         for number, batch in enumerate(batches(updates, self.capacity)):
             slot = number % _SLOTS
@@ -145,7 +145,7 @@ class Staged:
                 self._free[slot] = self._event()
 
     def synchronize(self) -> None:
-        """Waits until all state is in the host's memory."""
+        """Waits until all state is in host memory."""
         if self._out is not None:
             self._out.synchronize()
 

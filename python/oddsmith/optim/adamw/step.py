@@ -23,8 +23,8 @@ def rule_of(group: dict[str, Any], step: int) -> Rule:
     """
     The rule of a group's parameters at their step, counted from 1.
 
-    `value = (value + step_size * m / (sqrt(v) + eps)) * keep`, which is Adam with its biases corrected
-    and then decoupled weight decay, in bitsandbytes' order.
+    `value = (value + step_size * m / (sqrt(v) + eps)) * keep`, which is Adam with bias correction,
+    then decoupled weight decay, in bitsandbytes' order.
     """
     beta1, beta2 = group["betas"]
     second = math.sqrt(1.0 - beta2**step)
@@ -35,14 +35,14 @@ def rule_of(group: dict[str, Any], step: int) -> Rule:
 
 @dataclass
 class AdamUpdate:
-    """What a step does to one tensor, in place."""
+    """The arguments of a step on one tensor, in place."""
 
     value: Tensor  # contiguous; fp32, bf16 or fp16
-    grad: Tensor  # contiguous, of its shape; of its dtype or fp32
+    grad: Tensor  # contiguous, same shape; same dtype or fp32
     state: dict[str, Any]  # `state1`, `state2`, and the scales of 8-bit ones
     rule: Rule
     seed: int | None = None  # of stochastic rounding, 32 bits
-    first: int = 0  # place of the first element, if this is a part of a parameter
+    first: int = 0  # index of the first element, if this is a part of a parameter
 
 
 class NonFinite:
@@ -64,14 +64,14 @@ class NonFinite:
 
 def adamw_step(updates: Iterable[AdamUpdate], bad: NonFinite) -> None:
     """
-    Applies updates, those on a device together.
+    Applies updates, grouped by device.
 
-    Elements whose gradient is NaN or infinite, or so large that its square is, keep their value; their
-    moments begin again.
+    Elements whose gradient is NaN or infinite, or so large that its square is, are kept; their
+    moments are reset.
 
     Args:
         updates (`Iterable[AdamUpdate]`): What is to be done.
-        bad (`NonFinite`): Counts such elements.
+        bad (`NonFinite`): Counts elements with such gradients.
     """
     by_device: dict[torch.device, list[AdamUpdate]] = defaultdict(list)
     for update in updates:
@@ -102,7 +102,7 @@ def _item(update: AdamUpdate) -> Item:
 
 
 def _with_ops(update: AdamUpdate, bad: Tensor) -> None:
-    """The same through torch's ops, where there is no kernel; rounds to the nearest."""
+    """A step with torch's ops, for devices without a kernel; rounds to the nearest."""
     beta1, beta2, eps, step_size, keep = update.rule
     value, grad, state = update.value, update.grad.float(), update.state
     square = grad * grad

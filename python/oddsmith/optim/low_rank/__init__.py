@@ -1,1 +1,1 @@
-"""Optimisers whose moments are those of a projected gradient: GaLore and APOLLO."""
+"""Optimisers with moments of a projected gradient: GaLore and APOLLO."""

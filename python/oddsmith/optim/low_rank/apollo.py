@@ -1,7 +1,7 @@
 """APOLLO: the learning rates of a low-rank AdamW, applied to the gradient itself.
 
-Zhu et al. 2024 (arXiv 2412.05270): a random projection is enough to learn how far each channel
-should go, so that no decomposition is needed and nothing but a seed of the basis is kept.
+Zhu et al. 2024 (arXiv 2412.05270): a random projection is enough to estimate the step size of each
+channel, so no decomposition is needed, and only the seed of the basis is kept.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from ..checks import is_positive
-from .item import Item
-from .optimizer import LowRankOptimizer
+from .optimizer import GroupOptions, LowRankOptimizer
 from .projection import generator_for, random_matrix, sides
 from .rules import AdamWCore, decay_parameter
+from .step import LowRankStep
 
 SCALE_TYPES = ("channel", "tensor")
 PROJECTIONS = ("random",)
@@ -26,18 +26,19 @@ APOLLO_PROJ_TYPES = ("std", "reverse_std", "left", "right")
 
 class APOLLOAdamW(LowRankOptimizer):
     """
-    AdamW whose element-wise learning rates become one a channel, or one a matrix.
+    AdamW with one learning rate per channel, or per matrix, instead of per element.
 
-    With `R` the projected gradient, `N` what AdamW makes of it, and norms over the projected side:
-    `W -= lr * sqrt(scale) * G * (|N| / |R|)`, where a step's norm may grow by 1 % at most over the
-    last one's (section 4.2 of the paper). APOLLO-Mini is `rank=1, scale_type="tensor", scale=128`.
+    With `R` the projected gradient, `N` the AdamW update from it, and norms over the projected
+    side: `W -= lr * sqrt(scale) * G * (|N| / |R|)`, where a step's norm may grow by 1 % at most
+    over the last one's (section 4.2 of the paper). APOLLO-Mini is `rank=1, scale_type="tensor",
+    scale=128`.
 
     A group with `rank` is projected. Its other options, with their defaults:
 
     - `update_proj_gap` (200): steps between new random projections.
     - `scale` (1.0): the step is multiplied by its square root.
-    - `scale_type` (`"channel"`): one factor a `"channel"` or a `"tensor"`.
-    - `proj` (`"random"`): nothing else; apollo-torch has an SVD too.
+    - `scale_type` (`"channel"`): one factor per `"channel"` or per `"tensor"`.
+    - `proj` (`"random"`): the only choice; apollo-torch also has an SVD.
     - `proj_type` (`"std"`): `"std"`, `"reverse_std"`, `"left"` or `"right"`.
 
     The state of a projected parameter is `exp_avg`, `exp_avg_sq`, `last_norm` and numbers; its basis
@@ -49,27 +50,27 @@ class APOLLOAdamW(LowRankOptimizer):
         lr (`float`, *optional*, defaults to 1e-3):
             Learning rate.
         betas (`tuple[float, float]`, *optional*, defaults to `(0.9, 0.999)`):
-            Of the moments.
+            Decay of the moments.
         eps (`float`, *optional*, defaults to 1e-6):
-            Added to the root of the second moment, before the correction of its bias.
+            Added to the root of the second moment, before the bias correction.
         weight_decay (`float`, *optional*, defaults to 0.0):
-            Decoupled, after the update.
+            Decoupled weight decay, after the update.
         correct_bias (`bool`, *optional*, defaults to `True`):
             Correct the bias of the moments.
         norm_growth (`float`, *optional*, defaults to 1.01):
-            How much longer a step may be than the last; `None`: as long as it likes.
+            Largest ratio of the norm of a step to that of the last step; `None`: no limit.
         layerwise (`bool`, *optional*, defaults to `False`):
             Update each parameter in the backward pass, and free its gradient; `step` does nothing.
-            Between micro-batches full gradients are kept, for the update is made of them.
+            Between micro-batches full gradients are kept, because the update needs them.
         accumulation_steps (`int`, *optional*, defaults to 1):
-            Backward passes to an update, for `layerwise`.
+            Backward passes per update, for `layerwise`.
         is_last_backward (`Callable[[], bool]`, *optional*):
-            In place of a fixed number: whether the backward pass that is running is the last before
+            Instead of a fixed number: returns whether the running backward pass is the last before
             an update.
         max_grad_norm (`float`, *optional*):
-            For `layerwise`: longest gradient of each parameter by itself.
+            For `layerwise`: largest gradient norm of each parameter separately.
         seed (`int`, *optional*, defaults to 0):
-            Of the projections; the same on all processes.
+            Seed of the projections; the same on all processes.
 
     Raises:
         ValueError: As [`~oddsmith.optim.GaLoreAdamW`].
@@ -77,7 +78,7 @@ class APOLLOAdamW(LowRankOptimizer):
 
     adds_up_projected = False
 
-    group_options = {
+    group_options: GroupOptions = {
         **LowRankOptimizer.group_options,
         "scale": (1.0, lambda value: is_positive(value), "a positive number"),
         "proj_type": (
@@ -112,13 +113,13 @@ class APOLLOAdamW(LowRankOptimizer):
         }
         super().__init__(params, defaults, AdamWCore(), **options)
 
-    def refresh(self, item: Item) -> None:
+    def refresh(self, item: LowRankStep) -> None:
         """Moves on to the next random projection."""
         state = item.state
         state["projection"] = state.get("projection", -1) + 1
         state["next_refresh"] = state["step"] + item.group["update_proj_gap"]
 
-    def bases(self, item: Item) -> tuple[Tensor | None, Tensor | None]:
+    def bases(self, item: LowRankStep) -> tuple[Tensor | None, Tensor | None]:
         """The random basis, drawn again."""
         grad = item.grad
         right = sides(item.group["proj_type"], *grad.shape)[1]
@@ -126,15 +127,15 @@ class APOLLOAdamW(LowRankOptimizer):
         matrix = random_matrix(grad, item.group["rank"], right, generator)
         return (None, matrix) if right else (matrix, None)
 
-    def _update_projected(self, items: list[Item], group: dict[str, Any]) -> None:
-        # At a rate of 1, for a rate of 0 would leave nothing to measure.
+    def _update_projected(self, items: list[LowRankStep], group: dict[str, Any]) -> None:
+        # With a learning rate of 1, because a rate of 0 would give an update of zero.
         directions = self._directions(items, group, 1.0)
         for item, direction in zip(items, directions):
             correction = self.core.correction(item.state, group)
-            # The side that the projection has left alone has the channels.
+            # The channels are along the side that is not projected.
             side = 1 if sides(group["proj_type"], *item.parameter.shape)[1] else 0
             factor = _norm(direction, group, side) / correction
-            factor = factor / (_norm(item.low, group, side) + 1e-8)
+            factor = factor / (_norm(item.reduced, group, side) + 1e-8)
             length = torch.linalg.vector_norm(_norm(item.grad, group, side) * factor)
             factor = self._limited(factor, length, item.state, group) * group["scale"] ** 0.5
             item.parameter.addcmul_(
@@ -147,7 +148,7 @@ class APOLLOAdamW(LowRankOptimizer):
     def _limited(
         self, factor: Tensor, length: Tensor, state: dict[str, Any], group: dict[str, Any]
     ) -> Tensor:
-        """`factor`, smaller where the step would be much longer than the last."""
+        """`factor`, reduced if the step would be much larger than the last."""
         growth = group["norm_growth"]
         if growth is None:
             return factor
@@ -159,6 +160,6 @@ class APOLLOAdamW(LowRankOptimizer):
 
 
 def _norm(tensor: Tensor, group: dict[str, Any], side: int) -> Tensor:
-    """Norms along `side`, which stays with size 1; of the whole for one factor a tensor."""
+    """Norms along `side`, which is kept with size 1; one norm for a factor per tensor."""
     dim = side if group["scale_type"] == "channel" else (0, 1)
     return torch.linalg.vector_norm(tensor, dim=dim, keepdim=True, dtype=torch.float32)

@@ -1,8 +1,8 @@
-"""GaLore: full-parameter training with the optimiser state of a low rank.
+"""GaLore: full-parameter training with a low-rank optimiser state.
 
-Zhao et al. 2024 (arXiv 2403.03507): the gradient of a matrix is projected onto the singular vectors
-that it had at the last refresh, the moments are those of the projected gradient, and the update
-goes back through the same basis.
+Zhao et al. 2024 (arXiv 2403.03507): the gradient of a matrix is projected onto its singular vectors
+at the last refresh, the moments are those of the projected gradient, and the update is projected
+back with the same basis.
 """
 
 from __future__ import annotations
@@ -15,31 +15,31 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..checks import is_count, is_positive
-from .item import Item
-from .optimizer import LowRankOptimizer
+from .optimizer import GroupOptions, LowRankOptimizer
 from .projection import add_back, exact_bases, generator_for, overlap, random_bases, sides
 from .rules import AdafactorCore, AdamWCore, decay_parameter
+from .step import LowRankStep
 
 SVD = ("random", "exact")
 REFRESH_ON = ("all", "first")
 
-# The options that every class below has beside its own.
+# The options that all classes below share.
 OPTIONS_DOC = """layerwise (`bool`, *optional*, defaults to `False`):
             Update each parameter in the backward pass, and free its gradient; `step` does nothing.
         accumulation_steps (`int`, *optional*, defaults to 1):
-            Backward passes to an update, for `layerwise`.
+            Backward passes per update, for `layerwise`.
         is_last_backward (`Callable[[], bool]`, *optional*):
-            In place of a fixed number: whether the backward pass that is running is the last before
+            Instead of a fixed number: returns whether the running backward pass is the last before
             an update.
         max_grad_norm (`float`, *optional*):
-            For `layerwise`: longest gradient of each parameter by itself (of a projected one, the
-            projected gradient), in place of clipping all together.
+            For `layerwise`: largest gradient norm of each parameter separately (of the projected
+            gradient, if projected), instead of clipping the norm of all.
         seed (`int`, *optional*, defaults to 0):
-            Of the randomised range finder.
+            Seed of the randomised range finder.
 
     Raises:
-        ValueError: If an option is unknown or out of range, a projected parameter is no matrix or
-            split over processes, or the rank is larger than one of its sides."""
+        ValueError: If an option is unknown or out of range, a projected parameter is not a matrix
+            or is split over processes, or the rank is larger than one of its sides."""
 
 
 class GaLoreOptimizer(LowRankOptimizer):
@@ -50,22 +50,22 @@ class GaLoreOptimizer(LowRankOptimizer):
     A group with `rank` is projected. Its other options, with their defaults:
 
     - `update_proj_gap` (200): steps between refreshes of the basis.
-    - `scale` (0.25): factor of the update on the way back.
+    - `scale` (0.25): factor of the update when it is projected back.
     - `proj_type` (`"std"`): `"std"`, `"reverse_std"`, `"left"`, `"right"` or `"full"`.
     - `svd` (`"random"`): how the basis is found: `"random"`, a randomised range finder that starts
       from the last basis, or `"exact"`.
-    - `refresh_on` (`"all"`): in layer-wise mode with several micro-batches to an update, whether a
-      refresh waits for `"all"`, keeping their gradients, or takes the `"first"`.
-    - `adaptive_gap` (`False`): double a matrix's gap once its subspace has stayed for
-      `overlap_patience` (5) refreshes in a row: the mean squared cosine between old and new basis
-      is at least `overlap_threshold` (0.4). After Q-GaLore (Zhang et al. 2024, arXiv 2407.08296).
+    - `refresh_on` (`"all"`): in layer-wise mode with several micro-batches per update, whether a
+    refresh uses `"all"`, which keeps full gradients, or the `"first"`.
+    - `adaptive_gap` (`False`): double a matrix's gap if its subspace is stable for
+    `overlap_patience` (5) consecutive refreshes: the mean squared cosine between old and new basis
+    is at least `overlap_threshold` (0.4). After Q-GaLore (Zhang et al. 2024, arXiv 2407.08296).
 
-    The state of a projected parameter is `basis_left` and `basis_right` (those there are, in the
-    dtype of the parameter), `gap`, `next_refresh`, `stable`, and what the core keeps; tensors and
-    numbers only.
+    The state of a projected parameter is `basis_left` or `basis_right` or both (in the dtype of the
+    parameter), `gap`, `next_refresh`, `stable`, and the state of the core; only tensors and
+    numbers.
     """
 
-    group_options = {
+    group_options: GroupOptions = {
         **LowRankOptimizer.group_options,
         "svd": ("random", lambda value: value in SVD, f"one of {SVD}"),
         "refresh_on": ("all", lambda value: value in REFRESH_ON, f"one of {REFRESH_ON}"),
@@ -78,11 +78,11 @@ class GaLoreOptimizer(LowRankOptimizer):
         "overlap_patience": (5, lambda value: is_count(value), "a positive integer"),
     }
 
-    def bases(self, item: Item) -> tuple[Tensor | None, Tensor | None]:
+    def bases(self, item: LowRankStep) -> tuple[Tensor | None, Tensor | None]:
         """Left and right basis of a projected parameter."""
         return item.state.get("basis_left"), item.state.get("basis_right")
 
-    def basis_shapes(self, item: Item) -> dict[str, tuple[int, int]]:
+    def basis_shapes(self, item: LowRankStep) -> dict[str, tuple[int, int]]:
         """Shapes of the saved bases, by their names in the state."""
         rows, columns = item.parameter.shape
         left, right = sides(item.group["proj_type"], rows, columns)
@@ -90,8 +90,8 @@ class GaLoreOptimizer(LowRankOptimizer):
         shapes = {"basis_left": (rows, rank)} if left else {}
         return {**shapes, "basis_right": (rank, columns)} if right else shapes
 
-    def refresh(self, item: Item) -> None:
-        """Takes a new basis from `item.grad`; under DDP that of rank 0."""
+    def refresh(self, item: LowRankStep) -> None:
+        """Computes a new basis from `item.grad`; under DDP that of rank 0."""
         state, group, grad = item.state, item.group, item.grad
         old_left, old_right = self.bases(item)
         if group["svd"] == "exact":
@@ -107,9 +107,7 @@ class GaLoreOptimizer(LowRankOptimizer):
         gap = state.get("gap", group["update_proj_gap"])
         if not group["adaptive_gap"]:
             gap = group["update_proj_gap"]
-        elif old_left is not None or old_right is not None:
-            by_right = "basis_right" in new
-            old = old_right if by_right else old_left
+        elif (old := old_right if (by_right := "basis_right" in new) else old_left) is not None:
             stays = overlap(old, new["basis_right" if by_right else "basis_left"], by_right)
             stable = state.get("stable", 0) + 1 if stays >= group["overlap_threshold"] else 0
             state["stable"] = stable
@@ -117,7 +115,7 @@ class GaLoreOptimizer(LowRankOptimizer):
                 gap *= 2
         state.update(new, gap=gap, next_refresh=state["step"] + gap)
 
-    def _update_projected(self, items: list[Item], group: dict[str, Any]) -> None:
+    def _update_projected(self, items: list[LowRankStep], group: dict[str, Any]) -> None:
         changes = self._directions(items, group, group["lr"])
         for item, change in zip(items, changes):
             if self.core.decay_first:
@@ -128,7 +126,9 @@ class GaLoreOptimizer(LowRankOptimizer):
 
 
 def _take_from_first_rank(basis: Tensor) -> None:
-    """Under data parallelism the gradients are equal; so that the bases are too, to the bit."""
+    """Broadcasts the bases under data parallelism, so that they are bit-identical on all
+    processes.
+    """
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         dist.broadcast(basis, src=0)
 
@@ -144,15 +144,15 @@ class GaLoreAdamW(GaLoreOptimizer):
         lr (`float`, *optional*, defaults to 1e-3):
             Learning rate.
         betas (`tuple[float, float]`, *optional*, defaults to `(0.9, 0.999)`):
-            Of the moments.
+            Decay of the moments.
         eps (`float`, *optional*, defaults to 1e-6):
-            Added to the root of the second moment, before the correction of its bias.
+            Added to the root of the second moment, before the bias correction.
         weight_decay (`float`, *optional*, defaults to 0.0):
-            Decoupled, after the update.
+            Decoupled weight decay, after the update.
         correct_bias (`bool`, *optional*, defaults to `True`):
             Correct the bias of the moments.
         no_deprecation_warning (`bool`, *optional*):
-            Of no effect; galore-torch has it.
+            No effect; for compatibility with galore-torch.
         {OPTIONS_DOC}
     """
 
@@ -179,7 +179,7 @@ class GaLoreAdamW(GaLoreOptimizer):
 
 class GaLoreAdafactor(GaLoreOptimizer):
     __doc__ = f"""
-    Adafactor on projected gradients: moments of a row and a column.
+    Adafactor on projected gradients: second moments per row and per column.
 
     Args:
         params (`Iterable`):
@@ -188,21 +188,21 @@ class GaLoreAdafactor(GaLoreOptimizer):
         lr (`float`, *optional*):
             Learning rate, unless `relative_step`.
         eps (`tuple[float, float]`, *optional*, defaults to `(1e-30, 1e-3)`):
-            Added to squared gradients; least size of a weight for `scale_parameter`.
+            Added to squared gradients; smallest root mean square of a weight for `scale_parameter`.
         clip_threshold (`float`, *optional*, defaults to 1.0):
             Largest root mean square of an update.
         decay_rate (`float`, *optional*, defaults to -0.8):
             Exponent of the second moment's decay.
         beta1 (`float`, *optional*):
-            Of the first moment; there is none if not given.
+            Decay of the first moment; no first moment if not given.
         weight_decay (`float`, *optional*, defaults to 0.0):
-            Decoupled, before the update.
+            Decoupled weight decay, before the update.
         scale_parameter (`bool`, *optional*, defaults to `True`):
             Learning rates relative to the size of a weight.
         relative_step (`bool`, *optional*, defaults to `True`):
-            Learning rate by the step, without `lr`.
+            Derive the learning rate from the step, without `lr`.
         warmup_init (`bool`, *optional*, defaults to `False`):
-            Let that rate start from nothing.
+            Start the derived learning rate near zero.
         {OPTIONS_DOC}
     """
 
@@ -248,10 +248,10 @@ class GaLoreAdafactor(GaLoreOptimizer):
 def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of the tensors in an optimiser's state.
 
-    For a matrix `(m, n)` with `m <= n` at rank `r`, GaLore's formula: a basis of `m * r` and two
-    moments of `n * r` each, where AdamW has `2 * m * n`.
+    For a matrix `(m, n)` with `m <= n` at rank `r`, GaLore has a basis of `m * r` and two moments
+    of `n * r` each; AdamW has `2 * m * n`.
     """
-    # By address: 8-bit moments share their map.
+    # Count each address once: 8-bit moments share their map.
     tensors = {
         value.data_ptr(): value.numel() * value.element_size()
         for state in optimizer.state.values()

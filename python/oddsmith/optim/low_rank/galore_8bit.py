@@ -1,4 +1,4 @@
-"""GaLore with moments of 8 bits: a byte each, and a scale for every 256."""
+"""GaLore with 8-bit moments: one byte per element, and a scale per 256 elements."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from .rules import AdamWCore, Group, State
 
 
 class AdamW8bitCore(AdamWCore):
-    """AdamW whose moments are 8-bit codes, see [`oddsmith.optim.adamw.moments`]."""
+    """AdamW with moments as 8-bit codes, see [`oddsmith.optim.adamw.moments`]."""
 
-    names = (*AdamWCore.names, "state1")
+    names: tuple[str, ...] = (*AdamWCore.names, "state1")
 
     def __init__(self) -> None:
-        # Gradients that are not finite have been left out before.
+        # Gradients that are not finite were removed before.
         self._bad = NonFinite()
 
     def init(self, state: State, like: Tensor, group: Group) -> None:
-        """Adds moments for a gradient shaped as `like`: 8-bit ones, unless it is small."""
+        """Adds moments for a gradient of the shape of `like`: 8-bit ones, unless it is small."""
         if group["optim_bits"] == 32 or like.numel() < MIN_8BIT_SIZE:
             super().init(state, like, group)
             return
@@ -35,7 +35,7 @@ class AdamW8bitCore(AdamWCore):
         state |= dict(zip(("qmap1", "qmap2"), maps(on_device)))
 
     def loaded(self, state: State) -> None:
-        """Lets parameters share the maps again; codes of other maps become ours."""
+        """Shares the maps between parameters again, and converts codes of other maps to ours."""
         if "state1" in state:
             state |= {} if has_our_maps(state) else encode(*decode(state))
             state |= dict(zip(("qmap1", "qmap2"), maps(state["state1"].device)))
@@ -59,9 +59,10 @@ class AdamW8bitCore(AdamWCore):
             if not target.is_contiguous():
                 copies.append((target, target.contiguous()))
                 target = copies[-1][1]
-            # eps comes before the correction here, and decay is the optimiser's.
+            # Here eps is added before the correction, and the optimiser applies weight decay.
             step_size = -lr * self.correction(state, group)
-            rule = Rule(*group["betas"], group["eps"], step_size, keep=1.0)
+            beta1, beta2 = group["betas"]
+            rule = Rule(beta1, beta2, group["eps"], step_size, keep=1.0)
             updates.append(AdamUpdate(target, grad.contiguous(), state, rule))
         adamw_step(updates, self._bad)
         for target, moved in copies:
@@ -70,10 +71,10 @@ class AdamW8bitCore(AdamWCore):
 
 class GaLoreAdamW8bit(GaLoreOptimizer):
     __doc__ = f"""
-    AdamW on projected gradients, with moments of 8 bits.
+    AdamW on projected gradients, with 8-bit moments.
 
-    Moments of fewer than 4,096 elements, and those of groups with `optim_bits=32` (which is what
-    embeddings should have), are `fp32`. Runs on CPUs and GPUs, and needs no bitsandbytes.
+    Moments of fewer than 4,096 elements, and those of groups with `optim_bits=32` (recommended for
+    embeddings), are `fp32`. Runs on CPUs and GPUs; bitsandbytes is not needed.
 
     Args:
         params (`Iterable`):
@@ -82,11 +83,11 @@ class GaLoreAdamW8bit(GaLoreOptimizer):
         lr (`float`, *optional*, defaults to 1e-3):
             Learning rate.
         betas (`tuple[float, float]`, *optional*, defaults to `(0.9, 0.999)`):
-            Of the moments.
+            Decay of the moments.
         eps (`float`, *optional*, defaults to 1e-8):
-            Added to the root of the second moment, before the correction of its bias.
+            Added to the root of the second moment, before the bias correction.
         weight_decay (`float`, *optional*, defaults to 1e-2):
-            Decoupled, after the update.
+            Decoupled weight decay, after the update.
         optim_bits (`int`, *optional*, defaults to 8):
             8 or 32.
         {OPTIONS_DOC}

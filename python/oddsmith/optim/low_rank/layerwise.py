@@ -1,4 +1,4 @@
-"""Layer-wise mode: parameters are updated in the backward pass, and their gradients freed."""
+"""Layer-wise mode: updates parameters in the backward pass and frees their gradients."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 if TYPE_CHECKING:
-    from .item import Item
     from .optimizer import LowRankOptimizer
+    from .step import LowRankStep
 
-# Parameter -> the handle of its hook: a second optimiser on a model takes the place of the first.
+# Parameter -> whose hook it has, and its handle: a second optimiser on a model replaces the first.
 _HANDLES = WeakTensorKeyDictionary()
 
 
 class LayerwiseHooks:
     """
-    Hooks that hand each gradient to an optimiser as soon as it is there.
+    Hooks that pass each gradient to an optimiser as soon as it is computed.
 
-    Between the micro-batches of an update, GaLore adds up projected gradients, so that no full
-    gradient of a projected parameter outlives its own backward pass. In a step that begins with a
-    new basis the full gradients are kept until the last micro-batch, for the basis depends on their
-    sum; with the option `refresh_on="first"` it is that of the first micro-batch instead, and they
-    are not.
+    Between the micro-batches of an update, GaLore accumulates projected gradients, so that full
+    gradients of projected parameters are freed in each backward pass. In a step with a new basis
+    the full gradients are kept until the last micro-batch, because the basis depends on their sum;
+    with `refresh_on="first"` the basis is that of the first micro-batch, and they are freed.
 
     Args:
         optimizer (`LowRankOptimizer`): Updates the parameters.
-        accumulation_steps (`int`): Backward passes to an update.
-        is_last_backward (`Callable`, *optional*): Says it in place of a fixed number.
+        accumulation_steps (`int`): Backward passes per update.
+        is_last_backward (`Callable`, *optional*): Returns whether the running backward pass is the
+            last before an update, instead of a fixed number.
     """
 
     def __init__(
@@ -48,11 +48,12 @@ class LayerwiseHooks:
         self._low: dict[int, Tensor] = {}
         self.norms: list[Tensor] = []
         self._places: dict[int, tuple[dict[str, Any], int]] = {}
+        self.attached = False
         for group in optimizer.param_groups:
             self.add(group)
 
     def add(self, group: dict[str, Any]) -> None:
-        """Puts hooks on the parameters of a group."""
+        """Adds hooks to the parameters of a group."""
         hooks = weakref.ref(self)
 
         def hook(parameter: Tensor) -> None:
@@ -62,20 +63,35 @@ class LayerwiseHooks:
         for parameter in group["params"]:
             self._places[id(parameter)] = (group, len(self._places))
             if parameter in _HANDLES:
-                _HANDLES[parameter].remove()
+                _HANDLES.pop(parameter)[1].remove()
             if parameter.requires_grad:
-                _HANDLES[parameter] = parameter.register_post_accumulate_grad_hook(hook)
+                handle = parameter.register_post_accumulate_grad_hook(hook)
+                _HANDLES[parameter] = hooks, handle
+        self.attached = True
 
-    def close(self) -> None:
-        """Takes the hooks off."""
-        optimizer = self._optimizer()
-        for group in optimizer.param_groups if optimizer is not None else ():
+    def attach(self) -> None:
+        """Adds the hooks again after [`detach`]."""
+        if not self.attached:
+            for group in self._groups():
+                self.add(group)
+
+    def detach(self) -> None:
+        """Removes the hooks; those of another optimiser on the same parameters are kept."""
+        self.attached = False
+        for group in self._groups():
             for parameter in group["params"]:
                 if parameter in _HANDLES:
-                    _HANDLES.pop(parameter).remove()
+                    owner, handle = _HANDLES[parameter]
+                    if owner() is self:
+                        del _HANDLES[parameter]
+                        handle.remove()
+
+    def _groups(self) -> list[dict[str, Any]]:
+        optimizer = self._optimizer()
+        return [] if optimizer is None else optimizer.param_groups
 
     def forget(self) -> None:
-        """Drops what has been added up of an update that will not come."""
+        """Drops the accumulated gradients of an unfinished update."""
         self._passes.clear()
         self._low.clear()
 
@@ -86,8 +102,8 @@ class LayerwiseHooks:
         return self._passes[id(parameter)] >= self._accumulation_steps
 
     @torch.no_grad()
-    def take(self, parameter: nn.Parameter) -> None:
-        """Adds up a parameter's gradient or, with the last one, updates the parameter."""
+    def take(self, parameter: Tensor) -> None:
+        """Accumulates a parameter's gradient or, with the last one, updates the parameter."""
         optimizer = self._optimizer()
         if optimizer is None or parameter.grad is None:
             return
@@ -97,7 +113,7 @@ class LayerwiseHooks:
         if self._is_last(parameter):
             self._passes.pop(id(parameter), None)
             item.low = self._low.pop(id(parameter), None)
-            optimizer._step_bucket([item])
+            optimizer.step_items([item])
             parameter.grad = None
         elif optimizer.adds_up_projected and item.projected:
             self._add_up(optimizer, item)
@@ -113,12 +129,12 @@ class LayerwiseHooks:
             place = self._places[id(parameter)]
         return place
 
-    def _add_up(self, optimizer: LowRankOptimizer, item: Item) -> None:
+    def _add_up(self, optimizer: LowRankOptimizer, item: LowRankStep) -> None:
         item.state.setdefault("step", 0)
         if optimizer.refresh_due(item):
             finite = bool(item.grad.sum(dtype=torch.float32).isfinite())
             if item.group["refresh_on"] == "all" or not finite:
-                return  # the gradient stays, and autograd adds to it
+                return  # keep the gradient; autograd adds to it
             optimizer.refresh(item)
         low = optimizer.project(item)
         key = id(item.parameter)

@@ -1,4 +1,4 @@
-"""LowRankOptimizer: what GaLore and APOLLO share, from options to steps and saved state."""
+"""LowRankOptimizer: options, steps and saved state that GaLore and APOLLO share."""
 
 from __future__ import annotations
 
@@ -9,56 +9,60 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from ..checks import check_adam, is_count, is_positive
-from .item import Item
 from .layerwise import LayerwiseHooks
 from .projection import PROJ_TYPES, project, sides
 from .rules import update_parameter
+from .step import LowRankStep
 
 logger = logging.getLogger(__name__)
 
-# Elements of projected gradients that wait for their update at a time.
+# Most elements of projected gradients that are held before their update.
 _BUCKET = 1 << 24
+
+
+# Option of a projected group -> its default, a test of what is allowed, and what that is in words.
+GroupOptions = dict[str, tuple[Any, Callable[[Any], bool], str]]
 
 
 class LowRankOptimizer(Optimizer):
     """
-    Base of the optimisers that keep their moments for a projection of the gradient.
+    Base of the optimisers with moments of a projected gradient.
 
     Parameter groups with the key `rank` are projected; the others are updated in full. Subclasses
-    say how a projected gradient becomes a change of the parameter, in `_bases` and
-    `_update_projected`, and which options a group may have, in `group_options`.
+    define the update from a projected gradient in `_bases` and `_update_projected`, and the options
+    of a group in `group_options`.
 
-    A parameter whose gradient is NaN or infinite anywhere is left out of the step, with its state;
-    `skipped` counts them.
+    If any element of a gradient is NaN or infinite, the step skips its parameter and state;
+    `skipped` counts such parameters.
 
     Args:
         params (`Iterable`): Parameters, or groups of them.
         defaults (`dict`): Options of groups that do not set them.
-        core (`AdamWCore` or `AdafactorCore`): The rule for a gradient with moments of its size.
-        layerwise (`bool`): Update each parameter as soon as its gradient is there, in the backward
-            pass, and free the gradient; `step` does nothing then.
-        accumulation_steps (`int`): Backward passes to an update, for `layerwise`.
-        is_last_backward (`Callable`, *optional*): In place of a fixed number: whether the backward
-            pass that is running is the last before an update.
-        max_grad_norm (`float`, *optional*): For `layerwise`: longest gradient of each parameter by
-            itself; of projected ones the projected gradient. The norm of all gradients together
-            is not known before the first has gone.
-        seed (`int`): Of the random matrices.
+        core (`AdamWCore` or `AdafactorCore`): The update rule of a gradient.
+        layerwise (`bool`): Update each parameter in the backward pass, as soon as its gradient is
+            computed, and free the gradient; `step` does nothing then.
+        accumulation_steps (`int`): Backward passes per update, for `layerwise`.
+        is_last_backward (`Callable`, *optional*): Instead of a fixed number: returns whether the
+            running backward pass is the last before an update.
+        max_grad_norm (`float`, *optional*): For `layerwise`: largest norm of each parameter's
+            gradient, or of its projected gradient. The norm of all gradients together is not known
+            before the first one is freed.
+        seed (`int`): Seed of the random matrices.
 
     Raises:
-        ValueError: If an option is unknown or out of range, a projected parameter is no matrix, or
-            the rank is larger than one of its sides.
+        ValueError: If an option is unknown or out of range, a projected parameter is not a matrix,
+            or the rank is larger than one of its sides.
     """
 
-    # Whether layer-wise mode may add up projected gradients; otherwise it adds up full ones.
+    # Whether layer-wise mode can accumulate projected gradients; otherwise full ones.
     adds_up_projected = True
 
     # Option of a projected group -> its default and a test of what is allowed.
-    group_options: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
+    group_options: GroupOptions = {
         "rank": (None, lambda value: is_count(value), "a positive integer"),
         "update_proj_gap": (200, lambda value: is_count(value), "a positive integer"),
         "scale": (0.25, lambda value: is_positive(value), "a positive number"),
@@ -81,7 +85,7 @@ class LowRankOptimizer(Optimizer):
             raise ValueError(f"accumulation_steps is {accumulation_steps!r}; must be positive")
         if max_grad_norm is not None and not (layerwise and is_positive(max_grad_norm)):
             raise ValueError(
-                f"max_grad_norm is {max_grad_norm!r}; must be positive, and goes with layerwise: "
+                f"max_grad_norm is {max_grad_norm!r}; must be positive, and needs layerwise: "
                 "elsewhere clip with torch.nn.utils.clip_grad_norm_"
             )
         if not isinstance(seed, int):
@@ -90,7 +94,7 @@ class LowRankOptimizer(Optimizer):
         self.core = core
         self.seed = seed
         self.max_grad_norm = max_grad_norm
-        self.skipped = 0
+        self.skipped: int = 0
         self._hooks: LayerwiseHooks | None = None
         super().__init__(params, defaults)
         if layerwise:
@@ -102,13 +106,18 @@ class LowRankOptimizer(Optimizer):
         return self._hooks is not None
 
     def pop_grad_norm(self) -> float:
-        """Layer-wise mode: norm of all gradients since the last call, before clipping."""
+        """In layer-wise mode, the norm of all gradients since the last call, before clipping."""
         return 0.0 if self._hooks is None else self._hooks.pop_norm()
 
+    @property
+    def layerwise_hooks(self) -> LayerwiseHooks | None:
+        """The hooks of the layer-wise mode."""
+        return self._hooks
+
     def close(self) -> None:
-        """Takes the hooks of the layer-wise mode off the parameters."""
+        """Removes the hooks of the layer-wise mode from the parameters."""
         if self._hooks is not None:
-            self._hooks.close()
+            self._hooks.detach()
 
     # ---- Groups ----
 
@@ -146,7 +155,7 @@ class LowRankOptimizer(Optimizer):
             check_matrix(name, each, group["rank"])
         return group
 
-    def _items(self) -> Iterator[Item]:
+    def _items(self) -> Iterator[LowRankStep]:
         """The parameters that have a gradient."""
         index = 0
         for group in self.param_groups:
@@ -155,16 +164,18 @@ class LowRankOptimizer(Optimizer):
                     yield self.item(parameter, group, index)
                 index += 1
 
-    def item(self, parameter: nn.Parameter, group: dict[str, Any], index: int) -> Item:
-        """What a step has to know of a parameter."""
-        return Item(parameter, group, index, self.state[parameter], parameter.grad)
+    def item(self, parameter: Tensor, group: dict[str, Any], index: int) -> LowRankStep:
+        """The data for a step of a parameter with a gradient."""
+        if parameter.grad is None:
+            raise ValueError(f"the parameter {tuple(parameter.shape)} has no gradient")
+        return LowRankStep(parameter, group, index, self.state[parameter], parameter.grad)
 
     # ---- Steps ----
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """
-        One step; in layer-wise mode nothing is left to do.
+        One step; does nothing in layer-wise mode.
 
         Args:
             closure (`Callable`, *optional*): Computes the loss again and returns it.
@@ -180,31 +191,31 @@ class LowRankOptimizer(Optimizer):
             if item.grad.is_sparse:
                 shape = tuple(item.parameter.shape)
                 raise ValueError(f"the gradient of a parameter {shape} is sparse; must be dense")
-        bucket: list[Item] = []
+        bucket: list[LowRankStep] = []
         waiting = 0
         for item in items:
             bucket.append(item)
             waiting += self.low_numel(item) if item.projected else 0
             if waiting >= _BUCKET:
-                self._step_bucket(bucket)
+                self.step_items(bucket)
                 bucket, waiting = [], 0
-        self._step_bucket(bucket)
+        self.step_items(bucket)
         return loss
 
-    def low_shape(self, item: Item) -> tuple[int, int]:
+    def low_shape(self, item: LowRankStep) -> tuple[int, int]:
         """Shape of a parameter's projected gradient."""
         rows, columns = item.parameter.shape
         left, right = sides(item.group["proj_type"], rows, columns)
         rank = item.group["rank"]
         return rank if left else rows, rank if right else columns
 
-    def low_numel(self, item: Item) -> int:
+    def low_numel(self, item: LowRankStep) -> int:
         """Elements of a parameter's projected gradient."""
         return math.prod(self.low_shape(item))
 
     @torch.no_grad()
-    def _step_bucket(self, items: list[Item]) -> None:
-        """Updates some parameters; layer-wise mode gives them one by one."""
+    def step_items(self, items: list[LowRankStep]) -> None:
+        """Updates some parameters; layer-wise mode passes them one by one."""
         for item in items:
             item.state.setdefault("step", 0)
         refreshed = [item for item in items if item.projected and self.refresh_due(item)]
@@ -216,18 +227,17 @@ class LowRankOptimizer(Optimizer):
         for item in items:
             if item.projected:
                 low = self.project(item)
-                # Layer-wise mode may have projected earlier micro-batches.
+                # Layer-wise mode may have projected the gradients of earlier micro-batches.
                 item.low = low if item.low is None else item.low.add_(low)
-        grads = [item.low if item.projected else item.grad for item in items]
-        bad = self._not_finite(items, grads)
+        bad = self._not_finite(items, [item.reduced for item in items])
         items = [item for item in items if id(item) not in bad]
         if self._hooks is not None:
-            self._clip(items)
-        by_group: dict[int, list[Item]] = defaultdict(list)
+            self._clip(items, self._hooks)
+        by_group: dict[int, list[LowRankStep]] = defaultdict(list)
         for item in items:
             by_group[id(item.group)].append(item)
             if not self._has_moments(item):
-                self.core.init(item.state, item.low if item.projected else item.grad, item.group)
+                self.core.init(item.state, item.reduced, item.group)
         for same in by_group.values():
             group = same[0].group
             if "rank" in group:
@@ -238,14 +248,14 @@ class LowRankOptimizer(Optimizer):
                     self.core, item.parameter, item.grad, item.state, group, group["lr"]
                 )
 
-    def _has_moments(self, item: Item) -> bool:
+    def _has_moments(self, item: LowRankStep) -> bool:
         return not set(self.core.names).isdisjoint(item.state)
 
-    def _not_finite(self, items: list[Item], grads: list[Tensor]) -> set[int]:
-        """Ids of the items whose gradient has a NaN or an infinity; counted, reported once."""
+    def _not_finite(self, items: list[LowRankStep], grads: list[Tensor]) -> set[int]:
+        """Ids of the items with a NaN or infinity in the gradient; counts them and warns once."""
         if not items:
             return set()
-        # One wait for the device, not one a parameter. A sum is finite where everything in it is.
+        # One wait for the device, not one per parameter. A sum is finite if all terms are.
         sums = [grad.sum(dtype=torch.float32) for grad in grads]
         first = sums[0].device
         finite = torch.stack([each.to(first) for each in sums]).isfinite().tolist()
@@ -258,44 +268,48 @@ class LowRankOptimizer(Optimizer):
         self.skipped += len(bad)
         return bad
 
-    def _clip(self, items: list[Item]) -> None:
-        """Layer-wise mode: shortens gradients, each by itself, and notes how long they were."""
+    def _clip(self, items: list[LowRankStep], hooks: LayerwiseHooks) -> None:
+        """In layer-wise mode, clips gradients, each separately, and records their norms."""
         for item in items:
             of_low = item.projected and self.adds_up_projected
-            norm = torch.linalg.vector_norm(item.low if of_low else item.grad, dtype=torch.float32)
-            self._hooks.norms.append(norm)
+            norm = torch.linalg.vector_norm(
+                item.reduced if of_low else item.grad, dtype=torch.float32
+            )
+            hooks.norms.append(norm)
             if self.max_grad_norm is not None:
                 factor = (self.max_grad_norm / (norm + 1e-6)).clamp_(max=1.0)
                 for grad in (item.low, None if of_low else item.grad):
                     if grad is not None:
                         grad.mul_(factor)
 
-    def refresh_due(self, item: Item) -> bool:
-        """Whether the coming step of a projected parameter begins with a new basis."""
+    def refresh_due(self, item: LowRankStep) -> bool:
+        """Whether the next step of a projected parameter begins with a new basis."""
         return item.state["step"] >= item.state.get("next_refresh", 0)
 
-    def refresh(self, item: Item) -> None:
-        """Takes a new basis from `item.grad`."""
+    def refresh(self, item: LowRankStep) -> None:
+        """Computes a new basis from `item.grad`."""
         raise NotImplementedError
 
-    def bases(self, item: Item) -> tuple[Tensor | None, Tensor | None]:
+    def bases(self, item: LowRankStep) -> tuple[Tensor | None, Tensor | None]:
         """Left and right basis of a projected parameter."""
         raise NotImplementedError
 
-    def project(self, item: Item) -> Tensor:
+    def project(self, item: LowRankStep) -> Tensor:
         """The projected gradient, `fp32`."""
         return project(item.grad, *self.bases(item))
 
-    def _update_projected(self, items: list[Item], group: dict[str, Any]) -> None:
+    def _update_projected(self, items: list[LowRankStep], group: dict[str, Any]) -> None:
         """Updates parameters of one group from their projected gradients."""
         raise NotImplementedError
 
-    def _directions(self, items: list[Item], group: dict[str, Any], lr: float) -> list[Tensor]:
-        """What the core makes of projected gradients: `-lr` times the normalised ones."""
-        targets = [torch.zeros_like(item.low) for item in items]
+    def _directions(
+        self, items: list[LowRankStep], group: dict[str, Any], lr: float
+    ) -> list[Tensor]:
+        """The core's updates from projected gradients: `-lr` times the normalised gradients."""
+        targets = [torch.zeros_like(item.reduced) for item in items]
         self.core.update(
             targets,
-            [item.low for item in items],
+            [item.reduced for item in items],
             [item.state for item in items],
             [item.parameter for item in items],
             group,
@@ -307,8 +321,8 @@ class LowRankOptimizer(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """
-        Restores what `state_dict` has given; tensors go to the devices of the parameters and keep
-        their dtypes.
+        Restores a `state_dict`; tensors move to the devices of the parameters and keep their
+        dtypes.
 
         Raises:
             ValueError: If groups, ranks or shapes differ; nothing is changed then.
@@ -323,7 +337,7 @@ class LowRankOptimizer(Optimizer):
             }
             self.core.loaded(state)
 
-    def _checked_state(self, state_dict: dict[str, Any]) -> list[tuple[nn.Parameter, dict]]:
+    def _checked_state(self, state_dict: dict[str, Any]) -> list[tuple[Tensor, dict[str, Any]]]:
         name = type(self).__name__
         saved_groups = state_dict["param_groups"]
         here, there = len(self.param_groups), len(saved_groups)
@@ -343,13 +357,15 @@ class LowRankOptimizer(Optimizer):
             for parameter, key in zip(group["params"], saved["params"]):
                 if key in state_dict["state"]:
                     state = dict(state_dict["state"][key])
-                    item = Item(parameter, group, 0, state, None)
+                    item = LowRankStep(
+                        parameter, group, 0, state, torch.empty_like(parameter, device="meta")
+                    )
                     if state.get("step", 0):
                         self._check_shapes(item, f"{name}: state of parameter {key}")
                     states.append((parameter, state))
         return states
 
-    def _check_shapes(self, item: Item, where: str) -> None:
+    def _check_shapes(self, item: LowRankStep, where: str) -> None:
         expected: dict[str, Any] = {}
         shape = self.low_shape(item) if item.projected else item.parameter.shape
         self.core.init(expected, torch.empty(shape, device="meta"), item.group)
@@ -361,22 +377,22 @@ class LowRankOptimizer(Optimizer):
                 found = tuple(found.shape) if isinstance(found, Tensor) else found
                 raise ValueError(f"{where}: {key} is {found}; must have shape {shape}")
 
-    def basis_shapes(self, item: Item) -> dict[str, tuple[int, int]]:
+    def basis_shapes(self, item: LowRankStep) -> dict[str, tuple[int, int]]:
         """Shapes of the saved bases, by their names in the state."""
         return {}
 
 
 def check_matrix(where: str, parameter: Tensor, rank: int, name: str | None = None) -> None:
-    """Refuses parameters that have no low-rank projection of a rank.
+    """Refuses parameters that cannot be projected to a rank.
 
     Raises:
-        ValueError: If the parameter is sharded, no matrix, or smaller than the rank.
+        ValueError: If the parameter is sharded, is not a matrix, or is smaller than the rank.
     """
     name = "a parameter" if name is None else name
     if hasattr(parameter, "device_mesh"):
         raise ValueError(
             f"{where}: {name} is split over processes (FSDP2 or tensor parallel); a projection "
-            "needs whole matrices: use DDP, or an element-wise optimizer such as adamw_8bit"
+            "needs full matrices: use DDP, or an element-wise optimizer such as adamw_8bit"
         )
     if parameter.dim() != 2:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Low-rank projections of gradients: their bases, the way there and the way back.
+"""Low-rank projections of gradients: bases, projection and back-projection.
 
 A matrix `(rows, columns)` is projected by a left basis `(rows, rank)`, a right basis
 `(rank, columns)` or both, each orthonormal along `rank`.
@@ -11,7 +11,7 @@ from torch import Tensor
 
 PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
 
-# Columns of the randomised range finder beyond the rank, and rounds of its power iteration
+# Extra columns of the randomised range finder, and iterations of its power method
 # (Halko, Martinsson and Tropp 2011, arXiv 0909.4061, sections 4.4 and 4.5).
 OVERSAMPLING = 8
 POWER_STEPS = 2
@@ -21,14 +21,14 @@ _CHUNK = 1 << 21
 
 
 def sides(proj_type: str, rows: int, columns: int) -> tuple[bool, bool]:
-    """Which bases a matrix is projected by: left, right.
+    """Which bases project a matrix: left, right.
 
     Args:
-        proj_type (`str`): `"std"` keeps the smaller basis: right where there are at least as many
-            rows as columns, left elsewhere. `"reverse_std"` is the other way round; `"left"`,
-            `"right"` and `"full"` (both) say it themselves.
+        proj_type (`str`): `"std"` keeps the smaller basis: right if there are at least as many rows
+            as columns, else left. `"reverse_std"` is the opposite; `"left"`, `"right"` and `"full"`
+            (both) are explicit.
         rows (`int`): Rows of the matrix.
-        columns (`int`): Its columns.
+        columns (`int`): Columns of the matrix.
     """
     if proj_type == "full":
         return True, True
@@ -39,10 +39,10 @@ def sides(proj_type: str, rows: int, columns: int) -> tuple[bool, bool]:
 
 
 def generator_for(device: torch.device, *numbers: int) -> torch.Generator:
-    """A generator that is a function of `numbers` alone, so that a resumed run draws the same."""
+    """A generator that depends only on `numbers`, so that a resumed run draws the same values."""
     seed = 0x9E3779B97F4A7C15
     for number in numbers:
-        # The mixing step of splitmix64: neighbouring numbers give unrelated seeds.
+        # The mixing step of splitmix64: consecutive numbers give unrelated seeds.
         seed = (seed + number + 0x9E3779B97F4A7C15) % (1 << 64)
         seed = ((seed ^ (seed >> 30)) * 0xBF58476D1CE4E5B9) % (1 << 64)
         seed = ((seed ^ (seed >> 27)) * 0x94D049BB133111EB) % (1 << 64)
@@ -53,8 +53,8 @@ def generator_for(device: torch.device, *numbers: int) -> torch.Generator:
 def exact_bases(grad: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Both bases from a thin SVD, `fp32`.
 
-    Equivalent to the first `rank` columns of `U` and rows of `Vh` of `torch.linalg.svd`, which it
-    is: minutes for the matrices of large models, see [`random_bases`].
+    These are the first `rank` columns of `U` and rows of `Vh` of `torch.linalg.svd`, which takes
+    minutes for the matrices of large models; see [`random_bases`].
 
     Args:
         grad (`Tensor`): `(rows, columns)`, any float dtype.
@@ -73,15 +73,15 @@ def random_bases(
 ) -> tuple[Tensor, Tensor]:
     """Both bases from a randomised range finder (Halko et al. 2011, algorithm 4.4), `fp32`.
 
-    Four matrix products of `rank + 8` columns and as many thin QR decompositions, in place of a
-    decomposition of the matrix. Loss-neutral in GaLore 2 (arXiv 2504.20437).
+    Four matrix products of `rank + 8` columns and four thin QR decompositions, instead of an SVD of
+    the matrix. Loss-neutral in GaLore 2 (arXiv 2504.20437).
 
     Args:
         grad (`Tensor`): `(rows, columns)`, any float dtype.
         rank (`int`): At most the smaller side.
-        generator (`torch.Generator`): Draws the columns that no basis gives.
+        generator (`torch.Generator`): Draws the columns without a start value.
         left (`Tensor`, *optional*): `(rows, rank)`, the last basis, to start from.
-        right (`Tensor`, *optional*): `(rank, columns)`, likewise; used if there is no `left`.
+        right (`Tensor`, *optional*): `(rank, columns)`, the last basis; used if there is no `left`.
     """
     grad = grad.float()
     rows, columns = grad.shape
@@ -94,25 +94,27 @@ def random_bases(
         start = grad.new_empty((columns, 0))
     fresh = (columns, width - start.shape[1])
     noise = torch.randn(fresh, generator=generator, device=grad.device)
-    # Left over from a small matrix, the products of an old basis may be tiny: orthonormal columns
-    # give the noise and them the same weight.
+    # If the old basis hardly fits the matrix, its products can be tiny; orthonormal columns give
+    # them and the random columns the same weight.
     tall = torch.linalg.qr(torch.cat([start, noise], dim=1)).Q
-    for _ in range(POWER_STEPS):
+    for _ in range(POWER_STEPS - 1):
         wide = torch.linalg.qr(grad @ tall).Q
-        tall, small = torch.linalg.qr(grad.T @ wide)
-    # grad is close to wide @ small.T @ tall.T: the SVD of what is in the middle orders the columns.
+        tall = torch.linalg.qr(grad.T @ wide).Q
+    wide = torch.linalg.qr(grad @ tall).Q
+    tall, small = torch.linalg.qr(grad.T @ wide)
+    # grad is close to wide @ small.T @ tall.T: the SVD of the middle factor orders the columns.
     middle_left, _, middle_right = torch.linalg.svd(small.T)
     return wide @ middle_left[:, :rank], (tall @ middle_right[:rank].T).T.contiguous()
 
 
 def random_matrix(grad: Tensor, rank: int, right: bool, generator: torch.Generator) -> Tensor:
-    """A basis that is random, not orthonormal: entries of variance `1 / rank` (APOLLO).
+    """A random basis, not orthonormal: entries of variance `1 / rank` (APOLLO).
 
     Args:
         grad (`Tensor`): `(rows, columns)`; gives sizes and device.
         rank (`int`): Rows of a right basis, columns of a left one.
         right (`bool`): Which basis: `(rank, columns)` or `(rows, rank)`.
-        generator (`torch.Generator`): Draws it.
+        generator (`torch.Generator`): Draws the basis.
     """
     shape = (rank, grad.shape[1]) if right else (grad.shape[0], rank)
     matrix = torch.randn(shape, generator=generator, device=grad.device)
@@ -120,10 +122,10 @@ def random_matrix(grad: Tensor, rank: int, right: bool, generator: torch.Generat
 
 
 def overlap(old: Tensor, new: Tensor, right: bool) -> float:
-    """How much of a subspace has stayed: the mean squared cosine of the angles between two bases.
+    """Overlap of two subspaces: the mean squared cosine of the angles between their bases.
 
-    Between 0 and 1; `rank / size` on average for subspaces that have nothing to do with each
-    other. Unlike the cosine of the matrices themselves it does not depend on signs or order.
+    Between 0 and 1; `rank / size` on average for independent subspaces. Unlike the cosine of the
+    matrices it does not depend on signs or order.
     """
     old, new = old.float(), new.float()
     product = old @ new.T if right else old.T @ new
@@ -131,13 +133,13 @@ def overlap(old: Tensor, new: Tensor, right: bool) -> float:
 
 
 def _converts(tensor: Tensor) -> bool:
-    # Products of half-precision matrices on a CPU without the instructions take a hundred times as
-    # long as fp32.
+    # On a CPU without half-precision instructions, such products take a hundred times as long as
+    # fp32.
     return tensor.device.type == "cpu" and tensor.dtype != torch.float32
 
 
 def project(grad: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
-    """`left.T @ grad @ right.T`, without the basis that is `None`; `fp32`.
+    """`left.T @ grad @ right.T`, where a basis can be `None`; `fp32`.
 
     Args:
         grad (`Tensor`): `(rows, columns)`, any float dtype.
@@ -165,11 +167,12 @@ def project(grad: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
 def add_back(
     weight: Tensor, low: Tensor, left: Tensor | None, right: Tensor | None, alpha: float
 ) -> None:
-    """`weight += alpha * (left @ low @ right)`, in place and without a matrix of its size.
+    """`weight += alpha * (left @ low @ right)`, in place, without a temporary of the size of
+    `weight`.
 
     Args:
         weight (`Tensor`): `(rows, columns)`, any float dtype.
-        low (`Tensor`): What [`project`] gives, or as large.
+        low (`Tensor`): Of the shape of [`project`]'s result.
         left (`Tensor`, *optional*): `(rows, rank)`.
         right (`Tensor`, *optional*): `(rank, columns)`.
         alpha (`float`): Factor.
@@ -178,10 +181,12 @@ def add_back(
         low = low.to(weight.dtype)
         left = None if left is None else left.to(weight.dtype)
         right = None if right is None else right.to(weight.dtype)
-        if right is None:
+        if right is not None:
+            weight.addmm_(low if left is None else left @ low, right, alpha=alpha)
+        elif left is not None:
             weight.addmm_(left, low, alpha=alpha)
         else:
-            weight.addmm_(low if left is None else left @ low, right, alpha=alpha)
+            weight.add_(low, alpha=alpha)
         return
     right = None if right is None else right.float()
     for start in range(0, len(weight), step := max(1, _CHUNK // weight.shape[1])):

@@ -1,8 +1,8 @@
-"""What updates a tensor once its gradient is small enough to have moments: AdamW and Adafactor.
+"""The update rules: AdamW and Adafactor.
 
-A core changes targets in place by its rule for their gradients. The optimisers give it either the
-parameters themselves, or zeros in the shape of a projected gradient, and carry what it made of them
-back to the parameter. Weight decay is theirs too.
+A core updates targets in place from their gradients. The optimisers pass either the parameters, or
+zeros in the shape of a projected gradient, whose update they project back. Weight decay is applied
+by the optimisers.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ class AdamWCore:
     """
 
     decay_first = False
-    names = ("exp_avg", "exp_avg_sq")
+    names: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
 
     def init(self, state: State, like: Tensor, group: Group) -> None:
-        """Adds the moments for a gradient shaped as `like`."""
+        """Adds the moments for a gradient of the shape of `like`."""
         for name in ("exp_avg", "exp_avg_sq"):
             state[name] = torch.zeros(like.shape, dtype=torch.float32, device=like.device)
 
     def correction(self, state: State, group: Group) -> float:
-        """Factor of a step, after `state["step"]` has been counted up."""
+        """Factor of a step, after `state["step"]` was incremented."""
         if not group["correct_bias"]:
             return 1.0
         beta1, beta2 = group["betas"]
         return math.sqrt(1.0 - beta2 ** state["step"]) / (1.0 - beta1 ** state["step"])
 
     def decay(self, state: State, group: Group, lr: float) -> float:
-        """What a parameter loses to weight decay, as a fraction of it."""
+        """Fraction of a parameter that weight decay removes."""
         return lr * group["weight_decay"]
 
     def update(
@@ -61,13 +61,13 @@ class AdamWCore:
         lr: float,
     ) -> None:
         """
-        One step of each target, in place, and of its moments.
+        One step of each target and its moments, in place.
 
         Args:
-            targets (`Sequence[Tensor]`): What is changed, `fp32`.
+            targets (`Sequence[Tensor]`): Tensors to change, `fp32`.
             grads (`Sequence[Tensor]`): Their gradients, `fp32`.
-            states (`Sequence[dict]`): Their states; `step` is counted up.
-            weights (`Sequence[Tensor]`): The parameters behind the targets; for rules that look at
+            states (`Sequence[dict]`): Their states; `step` is incremented.
+            weights (`Sequence[Tensor]`): The parameters of the targets, for rules that depend on
                 the size of a weight.
             group (`dict`): Options of the parameter group.
             lr (`float`): Learning rate.
@@ -77,7 +77,7 @@ class AdamWCore:
             self.step_moments(target, grad, state, group, lr)
 
     def loaded(self, state: State) -> None:
-        """What is to be done with a state that has just been loaded."""
+        """Adapts a state that was just loaded."""
 
     def step_moments(
         self, target: Tensor, grad: Tensor, state: State, group: Group, lr: float
@@ -93,9 +93,9 @@ def _fused_adamw(target: Tensor, grad: Tensor, state: State, group: Group, lr: f
         # torch adds eps after the correction.
         eps = eps / math.sqrt(1.0 - beta2**step)
     else:
-        # So late a step that torch's corrections are 1.
+        # A step so large that torch's corrections are 1.
         step = 2**40
-    # The kernel counts the step itself.
+    # The kernel increments the step.
     count = torch.full((), float(step - 1), dtype=torch.float32, device=target.device)
     adamw(
         [target],
@@ -119,10 +119,10 @@ class AdafactorCore:
     """Adafactor (Shazeer and Stern 2018, arXiv 1804.04235), with transformers' options."""
 
     decay_first = True
-    names = ("exp_avg", "exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_sq")
+    names: tuple[str, ...] = ("exp_avg", "exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_sq")
 
     def init(self, state: State, like: Tensor, group: Group) -> None:
-        """Adds the row and column means, or the second moment of what is no matrix."""
+        """Adds the row and column means, or the second moment if it is not a matrix."""
 
         def zeros(shape: Sequence[int]) -> Tensor:
             return torch.zeros(shape, dtype=torch.float32, device=like.device)
@@ -136,20 +136,26 @@ class AdafactorCore:
             state["exp_avg_sq"] = zeros(like.shape)
 
     def loaded(self, state: State) -> None:
-        """What is to be done with a state that has just been loaded."""
+        """Adapts a state that was just loaded."""
 
     def decay(self, state: State, group: Group, lr: float) -> float:
-        """What a parameter loses to weight decay, by the rate of the coming step."""
+        """Fraction of a parameter that weight decay removes, by the learning rate of the next
+        step.
+        """
         return group["weight_decay"] * state["rate"]
 
     def rate(self, weight: Tensor, step: int, group: Group, lr: float | None) -> float:
         """Learning rate of a parameter at a step (section 8 of the paper)."""
         if group["relative_step"]:
             least = 1e-6 * step if group["warmup_init"] else 1e-2
-            lr = min(least, 1.0 / math.sqrt(step))
+            rate = min(least, 1.0 / math.sqrt(step))
+        elif lr is not None:
+            rate = lr
+        else:
+            raise ValueError("lr is None; must be a number without relative_step")
         if group["scale_parameter"]:
-            lr *= max(group["eps"][1], float(rms(weight)))
-        return lr
+            rate *= max(group["eps"][1], float(rms(weight)))
+        return rate
 
     def update(
         self,
@@ -188,7 +194,7 @@ def update_parameter(
 ) -> None:
     """One step of a parameter that is not projected, weight decay included.
 
-    Of half precision the change is computed in `fp32` and rounded once.
+    For half precision, the change is computed in `fp32` and rounded once.
     """
     if parameter.dtype == torch.float32 and not core.decay_first:
         core.update([parameter], [grad], [state], [parameter], group, lr)

@@ -1,4 +1,4 @@
-"""AdamW8bit by itself: against the naive form, how many bits, what moves and what stays."""
+"""AdamW8bit: compared with the naive form, number of bits, small and zero gradients."""
 
 import math
 
@@ -11,7 +11,7 @@ from oddsmith.optim import AdamW8bit, optimizer_bytes
 from support.gradients import given, randn, train, values, weights_of
 
 RULE = {"lr": 0.02, "betas": (0.8, 0.95), "eps": 1e-5, "weight_decay": 0.1}
-# A scalar, nothing, one element, a vector, a small matrix, whole blocks, a part behind them.
+# A scalar, an empty tensor, one element, a vector, a small matrix, full blocks, and a partial one.
 SHAPES = [(), (0, 3), (1,), (77,), (9, 13), (64, 64), (67, 71)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -20,13 +20,13 @@ def grads_of(step, shapes=SHAPES):
     return [randn(*shape, seed=100 * step + i) + 0.3 for i, shape in enumerate(shapes)]
 
 
-# ---- Against the naive form ----
+# ---- Comparison with the naive form ----
 
 
 @pytest.mark.parametrize("bits", [32, 8])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_it_is_the_naive_form(dtype, bits):
-    """With 32 bits as near to fp64 as torch's AdamW in that dtype, with 8 within its codes."""
+    """With 32 bits as near to fp64 as torch's AdamW in that dtype, with 8 bits within the codes."""
     ours, theirs = weights_of(SHAPES, dtype), weights_of(SHAPES, dtype)
     truth = [reference.AdamW(each.detach()) for each in ours]
     optimizer = AdamW8bit(ours, **RULE, optim_bits=bits)
@@ -50,7 +50,7 @@ def test_it_is_the_naive_form(dtype, bits):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_fp32_gradients_are_not_rounded(dtype):
-    """As they come where gradients are gathered in fp32; those of half have fewer digits."""
+    """Gradients can be gathered in fp32; half precision has fewer digits."""
     ours, exact, rounded = (nn.Parameter(randn(67, 71).to(dtype)) for _ in range(3))
     naive = reference.AdamW(exact.detach())
     for each in (ours, exact):
@@ -102,7 +102,7 @@ def test_groups_have_options_of_their_own():
         torch.testing.assert_close(weight.double(), naive.value, atol=0.01, rtol=0)
 
 
-# ---- How many bits ----
+# ---- Number of bits ----
 
 
 def test_small_ones_and_those_of_32_bits_are_fp32():
@@ -121,23 +121,23 @@ def test_small_ones_and_those_of_32_bits_are_fp32():
     assert lower.state[small]["state2"].dtype == torch.uint8
 
 
-def test_two_bytes_a_parameter():
+def test_two_bytes_per_parameter():
     weights = weights_of([(512, 256), (300, 301), (64, 65)])
     optimizer = AdamW8bit(weights)
     given(optimizer, [torch.ones_like(each) for each in weights])
     assert optimizer_bytes(optimizer) <= 2.1 * sum(each.numel() for each in weights)
 
 
-# ---- What moves ----
+# ---- Which elements move ----
 
 
 @pytest.mark.parametrize("bits", [8, 32])
 def test_a_zero_gradient_moves_nothing(bits):
-    """Not in 300 steps, and not beside gradients in the same block."""
+    """Not in 300 steps, and not with other gradients in the same block."""
     weight = nn.Parameter(randn(67, 71))
     before = weight.detach().clone()
     still = torch.arange(weight.numel()).view(67, 71) % 5 > 0
-    still[:8] = True  # two whole blocks
+    still[:8] = True  # two full blocks
     optimizer = AdamW8bit([weight], lr=1e-2, eps=1e-7, weight_decay=0.0, optim_bits=bits)
     train(optimizer, weight, 300, lambda s: randn(67, 71, seed=s).masked_fill(still, 0.0))
     assert torch.equal(weight[still], before[still])
@@ -145,7 +145,7 @@ def test_a_zero_gradient_moves_nothing(bits):
 
 
 def test_small_gradients_move_as_far():
-    """Within a block, gradients from 1 to 1e-5: Adam moves all alike, and so do 8 bits."""
+    """Within a block, gradients from 1 to 1e-5: Adam moves all equally, also with 8 bits."""
     sizes = 10.0 ** -(torch.arange(64 * 129).view(64, 129) % 6)
     ours, full = nn.Parameter(torch.zeros(64, 129)), nn.Parameter(torch.zeros(64, 129))
     options = {"lr": 1e-3, "eps": 1e-12, "weight_decay": 0.0}
@@ -159,7 +159,8 @@ def test_small_gradients_move_as_far():
 
 
 def test_stochastic_rounding_keeps_the_mean():
-    """Steps of a thirtieth of what bf16 tells apart at 1: to the nearest nothing would move."""
+    """Steps of a thirtieth of the spacing of bf16 at 1: rounding to nearest would change
+    nothing."""
     lr, steps = 2.0**-8 / 30, 60
     finals = {}
     for stochastic in (False, True):
@@ -173,7 +174,7 @@ def test_stochastic_rounding_keeps_the_mean():
     assert len(finals[True].unique()) > 2
 
 
-def test_chance_depends_on_the_seed_and_the_step():
+def test_stochastic_rounding_depends_on_the_seed_and_the_step():
     def run(seed, steps=1, dtype=torch.bfloat16):
         weights = [nn.Parameter(torch.ones(64, 65).to(dtype)) for _ in range(2)]
         optimizer = AdamW8bit(
@@ -190,12 +191,12 @@ def test_chance_depends_on_the_seed_and_the_step():
     assert not torch.equal(run(3)[0], run(4)[0])  # another seed
     assert not torch.equal(run(3)[0], run(3)[1])  # another parameter
     assert not torch.equal(run(3)[2], run(3, 2)[2])  # another step
-    # Only bf16 is rounded so.
+    # Only bf16 is rounded stochastically.
     assert len(run(3, dtype=torch.float16)[0].unique()) == 1
 
 
 @pytest.mark.parametrize("bits", [8, 32])
-def test_elements_that_are_not_finite_stay_and_are_counted(bits, caplog):
+def test_elements_that_are_not_finite_are_kept_and_counted(bits, caplog):
     weight = nn.Parameter(randn(67, 71))
     optimizer = AdamW8bit([weight], **RULE, optim_bits=bits)
     train(optimizer, weight, 2, lambda s: randn(67, 71, seed=s))
@@ -211,6 +212,6 @@ def test_elements_that_are_not_finite_stay_and_are_counted(bits, caplog):
     assert weight.isfinite().all() and optimizer.nonfinite == 6
     assert caplog.text.count("3 element(s) of the gradients were NaN or infinite") == 1
     assert caplog.text.count("NaN") == 1
-    # They go on from moments of zero.
+    # They continue from moments of zero.
     train(optimizer, weight, 1, lambda s: torch.ones(67, 71))
     assert (weight != before).all() and optimizer.nonfinite == 6

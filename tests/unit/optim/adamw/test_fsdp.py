@@ -12,7 +12,7 @@ from support.gradients import randn
 
 @pytest.fixture
 def mesh():
-    """A mesh of one process: tensors on it are split as those of many are."""
+    """A mesh of one process, with tensors split as in larger ones."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield init_device_mesh("cpu", (1,))
     dist.destroy_process_group()
@@ -40,10 +40,10 @@ def test_moments_are_split_as_their_parameter(mesh, bits):
         assert isinstance(found[key], DTensor) and found[key].placements == weight.placements
         assert found[key].shape == weight.shape
         assert torch.equal(found[key].full_tensor(), moment)
-    # Saved whole or split, a process gets back its part.
+    # Saved in full or split, a process gets its part.
     assert torch.equal(split(weight, first), first)
     assert torch.equal(split(weight, distribute_tensor(first, mesh, [Shard(0)])), first)
-    # What has another shape is no moment of all: it stays.
+    # A tensor of another shape is not a full moment: it is kept.
     other = torch.ones(256)
     assert split(weight, other) is other
     assert torch.equal(local(weight), randn(6, 64))

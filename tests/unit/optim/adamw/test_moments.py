@@ -8,12 +8,12 @@ from oddsmith.optim.adamw.moments import BLOCKSIZE, blocks_of, decode, encode, l
 from support.gradients import randn
 
 CPU = torch.device("cpu")
-# One element; a block but one; whole blocks; a block and one; many and a part.
+# One element; a block minus one; full blocks; a block plus one; many and a part.
 SHAPES = [(1,), (255,), (2, 256), (257,), (31, 53)]
 
 
 def moments(shape, seed=0):
-    """First and second moments over many decades, signs and zeros among them."""
+    """First and second moments over many decades, with signs and zeros."""
     sizes = 10.0 ** (3 * randn(*shape, seed=seed + 1))
     first, second = (
         randn(*shape, seed=seed) * sizes,
@@ -31,7 +31,7 @@ def test_maps_ascend_and_have_zero_and_one():
         assert each[255] == 1.0
     assert signed[128] == 0.0 and squares[0] == 0.0
     assert torch.equal(signed[129:], -signed[1:128].flip(0))
-    # The smallest beside the largest: 8^-7 of a first moment, 8^-8 of a root.
+    # The smallest relative to the largest: 8^-7 for a first moment, 8^-8 for a root.
     assert 3e-7 < signed[129] < 5e-7 and 3e-8 < squares[1].sqrt() < 6.1e-8
     assert maps(CPU)[0] is signed  # shared, not copied
 
@@ -47,13 +47,13 @@ def test_codes_are_the_nearest(shape):
         torch.testing.assert_close(state[f"absmax{i}"] ** (1 / i), scales)
         spread = scales.double().repeat_interleave(BLOCKSIZE)[: values.numel()].view(shape)
         errors = [(found[i][c.long()] * spread - values).abs() for c in (codes, state[f"state{i}"])]
-        # Two codes may be as near but for rounding; nothing else may differ.
+        # Two codes may be equally near up to rounding; nothing else may differ.
         assert (errors[1] <= errors[0] + 1e-6 * spread).all()
         assert (codes != state[f"state{i}"]).float().mean() < 2e-3 or values.numel() < 300
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_what_is_decoded_is_encoded_as_it_was(shape):
+def test_decoded_moments_are_encoded_to_the_same_codes(shape):
     state = encode(*moments(shape, seed=5))
     first, second = decode(state)
     assert first.shape == second.shape == shape and first.dtype == torch.float32
@@ -63,8 +63,8 @@ def test_what_is_decoded_is_encoded_as_it_was(shape):
         assert torch.equal(value, again[key]), key
 
 
-def test_a_block_knows_nothing_of_the_next():
-    """257 elements, the last a million times the others: it has a scale of its own."""
+def test_blocks_are_independent():
+    """257 elements, the last a million times the others, in another block."""
     first, second = moments((257,))
     first[256], second[256] = -1e6, 1e12
     state = encode(first, second)
@@ -78,7 +78,7 @@ def test_zeros_are_zeros():
     state = encode(torch.zeros(3, 100), torch.zeros(3, 100))
     assert (state["state1"] == 128).all() and (state["state2"] == 0).all()
     assert all((each == 0).all() for each in decode(state))
-    # And so is the state that an optimiser begins with, whatever its codes: its scales are zero.
+    # So is the initial state of an optimiser with any codes, because its scales are zero.
     fresh = {key: torch.zeros(shape, dtype=dtype) for key, (shape, dtype) in
              layout(torch.Size((3, 100)), 8).items()}  # fmt: skip
     fresh |= dict(zip(("qmap1", "qmap2"), maps(CPU)))

@@ -1,4 +1,4 @@
-"""Steps of AdamW8bit as torch's optimisers take them: closures, copies, and errors that change nothing."""
+"""AdamW8bit behaves like torch's optimisers: closures, copies, and errors that change nothing."""
 
 import copy
 import math
@@ -48,7 +48,7 @@ def test_a_saved_tensor_that_is_changed_is_noticed():
         loss.backward()
 
 
-def test_copies_go_on_alike():
+def test_copies_continue_equally():
     weight = nn.Parameter(randn(64, 65).bfloat16())
     optimizer = AdamW8bit([weight], **RULE, seed=3, stochastic_rounding=True)
     train(optimizer, weight, 2, lambda s: randn(64, 65, seed=s).bfloat16())

@@ -1,4 +1,4 @@
-"""Paged AdamW: the bits of the plain one, saved states, and a disk that is full."""
+"""Paged AdamW: bit-identical to the plain one, saved states, and a full disk."""
 
 import copy
 import errno
@@ -74,7 +74,7 @@ def test_a_saved_state_outlives_its_pages(tmp_path):
 
 
 @pytest.mark.parametrize("name", list(KINDS))
-def test_a_page_dir_that_is_none_is_refused(name, tmp_path):
+def test_an_invalid_page_dir_is_refused(name, tmp_path):
     kind = KINDS[name][0]
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "nowhere", tmp_path / "file"):
@@ -86,7 +86,7 @@ def test_a_page_dir_that_is_none_is_refused(name, tmp_path):
 
 @pytest.fixture
 def full_disk(monkeypatch):
-    """A disk with room for so many bytes from now on."""
+    """A disk with `free` bytes left."""
 
     def fill(left=0, code=errno.ENOSPC):
         real, room = os.posix_fallocate, [left]
@@ -117,7 +117,7 @@ def test_a_full_disk_is_an_error_before_the_first_change(left, full_disk, tmp_pa
     assert all(map(torch.equal, weights, before))
     assert set(optimizer.state) == {weights[1]} and optimizer.state[weights[1]]["step"] == 1
     assert os.listdir(tmp_path) == []
-    # With room again it goes on.
+    # With free space it continues.
     monkeypatch.undo()
     given(optimizer, grads_of(0))
     assert [optimizer.state[each]["step"] for each in weights] == [1, 2, 1, 1, 1]

@@ -34,7 +34,7 @@ def test_the_state_is_in_a_file_without_a_name(tmp_path):
         place = optimizer.state[weight][key].data_ptr()
         assert any(start <= place < stop for start, stop in ranges), key
     assert os.listdir(tmp_path) == []
-    # Loading makes pages anew and frees the old ones.
+    # Loading allocates new pages and frees the old ones.
     optimizer.load_state_dict(optimizer.state_dict())
     gc.collect()
     assert len(mapped(tmp_path)) == 2

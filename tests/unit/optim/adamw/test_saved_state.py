@@ -1,4 +1,4 @@
-"""The state of the 8-bit AdamW as it is saved and loaded: layout, conversions, what does not fit."""
+"""The saved state of 8-bit AdamW: layout, conversions, and states that do not fit."""
 
 import copy
 import io
@@ -14,7 +14,7 @@ from oddsmith.quant.nf4 import dynamic_map
 from support.gradients import given, randn, weights_of
 
 RULE = {"lr": 0.02, "betas": (0.8, 0.95), "eps": 1e-5, "weight_decay": 0.1}
-# 8 bits with a partial block, 32 bits, a scalar, and 8 bits in a group of its own.
+# 8 bits with a partial block, 32 bits, a scalar, and 8 bits in another group.
 SHAPES = [(67, 71), (9, 13), (), (64, 65)]
 
 
@@ -39,7 +39,7 @@ def through_a_file(state_dict):
 
 
 def same(one, other):
-    """Equal groups, and equal states to the bit."""
+    """Equal groups, and bit-identical states."""
     assert one["param_groups"] == other["param_groups"]
     assert one["state"].keys() == other["state"].keys()
     for key, state in one["state"].items():
@@ -64,7 +64,7 @@ def test_the_layout_is_that_of_bitsandbytes():
 
 
 @pytest.mark.parametrize("kind", [AdamW8bit, PagedAdamW8bit, PagedAdamW32bit])
-def test_it_goes_on_bit_for_bit(kind):
+def test_it_resumes_bit_for_bit(kind):
     optimizer, weights = make(kind, steps=3)
     again, copies = make(kind)
     for weight, start in zip(copies, weights):
@@ -98,14 +98,15 @@ def test_bits_are_those_of_the_optimizer_that_loads():
         moments = state["state"][key][WRAPPED]
         for name, moment in zip(("state1", "state2"), decode(unwrap(codes[key]))):
             assert torch.equal(moments[name], moment)
-    # And back: what was decoded gets the codes that it had.
+    # And back: decoded moments get the same codes again.
     back, _ = make()
     back.load_state_dict(through_a_file(state))
     same(back.state_dict(), eight.state_dict())
 
 
 def test_how_state_is_kept_stays_that_of_the_optimizer():
-    """Or parameters that get their first gradient after a change of name would be the old kind's."""
+    """Otherwise parameters whose first gradient comes after a change of optimiser would be of the
+    old kind."""
     saved = make(steps=1, min_8bit_size=5_000)[0].state_dict()
     for kind, bits in ((AdamW8bit, 8), (PagedAdamW32bit, 32)):
         optimizer, weights = make(kind)
@@ -129,7 +130,7 @@ def test_rates_are_those_that_were_saved():
     for mine, theirs in zip(second.param_groups, optimizer.param_groups):
         for name in ("lr", "betas", "eps", "weight_decay", "initial_lr"):
             assert mine[name] == theirs[name], name
-    # Which a schedule that goes on asks for.
+    # A resumed schedule needs it.
     LambdaLR(second, lambda step: 0.25, last_epoch=5)
     assert [group["lr"] for group in second.param_groups] == [0.005, 0.0125]
 
@@ -170,7 +171,7 @@ def test_codes_of_bitsandbytes_become_ours():
 
 
 def change(number, **entries):
-    """A change of a saved state's entries; `None` takes one out."""
+    """A change of a saved state's entries; `None` removes one."""
 
     def apply(saved):
         state = saved["state"][number]
@@ -197,7 +198,7 @@ def change(number, **entries):
         (change(0, absmax1=torch.ones(18)), r"parameter 0: absmax1 is \(18,\); must have 19"),
         (change(0, qmap2=torch.ones(16)), r"qmap2 is \(16,\); must have 256"),
         (change(0, absmax2=None), "absmax2 is None; must have 19"),
-        (change(2, state2=None), "parameter 2 has no state2: it is not that of an AdamW"),
+        (change(2, state2=None), "parameter 2 has no state2, so it is not a state of AdamW"),
         (change(3, step=None), "parameter 3 has no step"),
         (change(0, state2=torch.zeros(67, 71)), "state2 is torch.float32; must be torch.uint8"),
     ],
@@ -218,7 +219,9 @@ def test_the_state_of_another_optimizer_is_refused():
     optimizer, weights = make()
     peer = torch.optim.AdamW([{"params": weights[:3]}, {"params": weights[3:]}], lr=0.1)
     given(peer, grads_of(0))
-    with pytest.raises(ValueError, match="parameter 0 has no state1: it is not that of an AdamW"):
+    with pytest.raises(
+        ValueError, match="parameter 0 has no state1, so it is not a state of AdamW"
+    ):
         optimizer.load_state_dict(peer.state_dict())
     assert not optimizer.state and optimizer.param_groups[0]["lr"] == 0.02
 

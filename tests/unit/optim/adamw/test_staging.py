@@ -1,4 +1,4 @@
-"""State on its way through a device's memory: pieces, batches, and the same bits."""
+"""Steps with staged state: pieces, batches, and bit-identical results."""
 
 import pytest
 import torch
@@ -50,7 +50,7 @@ def updates_of(step=1, dtype=torch.float32, seed=None):
 @pytest.mark.parametrize("budget", [LEAST_BUDGET, 20_000, 1 << 20])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_pieces_change_no_bit(budget, dtype):
-    """Stochastic rounding draws for an element by its place in the parameter, not in the piece."""
+    """Stochastic rounding depends on an element's index in the parameter, not in the piece."""
     whole, parts = updates_of(dtype=dtype, seed=7), updates_of(dtype=dtype, seed=7)
     staged, bad = Staged(torch.device("cpu"), budget), NonFinite()
     for step in range(1, 5):
@@ -97,7 +97,7 @@ def test_a_budget_without_room_for_a_block_is_refused():
 
 
 def test_a_step_goes_through_the_budget(monkeypatch):
-    """As on a GPU, but for the copies: they stay in the same memory."""
+    """As on a GPU, except that copies are within the same memory."""
     ours, theirs = weights_of(SHAPES), weights_of(SHAPES)
     optimizer = PagedAdamW8bit(ours, **RULE, device_budget=LEAST_BUDGET)
     peer = AdamW8bit(theirs, **RULE)

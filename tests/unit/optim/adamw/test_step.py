@@ -1,4 +1,4 @@
-"""A step of AdamW: numbers of the rule, the kernel, and the ops that do the same."""
+"""A step of AdamW: the coefficients, the kernel, and the ops."""
 
 import math
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from oddsmith.optim.adamw import step as adamw_step
+from oddsmith.optim.adamw.arguments import Rule
 from oddsmith.optim.adamw.moments import decode, layout, maps
 from oddsmith.optim.adamw.step import AdamUpdate, NonFinite, rule_of
 from support.gradients import randn
@@ -14,7 +15,7 @@ CPU = torch.device("cpu")
 
 
 def moments(shape, seed=0):
-    """First and second moments over many decades, signs and zeros among them."""
+    """First and second moments over many decades, with signs and zeros."""
     sizes = 10.0 ** (3 * randn(*shape, seed=seed + 1))
     first, second = (
         randn(*shape, seed=seed) * sizes,
@@ -49,10 +50,10 @@ def test_ops_do_what_the_kernel_does(bits, dtype, monkeypatch):
     monkeypatch.setattr(adamw_step, "_KERNELS", ())
     monkeypatch.setattr(adamw_step._core, "adamw_step", None)  # and it would be no success
     other, theirs, count = stepped(bits, dtype, (31, 53))
-    # In fp16 what is large becomes infinite, too.
+    # In fp16 large values become infinite too.
     assert bad == count and (bad == 3 or dtype == torch.float16)
     step = {torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]
-    # A moment between two codes may go either way, and moves its element by a little less or more.
+    # A moment between two codes can get either, which changes its element slightly.
     torch.testing.assert_close(value, other, atol=2e-3 if bits == 8 else 1e-6, rtol=step)
     assert (~torch.isclose(value, other, atol=1e-6, rtol=step)).sum() <= 3
     if bits == 8:
@@ -79,7 +80,7 @@ def test_a_step_by_hand(ops, monkeypatch):
     grad = torch.tensor([0.5, -0.25, math.nan])
     state = {"state1": torch.full((3,), 0.1), "state2": torch.full((3,), 0.2)}
     bad = NonFinite()
-    rule = (0.8, 0.75, 0.01, -0.3, 0.9)
+    rule = Rule(0.8, 0.75, 0.01, -0.3, 0.9)
     adamw_step.adamw_step([AdamUpdate(value, grad, state, rule)], bad)
     first = 0.8 * 0.1 + 0.2 * grad[:2]
     second = 0.75 * 0.2 + 0.25 * grad[:2] ** 2
@@ -87,7 +88,7 @@ def test_a_step_by_hand(ops, monkeypatch):
     torch.testing.assert_close(value[:2], moved)
     torch.testing.assert_close(state["state1"][:2], first)
     torch.testing.assert_close(state["state2"][:2], second)
-    # Its value stays, its moments begin again.
+    # Its value is kept, its moments are reset.
     assert value[2] == 3.0 and state["state1"][2] == state["state2"][2] == 0.0
     assert bad.total() == 1
 
@@ -100,7 +101,7 @@ def test_counts_are_kept():
     assert bad.total() == 5
 
 
-def test_nothing_is_no_update():
+def test_an_empty_list_of_updates():
     empty = AdamUpdate(
         torch.zeros(0),
         torch.zeros(0),

@@ -22,7 +22,7 @@ def test_apollo_is_the_naive_form(scale_type, shape):
     )  # fmt: skip
     naive = reference.Apollo(weight.detach().double(), scale_type, 3.0)
     for step in range(6):
-        # Some steps are much longer than the last: the limiter has to act.
+        # Some steps are much larger than the last, so that the limiter is active.
         weight.grad = decaying(*shape, seed=step) * (50.0 if step in (2, 3) else 1.0)
         generator = projection.generator_for(weight.device, 6, 0, step // 2)
         small = (4, shape[1]) if shape[0] >= shape[1] else (shape[0], 4)
@@ -30,7 +30,7 @@ def test_apollo_is_the_naive_form(scale_type, shape):
         naive.step(weight.grad.double(), basis, 0.05, (0.8, 0.95), 1e-3, 0.1)
         optimizer.step()
         torch.testing.assert_close(weight.detach().double(), naive.weight, atol=1e-5, rtol=1e-5)
-    assert naive.limited  # the test has seen both
+    assert naive.limited  # the test covers both
 
 
 def test_apollo_moves_at_a_rate_that_starts_from_zero():

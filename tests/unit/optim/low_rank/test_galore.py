@@ -1,4 +1,4 @@
-"""GaLore: its steps against the naive form, the adaptive gap, memory."""
+"""GaLore: steps compared with the naive form, the adaptive gap, memory."""
 
 import pytest
 import torch

@@ -11,7 +11,7 @@ from support.gradients import randn, train
 
 
 def test_small_gradients_move_as_far():
-    """Within a block, gradients from 1 to 1e-5: Adam moves all alike, and so do 8 bits."""
+    """Within a block, gradients from 1 to 1e-5: Adam moves all equally, also with 8 bits."""
     sizes = 10.0 ** -(torch.arange(64 * 128).view(64, 128) % 6)
     ours, full = nn.Parameter(torch.zeros(64, 128)), nn.Parameter(torch.zeros(64, 128))
     kwargs = {"lr": 1e-3, "eps": 1e-12, "weight_decay": 0.0}
@@ -34,7 +34,7 @@ def test_close_to_fp32():
     kwargs = {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.01}
     fixed = randn(96, 160, seed=1)
 
-    def gradient(step):  # the same for both: the bases are, too
+    def gradient(step):  # the bases are the same for both
         return fixed + 0.5 * randn(96, 160, seed=50 + step)
 
     eight = GaLoreAdamW8bit([{"params": [ours], **low_rank}], **kwargs)

@@ -35,7 +35,7 @@ def test_layerwise_frees_projected_gradients_between_micro_batches():
         kept.append([p.grad is not None for p in (model[0].weight, model[2].weight)])
         backward(model, step, 2, 1)
         assert all(p.grad is None for p in model.parameters())
-    # A basis of the whole sum, at 0 and 3, needs the gradients.
+    # A basis of the complete sum, at 0 and 3, needs the gradients.
     assert kept == [[True] * 2, [False] * 2, [False] * 2, [True] * 2]
     first = make_model()
     optimizer = make_optimizer(
@@ -74,7 +74,7 @@ def test_layerwise_clips_each_parameter_by_itself(name):
         for index, p in enumerate(other.parameters()):
             grad = p.grad
             if name == "adamw" and p.dim() == 2:
-                # The projected gradient is what is clipped; the rest is not used.
+                # Only the projected gradient is clipped.
                 item = plain.item(p, plain.param_groups[1], index)
                 item.state.setdefault("step", 0)
                 if plain.refresh_due(item):

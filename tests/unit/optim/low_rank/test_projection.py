@@ -1,4 +1,4 @@
-"""Bases of projections, the way there and the way back."""
+"""Bases, projection and back-projection."""
 
 import pytest
 import torch
@@ -29,7 +29,8 @@ def test_random_bases_find_what_the_svd_finds(shape):
 
 
 def test_a_warm_start_is_closer():
-    """One direction is nearly as strong as what is left out: the old basis already has it."""
+    """One direction is nearly as strong as those outside the basis; the old basis already has
+    it."""
     grad = decaying(80, 120, power=0.25)
     exact = projection.exact_bases(grad, 8)
     errors = []
@@ -81,14 +82,14 @@ def test_overlap():
     turned = basis @ torch.linalg.qr(randn(4, 4, seed=1)).Q
     assert projection.overlap(basis, turned, False) == pytest.approx(1.0, abs=1e-5)
     identity = torch.eye(6)
-    # One direction of two has stayed.
+    # One direction of two is unchanged.
     assert projection.overlap(identity[:2], identity[1:3], True) == pytest.approx(0.5)
     assert projection.overlap(identity[:2], identity[2:4], True) == 0.0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("proj_type", PROJ_TYPES)
-def test_there_and_back(proj_type, dtype, monkeypatch):
+def test_projecting_and_back(proj_type, dtype, monkeypatch):
     monkeypatch.setattr(projection, "_CHUNK", 100)  # several chunks, the last one partial
     grad, weight = randn(19, 33).to(dtype), randn(19, 33, seed=1).to(dtype)
     left, right = projection.sides(proj_type, 19, 33)

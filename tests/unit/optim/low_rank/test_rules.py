@@ -89,7 +89,7 @@ def test_adafactor_of_a_vector_with_a_first_moment():
         ({"relative_step": True}, 1, None, 0.01),
         ({"relative_step": True}, 40_000, None, 1 / 200),
         ({"relative_step": True, "warmup_init": True}, 7, None, 7e-6),
-        # The weight has a root mean square of 2, or is smaller than the least.
+        # The weight has a root mean square of 2, or one below the minimum.
         ({"scale_parameter": True}, 1, 0.5, 1.0),
         ({"scale_parameter": True, "eps": (1e-30, 3.0)}, 1, 0.5, 1.5),
     ],

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from oddsmith import _core
-from oddsmith.training.allocator import pooled_memory
+from oddsmith.integrations.cpu_memory import pooled_memory
 
 CPU = torch.device("cpu")
 
@@ -56,7 +56,7 @@ def test_it_is_taken_out_after_an_error(monkeypatch):
 
 FORKED = """
 import os, torch
-from oddsmith.training.allocator import pooled_memory
+from oddsmith.integrations.cpu_memory import pooled_memory
 torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
 with pooled_memory(torch.device("cpu")):
     before = torch.full((500_000,), 3.0)
@@ -75,7 +75,7 @@ with pooled_memory(torch.device("cpu")):
 
 HELD = """
 import sys, torch
-from oddsmith.training.allocator import pooled_memory
+from oddsmith.integrations.cpu_memory import pooled_memory
 
 def resident():
     with open("/proc/self/statm") as file:

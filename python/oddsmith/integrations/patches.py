@@ -1,0 +1,40 @@
+"""The list of all changes that oddsmith makes to other libraries, to models and to the process.
+
+No other folder changes other libraries. Each entry says what it changes, why, with which versions
+it was tested and what happens if it does not fit; see [`~oddsmith.integrations.patch.Patch`].
+"""
+
+from __future__ import annotations
+
+from .bitsandbytes_layers import AdoptedLayers
+from .checkpointing import Checkpointing
+from .cpu_memory import CpuMemoryPool
+from .dropout import NoDropout
+from .import_hook import ImportHook
+from .model_attention import SdpaAttention
+from .module_forward import ModuleForward
+from .parameter_count import ParameterCount
+from .patch import Patch
+from .peft_dispatch import LoraDispatch
+from .progress_bars import NoProgressBars
+from .quantizer_table import QuantizerMerge, QuantizerTable
+
+__all__ = ["PATCHES"]
+
+PATCHES: tuple[type[Patch], ...] = (
+    # Tables of transformers and peft, for the process.
+    ImportHook,
+    QuantizerTable,
+    QuantizerMerge,
+    ParameterCount,
+    SdpaAttention,
+    LoraDispatch,
+    # A model, while it is trained.
+    ModuleForward,
+    NoDropout,
+    Checkpointing,
+    AdoptedLayers,
+    # The process, while it trains.
+    CpuMemoryPool,
+    NoProgressBars,
+)

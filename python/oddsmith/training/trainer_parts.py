@@ -1,0 +1,67 @@
+"""The attributes that the parts of the trainer share, for the type checker."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
+
+    from accelerate import Accelerator
+    from torch import Tensor, nn
+    from transformers import Trainer
+
+    from ..config import ORPOConfig
+    from ..data.rows import RowBuilder
+    from .metrics import MetricStore, Split
+
+    class TrainerParts(Trainer):
+        """
+        Base of [`ModelLoan`], [`RowHooks`], [`BatchHooks`], [`LossHooks`] and [`EvaluationHooks`].
+
+        Each is a part of [`~oddsmith.ORPOTrainer`] and comes before `Trainer` there: it can use the
+        attributes below and call `super()`. Not a protocol, because `super()` needs a base class.
+        """
+
+        args: ORPOConfig
+        accelerator: Accelerator
+        model: nn.Module
+        processing_class: Any
+        data_collator: Callable[..., Any]
+
+        # ---- Set by the trainer ----
+
+        beta: float
+        max_length: int
+        padding_value: int
+        is_encoder_decoder: bool
+        decoder_start_token_id: int | None
+        pad_token_id: int | None
+        aux_loss_enabled: bool
+        aux_loss_coef: float
+        generate_during_eval: bool
+        use_dpo_data_collator: bool
+        _rows: RowBuilder
+        _stored_metrics: MetricStore
+        _metric_weight: float
+
+        # ---- Used by other parts ----
+
+        def get_batch_loss_metrics(
+            self, model: nn.Module, batch: dict[str, Any], train_eval: Split = "train"
+        ) -> tuple[Tensor, dict[str, Tensor]]: ...
+
+        def store_metrics(self, metrics: dict[str, Any], train_eval: Split = "train") -> None: ...
+
+        def _take_metrics(self, split: Split) -> dict[str, float]: ...
+
+        def _borrow(self) -> None: ...
+
+        def _own_optimizer(self) -> Any: ...
+
+        def _autocast(self) -> AbstractContextManager[Any]: ...
+
+else:
+    # Nothing at run time: the order of the trainer's bases gives each part the others and `Trainer`.
+    TrainerParts = object
