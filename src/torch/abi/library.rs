@@ -14,8 +14,17 @@ static LIBRARIES: OnceLock<Vec<Library>> = OnceLock::new();
 /// depends on; Windows asks each by itself. A torch without CUDA has no `torch_cuda`.
 const NAMES: [&str; 3] = ["torch_cpu", "c10", "torch_cuda"];
 
-/// Names of the functions that are treated as missing, for tests of the fall-backs.
-const HIDDEN: &str = "ODDSMITH_HIDE_TORCH_FUNCTIONS";
+/// True for a function that a test of the fall-backs treats as missing.
+#[cfg(feature = "testing")]
+fn is_hidden(name: &CStr) -> bool {
+    let hidden = std::env::var("ODDSMITH_HIDE_TORCH_FUNCTIONS").unwrap_or_default();
+    hidden.split(',').any(|hidden| name.to_bytes() == hidden.as_bytes())
+}
+
+#[cfg(not(feature = "testing"))]
+fn is_hidden(_: &CStr) -> bool {
+    false
+}
 
 #[cfg(unix)]
 fn open(path: &Path) -> Option<Library> {
@@ -53,9 +62,7 @@ pub fn open_all(folder: &Path) -> Result<(), String> {
 /// The address of a function of libtorch, or of a library that it depends on.
 #[must_use]
 pub fn find(name: &CStr) -> Option<NonNull<c_void>> {
-    if let Ok(hidden) = std::env::var(HIDDEN)
-        && hidden.split(',').any(|hidden| name.to_bytes() == hidden.as_bytes())
-    {
+    if is_hidden(name) {
         return None;
     }
     LIBRARIES.get()?.iter().find_map(|library| {
