@@ -1,12 +1,14 @@
 //! Operators through libtorch's dispatcher.
 
-use std::ffi::{CStr, c_int};
-use std::ptr;
+use std::ffi::{CStr, c_int, c_void};
+use std::ptr::{self, NonNull};
+use std::sync::OnceLock;
 
 use torch_sys::C_tensor;
 
 use super::error::{Result, check};
 use super::handle::{Handle, Place, share};
+use super::library::find;
 use super::symbols::{List, StableValue, Torch, torch};
 
 /// The release whose schemas the calls of this crate follow: the oldest that is supported.
@@ -46,7 +48,9 @@ impl Value<'_> {
             Self::Tensor(x) => share(x)?.into_raw() as StableValue,
             Self::Int(value) => value as StableValue,
             Self::Bool(value) => value.into(),
-            Self::Device(place) => (place.kind as u32 as u64) << 32 | u64::from(place.index as u32),
+            Self::Device(place) => {
+                u64::from(place.kind.cast_unsigned()) << 32 | u64::from(place.index.cast_unsigned())
+            }
             Self::Ints(values) => list(torch, values.iter().map(|&value| Ok(value as StableValue)))?,
             Self::Tensors(tensors) => {
                 list(torch, tensors.iter().map(|&x| Ok(share(x)?.into_raw() as StableValue)))?
@@ -74,10 +78,19 @@ fn list(torch: &Torch, values: impl ExactSizeIterator<Item = Result<StableValue>
     Ok(list as StableValue)
 }
 
+/// `operator new` of the C++ library below libtorch.
+fn operator_new() -> Option<unsafe extern "C" fn(usize) -> *mut c_void> {
+    type New = unsafe extern "C" fn(usize) -> *mut c_void;
+    static NEW: OnceLock<Option<New>> = OnceLock::new();
+    // SAFETY: the function of this name; a name has the arguments in it.
+    let read = || find(c"_Znwm").map(|new| unsafe { std::mem::transmute::<NonNull<c_void>, New>(new) });
+    *NEW.get_or_init(read)
+}
+
 /// A value on the heap, which libtorch frees with its `operator delete`.
 fn optional(torch: &Torch, value: StableValue) -> Result<StableValue> {
     let mut place: *mut StableValue = ptr::null_mut();
-    match (torch.torch_new_stable_ivalue, torch._Znwm) {
+    match (torch.torch_new_stable_ivalue, operator_new()) {
         (Some(new), _) => {
             // SAFETY: writes a pointer.
             let code = unsafe { new(&raw mut place) };
@@ -100,6 +113,7 @@ fn optional(torch: &Torch, value: StableValue) -> Result<StableValue> {
 ///
 /// # Errors
 /// What libtorch reports, after the operator's name.
+#[allow(clippy::needless_pass_by_value)] // made for the call
 pub fn call<const N: usize>(op: &CStr, overload: &CStr, arguments: [Value<'_>; N]) -> Result<Handle> {
     let torch = torch()?;
     let mut stack = [0; N];

@@ -48,7 +48,7 @@ fn empty(shape: &[i64], dtype: c_int, place: Place) -> Result<Handle> {
         // SAFETY: a function of a number.
         let bytes = unsafe { (torch.aoti_torch_dtype_element_size)(dtype) };
         let count: i64 = shape.iter().product();
-        format!("aten::empty: {} bytes for a tensor of shape {shape:?}", count as i128 * bytes as i128)
+        format!("aten::empty: {} bytes for a tensor of shape {shape:?}", i128::from(count) * bytes as i128)
     })?;
     // SAFETY: the new tensor.
     Ok(unsafe { Handle::from_raw(new) })

@@ -119,6 +119,11 @@ pub fn data(x: *mut C_tensor) -> Result<*mut c_void> {
     get(ptr::null_mut(), |t, out| unsafe { (t.aoti_torch_get_data_ptr)(x, out) }, "get_data_ptr")
 }
 
+/// True if the elements lie one after the other, the last dimension first.
+pub fn is_contiguous(x: *mut C_tensor) -> Result<bool> {
+    get(false, |t, out| unsafe { (t.aoti_torch_is_contiguous)(x, out) }, "is_contiguous")
+}
+
 /// A place for tensors, in libtorch's numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Place {

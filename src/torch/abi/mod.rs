@@ -25,6 +25,5 @@ mod tensor;
 mod views;
 
 pub mod symbols;
-pub use handle::Handle;
 pub use library::find;
 pub use symbols::load;

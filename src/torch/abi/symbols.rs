@@ -132,7 +132,6 @@ table! {
         torch_new_stable_ivalue(Out<*mut StableValue>) -> Code;
         torch_tensor_from_pyobject(*mut c_void, Out<Tensor>) -> Code;
         torch_tensor_to_pyobject(Tensor, *mut c_void, Out<*mut c_void>) -> Code;
-        _Znwm(usize) -> *mut c_void;
     }
 }
 

@@ -37,12 +37,7 @@ unsafe extern "C" fn at_defined(x: *mut C_tensor) -> c_int {
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn at_is_contiguous(x: *mut C_tensor) -> c_int {
-    or_set(is_contiguous(x).map(c_int::from), -1)
-}
-
-/// True if the elements lie one after the other, the last dimension first.
-pub fn is_contiguous(x: *mut C_tensor) -> Result<bool> {
-    get(false, |t, out| unsafe { (t.aoti_torch_is_contiguous)(x, out) }, "is_contiguous")
+    or_set(handle::is_contiguous(x).map(c_int::from), -1)
 }
 
 #[unsafe(no_mangle)]

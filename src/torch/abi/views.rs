@@ -6,9 +6,8 @@ use torch_sys::C_tensor;
 
 use super::call::{Value, call, operators};
 use super::error::Result;
-use super::handle::{Handle, Place, dtype, place, place_of, put, share};
+use super::handle::{Handle, Place, dtype, is_contiguous, place, place_of, put, share};
 use super::symbols::torch;
-use super::tensor::is_contiguous;
 
 type Tensor = *mut C_tensor;
 

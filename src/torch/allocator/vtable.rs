@@ -190,6 +190,7 @@ unsafe extern "C-unwind" fn is_simple(_: *const Allocator, data: *const DataPtr)
     unsafe { (*data).data == (*data).context }
 }
 
+#[allow(clippy::unnecessary_wraps)] // the signature in C++
 unsafe extern "C-unwind" fn raw_deleter(_: *const Allocator) -> Option<Deleter> {
     Some(release)
 }
