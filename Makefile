@@ -64,7 +64,7 @@ gpu: test-build ## The tests that need a GPU
 # memory, capture graphs or try thousands of shapes are left out, and so are the peers.
 SANITIZE = python -m pytest tests/gpu -m gpu -k "not random and not graph and not runs_out and not bitsandbytes and not trl"
 .PHONY: sanitize
-sanitize: test-build ## The same under compute-sanitizer: accesses out of bounds, races in shared memory
+sanitize: test-build ## The tests that need a GPU, under compute-sanitizer: accesses out of bounds, races in shared memory
 	@command -v compute-sanitizer > /dev/null || { echo "sanitize: compute-sanitizer, of NVIDIA's toolkit, is not on PATH" >&2; exit 1; }
 	$(ACTIVATE) && export PYTORCH_NO_CUDA_MEMORY_CACHING=1 && for tool in memcheck racecheck; do \
 		compute-sanitizer --tool $$tool --error-exitcode 1 $(SANITIZE) || exit 1; done

@@ -68,7 +68,7 @@ def emulated_driver(monkeypatch):
 
     if torch.cuda.is_available():
         # The driver is opened once per process, and tests/gpu need that of the GPU.
-        pytest.skip("there is a card: its driver is in use")
+        pytest.skip("there is a GPU: its driver is in use")
     library = emulation.build()
     monkeypatch.setenv("ODDSMITH_CUDA_DRIVER", str(library))
     driver = emulation.Driver(library)

@@ -194,7 +194,7 @@ mod tests {
     }
 
     #[test]
-    fn damaged_files_are_made_anew() {
+    fn damaged_files_are_compiled_again() {
         let damages: [fn(&mut Vec<u8>); 6] = [
             |bytes| bytes.truncate(HEADER + 2),
             |bytes| bytes.truncate(HEADER - 1),

@@ -178,12 +178,10 @@ def all_results(hidden, weight, rows, trained, **options):
     return {**out._asdict(), **{f"gradient {i}": x for i, x in enumerate(gradients)}}
 
 
-def assert_same(slices, card, rtol=1e-5, atol=1e-6):
-    assert slices.keys() == card.keys()
+def assert_same(slices, gpu, rtol=1e-5, atol=1e-6):
+    assert slices.keys() == gpu.keys()
     for name, value in slices.items():
-        torch.testing.assert_close(
-            card[name], value, rtol=rtol, atol=atol, equal_nan=True, msg=name
-        )
+        torch.testing.assert_close(gpu[name], value, rtol=rtol, atol=atol, equal_nan=True, msg=name)
 
 
 @pytest.mark.parametrize("trained", [False, True])
@@ -195,16 +193,16 @@ def test_certain_tokens_and_empty_completions(emulated_driver, certain, trained)
         chosen = sequence < 2
         hidden[chosen] = 60.0 * weight[targets[chosen].clamp(min=0)]
     rows = targets, sequence, completion
-    slices, card = both_paths(lambda: all_results(hidden, weight, rows, trained))
-    assert all(value.isfinite().all() for value in card.values())
-    assert card["empty_completions"] == 1 and card["log_odds_chosen"][1] == 0
+    slices, gpu = both_paths(lambda: all_results(hidden, weight, rows, trained))
+    assert all(value.isfinite().all() for value in gpu.values())
+    assert gpu["empty_completions"] == 1 and gpu["log_odds_chosen"][1] == 0
     if certain:
-        assert card["chosen_logps"][0].abs() < 1e-6
+        assert gpu["chosen_logps"][0].abs() < 1e-6
     wide = hidden.double(), weight.double(), rows, trained
     (loss, parts), gradients = losses(reference.linear_orpo, *wide)
     truth = {"loss": loss, **parts, **{f"gradient {i}": x for i, x in enumerate(gradients)}}
     for name, true in truth.items():  # the slices resolve one minus a probability in float32
-        error, slice_error = ((x[name].double() - true).abs().max() for x in (card, slices))
+        error, slice_error = ((x[name].double() - true).abs().max() for x in (gpu, slices))
         assert error <= slice_error + 1e-8 + 1e-6 * true.double().abs().max(), name
 
 
@@ -213,8 +211,8 @@ def test_a_likely_answer_is_accurate(emulated_driver):
     # near one, 6e-8.
     hidden, weight = torch.tensor([[20.0], [-1.0]]), torch.tensor([[1.0], [0.0]])
     rows = torch.tensor([0, 0]), torch.tensor([0, 1]), torch.tensor([True, True])
-    _, card = both_paths(lambda: all_results(hidden, weight, rows, False))
-    assert card["chosen_logps"][0].item() == pytest.approx(-math.exp(-20.0), rel=1e-6)
+    _, gpu = both_paths(lambda: all_results(hidden, weight, rows, False))
+    assert gpu["chosen_logps"][0].item() == pytest.approx(-math.exp(-20.0), rel=1e-6)
 
 
 @pytest.mark.parametrize("trained", [False, True])
@@ -240,15 +238,15 @@ def test_nan_and_infinity_as_on_the_cpu(emulated_driver, place, trained, softcap
             pytest.skip("a softcap makes the smallest logit of -inf")
     rows = targets, sequence, completion
     run = lambda: functional.linear_orpo(hidden, weight, *rows, 0.29, bias=bias, softcap=softcap)  # noqa: E731
-    slices, card = both_paths(lambda: run()._asdict())
+    slices, gpu = both_paths(lambda: run()._asdict())
     if place == "masked word":  # whose mean logit is -inf
-        assert card["chosen_logits"] == -math.inf
-        for results in (slices, card):
+        assert gpu["chosen_logits"] == -math.inf
+        for results in (slices, gpu):
             del results["chosen_logits"], results["rejected_logits"]
-    assert card["loss"].isnan() == (place in ("scored", "weight", "infinite"))
+    assert gpu["loss"].isnan() == (place in ("scored", "weight", "infinite"))
     if place == "unscored":
-        assert card["rejected_logits"].isnan() and not card["chosen_logits"].isnan()
-    assert_same(slices, card)
+        assert gpu["rejected_logits"].isnan() and not gpu["chosen_logits"].isnan()
+    assert_same(slices, gpu)
     _, gradients = losses(functional.linear_orpo, hidden, weight, rows, trained, bias=bias)
     if place in ("unscored", "masked word"):
         assert gradients[0][targets >= 0].isfinite().all()
@@ -303,11 +301,11 @@ def test_batches_without_rows(emulated_driver, trained):
         some = [x[:kept] for x in rows]
         some[0] = torch.full_like(some[0], -100)
         hidden = hidden[:kept] if kept == 0 else make_batch()[0]
-        slices, card = both_paths(
+        slices, gpu = both_paths(
             lambda: all_results(hidden, weight, some, trained, num_pairs=2)  # noqa: B023
         )
-        assert card["loss"] == 0 and card["empty_completions"] == 2
-        assert_same(slices, card)
+        assert gpu["loss"] == 0 and gpu["empty_completions"] == 2
+        assert_same(slices, gpu)
 
 
 def test_order_of_threads_does_not_matter(emulated_driver):

@@ -1,10 +1,12 @@
 """Links of README.md and docs/ lead somewhere, and every page is linked from the README."""
 
 import re
+from pathlib import Path
 
 import pytest
 
 from support.markdown import PAGES, page_id, prose
+from support.paths import ROOT
 
 LINKS = [
     pytest.param(page, target, id=f"{page_id(page)}-{target}")
@@ -42,3 +44,19 @@ def test_one_name_for_one_thing(page):
     text = prose(page).replace("model card", "")
     for word, instead in (("cards?", "GPU"), ("pads", "padding"), ("words seen", "tokens")):
         assert not re.search(rf"\b{word}\b", text, re.IGNORECASE), instead
+
+
+@pytest.mark.parametrize("folder", ["python", "src", "kernels", "tests", "benches", "examples"])
+def test_code_has_the_same_names(folder):
+    files = [
+        path
+        for suffix in ("py", "rs", "cu", "cuh", "h", "cpp")
+        for path in (ROOT / folder).rglob(f"*.{suffix}")
+        if path != Path(__file__)
+    ]
+    assert files
+    for path in files:
+        text = re.sub(r"model[ _]card", "", path.read_text(encoding="utf-8"), flags=re.IGNORECASE)
+        for word, instead in (("cards?", "GPU"), ("anew", "again"), ("likewise", "what is meant")):
+            found = re.search(rf"\b{word}\b", text, re.IGNORECASE)
+            assert not found, f"{path}: {word}; use {instead}"

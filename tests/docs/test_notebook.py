@@ -9,12 +9,12 @@ nbclient = pytest.importorskip("nbclient", reason="of the test extra: pip instal
 
 NOTEBOOK = Path(__file__).parents[2] / "examples" / "orpo_quickstart.ipynb"
 
-# The kernel is a process of its own; what jupyter remarks on here is about its files and sockets.
+# The kernel is a separate process; jupyter's warnings are about its files and sockets.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 
 
 def execute(folder: Path, **cells: str) -> dict[str, str]:
-    """Runs the notebook in `folder`, with other text in the cells of these tags; what each printed."""
+    """Runs the notebook in `folder` with other text in the cells of these tags; returns what each cell printed."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     for cell in notebook.cells:
         for tag in cell.metadata.get("tags", []):
@@ -63,7 +63,7 @@ def test_the_model_learns(tmp_path):
     outputs = execute(tmp_path)
     answers = printed(outputs, "model.generate(")
     right = int(answers.splitlines()[-1].split()[0])
-    # The four of sorting and counting are learnt first, and to the last one.
+    # The model learns the four tasks of sorting and counting first, and completely.
     assert right >= 4, answers
 
 

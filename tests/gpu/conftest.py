@@ -12,7 +12,7 @@ from support import emulation
 
 
 @dataclass
-class Card:
+class Gpu:
     """Where kernels run: a CUDA device, or CPU tensors while a driver is emulated."""
 
     device: torch.device
@@ -22,9 +22,9 @@ class Card:
     def emulated(self) -> bool:
         return self.driver is not None
 
-    def count(self, on_card: int, emulated: int) -> int:
+    def count(self, on_gpu: int, emulated: int) -> int:
         """Test sizes: the emulator takes a microsecond for a nanosecond of a GPU."""
-        return emulated if self.emulated else on_card
+        return emulated if self.emulated else on_gpu
 
     def sync(self) -> None:
         if not self.emulated:
@@ -54,14 +54,14 @@ class Card:
             _core.emulate_cuda(self.emulated)
 
 
-@pytest.fixture(params=[pytest.param("card", marks=pytest.mark.gpu), "emulated"])
-def card(request) -> Iterator[Card]:
+@pytest.fixture(params=[pytest.param("gpu", marks=pytest.mark.gpu), "emulated"])
+def gpu(request) -> Iterator[Gpu]:
     if request.param == "emulated":
         driver = request.getfixturevalue("emulated_driver")
         # tests/cuda has the other order: a missing barrier gives wrong results in one of the two.
         with driver.reversed():
-            yield Card(torch.device("cpu"), driver)
+            yield Gpu(torch.device("cpu"), driver)
         return
     if not torch.cuda.is_available():
         pytest.skip("torch finds no CUDA device")
-    yield Card(torch.device("cuda"), None)
+    yield Gpu(torch.device("cuda"), None)

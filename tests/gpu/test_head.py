@@ -31,20 +31,20 @@ OPTIONS = [
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize(("vocab", "width", "lengths"), CASES)
-def test_loss_and_gradients(card, vocab, width, lengths, dtype, options, trained):
+def test_loss_and_gradients(gpu, vocab, width, lengths, dtype, options, trained):
     hidden, weight, *rows = pairs(vocab, width, lengths, dtype)
     truth = true_loss(hidden, weight, rows, trained, **options)
-    hidden, weight, *rows = to(card.device, hidden, weight, *rows)
+    hidden, weight, *rows = to(gpu.device, hidden, weight, *rows)
     naive = loss_and_gradients(reference.linear_orpo, hidden, weight, rows, trained, **options)
     ours = loss_and_gradients(functional.linear_orpo, hidden, weight, rows, trained, **options)
     assert_no_further(ours, naive, truth, dtype)
 
 
 @pytest.mark.parametrize("budget", [1, 1 << 16, 1 << 30])
-def test_any_budget_gives_the_same_gradients(card, budget):
+def test_any_budget_gives_the_same_gradients(gpu, budget):
     hidden, weight, *rows = pairs(*CASES[1], torch.float32)
     truth = true_loss(hidden, weight, rows, True)
-    hidden, weight, *rows = to(card.device, hidden, weight, *rows)
+    hidden, weight, *rows = to(gpu.device, hidden, weight, *rows)
     options = {"logits_budget": budget, "num_pairs": 2}
     ours = loss_and_gradients(functional.linear_orpo, hidden, weight, rows, True, **options)
     assert_no_further(ours, truth, truth, torch.float32, floor=64)
@@ -52,13 +52,13 @@ def test_any_budget_gives_the_same_gradients(card, budget):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_statistics_equal_those_of_slices(card, dtype, with_bias):
+def test_statistics_equal_those_of_slices(gpu, dtype, with_bias):
     hidden, weight, *rows = pairs(*CASES[0], dtype)
     bias = torch.randn(len(weight), generator=torch.Generator().manual_seed(1)).to(dtype)
     bias = bias if with_bias else None
-    with card.slices():
+    with gpu.slices():
         expected = functional.linear_orpo(hidden, weight, *rows, 0.29, bias=bias)
-    hidden, weight, bias, *rows = to(card.device, hidden, weight, bias, *rows)
+    hidden, weight, bias, *rows = to(gpu.device, hidden, weight, bias, *rows)
     found = functional.linear_orpo(hidden, weight, *rows, 0.29, bias=bias)
     tolerance = 1e-4 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
     for name, mine, theirs in zip(found._fields, found, expected):
@@ -69,20 +69,20 @@ def test_statistics_equal_those_of_slices(card, dtype, with_bias):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("magnitude", [1e-3, 30.0])
-def test_log_probabilities(card, dtype, magnitude):
+def test_log_probabilities(gpu, dtype, magnitude):
     """Rows of nearly equal logits, and rows where one token has all the probability."""
     hidden, weight, targets, *_ = pairs(*CASES[0], dtype)
     hidden = hidden * magnitude
     true = reference.linear_logps(hidden.double(), weight.double(), targets)
-    on_card = to(card.device, hidden, weight, targets)
-    naive = reference.linear_logps(*on_card).double().cpu()
-    ours = functional.linear_logps(*on_card)
-    assert ours.dtype == torch.float32 and (ours[on_card[2] == -100] == 0).all()
+    on_gpu = to(gpu.device, hidden, weight, targets)
+    naive = reference.linear_logps(*on_gpu).double().cpu()
+    ours = functional.linear_logps(*on_gpu)
+    assert ours.dtype == torch.float32 and (ours[on_gpu[2] == -100] == 0).all()
     assert_no_further([ours.double().cpu()], [naive], [true], dtype)
 
 
-def test_the_same_bits_every_time(card):
-    hidden, weight, *rows = to(card.device, *pairs(*CASES[1], torch.bfloat16))
+def test_the_same_bits_every_time(gpu):
+    hidden, weight, *rows = to(gpu.device, *pairs(*CASES[1], torch.bfloat16))
     runs = [
         loss_and_gradients(functional.linear_orpo, hidden, weight, rows, True) for _ in range(2)
     ]
@@ -90,7 +90,7 @@ def test_the_same_bits_every_time(card):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_trl(card, dtype):
+def test_trl(gpu, dtype):
     """TRL's own helpers on the logits of a padded batch, compared with rows without padding."""
     trl = pytest.importorskip("trl.experimental.orpo")
     vocab, width = 211, 24
@@ -113,14 +113,14 @@ def test_trl(card, dtype):
 
     words = torch.where(attended, tokens, -100)
     truth, true_logps = of_trl(hidden.double(), weight.double(), labels, words)
-    theirs, their_logps = of_trl(*to(card.device, hidden, weight, labels, words))
+    theirs, their_logps = of_trl(*to(gpu.device, hidden, weight, labels, words))
     rows = attended[:, 1:].flatten()
     sequence = torch.arange(4)[:, None].expand(4, 18).flatten()[rows]
     completion = (labels[:, 1:] != -100).flatten()[rows]
     targets = tokens[:, 1:].flatten()[rows]
     targets = torch.where((sequence < 2) | completion, targets, -100)
     packed = hidden[:, :-1].reshape(-1, width)[rows]
-    inputs = to(card.device, packed, weight, targets, sequence, completion)
+    inputs = to(gpu.device, packed, weight, targets, sequence, completion)
     out = functional.linear_orpo(*inputs, 0.29)
     ours = out.loss, torch.cat([out.chosen_logps, out.rejected_logps])
     ours, theirs = ([x.double().cpu() for x in each] for each in (ours, (theirs, their_logps)))

@@ -11,12 +11,12 @@ NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_nf4(card, dtype):
-    name, values = NAMES[dtype], weights((64, 128), dtype).to(card.device)
-    found = card.kernels(lambda: functional.quantize_nf4(values, double_quant=True))
+def test_nf4(gpu, dtype):
+    name, values = NAMES[dtype], weights((64, 128), dtype).to(gpu.device)
+    found = gpu.kernels(lambda: functional.quantize_nf4(values, double_quant=True))
     assert found >= {f"nf4_quantize_{name}", "blockwise8_quantize_f32"}
     packed, state = functional.quantize_nf4(values)
-    found = card.kernels(lambda: functional.dequantize_nf4(packed, state))
+    found = gpu.kernels(lambda: functional.dequantize_nf4(packed, state))
     assert f"nf4_dequantize_{name}" in found
     for tokens, kernel in (
         (1, "multiply1"),
@@ -24,23 +24,23 @@ def test_nf4(card, dtype):
         (8, "multiply8"),
         (40, "dequantize"),
     ):
-        x = torch.ones(tokens, 128, dtype=dtype, device=card.device)
-        found = card.kernels(lambda x=x: functional.linear_nf4(x, packed, state))
+        x = torch.ones(tokens, 128, dtype=dtype, device=gpu.device)
+        found = gpu.kernels(lambda x=x: functional.linear_nf4(x, packed, state))
         assert f"nf4_{kernel}_{name}" in found
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_head(card, dtype):
+def test_head(gpu, dtype):
     name = NAMES[dtype]
-    hidden, weight, *rows = to(card.device, *pairs(1009, 64, ((3, 17), (3, 29)), dtype))
+    hidden, weight, *rows = to(gpu.device, *pairs(1009, 64, ((3, 17), (3, 29)), dtype))
 
     def orpo(trained):
         return lambda: loss_and_gradients(functional.linear_orpo, hidden, weight, rows, trained)
 
     shared = {"head_layout", "head_scores"}
-    assert card.kernels(orpo(False)) >= shared | {f"head_expectation_{name}", f"head_finish_{name}"}
-    assert card.kernels(orpo(True)) >= shared | {"head_forward", f"head_gradient_{name}"}
-    logps = card.kernels(lambda: functional.linear_logps(hidden, weight, rows[0]))
+    assert gpu.kernels(orpo(False)) >= shared | {f"head_expectation_{name}", f"head_finish_{name}"}
+    assert gpu.kernels(orpo(True)) >= shared | {"head_forward", f"head_gradient_{name}"}
+    logps = gpu.kernels(lambda: functional.linear_logps(hidden, weight, rows[0]))
     assert "head_forward" in logps
 
 
@@ -49,8 +49,8 @@ def test_head(card, dtype):
     ("kind", "kernel"),
     [("AdamW8bit", "adamw8bit"), ("PagedAdamW8bit", "adamw8bit"), ("PagedAdamW32bit", "adamw")],
 )
-def test_adamw(card, kind, kernel, dtype):
-    parameter = torch.nn.Parameter(torch.ones(5000, dtype=dtype, device=card.device))
+def test_adamw(gpu, kind, kernel, dtype):
+    parameter = torch.nn.Parameter(torch.ones(5000, dtype=dtype, device=gpu.device))
     parameter.grad = torch.ones_like(parameter)
     optimizer = getattr(oddsmith.optim, kind)([parameter])
-    assert f"{kernel}_{NAMES[dtype]}" in card.kernels(optimizer.step)
+    assert f"{kernel}_{NAMES[dtype]}" in gpu.kernels(optimizer.step)

@@ -20,30 +20,30 @@ def parts(packed, state):
 @pytest.mark.parametrize("nested", [False, True], ids=["scales", "nested"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("blocksize", BLOCK_SIZES)
-def test_codes_scales_and_values_equal_those_of_slices(card, blocksize, dtype, nested):
+def test_codes_scales_and_values_equal_those_of_slices(gpu, blocksize, dtype, nested):
     for shape in SHAPES:
         values = weights(shape, dtype)
-        with card.slices():
+        with gpu.slices():
             expected, state = quantize_nf4(values, blocksize, nested)
             values_back = [dequantize_nf4(expected, state, out) for out in DTYPES]
-        packed, ours = quantize_nf4(values.to(card.device), blocksize, nested)
+        packed, ours = quantize_nf4(values.to(gpu.device), blocksize, nested)
         # The mean that double quantisation subtracts is libtorch's own on each device.
-        if not nested or card.emulated:
+        if not nested or gpu.emulated:
             for mine, theirs in zip(parts(packed, ours), parts(expected, state), strict=True):
                 assert same(mine, theirs), shape
-        back = [dequantize_nf4(*to(card.device, expected, state), out) for out in DTYPES]
+        back = [dequantize_nf4(*to(gpu.device, expected, state), out) for out in DTYPES]
         assert all(map(same, back, values_back)), shape
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("place", [3, 69])
-def test_a_value_that_is_not_finite_spoils_its_block(card, bad, place):
+def test_a_value_that_is_not_finite_spoils_its_block(gpu, bad, place):
     values = weights((70,), torch.float32)
     values[place] = bad
-    with card.slices():
+    with gpu.slices():
         expected, state = quantize_nf4(values)
         back = dequantize_nf4(expected, state)
-    packed, ours = quantize_nf4(values.to(card.device))
+    packed, ours = quantize_nf4(values.to(gpu.device))
     assert torch.equal(packed.cpu(), expected) and same(ours.absmax, state.absmax)
     assert same(dequantize_nf4(packed, ours), back)
 
@@ -57,7 +57,7 @@ def close(ours, theirs, dtype):
 @pytest.mark.parametrize("nested", [False, True], ids=["scales", "nested"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tokens", [1, 2, 5, 70])
-def test_products(card, tokens, dtype, nested):
+def test_products(gpu, tokens, dtype, nested):
     """One token is multiplied directly with the codes, also if rows are not full blocks."""
     for rows, columns in ((40, 128), (33, 96), (70, 130)):
         packed, state = quantize_nf4(weights((rows, columns), dtype), 64, nested)
@@ -65,29 +65,29 @@ def test_products(card, tokens, dtype, nested):
         x = torch.randn(tokens, columns, generator=generator).to(dtype)
         bias = torch.randn(rows, generator=generator).to(dtype)
         upstream = torch.randn(tokens, rows, generator=generator).to(dtype)
-        with card.slices():
+        with gpu.slices():
             full = dequantize_nf4(packed, state, torch.float32).double()
         out = F.linear(x.double(), full, bias.double())
-        on_card = to(card.device, x, packed, state, bias)
-        on_card[0].requires_grad_()
-        ours = linear_nf4(*on_card)
+        on_gpu = to(gpu.device, x, packed, state, bias)
+        on_gpu[0].requires_grad_()
+        ours = linear_nf4(*on_gpu)
         close(ours.detach(), out, dtype)
         with torch.no_grad():
-            close(linear_nf4(*on_card), out, dtype)
-        (gradient,) = torch.autograd.grad(ours, on_card[0], upstream.to(card.device))
+            close(linear_nf4(*on_gpu), out, dtype)
+        (gradient,) = torch.autograd.grad(ours, on_gpu[0], upstream.to(gpu.device))
         close(gradient, upstream.double() @ full, dtype)
 
 
-def test_the_layer(card):
+def test_the_layer(gpu):
     linear = torch.nn.Linear(96, 40, dtype=torch.bfloat16)
-    with card.slices():
+    with gpu.slices():
         expected = Linear4bit.from_linear(linear)
-    layer = Linear4bit.from_linear(linear).to(card.device)
+    layer = Linear4bit.from_linear(linear).to(gpu.device)
     assert torch.equal(layer.weight.cpu(), expected.weight)
     x = torch.randn(3, 7, 96, generator=torch.Generator().manual_seed(1)).bfloat16()
-    with card.slices():
+    with gpu.slices():
         out = expected(x)
-    close(layer(x.to(card.device)).detach(), out.detach().float(), torch.bfloat16)
+    close(layer(x.to(gpu.device)).detach(), out.detach().float(), torch.bfloat16)
     moved = layer.to("cpu")
     assert torch.equal(moved.weight, expected.weight)
 

@@ -40,32 +40,32 @@ def train(kind, device, dtype, steps=9, low_rank=None, **options):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", FULL)
-def test_adamw(card, name, dtype):
+def test_adamw(gpu, name, dtype):
     kind = getattr(oddsmith.optim, name)
-    with card.slices():
+    with gpu.slices():
         expected = train(kind, "cpu", dtype, **FULL[name])
-    found = train(kind, card.device, dtype, **FULL[name])
+    found = train(kind, gpu.device, dtype, **FULL[name])
     for ours, theirs in zip(found, expected, strict=True):
         assert torch.equal(ours, theirs), (ours - theirs).abs().max()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_stochastic_rounding_draws_the_same(card, dtype):
+def test_stochastic_rounding_draws_the_same(gpu, dtype):
     kind = oddsmith.optim.AdamW8bit
-    with card.slices():
+    with gpu.slices():
         expected = train(kind, "cpu", dtype, stochastic_rounding=True, seed=8)
         nearest = train(kind, "cpu", dtype)
-    found = train(kind, card.device, dtype, stochastic_rounding=True, seed=8)
+    found = train(kind, gpu.device, dtype, stochastic_rounding=True, seed=8)
     assert all(map(torch.equal, found, expected))
     assert (dtype == torch.float32) == all(map(torch.equal, found, nearest))
 
 
 @pytest.mark.parametrize("name", ["GaLoreAdamW", "GaLoreAdamW8bit"])
-def test_galore(card, name):
+def test_galore(gpu, name):
     kind = getattr(oddsmith.optim, name)
-    with card.slices():
+    with gpu.slices():
         expected = train(kind, "cpu", torch.float32, low_rank=LOW_RANK)
-    found = train(kind, card.device, torch.float32, low_rank=LOW_RANK)
+    found = train(kind, gpu.device, torch.float32, low_rank=LOW_RANK)
     for ours, theirs in zip(found, expected, strict=True):
         # A step is about lr; if a projected gradient is near zero, rounding in the decomposition
         # affects it.

@@ -21,16 +21,16 @@ def round_trip(values):
     return functional.dequantize_nf4(packed, state)
 
 
-def test_threads_at_once(card):
+def test_threads_at_once(gpu):
     """Each with its stream on a GPU; backward passes have other threads too."""
-    inputs = [weights((130, 70 + i), torch.float32, seed=i).to(card.device) for i in range(4)]
-    with card.slices():
+    inputs = [weights((130, 70 + i), torch.float32, seed=i).to(gpu.device) for i in range(4)]
+    with gpu.slices():
         expected = [round_trip(values.cpu()) for values in inputs]
-    card.sync()
+    gpu.sync()
     results: list[list[torch.Tensor]] = [[] for _ in inputs]
 
     def work(index):
-        if card.emulated:
+        if gpu.emulated:
             results[index] = [round_trip(inputs[index]) for _ in range(5)]
             return
         stream = torch.cuda.Stream()

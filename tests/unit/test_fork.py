@@ -57,7 +57,7 @@ rules = [TensorRule("w", "float32", update=MergeUpdate(Factor("b"), Factor("a"),
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.parametrize("before", [False, True], ids=["first", "again"])
 @pytest.mark.parametrize("name", RUNS)
-def test_a_forked_process_waits_for_nobody(name, before):
+def test_a_forked_process_does_not_wait(name, before):
     prepare, run = RUNS[name]
     code = CHILD.format(prepare=prepare, run=run, before=before)
     done = subprocess.run(

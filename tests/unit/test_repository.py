@@ -1,4 +1,4 @@
-"""The files around the code keep their word: paths and commands exist, hooks and CI run what `make lint` runs."""
+"""The files around the code are true: paths and commands exist, hooks and CI run what `make lint` runs."""
 
 import re
 

@@ -48,7 +48,6 @@ _WORDS = {
 }
 STOP_WORDS = {code: frozenset(words.split()) for code, words in _WORDS.items()}
 LATIN = tuple(STOP_WORDS)
-KNOWN = frozenset(LATIN) | {code for codes in SCRIPTS.values() for code in codes}
 
 _LETTERS = re.compile(r"[^\W\d_]+")
 # This is enough; longer texts are judged by their beginning.

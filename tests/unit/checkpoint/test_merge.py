@@ -242,7 +242,7 @@ def test_a_full_base_may_become_four_bit(tmp_path):
 def test_the_adapters_tokenizer_is_used(base, tmp_path):
     adapter = make_adapter(tmp_path)
     (adapter / "tokenizer.json").write_text('{"trained": true}')
-    (adapter / "README.md").write_text("card of the adapter")
+    (adapter / "README.md").write_text("model card of the adapter")
     (base / "merges.txt").write_text("of the base")
     merge_adapter(base, adapter, tmp_path / "out", dtype="float32")
     assert (tmp_path / "out" / "tokenizer.json").read_text() == '{"trained": true}'

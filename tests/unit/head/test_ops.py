@@ -206,7 +206,7 @@ def test_compiles_without_a_graph_break(num_pairs):
         (
             lambda a: a.update(targets=a["targets"] + 301),
             ValueError,
-            "targets is .*words in 0..301",
+            "targets is .*tokens in 0..301",
         ),
         (lambda a: a["targets"].fill_(-1), ValueError, "targets is -1"),
         (lambda a: a.update(targets=a["targets"].int()), TypeError, "targets has dtype int32"),

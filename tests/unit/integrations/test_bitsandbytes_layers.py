@@ -32,7 +32,7 @@ def test_layers_come_back_with_the_codes_that_they_share():
         torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
         model.eval()
     assert list(model) == theirs and not theirs[0].training
-    model.train()  # in evaluation theirs would be laid out anew
+    model.train()  # in evaluation theirs would get a new layout
     torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -61,7 +61,7 @@ def test_what_cannot_be_taken_over_stays_with_a_line(caplog):
 
 
 @pytest.mark.parametrize("name", ["absmax", "blocksize", "code", "quant_type", "dtype"])
-def test_a_state_of_another_bitsandbytes_is_left_alone_with_a_line(name, caplog):
+def test_an_unknown_state_of_bitsandbytes_is_kept_with_a_log_line(name, caplog):
     model = model_of()
     theirs = list(model)
     delattr(model[1].weight.quant_state, name)

@@ -39,7 +39,7 @@ def test_no_memory_is_an_error_through_the_pool():
         assert torch.ones(300_000).sum() == 300_000
 
 
-def test_other_devices_are_left_alone(monkeypatch):
+def test_other_devices_are_not_affected(monkeypatch):
     monkeypatch.setattr(_core, "install_pool", lambda: pytest.fail("called"))
     with pooled_memory(torch.device("cuda")):
         pass

@@ -18,7 +18,7 @@ class NotesDropout(TrainerCallback):
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 @pytest.mark.parametrize(("off", "within"), [(True, {0.0}), (False, {0.3})])
-def test_that_of_an_adapter_too(off, within, tmp_path):
+def test_dropout_of_an_adapter_is_off_too(off, within, tmp_path):
     from peft import LoraConfig
 
     tokenizer, notes = make_tokenizer(), NotesDropout()

@@ -141,7 +141,7 @@ assert getattr(module, "AUTO_QUANTIZER_MAPPING", None) == before.get("AUTO_QUANT
     )
 
 
-def test_an_import_that_fails_does_so_as_it_would():
+def test_a_failing_import_raises_its_own_error():
     run(
         """
 import oddsmith

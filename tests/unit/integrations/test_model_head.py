@@ -45,7 +45,7 @@ def test_prompts_need_no_head_where_no_term_has_them():
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_pads_are_no_rows_on_either_side(side):
+def test_padding_is_no_row_on_either_side(side):
     ids = torch.tensor([[1, 2, 3], [1, 2, 4]])
     pad = torch.zeros(2, 2, dtype=torch.int64)
     labels = torch.tensor([[-100, 2, 3], [-100, 2, 4]])
@@ -198,7 +198,7 @@ def test_a_copy_runs_on_its_own_weights():
     assert model.lm_head.weight.grad is None and twin.lm_head.weight.grad is not None
 
 
-def test_head_is_itself_again_after_an_error():
+def test_the_head_is_restored_after_an_error():
     model = llama()
     check(model)
     given = {name: x[:, :5] for name, x in inputs().items()}

@@ -90,7 +90,7 @@ def test_copies_ask_for_the_same():
         assert not isinstance(AutoHfQuantizer.from_config(each), NF4Quantizer)
 
 
-def test_a_checkpoint_says_nothing_of_who_made_it(folder, tmp_path):
+def test_a_checkpoint_does_not_name_the_library_that_wrote_it(folder, tmp_path):
     _, model = layer_of(folder, NF4Config())
     model.save_pretrained(tmp_path / "nf4")
     said = json.loads((tmp_path / "nf4" / "config.json").read_text())["quantization_config"]
@@ -100,7 +100,7 @@ def test_a_checkpoint_says_nothing_of_who_made_it(folder, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning")
-def test_a_quantised_checkpoint_is_loaded_by_whom_it_was_asked_of(folder, tmp_path):
+def test_a_quantised_checkpoint_is_loaded_by_the_selected_library(folder, tmp_path):
     _, model = layer_of(folder, NF4Config())
     model.save_pretrained(tmp_path / "nf4")
     kind, again = layer_of(tmp_path / "nf4", NF4Config())

@@ -240,7 +240,7 @@ def test_a_name_that_is_gone(kind, name, monkeypatch, caplog):
     assert state() == before
 
 
-# ---- Names that are there and mean something else ----
+# ---- Names that exist with another meaning ----
 
 
 def counts_otherwise(self, trainable=False):
@@ -330,7 +330,7 @@ def test_a_name_that_means_something_else(kind, change, reason, monkeypatch, cap
     assert f"({reason}" in line and kind.fallback in line
 
 
-def test_a_block_that_got_nothing_takes_nothing_away(monkeypatch):
+def test_a_block_without_the_change_undoes_nothing(monkeypatch):
     model = dropout_model()
     patch = NoDropout(model)
     with monkeypatch.context() as broken:
@@ -343,7 +343,7 @@ def test_a_block_that_got_nothing_takes_nothing_away(monkeypatch):
     assert model.inner.p == 0.2
 
 
-def test_what_somebody_else_has_put_over_ours_stays():
+def test_a_later_change_of_another_library_stays():
     def theirs(*args, **kwargs):
         return None
 
@@ -408,7 +408,7 @@ def test_a_reloaded_table_is_changed_again():
         old[METHOD] = auto.Bnb4BitHfQuantizer
 
 
-# ---- Nothing goes around the door ----
+# ---- Changes outside this folder ----
 
 REACHES = re.compile(
     r"sys\.meta_path|AUTO_QUANTIZER|\.forward = |register_(full_)?(forward|backward)|"
@@ -417,7 +417,7 @@ REACHES = re.compile(
 )
 
 
-def test_no_other_room_reaches_into_other_libraries():
+def test_no_other_room_changes_other_libraries():
     found = [
         f"{path.relative_to(PACKAGE)}: {line.strip()}"
         for path in PACKAGE.rglob("*.py")

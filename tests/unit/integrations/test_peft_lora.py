@@ -56,7 +56,7 @@ def test_values_and_gradients(dtype, adapter_dtype, bound, rows):
         assert (ours.double() - theirs).abs().max() <= bound * theirs.abs().max()
 
 
-def test_gradients_that_nobody_asked_for_are_not_made():
+def test_gradients_are_computed_only_if_needed():
     layer, x, lora_a, lora_b = projection(torch.float32, torch.float32)
     x = x.detach()
     lora_a.requires_grad_(False)

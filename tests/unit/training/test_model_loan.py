@@ -289,7 +289,7 @@ def test_a_run_within_a_run(tmp_path):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_a_loop_of_ones_own(reentrant, tmp_path):
+def test_a_custom_training_loop(reentrant, tmp_path):
     """Checkpoints compute layers again in the backward pass, after the hook has returned."""
     model = make_model()
     before = state_of(model)
@@ -364,7 +364,7 @@ def test_transformers_own_trainer_and_generation(tmp_path):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["SFT", "DPO"])
-def test_trl_goes_on(kind, tmp_path):
+def test_trainers_of_trl_train_the_model_afterwards(kind, tmp_path):
     trl = pytest.importorskip("trl")
     make_model().save_pretrained(tmp_path / "base")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")

@@ -90,11 +90,6 @@ class LayerwiseHooks:
         optimizer = self._optimizer()
         return [] if optimizer is None else optimizer.param_groups
 
-    def forget(self) -> None:
-        """Drops the accumulated gradients of an unfinished update."""
-        self._passes.clear()
-        self._low.clear()
-
     def _is_last(self, parameter: Tensor) -> bool:
         if self._is_last_backward is not None:
             return self._is_last_backward()

@@ -167,7 +167,7 @@ def test_other_bad_arguments():
     for kwargs, message in [
         ({"lr": -1.0}, "lr is -1.0"),
         ({"betas": (0.9, 1.0)}, "betas is"),
-        ({"max_grad_norm": 1.0}, "goes with layerwise"),
+        ({"max_grad_norm": 1.0}, "needs layerwise"),
         ({"layerwise": True, "accumulation_steps": 0}, "accumulation_steps is 0"),
         ({"seed": 1.5}, "seed is 1.5"),
     ]:
