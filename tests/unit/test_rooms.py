@@ -36,14 +36,6 @@ ELSEWHERE = {
         "unit/integrations/test_transformers_quantizer.py",
         "it counts what the quantizer has loaded",
     ),
-    "integrations/patch.py": (
-        "unit/integrations/test_patches.py",
-        "every change that is derived from it is tested alike",
-    ),
-    "integrations/peft_dispatch.py": (
-        "unit/integrations/test_peft_lora.py",
-        "which layer peft makes shows in models with adapters",
-    ),
     "integrations/quantizer_table.py": (
         "unit/integrations/test_nf4_config.py",
         "a configuration decides what the table returns",

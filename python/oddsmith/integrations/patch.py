@@ -58,18 +58,26 @@ class Patch:
         Returns:
             `bool`: Whether the change is in place.
         """
+        self._import_needs()
         with _lock:
-            if not self.is_applied():
+            self.is_applied()  # forgets the users of a module that was reloaded
+            # Counted first: an undo by the garbage collector, which can run between any two lines,
+            # would otherwise restore what this call has found in place.
+            self._users += 1
+            if self._users == 1:
                 try:
                     self._put_in_place()
-                except Exception as error:  # the code of other libraries can raise anything
-                    self._say(error)
+                except BaseException as error:
+                    self._users = 0
+                    if not isinstance(error, Exception):
+                        raise
+                    self._say(error)  # the code of other libraries can raise anything
                     return False
-            self._users += 1
             return True
 
     def ensure(self) -> bool:
         """[`apply`], unless it is already applied."""
+        self._import_needs()
         with _lock:
             return self.is_applied() or self.apply()
 
@@ -96,6 +104,14 @@ class Patch:
     def __exit__(self, *error: Any) -> None:
         if self._entered.pop():  # else this block is none of its users
             self.undo()
+
+    def _import_needs(self) -> None:
+        # Without the lock: a thread that is importing a module can wait for the lock to change it
+        # (see ImportHook), and must not be waited for by a thread that has the lock.
+        if not self.is_applied():
+            for name in self.needs:
+                with suppress(Exception):  # reported when it is applied
+                    find(name)
 
     def _put_in_place(self) -> None:
         for name in self.needs:

@@ -54,13 +54,20 @@ class LoraDispatch(Patch):
     def _try_out(self) -> None:
         from peft import LoraConfig, get_peft_model
 
+        # Independent of the caller's default device and dtype, and of autocast.
+        plain = torch.autocast("cpu", enabled=False)
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"), plain:
+            base = Linear4bit.from_linear(nn.Linear(64, 64, dtype=torch.float32))
+            adapter = LoraConfig(r=2, lora_alpha=3, target_modules=["0"], init_lora_weights=False)
+            model = get_peft_model(cast(Any, nn.Sequential(base)), adapter).float()
+            layer = cast(Any, model.get_base_model())[0]
+            x = torch.randn(3, 64, dtype=torch.float32)
+            self._compare(layer, x)
+
+    @staticmethod
+    def _compare(layer: Any, x: torch.Tensor) -> None:
         from .peft_lora import LoraLinear4bit
 
-        with torch.random.fork_rng(devices=[]):
-            model = nn.Sequential(Linear4bit.from_linear(nn.Linear(64, 64, device="cpu")))
-            adapter = LoraConfig(r=2, lora_alpha=3, target_modules=["0"], init_lora_weights=False)
-            layer = cast(Any, get_peft_model(cast(Any, model), adapter).get_base_model())[0]
-            x = torch.randn(3, 64)
         if not isinstance(layer, LoraLinear4bit):
             raise Unsupported(f"peft made a {type(layer).__name__}")
         base: Any = cast(Any, layer.get_base_layer())

@@ -31,9 +31,12 @@ def dynamic_map(signed: bool = True) -> Tensor:
         signed (`bool`, *optional*, defaults to `True`): Values of both signs; otherwise no negative
             values, and twice as many fractions per decade.
     """
-    values = [torch.tensor([0.0, 1.0])]
+    # The caller may have set another default dtype or device.
+    dtype, device = torch.float32, "cpu"
+    values = [torch.tensor([0.0, 1.0], dtype=dtype, device=device)]
     for decade in range(7):
-        edges = torch.linspace(0.1, 1, 2 ** (decade + (not signed)) + 1, dtype=torch.float32)
+        steps = 2 ** (decade + (not signed)) + 1
+        edges = torch.linspace(0.1, 1, steps, dtype=dtype, device=device)
         middles = 10 ** (decade - 6) * ((edges[:-1] + edges[1:]) / 2.0)
         values += [middles, -middles] if signed else [middles]
     return torch.cat(values).sort().values

@@ -127,6 +127,7 @@ class LossHooks(TrainerParts):
             `(B, T, V)`; the negative log-likelihood; and the auxiliary loss of a mixture of experts
             if its configuration has `output_router_logits`.
         """
+        self._borrow()
         inputs = self._concatenated(batch)
         labels, mask = inputs["concatenated_labels"], inputs["concatenated_attention_mask"]
         extra = {}

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..integrations.cpu_memory import pooled_memory
@@ -61,7 +62,8 @@ class ModelLoan(TrainerParts):
     def _borrow(self) -> None:
         for patch in self._patches:
             patch.ensure()
-        self._layerwise_hooks("attach")
+        if torch.is_grad_enabled():  # without gradients, as in prediction_step, none is updated
+            self._layerwise_hooks("attach")
 
     @contextmanager
     def _loan(self) -> Iterator[None]:

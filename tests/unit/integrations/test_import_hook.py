@@ -104,6 +104,28 @@ assert not any(type(finder).__name__ == "_Finder" for finder in sys.meta_path)
     )
 
 
+def test_an_import_and_a_configuration_in_two_threads():
+    """The first has the lock of the module and waits for that of the table, the second wants both."""
+    run(
+        """
+import oddsmith
+from oddsmith.integrations.quantizer_table import TABLE
+executed = threading.Event()
+threading.executed = executed  # the module sets it when it has run, and then takes a while
+threads = [threading.Thread(target=table, daemon=True)]
+threads[0].start()
+assert executed.wait(20)
+threads.append(threading.Thread(target=TABLE.ensure, daemon=True))
+threads[1].start()
+for thread in threads:
+    thread.join(20)
+assert not any(thread.is_alive() for thread in threads), "each waits for the other"
+assert is_ours(table()) and not lines, lines
+""",
+        TABLE + "import threading, time\nthreading.executed.set()\ntime.sleep(0.5)\n",
+    )
+
+
 def test_a_spawned_process():
     run(
         """

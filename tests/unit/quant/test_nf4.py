@@ -158,6 +158,21 @@ def test_the_dynamic_maps():
     assert signed[signed > 0].min() == pytest.approx(0.55e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_double_quantisation_does_not_depend_on_the_defaults(dtype):
+    values = heavy_tailed(3, 1001)
+    expected = functional.quantize_nf4(values, double_quant=True)[1]
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            state = functional.quantize_nf4(values, double_quant=True)[1]
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(state.absmax, expected.absmax)
+    assert torch.equal(state.state2.code, expected.state2.code)
+
+
 def test_values_that_need_a_gradient_are_quantised_without_one():
     values = heavy_tailed(64, 2).requires_grad_()
     packed, state = functional.quantize_nf4(values)

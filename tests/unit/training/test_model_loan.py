@@ -312,6 +312,15 @@ def test_a_custom_training_loop(reentrant, tmp_path):
     assert state_of(model) == before
 
 
+def test_the_forward_with_logits_has_no_dropout_as_a_first_call(tmp_path):
+    model = make_model()
+    trainer = make_trainer(model, tmp_path)
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    logps = trainer.concatenated_forward(model.train(), batch)[0]
+    expected = trainer.concatenated_forward(model.eval(), batch)[0]
+    torch.testing.assert_close(logps, expected)
+
+
 def test_a_changed_attention_is_noticed(tmp_path):
     model = make_model()
     trainer = make_trainer(model, tmp_path)
@@ -337,6 +346,11 @@ def test_layerwise_hooks_are_off_between_runs(tmp_path):
     model(torch.arange(4)[None], labels=torch.arange(4)[None]).loss.backward()
     assert model.lm_head.weight.grad is not None  # nobody has used it and thrown it away
     torch.testing.assert_close(model.state_dict(), weights, rtol=0, atol=0)
+    model.zero_grad()
+    # A look at the loss without gradients attaches none of them.
+    trainer.prediction_step(model, trainer.data_collator(list(trainer.train_dataset)), True)
+    model(torch.arange(4)[None], labels=torch.arange(4)[None]).loss.backward()
+    assert model.lm_head.weight.grad is not None
     model.zero_grad()
     trainer.args.max_steps = 2
     trainer.train()
