@@ -5,9 +5,11 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Outside the checkout, so that a fresh clone does not compile libtorch's bindings again.
+# The torch of the environment. Any from 2.10 on does; benchmarks and peers are of this one's time.
+TORCH ?= 2.11.0
+# Outside the checkout, so that a fresh clone does not compile the dependencies again.
 export CARGO_TARGET_DIR ?= $(HOME)/.cache/oddsmith/cargo-target
-# pip builds without isolation here: an isolated build would download torch a second time.
+# pip builds without isolation here: with the environment's maturin.
 ACTIVATE := source $(BIN)/activate
 # What tests use and users do not get: switches between the paths of an op, an emulated CUDA driver.
 TESTING := python,testing
@@ -19,7 +21,7 @@ help: ## List the commands
 $(BIN)/.tools:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install "maturin>=1.16,<2" "torch==2.11.0"
+	$(BIN)/pip install "maturin>=1.16,<2" "torch==$(TORCH)"
 	@touch $@
 
 .PHONY: build
@@ -50,7 +52,6 @@ test-rust: test-build ## The Rust tests: the algorithms, then the borders to tor
 slow: test-build ## The long parity runs (ODDSMITH_SHARED names the folder with the real data)
 	$(ACTIVATE) && pytest -m slow
 
-# maturin warns that it is not the build backend: it is, behind python/build_backend.py.
 .PHONY: develop
 develop: ## Compile again after a change in src/, for tests
 	$(ACTIVATE) && maturin develop --release --skip-install --features $(TESTING)
@@ -81,7 +82,7 @@ lint: test-build ## Formatting and lints, Rust and Python; CI runs the same
 .PHONY: clippy
 clippy: ## Lints of the Rust code alone: the algorithms, then tensors and Python, as installed and as tested
 	cargo clippy --locked --all-targets -- --deny warnings
-	for features in lint lint,testing; do \
+	for features in python $(TESTING); do \
 		cargo clippy --locked --all-targets --features $$features --target-dir $(CARGO_TARGET_DIR)-lint -- --deny warnings || exit 1; done
 
 .PHONY: fmt
@@ -117,6 +118,14 @@ bench: $(BIN)/.tools ## Measure beside TRL, Liger, bitsandbytes, torchao and gal
 bench-gpu: $(BIN)/.tools ## Measure steps and kernels on a GPU, beside the same peers; 8 minutes
 	$(ACTIVATE) && pip install --no-build-isolation -e ".[bench]"
 	$(BIN)/python -m benches.gpu --record
+
+# zig links with an old C library, so that the wheel runs wherever torch's own does.
+.PHONY: wheel
+wheel: $(BIN)/.tools ## The wheel for every Python and torch, on Linux with glibc 2.28 or newer
+	$(BIN)/pip install --quiet "ziglang>=0.15"
+	rm -rf dist
+	$(ACTIVATE) && maturin build --release --locked --zig --compatibility manylinux_2_28 --auditwheel check --out dist
+	$(BIN)/python tests/support/wheel.py dist/*.whl
 
 .PHONY: clean
 clean: ## Remove the environment and what Python has cached

@@ -333,3 +333,13 @@ __device__ __forceinline__ void scale_all(T* values, i64 count, const float* fac
 SCALE(head_scale_f32, float)
 SCALE(head_scale_bf16, bf16)
 SCALE(head_scale_f16, f16)
+
+/// `sums += part`, a block a row: libtorch adds up a product of halves in halves, or hands it out in `float`.
+extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS) head_add(
+    float* sums, i64 stride, const float* part, i64 width) {
+    float* row = sums + blockIdx.x * stride;
+    const float* added = part + blockIdx.x * width;
+    for (i64 i = threadIdx.x; i < width; i += blockDim.x) {
+        row[i] += added[i];
+    }
+}

@@ -56,7 +56,7 @@ def __getattr__(name: str) -> Any:
         return version("oddsmith")
     if name not in _LAZY and name not in _MODULES and name != "_core":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    # Check before the compiled core is loaded: with another torch it fails on a missing symbol.
+    # Before the compiled core is loaded: a torch that is too old is named.
     import torch
 
     from . import torch_version

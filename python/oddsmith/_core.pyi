@@ -12,7 +12,6 @@ from .optim.adamw.arguments import Item
 from .quant.arguments import PackedWeight
 
 __version__: str
-TORCH_BUILD_VERSION: str
 
 @final
 class RowEncoder:

@@ -1,21 +1,56 @@
-"""Checks that torch is the release that the compiled core was built for."""
+"""The torch that the package runs on: 2.10 or newer.
 
-# tch 0.24 is bound to this C++ ABI. With another torch the core fails on a missing symbol, or
-# crashes later, so the check comes before it is loaded.
-REQUIRED = "2.11"
+The compiled core reaches libtorch by functions that stay from release to release, so it serves releases
+that came after it. One that nobody has tested it with is tried before it is trusted.
+"""
+
+import logging
+import re
+
+# The first release whose stable functions take lists.
+OLDEST = (2, 10)
+# The newest release that the tests of this package have run with.
+NEWEST_TESTED = (2, 15)
+
+logger = logging.getLogger(__name__)
+
+_checked: set[str] = set()
+
+
+def _dotted(numbers: tuple[int, int]) -> str:
+    return ".".join(map(str, numbers))
 
 
 def check(found: str) -> None:
-    """Refuses a torch of another release.
+    """Refuses a torch that is too old, and tries one that is newer than those tested.
 
     Args:
         found (`str`): torch's version, such as "2.11.0+cu130".
 
     Raises:
-        ImportError: If its first two numbers are not the required ones.
+        ImportError: If it is older than 2.10, or newer than tested and the self-test fails.
     """
-    if found.split("+")[0].split(".")[:2] != REQUIRED.split("."):
+    if found in _checked:
+        return
+    numbers = re.match(r"(\d+)\.(\d+)", found)
+    release = (int(numbers[1]), int(numbers[2])) if numbers else (0, 0)
+    if release < OLDEST:
         raise ImportError(
-            f"oddsmith was built for torch {REQUIRED} and found torch {found}; "
-            f'install it with: pip install "torch=={REQUIRED}.*"'
+            f"oddsmith needs torch {_dotted(OLDEST)} or newer and found torch {found}; "
+            "update it with: pip install --upgrade torch"
         )
+    _checked.add(found)  # first, as the self-test imports the core
+    if release <= NEWEST_TESTED:
+        return
+    from . import self_test
+
+    newest = _dotted(NEWEST_TESTED)
+    fault = self_test.run()
+    if fault:
+        _checked.discard(found)
+        raise ImportError(
+            f"oddsmith was tested up to torch {newest}, and its self-test fails under torch {found}: {fault}"
+        )
+    logger.warning(
+        "oddsmith was tested up to torch %s; its self-test passes under torch %s.", newest, found
+    )

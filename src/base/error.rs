@@ -144,7 +144,10 @@ impl Error {
 #[cfg(feature = "torch")]
 impl From<tch::TchError> for Error {
     fn from(error: tch::TchError) -> Self {
-        let text = error.to_string();
+        let text = match error {
+            tch::TchError::Torch(text) => text,
+            other => other.to_string(),
+        };
         // libtorch's stack trace of twenty lines follows.
         let end = text.find("\nException raised from").unwrap_or(text.len());
         Error::Torch(text[..end].to_owned())
@@ -176,13 +179,12 @@ mod tests {
     #[cfg(feature = "torch")]
     #[test]
     fn libtorch_s_report_comes_without_its_stack() {
+        let raw = tch::TchError::Torch("sizes differ\nException raised from meta at x.cpp:1".into());
+        assert_eq!(Error::from(raw).to_string(), "libtorch: sizes differ");
         let matrix = tch::Tensor::zeros([2, 3], (tch::Kind::Float, tch::Device::Cpu));
         let raw = matrix.f_matmul(&matrix).expect_err("2x3 times 2x3");
-        assert!(raw.to_string().contains("Exception raised from"), "{raw}");
         let message = Error::from(raw).to_string();
-        assert!(message.starts_with("libtorch: "), "{message}");
-        assert!(message.contains("2x3"), "{message}");
-        assert!(!message.contains("Exception raised from"), "{message}");
+        assert!(message.starts_with("libtorch: aten::matmul: "), "{message}");
         assert_eq!(message.lines().count(), 1, "{message}");
     }
 }

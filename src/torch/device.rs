@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use tch::{Device, Kind, Tensor};
 
+use super::abi::symbols;
 use super::dtype::dtype_name;
 use crate::base::error::{Error, Result};
 use crate::cuda::{self, Arg};
@@ -25,22 +26,15 @@ pub fn of(tensor: &Tensor) -> Result<Option<cuda::Device>> {
     }
 }
 
-#[cfg(target_os = "linux")]
 fn current_stream(ordinal: i32) -> Result<u64> {
-    #[allow(unsafe_code)] // a call into C++
-    unsafe extern "C" {
-        fn oddsmith_current_stream(device: i8, stream: *mut u64) -> bool;
-    }
-    let mut stream = 0;
-    // SAFETY: writes a number.
+    let none = || Error::Torch(format!("no current stream of cuda:{ordinal}"));
+    let torch = symbols::torch().map_err(Error::Torch)?;
+    let current = torch.aoti_torch_get_current_cuda_stream.ok_or_else(none)?;
+    let mut stream = std::ptr::null_mut();
+    // SAFETY: writes a pointer.
     #[allow(unsafe_code)]
-    let there = unsafe { oddsmith_current_stream(ordinal as i8, &raw mut stream) };
-    there.then_some(stream).ok_or_else(|| Error::Torch(format!("no current stream of cuda:{ordinal}")))
-}
-
-#[cfg(not(target_os = "linux"))]
-fn current_stream(ordinal: i32) -> Result<u64> {
-    Err(Error::Torch(format!("no current stream of cuda:{ordinal} on this system")))
+    let code = unsafe { current(ordinal, &raw mut stream) };
+    if code == 0 { Ok(stream as u64) } else { Err(none()) }
 }
 
 /// A pointer to the first element of a contiguous tensor of this dtype, for a kernel.
@@ -123,7 +117,7 @@ pub fn on_host(tensor: &Tensor) -> bool {
     tensor.device() == Device::Cpu && !cuda::is_emulated()
 }
 
-#[cfg(all(test, target_os = "linux"))]
+#[cfg(test)]
 mod tests {
     use super::current_stream;
 

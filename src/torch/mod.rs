@@ -3,6 +3,7 @@
 //! A folder has the arguments of all its backends in `args`; `mod` checks them and picks the backend:
 //! slices on the CPU, kernels on NVIDIA GPUs (`cuda`), libtorch's ops elsewhere (`ops`).
 
+pub mod abi;
 pub mod allocator;
 pub mod checkpoint;
 pub mod device;

@@ -31,16 +31,46 @@ mod openmp {
 
     use std::any::Any;
     use std::ffi::{c_int, c_uint, c_void};
+    use std::mem::transmute;
     use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-    use std::sync::Mutex;
+    use std::ptr::NonNull;
+    use std::sync::{Mutex, OnceLock};
 
-    unsafe extern "C" {
-        fn GOMP_parallel(body: extern "C" fn(*mut c_void), data: *mut c_void, threads: c_uint, flags: c_uint);
-        fn omp_get_thread_num() -> c_int;
-        fn omp_get_num_threads() -> c_int;
+    use crate::base::threads::Threads;
+    use crate::torch::abi::find;
+
+    type Body = extern "C" fn(*mut c_void);
+
+    /// Functions of the OpenMP library that libtorch runs on.
+    struct OpenMp {
+        parallel: unsafe extern "C" fn(Body, *mut c_void, c_uint, c_uint),
+        thread_num: unsafe extern "C" fn() -> c_int,
+        num_threads: unsafe extern "C" fn() -> c_int,
+    }
+
+    /// None if libtorch runs on another library.
+    fn openmp() -> Option<&'static OpenMp> {
+        static OPENMP: OnceLock<Option<OpenMp>> = OnceLock::new();
+        let read = || {
+            let parallel = find(c"GOMP_parallel")?;
+            let (thread_num, num_threads) = (find(c"omp_get_thread_num")?, find(c"omp_get_num_threads")?);
+            // SAFETY: the functions of these names, which OpenMP and libgomp define.
+            Some(unsafe {
+                OpenMp {
+                    parallel: transmute::<
+                        NonNull<c_void>,
+                        unsafe extern "C" fn(Body, *mut c_void, c_uint, c_uint),
+                    >(parallel),
+                    thread_num: transmute::<NonNull<c_void>, unsafe extern "C" fn() -> c_int>(thread_num),
+                    num_threads: transmute::<NonNull<c_void>, unsafe extern "C" fn() -> c_int>(num_threads),
+                }
+            })
+        };
+        OPENMP.get_or_init(read).as_ref()
     }
 
     struct Section<'a> {
+        openmp: &'static OpenMp,
         tasks: usize,
         task: &'a (dyn Fn(usize) + Sync),
         panic: Mutex<Option<Box<dyn Any + Send>>>,
@@ -50,7 +80,7 @@ mod openmp {
         // SAFETY: `data` is the `Section` on the stack of `parallel`, which waits for the threads.
         let section = unsafe { &*section.cast::<Section<'_>>() };
         // SAFETY: plain queries, valid anywhere.
-        let (member, size) = unsafe { (omp_get_thread_num(), omp_get_num_threads()) };
+        let (member, size) = unsafe { ((section.openmp.thread_num)(), (section.openmp.num_threads)()) };
         let (member, size) = (member.max(0) as usize, size.max(1) as usize);
         // There may be fewer threads than requested, so each takes every size-th task. Unwinding
         // through libgomp's frames is undefined: catch here, resume in `parallel`.
@@ -62,10 +92,13 @@ mod openmp {
 
     /// Runs the tasks on libgomp's threads, which libtorch has already loaded.
     pub fn parallel(threads: usize, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
-        let mut section = Section { tasks, task, panic: Mutex::new(None) };
+        let Some(openmp) = openmp() else {
+            return crate::base::portable::Portable.run(tasks, task);
+        };
+        let mut section = Section { openmp, tasks, task, panic: Mutex::new(None) };
         let data = (&raw mut section).cast::<c_void>();
         // SAFETY: `body` has the C signature that libgomp expects, and `section` outlives the call.
-        unsafe { GOMP_parallel(body, data, threads as c_uint, 0) };
+        unsafe { (openmp.parallel)(body, data, threads as c_uint, 0) };
         if let Ok(Some(panic)) = section.panic.into_inner() {
             resume_unwind(panic);
         }

@@ -12,6 +12,7 @@ import pytest
 
 import oddsmith
 from oddsmith import _core, torch_version
+from support.wheel import faults_of_library
 
 PACKAGE = Path(oddsmith.__file__).parent
 # All modules at any depth, so that a moved module is still tested.
@@ -61,8 +62,14 @@ def test_version():
 
 
 def test_the_required_torch_is_the_one_of_the_check():
-    assert requirements()["torch"] == f"=={torch_version.REQUIRED}.*"
-    assert _core.TORCH_BUILD_VERSION.startswith(f"{torch_version.REQUIRED}.")
+    oldest = ".".join(map(str, torch_version.OLDEST))
+    assert requirements()["torch"] == f">={oldest}"
+
+
+def test_the_core_needs_nothing_of_torch_or_python():
+    """What it takes of libtorch it looks up in the one that is loaded."""
+    faults = [fault for fault in faults_of_library(Path(_core.__file__)) if "glibc" not in fault]
+    assert not faults
 
 
 def module_name(path: Path) -> str:

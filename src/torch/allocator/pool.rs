@@ -6,20 +6,16 @@
 //! gaps are reused and stay mapped.
 //!
 //! A tensor of the pool may outlive the installation of the pool.
-#![allow(unsafe_code)] // system calls, and the C++ side of the allocator
+#![allow(unsafe_code)] // system calls
 
 use std::ffi::c_void;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use super::arena::Arena;
+use super::vtable::{self, Hooks};
 
 /// Smaller tensors come from the C library.
 const SMALLEST: usize = 256 << 10;
-
-unsafe extern "C" {
-    fn oddsmith_pool_install();
-    fn oddsmith_pool_uninstall();
-}
 
 struct Pool {
     base: usize,
@@ -90,14 +86,12 @@ fn pool() -> Option<&'static Pool> {
     POOL.get()?.as_ref()
 }
 
-#[unsafe(no_mangle)]
-extern "C" fn oddsmith_pool_allocate(size: usize) -> *mut c_void {
+fn allocate(size: usize) -> *mut c_void {
     let start = if size < SMALLEST { None } else { pool().and_then(|pool| pool.allocate(size)) };
     start.map_or(std::ptr::null_mut(), |start| start as *mut c_void)
 }
 
-#[unsafe(no_mangle)]
-extern "C" fn oddsmith_pool_free(data: *mut c_void) -> bool {
+fn free(data: *mut c_void) -> bool {
     let Some(pool) = pool() else { return false };
     let place = (data as usize).wrapping_sub(pool.base);
     if place >= pool.capacity {
@@ -110,21 +104,15 @@ extern "C" fn oddsmith_pool_free(data: *mut c_void) -> bool {
 }
 
 /// Allocates tensors of 256 KiB and more from the pool. Returns false without a change if the system has no
-/// address space for it.
+/// address space for it, or this libtorch has no place for another allocator.
 pub fn install() -> bool {
-    let reserved = POOL.get_or_init(Pool::reserve).is_some();
-    if reserved {
-        // SAFETY: swaps a pointer that libtorch reads for each tensor; each allocator frees its own memory,
-        // whichever is installed then.
-        unsafe { oddsmith_pool_install() };
-    }
-    reserved
+    // Each allocator frees its own memory, whichever is installed then.
+    POOL.get_or_init(Pool::reserve).is_some() && vtable::install(Hooks { allocate, free })
 }
 
 /// Allocates new tensors from the C library again, and returns the pool's gaps to the system.
 pub fn uninstall() {
-    // SAFETY: as in `install`.
-    unsafe { oddsmith_pool_uninstall() };
+    vtable::uninstall();
     if let Some(pool) = pool() {
         pool.trim();
     }

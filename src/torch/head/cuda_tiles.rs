@@ -9,7 +9,7 @@ use std::ops::Range;
 use tch::{Device, Kind, Tensor};
 
 use super::args::Args;
-use crate::base::error::Result;
+use crate::base::error::{Error, Result};
 use crate::cuda::kernels::{HEAD_BATCH, HEAD_TILES, WARP, constant};
 use crate::cuda::{self, Arg, Launch};
 use crate::torch::device::pointer;
@@ -229,19 +229,35 @@ impl<'a> GpuHead<'a> {
         Ok(self.weight.f_narrow(0, tile.start, tile.end - tile.start)?)
     }
 
-    /// `out (+)= a b`, with `out` in `f32`.
+    /// `out (+)= a b`, with `out` in `f32`. libtorch adds to what is there where both factors are `f32`.
     fn product(&self, out: &Tensor, a: &Tensor, b: &Tensor, accumulate: bool) -> Result<()> {
         let _ = match (self.kind, accumulate) {
             (Kind::Float, false) => a.f_mm_out(out, b)?,
             (Kind::Float, true) => out.f_addmm_out(out, a, b)?,
-            (_, false) if self.mixed => a.f_mm_dtype_out(out, b, Kind::Float)?,
-            (_, true) if self.mixed => out.f_addmm_dtype_out(out, a, b, Kind::Float)?,
-            (_, accumulate) => {
-                let (a, b) = (a.f_to_kind(Kind::Float)?, b.f_to_kind(Kind::Float)?);
-                if accumulate { out.f_addmm_out(out, &a, &b)? } else { a.f_mm_out(out, &b)? }
+            (_, false) => self.widened(out, a, b)?,
+            (_, true) => {
+                let part = Tensor::f_empty(out.size(), (Kind::Float, self.place()))?;
+                return self.add(out, &self.widened(&part, a, b)?);
             }
         };
         Ok(())
+    }
+
+    /// `out = a b` of halves, with `out` in `f32`.
+    fn widened(&self, out: &Tensor, a: &Tensor, b: &Tensor) -> Result<Tensor> {
+        if self.mixed {
+            return Ok(a.f_mm_dtype_out(out, b, Kind::Float)?);
+        }
+        Ok(a.f_to_kind(Kind::Float)?.f_mm_out(out, &b.f_to_kind(Kind::Float)?)?)
+    }
+
+    /// `sums += part`, in place; the rows of `sums` may be apart.
+    fn add(&self, sums: &Tensor, part: &Tensor) -> Result<()> {
+        let (&[rows, width], &[stride, 1]) = (&sums.size()[..], &sums.stride()[..]) else {
+            return Err(Error::Internal(format!("rows in one piece are added to, not {sums:?}")));
+        };
+        let (to, part) = (Arg::ptr(sums.data_ptr() as u64), pointer(part, Kind::Float)?);
+        self.launch("head_add", rows, ROW_THREADS, &[to, Arg::i64(stride), part, Arg::i64(width)])
     }
 
     /// Computes the products of a tile.

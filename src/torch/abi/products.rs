@@ -1,0 +1,63 @@
+//! Products of matrices.
+
+use std::ffi::c_int;
+
+use torch_sys::C_tensor;
+
+use super::call::{Value, call, operators};
+use super::error::{Result, check};
+use super::handle::{place, place_of, put, share};
+use super::symbols::torch;
+
+type Tensor = *mut C_tensor;
+
+operators! {
+    atg_matmul(x: Tensor, y: Tensor) => c"aten::matmul", c"", [Tensor(x), Tensor(y)];
+    atg_mm(x: Tensor, y: Tensor) => c"aten::mm", c"", [Tensor(x), Tensor(y)];
+    atg_mm_out(to: Tensor, x: Tensor, y: Tensor) => c"aten::mm", c"out", [Tensor(x), Tensor(y), Tensor(to)];
+    atg_mm_dtype(x: Tensor, y: Tensor, dtype: c_int) =>
+        c"aten::mm", c"dtype", [Tensor(x), Tensor(y), Int(dtype.into())];
+    atg_mm_dtype_out(to: Tensor, x: Tensor, y: Tensor, dtype: c_int) =>
+        c"aten::mm", c"dtype_out", [Tensor(x), Tensor(y), Int(dtype.into()), Tensor(to)];
+    atg_mv(x: Tensor, y: Tensor) => c"aten::mv", c"", [Tensor(x), Tensor(y)];
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn atg_linear(out: *mut Tensor, x: Tensor, weight: Tensor, bias: Tensor) {
+    let given = Value::Tensor(bias);
+    let bias = if bias.is_null() { Value::None } else { Value::Some(&given) };
+    // SAFETY: tch's arguments.
+    unsafe { put(out, call(c"aten::linear", c"", [Value::Tensor(x), Value::Tensor(weight), bias])) }
+}
+
+/// `to = base + x y`. The operator has two scalars, which have no stable form; the functions in C are those
+/// of the CPU and of CUDA. Elsewhere the product is added to `base` by itself.
+fn addmm(to: Tensor, base: Tensor, x: Tensor, y: Tensor) -> Result<()> {
+    let torch = torch()?;
+    let place = place(to)?;
+    let function = if place.kind == place_of(-1)?.kind {
+        Some(torch.aoti_torch_cpu_addmm_out)
+    } else if place.kind == place_of(0)?.kind {
+        torch.aoti_torch_cuda_addmm_out
+    } else {
+        None
+    };
+    let Some(function) = function else {
+        let product = call(c"aten::mm", c"", [Value::Tensor(x), Value::Tensor(y)])?;
+        return super::arithmetic::add_into(to, base, product.raw());
+    };
+    // SAFETY: live handles.
+    let code = unsafe { function(to, base, x, y, 1.0, 1.0) };
+    check(torch, code, &|| "aten::addmm.out".into())
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn atg_addmm_out(out: *mut Tensor, to: Tensor, base: Tensor, x: Tensor, y: Tensor) {
+    // SAFETY: tch's arguments, here and below.
+    unsafe { put(out, addmm(to, base, x, y).and_then(|()| share(to))) }
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn atg_addmm_(out: *mut Tensor, to: Tensor, x: Tensor, y: Tensor) {
+    unsafe { put(out, addmm(to, to, x, y).and_then(|()| share(to))) }
+}
