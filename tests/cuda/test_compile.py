@@ -65,7 +65,7 @@ def test_the_report_of_a_spill_is_read_and_shown(tmp_path):
 
 
 def test_errors_name_source_and_architecture():
-    with pytest.raises(RuntimeError, match='no source of kernels "nf5"'):
+    with pytest.raises(RuntimeError, match='no kernel source is named "nf5"'):
         _core.compile_kernels("nf5", "sm_90")
     with pytest.raises(RuntimeError, match="gpu-architecture"):
         _core.compile_kernels("nf4", "sm_10")

@@ -109,7 +109,7 @@ def test_counts_add_up(tmp_path, case, rules, pairing):
     try:
         summary = run_prepare([str(source)], out, options, rules, overwrite=True)
     except UserError as error:
-        assert f"none of {len(lines)} rows is left" in str(error)
+        assert f"none of {len(lines)} rows is kept" in str(error)
         return
     rows = summary["rows"]
     assert rows["read"] == len(lines) == rows["kept"] + sum(rows["dropped"].values())

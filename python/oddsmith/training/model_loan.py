@@ -12,6 +12,7 @@ from torch import nn
 
 from ..integrations.cpu_memory import pooled_memory
 from ..integrations.patch import Patch
+from ..optim.low_rank.layerwise import LayerwiseHooks
 from .models import run_patches
 from .trainer_parts import TrainerParts
 
@@ -63,6 +64,9 @@ class ModelLoan(TrainerParts):
         for patch in self._patches:
             patch.ensure()
         if torch.is_grad_enabled():  # without gradients, as in prediction_step, none is updated
+            # Those of another trainer, after a direct call, would take the gradients of this one.
+            own = getattr(self._own_optimizer(), "layerwise_hooks", None)
+            LayerwiseHooks.detach_others(self.model.parameters(), own)
             self._layerwise_hooks("attach")
 
     @contextmanager

@@ -358,6 +358,19 @@ def test_layerwise_hooks_are_off_between_runs(tmp_path):
     assert state_of(model) == before
 
 
+def test_a_second_trainer_trains_after_a_look_by_a_layerwise_one(tmp_path):
+    model = make_model()
+    layerwise = {"optim": "galore_adamw_layerwise", "optim_target_modules": "all-linear"}
+    first = make_trainer(model, tmp_path, **layerwise, optim_args="rank=4")
+    first.train()
+    first.compute_loss(model, first.data_collator(list(first.train_dataset)))  # attaches its hooks
+    weights = copy.deepcopy(model.state_dict())
+    make_trainer(model, tmp_path, max_steps=2).train()  # the first step warms up
+    moved = [name for name, value in model.state_dict().items() if not value.equal(weights[name])]
+    assert len(moved) == len(weights)
+    first.train()  # takes its hooks back
+
+
 # ---- Other trainers ----
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -85,6 +85,14 @@ class LayerwiseHooks:
                     if owner() is self:
                         del _HANDLES[parameter]
                         handle.remove()
+
+    @staticmethod
+    def detach_others(parameters: Iterable[Tensor], own: LayerwiseHooks | None) -> None:
+        """Detaches every optimiser but `own` from these parameters: it would free their gradients."""
+        for parameter in parameters if _HANDLES else ():
+            owner = _HANDLES[parameter][0]() if parameter in _HANDLES else None
+            if owner is not None and owner is not own:
+                owner.detach()
 
     def _groups(self) -> list[dict[str, Any]]:
         optimizer = self._optimizer()
