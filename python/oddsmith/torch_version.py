@@ -8,9 +8,9 @@ import logging
 import re
 
 # The first release whose stable functions take lists.
-OLDEST = (2, 10)
+OLDEST: tuple[int, int] = (2, 10)
 # The newest release that the tests of this package have run with.
-NEWEST_TESTED = (2, 15)
+NEWEST_TESTED: tuple[int, int] = (2, 15)
 
 logger = logging.getLogger(__name__)
 
