@@ -61,10 +61,16 @@ def __getattr__(name: str) -> Any:
 
     from . import torch_version
 
-    torch_version.check(torch.__version__)
+    torch_version.check(torch.__version__, _self_test)
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name], __name__), name)
     return importlib.import_module(f".{name}", __name__)
+
+
+def _self_test() -> str | None:
+    from . import self_test
+
+    return self_test.run()
 
 
 def __dir__() -> list[str]:

@@ -6,6 +6,7 @@ that came after it. One that nobody has tested it with is tried before it is tru
 
 import logging
 import re
+from collections.abc import Callable
 
 # The first release whose stable functions take lists.
 OLDEST: tuple[int, int] = (2, 10)
@@ -21,11 +22,12 @@ def _dotted(numbers: tuple[int, int]) -> str:
     return ".".join(map(str, numbers))
 
 
-def check(found: str) -> None:
+def check(found: str, self_test: Callable[[], str | None]) -> None:
     """Refuses a torch that is too old, and tries one that is newer than those tested.
 
     Args:
         found (`str`): torch's version, such as "2.11.0+cu130".
+        self_test (`Callable`): Tries the core and returns what fails, or None.
 
     Raises:
         ImportError: If it is older than 2.10, or newer than tested and the self-test fails.
@@ -42,10 +44,8 @@ def check(found: str) -> None:
     _checked.add(found)  # first, as the self-test imports the core
     if release <= NEWEST_TESTED:
         return
-    from . import self_test
-
     newest = _dotted(NEWEST_TESTED)
-    fault = self_test.run()
+    fault = self_test()
     if fault:
         _checked.discard(found)
         raise ImportError(

@@ -19,14 +19,14 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize("version", ["2.10.0", "2.11.3+cpu", "2.15.0a0+git1234567"])
 def test_tested_versions_pass_without_a_word(version, caplog):
-    torch_version.check(version)
+    torch_version.check(version, lambda: "not to be called")
     assert not caplog.records
 
 
 @pytest.mark.parametrize("version", ["2.9.1", "2.1.11+cu121", "1.13.0", "unknown"])
 def test_an_old_torch_is_named_with_the_way_out(version):
     with pytest.raises(ImportError) as raised:
-        torch_version.check(version)
+        torch_version.check(version, lambda: "not to be called")
     assert str(raised.value) == (
         f"oddsmith needs torch 2.10 or newer and found torch {version}; "
         "update it with: pip install --upgrade torch"
