@@ -23,7 +23,8 @@ class ModelLoan(TrainerParts):
     are changed within `train`, `evaluate` and `predict`, and restored after them.
 
     A hook that is called directly, as in a custom training loop, changes the model too; it is
-    restored when the next of those calls, or the trainer, ends.
+    restored when the next of those calls, or the trainer, ends. Run the backward pass before that,
+    because a layer that is recomputed after it has its own dropout again.
     """
 
     _patches: list[Patch] = []
