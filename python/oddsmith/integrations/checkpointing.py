@@ -65,7 +65,7 @@ class Checkpointing(Patch):
     purpose = (
         "Gradients reach an adapter; after a run, a model pickles and is checkpointed as before."
     )
-    tested = "torch 2.11, transformers 5.17 to 5.24, peft 0.19 to 0.21"
+    tested = "torch 2.11, transformers 5.17 and 5.24, peft 0.19 and 0.21"
     fallback = "reentrant checkpoints give an adapter no gradient"
 
     def __init__(self, model: nn.Module, reentrant: bool = True) -> None:

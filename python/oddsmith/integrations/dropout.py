@@ -34,7 +34,7 @@ class NoDropout(Patch):
 
     target = "dropout rates of a model"
     purpose = "`disable_dropout` of ORPOConfig; the rates are restored when a run ends."
-    tested = "torch 2.11, transformers 5.17 to 5.24"
+    tested = "torch 2.11, transformers 5.17 and 5.24"
     fallback = "its dropout stays on"
 
     def __init__(self, model: nn.Module) -> None:

@@ -27,7 +27,7 @@ class ImportHook(Patch):
 
     target = f"sys.meta_path, for {MODULE}"
     purpose = "Changes transformers' table of quantizers when transformers is imported, not before."
-    tested = "Python 3.10 to 3.13, transformers 5.17 to 5.24"
+    tested = "Python 3.11 and 3.13, transformers 5.17 and 5.24"
     fallback = "call oddsmith.use_for_bitsandbytes() after transformers is imported"
 
     def _change(self) -> None:

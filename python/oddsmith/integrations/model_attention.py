@@ -160,7 +160,7 @@ class SdpaAttention(Patch):
 
     target = 'transformers.AttentionInterface, entry "sdpa"'
     purpose = "Attention over packed rows; every other call goes to what was registered before."
-    tested = "transformers 5.17 to 5.24"
+    tested = "transformers 5.17 and 5.24"
     fallback = "batches go through models with their padding"
     needs = (
         _INTERFACE,

@@ -25,7 +25,7 @@ class ModuleForward(Patch):
 
     target = "`forward` of a module"
     purpose = "Computes the loss where a model would make its logits, and tries a model out."
-    tested = "torch 2.11, accelerate 1.10 to 1.15"
+    tested = "torch 2.11, accelerate 1.10 and 1.15"
     fallback = "the loss is computed from logits"
 
     def __init__(

@@ -22,7 +22,7 @@ class ParameterCount(Patch):
 
     target = "transformers.PreTrainedModel.num_parameters"
     purpose = "Counts the values of 4-bit weights of oddsmith, without bitsandbytes."
-    tested = "transformers 5.17 to 5.24"
+    tested = "transformers 5.17 and 5.24"
     fallback = "4-bit models are counted by transformers, which needs bitsandbytes for it"
     needs = (_NAME,)
 

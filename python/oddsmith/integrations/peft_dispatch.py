@@ -25,7 +25,7 @@ class LoraDispatch(Patch):
 
     target = f"{_MODULE}.{_NAME}"
     purpose = "LoRA on 4-bit layers: one autograd function per projection, and correct merging."
-    tested = "peft 0.19 to 0.21"
+    tested = "peft 0.19 and 0.21"
     fallback = "adapters on 4-bit layers are computed by peft, which cannot merge them"
     needs = (
         f"{_MODULE}:{_NAME}",

@@ -14,7 +14,7 @@ class NoProgressBars(Patch):
 
     target = "progress bars of datasets and transformers"
     purpose = "Each takes less than a second in `oddsmith demo`, which shows another bar."
-    tested = "datasets 4.0 to 5.2, transformers 5.17 to 5.24"
+    tested = "datasets 4.0 and 5.2, transformers 5.17 and 5.24"
     fallback = "their progress bars are shown"
     needs = (
         "datasets:are_progress_bars_disabled",

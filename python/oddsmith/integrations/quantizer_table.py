@@ -102,7 +102,7 @@ class QuantizerTable(Patch):
 
     target = f'{MODULE}.AUTO_QUANTIZER_MAPPING, entry "{METHOD}"'
     purpose = "Loads NF4 models without bitsandbytes, or with it installed if a configuration selects oddsmith."
-    tested = "transformers 5.17 to 5.24"
+    tested = "transformers 5.17 and 5.24"
     fallback = "4-bit models are loaded by bitsandbytes"
     needs = (_TABLE,)
 
@@ -131,7 +131,7 @@ class QuantizerMerge(Patch):
 
     target = f"{MODULE}.AutoHfQuantizer.merge_quantization_configs"
     purpose = "An NF4Config also applies to checkpoints that are already quantised."
-    tested = "transformers 5.17 to 5.24"
+    tested = "transformers 5.17 and 5.24"
     fallback = "for quantised checkpoints, call use_for_bitsandbytes() in addition to NF4Config()"
     needs = (_MERGE,)
 
