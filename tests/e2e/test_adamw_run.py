@@ -24,10 +24,9 @@ from support.optim_runs import (
     check_same_end,
     checkpoint,
     killed_run,
-    report,
     sums,
-    two_processes,
 )
+from support.processes import end, report, reports, two_processes
 from support.trainer_runs import long_pairs, pairs, train_logs
 
 # PEFT reads a name that transformers 5.2x deprecates.
@@ -130,7 +129,8 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
 
 def test_two_processes_equal_one(tmp_path):
     """Rows of one length: the mean over a large batch is the mean of the means of its halves."""
-    results = two_processes(__file__, tmp_path)
+    two_processes(__file__, "two", tmp_path)
+    results = reports(tmp_path)
     for name in ("adamw_8bit", "paged_adamw_8bit"):
         assert results[0][name] == results[1][name]  # to the bit
         alone = distributed_run(tmp_path, name, per_device_train_batch_size=4)
@@ -155,6 +155,7 @@ def two(folder):
 if __name__ == "__main__":
     if sys.argv[1] == "two":
         two(sys.argv[2])
+        end()
     else:
         folder, name, optim_args = sys.argv[2:]
         run(folder, optim=name, optim_args=optim_args, callbacks=[Kill()])

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from oddsmith.optim import AdamW8bit, PagedAdamW8bit
 from oddsmith.optim.adamw.saved_state import unwrap
 from support.gradients import randn
-from support.optim_runs import report, two_processes
+from support.processes import end, report, reports, two_processes
 
 RULE = {"lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -124,8 +124,10 @@ def two(folder):
 
 
 def test_split_parameters(tmp_path):
-    assert two_processes(__file__, tmp_path) == ["all checked"] * 2
+    two_processes(__file__, tmp_path)
+    assert reports(tmp_path) == ["all checked"] * 2
 
 
 if __name__ == "__main__":
-    two(sys.argv[2])
+    two(sys.argv[1])
+    end()

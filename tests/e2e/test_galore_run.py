@@ -21,11 +21,10 @@ from support.optim_runs import (
     check_same_end,
     checkpoint,
     killed_run,
-    report,
     sums,
-    two_processes,
     weights,
 )
+from support.processes import end, report, reports, two_processes
 from support.trainer_runs import long_pairs, pairs, train, train_logs
 
 ARTICLE = [r".*attn.*", r".*mlp.*"]
@@ -126,7 +125,8 @@ def test_a_random_basis_is_as_good(tmp_path):
 
 def test_two_processes_equal_one(tmp_path):
     """Rows of one length: the mean over a large batch is the mean of the means of its halves."""
-    results = two_processes(__file__, tmp_path)
+    two_processes(__file__, "two", tmp_path)
+    results = reports(tmp_path)
     for name in ("galore_adamw", "galore_adamw_8bit", "apollo_adamw"):
         assert results[0][name] == results[1][name]  # to the bit
         alone = distributed_run(tmp_path, name, per_device_train_batch_size=4)
@@ -159,5 +159,6 @@ def two(folder):
 if __name__ == "__main__":
     if sys.argv[1] == "two":
         two(sys.argv[2])
+        end()
     else:
         run(sys.argv[2], optim=sys.argv[3], callbacks=[Kill()])

@@ -2,14 +2,13 @@
 script."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from oddsmith import ORPOConfig, ORPOTrainer
+from support.processes import end, two_processes
 from support.trainer_runs import (
     arguments,
     long_pairs,
@@ -74,16 +73,7 @@ def main(output_dir):
 @pytest.fixture(scope="module")
 def results_of_two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [*command, __file__, str(folder)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    two_processes(__file__, folder)
     return {case: json.loads((folder / f"{case}.json").read_text()) for case in ALONE}
 
 
@@ -106,3 +96,4 @@ def test_two_processes_equal_one(case, tmp_path, results_of_two):
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    end()

@@ -5,8 +5,6 @@ those of an unsharded one, averaged over the processes.
 """
 
 import copy
-import os
-import subprocess
 import sys
 
 import torch
@@ -15,6 +13,7 @@ from torch import nn
 
 from oddsmith.integrations.model_head import FusedBatch, fused_loss
 from oddsmith.integrations.model_head import check as check_head
+from support.processes import end, report, reports, two_processes
 from support.trainer_runs import make_model, make_tokenizer
 
 
@@ -80,7 +79,7 @@ def check(shard, model, head_apart):
         assert error < 1e-5, f"{name} is {error:.2e} off"
 
 
-def main():
+def main(folder):
     dist.init_process_group("gloo")
     tokenizer = make_tokenizer()
     for shard in (fsdp2, fsdp1):
@@ -89,18 +88,14 @@ def main():
     check(fsdp2, make_model("qwen3_tied", tokenizer), head_apart=False)
     dist.barrier()  # neither process ends while the other still needs it
     dist.destroy_process_group()
-    print("all checked")
+    report(folder, "all checked")
 
 
-def test_sharded_models():
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [*command, __file__], env=environment, capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.count("all checked") == 2
+def test_sharded_models(tmp_path):
+    two_processes(__file__, tmp_path)
+    assert reports(tmp_path) == ["all checked"] * 2
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])
+    end()

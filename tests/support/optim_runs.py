@@ -1,6 +1,5 @@
-"""Runs of the trainer with an optimiser by name, their checkpoints, and runs of two processes."""
+"""Runs of the trainer with an optimiser by name, and their checkpoints."""
 
-import json
 import os
 import signal
 import subprocess
@@ -92,24 +91,3 @@ def killed_run(file: str, folder: Path, *arguments: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == -signal.SIGKILL, done.stderr[-4000:]
     return checkpoint(folder)
-
-
-def two_processes(file: str, folder: Path, part: str = "two") -> list[Any]:
-    """What the two processes of `file part folder` have written by [`report`]."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [*command, file, part, str(folder)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
-
-
-def report(folder: str, results: Any) -> None:
-    """Writes a process's results for the test that started it."""
-    rank = os.environ["RANK"]
-    (Path(folder) / f"{rank}.json").write_text(json.dumps(results))
