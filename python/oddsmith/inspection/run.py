@@ -1,7 +1,7 @@
 """`oddsmith inspect`: checks a dataset without training on it or loading it into memory."""
 
 import json
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
@@ -20,6 +20,7 @@ from ..errors import UserError, user_errors
 from ..sources.records import Record
 from ..sources.stream import RecordStream
 from .histogram import draw_bars, save_histogram
+from .pair_reader import PairReader
 from .report import SAMPLE, DataReport, repeats_prompt
 from .token_stats import Finding, Ragged, TokenRows, TokenStats, needed
 
@@ -45,6 +46,7 @@ def run_inspect(
     trust_remote_code: bool = False,
     as_json: bool = False,
     histogram: str | None = None,
+    column_mapping: Mapping[str, str] | None = None,
 ) -> DataReport:
     """
     Prints the report of a dataset, with a histogram of its lengths.
@@ -64,6 +66,8 @@ def run_inspect(
         trust_remote_code (`bool`, *optional*): Allow code from the tokenizer's repository.
         as_json (`bool`, *optional*): Print only the figures, as JSON.
         histogram (`str`, *optional*): Path of a plot to write.
+        column_mapping (`Mapping[str, str]`, *optional*): Names of columns, such as
+            `{"question": "prompt"}`.
 
     Returns:
         [`DataReport`]: The report.
@@ -79,7 +83,13 @@ def run_inspect(
         raise UserError(f"--histogram {histogram}: needs a suffix such as .png")
     stream = RecordStream(dataset, config, split)
     report = inspect_stream(
-        stream, tokenizer, builder, rows=rows, overlength=overlength, batch_size=batch_size
+        stream,
+        tokenizer,
+        builder,
+        rows=rows,
+        overlength=overlength,
+        batch_size=batch_size,
+        column_mapping=column_mapping,
     )
     shared, chosen, rejected = report.stats.lengths()
     if histogram is not None:
@@ -130,6 +140,7 @@ def inspect_stream(
     rows: int | None = None,
     overlength: str = "truncate",
     batch_size: int = 2,
+    column_mapping: Mapping[str, str] | None = None,
 ) -> DataReport:
     """
     Tokenises a dataset chunk by chunk and keeps figures, not tokens.
@@ -142,6 +153,7 @@ def inspect_stream(
         rows (`int`, *optional*): Most rows to read.
         overlength (`str`, *optional*): `"drop"` excludes rows that are too long.
         batch_size (`int`, *optional*): Pairs per batch.
+        column_mapping (`Mapping[str, str]`, *optional*): Names of columns.
 
     Returns:
         [`DataReport`]: The report.
@@ -149,13 +161,23 @@ def inspect_stream(
     Raises:
         UserError: If a row cannot be read or is not a pair; the message has file, line and field.
     """
-    stats = TokenStats(tokenizer.bos_token_id, tokenizer.eos_token_id, builder.max_length)
+    stats = TokenStats(
+        tokenizer.bos_token_id,
+        tokenizer.eos_token_id,
+        builder.max_length,
+        max_prompt_length=builder.max_prompt_length,
+    )
+    reader = PairReader(column_mapping or {}, stream.name)
     twice, seen, too_long, sampled, fast = Finding(), 0, 0, 0, None
     with closing(stats), closing(_batches(stream, rows)) as batches:
         for batch in batches:
+            pairs = reader.read(batch)
             if seen == 0:
-                _ensure_template(tokenizer, batch[0])
-            texts = [_text(record, tokenizer) for record in batch]
+                _ensure_template(tokenizer, pairs[0])
+            reader.notes.look_for_repeats(enumerate(pairs, seen))
+            texts = [
+                _text(pair, record, tokenizer) for pair, record in zip(pairs, batch, strict=True)
+            ]
             if seen == 0:
                 fast = fast_rows_for(builder, texts[:: -(-len(texts) // _COMPARED)], stream.name)
             columns, flags = _tokens(builder, fast, texts, batch)
@@ -163,7 +185,7 @@ def inspect_stream(
             kept = np.flatnonzero(~flags) if overlength == "drop" else np.arange(len(batch))
             if len(kept):
                 chosen = {name: Ragged.of_arrow(part.take(kept)) for name, part in columns.items()}
-                stats.add(TokenRows.of_columns(chosen), seen + kept)
+                stats.add(TokenRows.of_columns(chosen), seen + kept, cut=flags[kept])
             # Check texts of all rows up to the sample size, then of a few rows in each chunk.
             step = 1 if sampled < SAMPLE else 20
             for index in range(0, len(texts), step):
@@ -175,7 +197,9 @@ def inspect_stream(
             seen += len(batch)
     if not seen:
         raise UserError(f"dataset {stream.name} has no rows")
-    partial = rows is not None and seen == rows
+    repeated = reader.notes.repeated
+    if len(repeated) > twice.count:
+        twice, sampled = Finding(len(repeated), repeated[0]), reader.notes.repeated_of
     return DataReport(
         stream.name,
         stats,
@@ -184,7 +208,8 @@ def inspect_stream(
         sampled,
         too_long,
         overlength,
-        partial,
+        partial=rows is not None and seen == rows,
+        unused=reader.notes.unused,
     )
 
 
@@ -228,21 +253,12 @@ def _batches(stream: RecordStream, rows: int | None) -> Generator[list[Record], 
             bar.update((stream.done if known else count) - bar.n)
 
 
-def _ensure_template(tokenizer: Any, record: Record) -> None:
+def _ensure_template(tokenizer: Any, pair: Mapping[str, Any]) -> None:
     # As `oddsmith train` does for base models, so that the figures match its rows.
-    if record.fields is not None and is_messages(record.fields.get("chosen")):
-        if tokenizer.chat_template is None:
-            tokenizer.chat_template = FALLBACK_CHAT_TEMPLATE
+    if is_messages(pair["chosen"]) and tokenizer.chat_template is None:
+        tokenizer.chat_template = FALLBACK_CHAT_TEMPLATE
 
 
-def _text(record: Record, tokenizer: Any) -> tuple[str, str, str]:
-    if record.fields is None:
-        raise UserError(f"{record.where}: {record.problem}")
-    for side in ("chosen", "rejected"):
-        if side not in record.fields:
-            raise UserError(
-                f"{record.where}: no field {side}; its fields are "
-                f"{', '.join(map(str, record.fields))}; oddsmith prepare makes pairs from other data"
-            )
+def _text(pair: Mapping[str, Any], record: Record, tokenizer: Any) -> tuple[str, str, str]:
     with user_errors(""):
-        return row_text(record.fields, tokenizer, record.where)
+        return row_text(pair, tokenizer, record.where)

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
         generate_during_eval: bool
         use_dpo_data_collator: bool
         _rows: RowBuilder
+        _token_columns: set[str]
         _stored_metrics: MetricStore
         _metric_weight: float
 
@@ -55,6 +56,10 @@ if TYPE_CHECKING:
         def store_metrics(self, metrics: dict[str, Any], train_eval: Split = "train") -> None: ...
 
         def _take_metrics(self, split: Split) -> dict[str, float]: ...
+
+        def _prepare_rows(self, dataset: Any, name: str) -> Any: ...
+
+        def _check_given(self, rows: Any, name: str) -> None: ...
 
         def _borrow(self) -> None: ...
 

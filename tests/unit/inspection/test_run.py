@@ -7,6 +7,7 @@ from datasets import Dataset
 
 from oddsmith import cli
 from oddsmith.data.dataset import prepare_dataset
+from oddsmith.data.notes import RowNotes
 from oddsmith.data.rows import RowBuilder
 from oddsmith.errors import UserError
 from oddsmith.inspection.report import report_rows
@@ -42,7 +43,12 @@ def test_inspect_says_what_the_trainer_says(folder, tokenizer, tmp_path, capsys)
     source = write(tmp_path / "rows.jsonl", rows)
     report = run_inspect(source, folder, max_length=20, batch_size=3)
     trainer = report_rows(
-        prepare(rows, tokenizer), tokenizer, max_length=20, name=source, batch_size=3, overlength=1
+        prepare(rows, tokenizer),
+        tokenizer,
+        max_length=20,
+        name=source,
+        batch_size=3,
+        notes=RowNotes(overlength=1),
     )
     assert report.figures() == trainer.figures()
     shown = capsys.readouterr().out
@@ -94,7 +100,7 @@ def test_inspect_needs_a_tokenizer_and_sane_lengths(folder, tmp_path, capsys):
     source = write(tmp_path / "rows.jsonl", [CLEAN])
     with pytest.raises(UserError, match="--model /no/such: no such folder"):
         run_inspect(source, "/no/such")
-    with pytest.raises(UserError, match="max_prompt_length is 30; must be positive and below"):
+    with pytest.raises(UserError, match="max_prompt_length is 30; must be positive and at most"):
         run_inspect(source, folder, max_length=20, max_prompt_length=30)
     with pytest.raises(UserError, match="--histogram x: needs a suffix"):
         run_inspect(source, folder, histogram="x")

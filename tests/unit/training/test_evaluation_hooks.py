@@ -1,5 +1,8 @@
 """Evaluation of batches and datasets."""
 
+import pytest
+from datasets import Dataset, DatasetDict
+
 from support.trainer_runs import batch_of, pairs
 
 
@@ -58,3 +61,27 @@ def test_the_mode_of_the_model_survives_completions(make, tmp_path):
         assert trainer.model.training is training
     (file,) = (tmp_path / "completions").iterdir()
     assert len(file.read_text().splitlines()) == 3  # a batch of evaluation
+
+
+def test_datasets_that_come_later_are_prepared(make, log):
+    rows = pairs(4, seed=5)
+    trainer = make(eval_dataset=rows, config={"eval_strategy": "steps", "eval_steps": 1})
+    expected = trainer.evaluate()
+    names = [name for name in expected if name.startswith(("eval_loss", "eval_rew", "eval_logp"))]
+    for given in (rows, trainer.eval_dataset, rows.to_iterable_dataset()):
+        found = trainer.evaluate(given)
+        assert {name: found[name] for name in names} == {name: expected[name] for name in names}
+    several = trainer.evaluate({"a": rows, "b": rows})
+    assert several["eval_a_loss"] == several["eval_b_loss"] == expected["eval_loss"]
+    assert trainer.predict(rows).metrics["test_loss"] == expected["eval_loss"]
+
+
+def test_datasets_that_come_later_are_checked(make, log):
+    trainer = make()
+    with pytest.raises(ValueError, match="eval_dataset has no column rejected"):
+        trainer.evaluate(pairs(2).remove_columns("rejected"))
+    with pytest.raises(TypeError, match="test_dataset is a DatasetDict with the splits a; pass"):
+        trainer.predict(DatasetDict(a=pairs(2)))
+    same = Dataset.from_list([{"prompt": "Is it? ", "chosen": "Yes.", "rejected": "Yes."}] * 2)
+    trainer.predict(same)
+    assert "test_dataset: 2 of 2 rows have the same chosen and rejected" in log.text

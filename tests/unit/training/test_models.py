@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaForSequenceClassification, LlamaModel
 
 from oddsmith import ORPOConfig
-from oddsmith.training.models import load_model
+from oddsmith.training.models import check_trainable, load_model
 from support.trainer_runs import arguments, make_model, make_tokenizer
 
 # PEFT reads a deprecated name of transformers.
@@ -89,3 +89,10 @@ def test_gradients_reach_an_adapter_under_checkpointing(make):
     trainer.train()
     moved = [p.abs().max() for n, p in trainer.model.named_parameters() if "lora_B" in n]
     assert moved and min(moved) > 0
+
+
+def test_a_model_with_nothing_to_train():
+    layer = torch.nn.Linear(2, 2)
+    check_trainable(layer)
+    with pytest.raises(ValueError, match="no parameter of the Linear is trainable; set requires"):
+        check_trainable(layer.requires_grad_(False))

@@ -38,3 +38,24 @@ def test_dataset_dicts(make):
         assert isinstance(trainer.eval_dataset, dict)
         assert {k: len(v) for k, v in trainer.eval_dataset.items()} == {"a": 3, "b": 4}
         assert "chosen_labels" in trainer.eval_dataset["b"].column_names
+
+
+def test_evaluation_rows_get_the_same_checks(make, caplog):
+    row = {"prompt": "What is it?", "chosen": "The same.", "rejected": "The same."}
+    make(eval_dataset={"x": Dataset.from_list([row, row])})
+    assert "eval_dataset['x']: 2 of 2 rows have the same chosen and rejected" in caplog.text
+
+
+def test_columns_of_other_names(make, caplog):
+    rows = pairs(3)
+    renamed = rows.rename_column("prompt", "frage")
+    expected = make(train_dataset=rows).train_dataset.to_list()
+    for config in ({"prompt_column": "frage"}, {"column_mapping": '{"frage": "prompt"}'}):
+        assert make(train_dataset=renamed, config=config).train_dataset.to_list() == expected
+    assert (
+        make(train_dataset=rows.rename_column("prompt", "question")).train_dataset.to_list()
+        == expected
+    )
+    assert (
+        "train_dataset: question is the prompt; column_mapping names other columns" in caplog.text
+    )
