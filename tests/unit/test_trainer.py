@@ -185,7 +185,7 @@ def test_default_arguments(make, tmp_path, monkeypatch):
 
 
 def test_an_adapter_that_is_not_trainable(make, model, tmp_path):
-    peft.get_peft_model(model, peft.LoraConfig()).save_pretrained(tmp_path / "adapter")
+    peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig()).save_pretrained(tmp_path / "adapter")
     model = peft.PeftModel.from_pretrained(model, tmp_path / "adapter")
     trainer = make(model=model)
     with pytest.raises(ValueError, match="PeftModel.* is trainable; load its adapter with"):
@@ -193,6 +193,7 @@ def test_an_adapter_that_is_not_trainable(make, model, tmp_path):
     trainer.evaluate(pairs(2))  # needs no gradient
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
 def test_arguments_of_trl(make, tmp_path):
     trl = pytest.importorskip("trl.experimental.orpo")
     trainer = make(args=trl.ORPOConfig(**arguments(tmp_path)))

@@ -8,6 +8,7 @@ from oddsmith import ORPOConfig
 from oddsmith.training.arguments import check_arguments, check_single, own_config
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
 def test_arguments_of_trl_are_converted(tmp_path, log):
     trl = pytest.importorskip("trl.experimental.orpo")
 

@@ -64,7 +64,7 @@ def test_the_mode_of_the_model_survives_completions(make, tmp_path):
 
 
 def test_datasets_that_come_later_are_prepared(make, log):
-    rows = pairs(4, seed=5)
+    rows = pairs(6, seed=5)  # two whole batches
     trainer = make(eval_dataset=rows, config={"eval_strategy": "steps", "eval_steps": 1})
     expected = trainer.evaluate()
     names = [name for name in expected if name.startswith(("eval_loss", "eval_rew", "eval_logp"))]
