@@ -49,7 +49,7 @@ class AdoptedLayers(Patch):
         "layers give no gradient."
     )
     tested = "bitsandbytes 0.50"
-    fallback = "bitsandbytes' layers are kept, which give no gradient on a CPU after an evaluation"
+    fallback = "bitsandbytes computes its layers, and needs more time for them"
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

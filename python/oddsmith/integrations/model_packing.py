@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from ..packing.batch import PackedBatch
 from .model_attention import NAME, CannotPack, PackedRow
 from .model_structure import in_memory, is_exact, mixer, strange
-from .packed_trial import DIFFERS, EXACT, Blind, try_out
+from .packed_trial import DIFFERS, EXACT, FAILS, Blind, try_out
 from .small_model import REACH, SPREAD, NotSmall, reaches, small_model, spreads
 
 __all__ = ["CannotPack", "RowLimits", "check"]
@@ -98,9 +98,8 @@ def _small(core: Any) -> tuple[Any, RowLimits]:
                 return small, limits
             if reason != DIFFERS:
                 break
-        # A class may need all its layers.
-        if reason == DIFFERS:
-            break
+        if reason is not None and not reason.startswith(FAILS):
+            break  # else the class may need all its layers
     if reason is not None:
         raise CannotPack(reason)
     raise NotSmall(failure)

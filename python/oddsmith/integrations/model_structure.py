@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .small_model import layers_of
+from .small_model import class_of, layers_of
 
 __all__ = ["in_memory", "is_exact", "is_sharded", "mixer", "strange"]
 
@@ -24,8 +24,6 @@ _KNOWN = (
     "oddsmith.",
     "deepspeed.",
 )
-# Their names, where a class is of no package: FSDP2 makes classes of its own.
-_WRAPPERS = ("FSDP",)
 
 
 def mixer(core: Any) -> str | None:
@@ -52,9 +50,9 @@ def strange(core: nn.Module, small: nn.Module) -> str | None:
     What a model has that a small one of its class has not: other layers, a forward or a hook that
     somebody else has set. None if it has nothing of that kind.
     """
-    classes = {_original(type(module)) for module in small.modules()}
+    classes = {class_of(module) for module in small.modules()}
     for name, module in core.named_modules():
-        kind = _original(type(module))
+        kind = class_of(module)
         if kind not in classes and not _is_known(kind.__module__):
             return f"{name or 'it'} is a {kind.__module__}.{kind.__name__}"
         own = vars(module)
@@ -65,13 +63,6 @@ def strange(core: nn.Module, small: nn.Module) -> str | None:
             if not _is_known(_module_of(hook)):
                 return f"{name or 'it'} has a hook"
     return None
-
-
-def _original(kind: type) -> type:
-    for each in kind.__mro__:
-        if not each.__name__.startswith(_WRAPPERS):
-            return each
-    return kind
 
 
 def _is_known(module: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from random import Random
 from typing import Any
 
 import torch
@@ -11,11 +12,13 @@ from ..packing.batch import PackedBatch
 from .model_attention import CannotPack, packed_inputs, row_of
 from .model_core import observed
 
-__all__ = ["DIFFERS", "EXACT", "Blind", "try_out"]
+__all__ = ["DIFFERS", "EXACT", "FAILS", "Blind", "try_out"]
 
 #: Room for rounding, in units of a dtype's precision times the largest logit.
 EXACT = 800.0
 
+#: Beginning of a reason: the model raises an error.
+FAILS = "a packed row could not be tried out"
 #: Of a result that is not that of the padded batch.
 DIFFERS = "its results on a packed row differ from those on a padded batch"
 
@@ -53,23 +56,23 @@ def try_out(core: Any, room: float = EXACT) -> str | None:
     pairs = _pairs(core)
     batch = PackedBatch.build(pairs, share_prompt=True).to(device)
     try:
-        with observed(core):
+        with observed(core), torch.autocast(device.type, enabled=False):
             return _compare(core, batch, pairs, room)
     except (Blind, NotImplementedError):
         raise
     except CannotPack as cannot:
         return str(cannot)
     except Exception as error:  # whatever a model's own code may raise
-        return f"a packed row could not be tried out ({type(error).__name__}: {error})"
+        return f"{FAILS} ({type(error).__name__}: {error})"
 
 
 def _pairs(core: Any) -> list[dict[str, list[int]]]:
-    draw = torch.Generator().manual_seed(3)
+    draw = Random(3)
     last = core.get_input_embeddings().weight.shape[0]
     count = max(2, min(_COUNT, last - _FIRST))
 
     def tokens(length: int) -> list[int]:
-        return (_FIRST + torch.randint(count, (length,), generator=draw)).tolist()
+        return [_FIRST + draw.randrange(count) for _ in range(length)]
 
     pairs = []
     for prompt, *answers in _LENGTHS:

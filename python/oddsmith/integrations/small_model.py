@@ -10,13 +10,22 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
 from transformers.utils import logging
 
-__all__ = ["REACH", "SPREAD", "NotSmall", "layers_of", "reaches", "small_model", "spreads"]
+__all__ = [
+    "REACH",
+    "SPREAD",
+    "NotSmall",
+    "class_of",
+    "layers_of",
+    "reaches",
+    "small_model",
+    "spreads",
+]
 
 # Names, or parts of them, of how far a layer of a small model sees. Scaled below a trial's length.
 _REACHES = (
@@ -68,7 +77,7 @@ def reaches(config: Any) -> list[int]:
     found = []
     for each in _configs(config):
         for name, value in vars(each).items():
-            if _is_reach(name) and isinstance(value, int) and value > 0:
+            if _is_reach(name) and _is_count(value):
                 found.append(value)
     return found
 
@@ -81,7 +90,7 @@ def spreads(config: Any) -> list[int]:
         while places:
             place = places.pop()
             for name, value in place.items():
-                if name in _SPREADS and isinstance(value, int) and value > 0:
+                if name in _SPREADS and _is_count(value):
                     found.append(value)
                 elif name.startswith("rope_") and isinstance(value, dict):
                     places += [value, *(x for x in value.values() if isinstance(x, dict))]
@@ -120,11 +129,17 @@ def small_model(
     return model.eval()
 
 
+def class_of(module: nn.Module) -> type:
+    """The class of a module before FSDP2 or tensor parallelism has made another one of it."""
+    kinds = type(module).__mro__
+    return next(kind for kind in kinds if not kind.__module__.startswith("torch.distributed."))
+
+
 def _build(core: Any, config: Any) -> nn.Module:
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
-        return type(core)(copy.deepcopy(config))
+        return class_of(core)(copy.deepcopy(config))
     finally:
         torch.set_default_dtype(before)
 
@@ -185,7 +200,11 @@ def _number(config: Any, name: str) -> int | None:
         value = getattr(config, name, None)
     except Exception:  # one for each layer
         return None
-    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+    return value if _is_count(value) else None
+
+
+def _is_count(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def layers_of(core: Any) -> list[nn.ModuleList]:
@@ -193,8 +212,12 @@ def layers_of(core: Any) -> list[nn.ModuleList]:
     config = core.config
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     count = _number(text, "num_hidden_layers")
-    lists = [m for m in core.modules() if isinstance(m, nn.ModuleList)]
-    return [each for each in lists if len(each) == count]
+    decoder = core.get_decoder() if hasattr(core, "get_decoder") else None
+    for part in (decoder or core, core):  # towers for images and sound may have as many
+        lists = [m for m in part.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+        if lists:
+            return lists
+    return []
 
 
 def _depth(core: Any) -> int:
@@ -315,7 +338,7 @@ def _is_reach(name: str) -> bool:
 
 def _scale(config: Any, reach: int, spread: int) -> None:
     for name, value in list(vars(config).items()):
-        number = isinstance(value, int) and not isinstance(value, bool) and value > 0
+        number = _is_count(value)
         if number and _is_reach(name):
             setattr(config, name, min(value, reach))
         elif number and name in _SPREADS:

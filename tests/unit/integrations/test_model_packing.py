@@ -7,6 +7,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from oddsmith.integrations import model_packing
+from oddsmith.integrations.head_probe import HeadMismatch, LogitMap, probe_head
 from oddsmith.integrations.model_packing import CannotPack, RowLimits, check
 from oddsmith.nn import Linear4bit
 from oddsmith.packing.batch import PackedBatch
@@ -35,7 +36,7 @@ def windowed(family, window, **options):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("family", ["Llama", "Mixtral", "GPT2", "Gemma3Text", "Ministral3"])
+@pytest.mark.parametrize("family", ["Llama", "Mixtral", "OPT", "Gemma3Text", "Ministral3"])
 def test_models_that_pack(family, dtype):
     assert check(tiny(family).to(dtype)) == RowLimits()
 
@@ -119,6 +120,42 @@ def test_the_model_itself_is_not_run():
     with torch.device("meta"):
         model = tiny("Llama")
     assert check(model) == RowLimits()
+
+
+@pytest.fixture
+def sharded():
+    """A model that FSDP2 has split, over one process."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    mesh, model = init_device_mesh("cpu", (1,)), tiny("Llama")
+    for part in (*model.model.layers, model):
+        fully_shard(part, mesh=mesh)
+    yield model
+    dist.destroy_process_group()
+
+
+def test_a_sharded_model_stays_as_it_was(sharded):
+    def state():
+        return {
+            name: (type(p), id(p), p.to_local().data_ptr(), p._version)
+            for name, p in sharded.named_parameters()
+        }
+
+    before, runs = state(), []
+    handle = nn.modules.module.register_module_forward_pre_hook(lambda m, args: runs.append(m))
+    try:
+        assert probe_head(sharded) == LogitMap()
+        assert check(sharded) == RowLimits()
+    finally:
+        handle.remove()
+    assert state() == before
+    assert runs and not set(runs) & set(sharded.modules())
+    sharded.model.layers[1].register_forward_hook(lambda module, args, out: out)
+    with pytest.raises(HeadMismatch, match="weights are sharded, and model.layers.1 has a hook"):
+        probe_head(sharded)
 
 
 class Pooled(nn.Module):

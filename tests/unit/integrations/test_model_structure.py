@@ -83,6 +83,7 @@ def test_what_a_class_has_not(change, reason):
     assert re.fullmatch(reason, strange(model, llama()))
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 def test_what_wrappers_add_is_known():
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module
     from peft import LoraConfig, get_peft_model

@@ -23,7 +23,7 @@ def trainer_for(tmp_path, model=None, kind=ORPOTrainer, peft_config=None, **chan
 def test_a_run_without_gradients_ends_in_its_first_step(tmp_path):
     model = make_model("mistral", make_tokenizer())
     model.model.register_forward_hook(
-        lambda module, args, out: setattr(out, "last_hidden_state", out[0].detach())
+        lambda module, args, out: setattr(out, "last_hidden_state", out[0].detach() + 0.0 * out[0])
     )
     adapter = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
     trainer = trainer_for(tmp_path, model, peft_config=adapter, gradient_checkpointing=False)
