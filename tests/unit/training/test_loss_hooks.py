@@ -150,7 +150,14 @@ def test_batches_beyond_the_limits_of_a_model_keep_their_padding(make, tokenizer
 
     sizes = {"hidden_size": 48, "intermediate_size": 40, "moe_intermediate_size": 16}
     sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    windows = {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1}
+
+    def longest(row):
+        return max(len(row[f"{side}_input_ids"]) for side in ("chosen", "rejected"))
+
+    rows = sorted(make().train_dataset, key=longest)
+    window = longest(rows[0])
+    assert longest(rows[1]) > window
+    windows = {"use_sliding_window": True, "sliding_window": window, "max_window_layers": 1}
     torch.manual_seed(0)
     model = Qwen2MoeForCausalLM(
         Qwen2MoeConfig(
@@ -164,9 +171,8 @@ def test_batches_beyond_the_limits_of_a_model_keep_their_padding(make, tokenizer
     ).to(dtype)
     trainer = make(model=copy.deepcopy(model))
     padded = make(model=model, config={"padding_free": False})
-    assert trainer._row_limits.sequence == 20 and padded.path.batches == "padded"
-    assert "for sequences of up to 20 tokens; others keep their padding" in str(trainer.path)
-    rows = sorted(trainer.train_dataset, key=lambda row: len(row["chosen_input_ids"]))
+    assert trainer._row_limits.sequence == window and padded.path.batches == "padded"
+    assert f"for sequences of up to {window} tokens; others keep their padding" in str(trainer.path)
     runs = []
     counted = trainer._packed
     trainer._packed = lambda batch: runs.append(counted(batch)) or runs[-1]
@@ -179,6 +185,6 @@ def test_batches_beyond_the_limits_of_a_model_keep_their_padding(make, tokenizer
     assert [run is None for run in runs] == [False, True, True]
     said = [line for line in caplog.messages if line.startswith("A batch keeps its padding")]
     assert said == [
-        "A batch keeps its padding: the model is packed for sequences of up to 20 tokens only. "
-        "This is logged once."
+        f"A batch keeps its padding: the model is packed for sequences of up to {window} tokens "
+        "only. This is logged once."
     ]
