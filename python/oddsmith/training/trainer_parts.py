@@ -46,6 +46,7 @@ if TYPE_CHECKING:
         _token_columns: set[str]
         _stored_metrics: MetricStore
         _metric_weight: float
+        _last_loss: Any
 
         # ---- Used by other parts ----
 
