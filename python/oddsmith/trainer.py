@@ -14,6 +14,10 @@ from transformers.utils import logging
 
 from .config import ORPOConfig
 from .data.collator import PreferenceCollator
+from .data.image_collator import ImageCollator
+from .data.image_rows import ImageRows
+from .data.pictures import has_pictures
+from .data.processor import tokenizer_of
 from .data.rows import RowBuilder
 from .data.tokenizer import ensure_pad_token
 from .integrations import model_attention, model_head
@@ -21,6 +25,7 @@ from .integrations.model_core import core_of
 from .training.adamw_names import ADAMW_NAMES, adamw_optimizer
 from .training.batch_hooks import BatchHooks
 from .training.evaluation_hooks import EvaluationHooks
+from .training.image_models import allow_unused_parameters, check_image_model
 from .training.loss_hooks import LossHooks
 from .training.low_rank_names import LOW_RANK_NAMES, low_rank_optimizer
 from .training.metrics import EMPTY_COMPLETIONS, FIRST_NON_FINITE, NON_FINITE, MetricStore, Split
@@ -54,11 +59,12 @@ class ORPOTrainer(ModelLoan, RowHooks, BatchHooks, LossHooks, EvaluationHooks, T
         data_collator (`Callable`, *optional*):
             Makes batches from rows; [`~oddsmith.data.collator.PreferenceCollator`] if not given.
         train_dataset (`Dataset` or `IterableDataset`):
-            Rows with `chosen`, `rejected` and, unless it is implicit, `prompt`.
+            Rows with `chosen`, `rejected` and, unless it is implicit, `prompt`; for image-text
+            models also with `images` or `image`.
         eval_dataset (`Dataset`, `IterableDataset` or `dict` of them, *optional*):
             Rows for evaluation; metrics of a dict are `eval_{key}_...`.
-        processing_class (`PreTrainedTokenizerBase`, *optional*):
-            The tokenizer; that of the model if not given.
+        processing_class (`PreTrainedTokenizerBase` or `ProcessorMixin`, *optional*):
+            The tokenizer, or the processor of an image-text model; that of the model if not given.
         model_init (`Callable`, *optional*):
             Makes the model, instead of `model`.
         callbacks (`list[TrainerCallback]`, *optional*):
@@ -116,8 +122,12 @@ class ORPOTrainer(ModelLoan, RowHooks, BatchHooks, LossHooks, EvaluationHooks, T
         # The adapter's weights are random, so the seed must be set before.
         set_seed(args.seed)
         revision = args.model_kwargs().get("revision")
+        # With a collator of the user's, images are his.
+        self._has_images = data_collator is None and any(
+            map(has_pictures, (train_dataset, eval_dataset))
+        )
         if isinstance(model, str):
-            model = load_model(model, args)
+            model = load_model(model, args, self._has_images)
         if model_init is None:
             model = self._take_model(model)
         else:
@@ -125,7 +135,8 @@ class ORPOTrainer(ModelLoan, RowHooks, BatchHooks, LossHooks, EvaluationHooks, T
 
         if processing_class is None:
             processing_class = load_processing_class(model, revision, args)
-        pad_token_id = ensure_pad_token(processing_class)
+        tokenizer = tokenizer_of(processing_class)
+        pad_token_id = ensure_pad_token(tokenizer)
         self.processing_class = processing_class
         self.padding_value: int = pad_token_id if args.padding_value is None else args.padding_value
         self._read_config(model.config)
@@ -141,7 +152,7 @@ class ORPOTrainer(ModelLoan, RowHooks, BatchHooks, LossHooks, EvaluationHooks, T
             args.remove_unused_columns = False  # the model's forward has none of the columns
 
         self._rows = RowBuilder(
-            processing_class,
+            tokenizer,
             max_length=self.max_length,
             max_prompt_length=args.max_prompt_length,
             truncation_mode=args.truncation_mode,
@@ -151,6 +162,9 @@ class ORPOTrainer(ModelLoan, RowHooks, BatchHooks, LossHooks, EvaluationHooks, T
             padding_value=self.padding_value,
         )
         self.max_completion_length: int | None = self._rows.max_completion_length
+        if self._has_images:
+            self._image_rows = ImageRows(processing_class, self._rows)
+            data_collator = ImageCollator(self._image_rows, cast(PreferenceCollator, data_collator))
         with PartialState().local_main_process_first():
             train_dataset = self._prepare_rows(train_dataset, "train_dataset")
             if eval_dataset is not None:
@@ -205,6 +219,9 @@ class ORPOTrainer(ModelLoan, RowHooks, BatchHooks, LossHooks, EvaluationHooks, T
         model, casted = prepare_model(model, self.args, self._peft_config)
         self._peft_has_been_casted_to_bf16 = casted
         self._lend(model)
+        if self._has_images:
+            check_image_model(model)
+        allow_unused_parameters(model, self.args)
         self._plain_because = self._check_fused_head(model)
         return model
 
@@ -232,6 +249,8 @@ class ORPOTrainer(ModelLoan, RowHooks, BatchHooks, LossHooks, EvaluationHooks, T
         """Why batches need padding, or None."""
         if not self.args.padding_free:
             return "padding_free is False"
+        if self._has_images:
+            return "its rows have images, whose positions a packed row does not have"
         if self.args.torch_compile:
             return "torch_compile would recompile for the lengths of every batch"
         if getattr(model.config, "output_router_logits", False):

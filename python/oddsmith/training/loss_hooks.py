@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..data.collator import PairBatch
+from ..data.image_collator import both_sides
+from ..data.image_rows import ImageRows
 from ..head import logits as plain
 from ..integrations import model_attention, model_head
 from ..packing.batch import PackedBatch
@@ -32,6 +34,9 @@ class LossHooks(TrainerParts):
     _plain_because: str | None = None
     # Why batches keep their padding; None if they are packed.
     _padded_because: str | None = None
+    # Makes the rows of a dataset with images, and None for one of text.
+    _image_rows: ImageRows | None = None
+    _has_images: bool = False
     # Weight of the last batch in the logged averages.
     _metric_weight: float = 1.0
 
@@ -130,7 +135,7 @@ class LossHooks(TrainerParts):
         self._borrow()
         inputs = self._concatenated(batch)
         labels, mask = inputs["concatenated_labels"], inputs["concatenated_attention_mask"]
-        extra = {}
+        extra: dict[str, Any] = both_sides(batch, inputs)
         if self.is_encoder_decoder:
             extra["decoder_input_ids"] = plain.shift_right(
                 labels, self.decoder_start_token_id, self.pad_token_id
@@ -142,7 +147,10 @@ class LossHooks(TrainerParts):
         )
         if not self.is_encoder_decoder:
             if self.args.nll_scope == "full":
-                labels = torch.where(mask == 1, inputs["concatenated_input_ids"], -100)
+                ids = inputs["concatenated_input_ids"]
+                labels = torch.where(mask == 1, ids, -100)
+                if (images := self._image_tokens(ids)) is not None:
+                    labels = labels.masked_fill(images, -100)
             logits, labels = logits[:, :-1], labels[:, 1:]
         pairs = labels.shape[0] // 2
         nll = plain.token_nll(logits[:pairs], labels[:pairs].to(logits.device))
@@ -187,6 +195,13 @@ class LossHooks(TrainerParts):
         labels = inputs["concatenated_labels"]
         return {**inputs, "concatenated_labels": torch.where(labels < 0, -100, labels)}
 
+    def _image_tokens(self, ids: Tensor) -> Tensor | None:
+        """Which tokens stand for images, and so are no text to learn; None without images."""
+        if self._image_rows is None:
+            return None
+        known = torch.tensor(sorted(self._image_rows.image_token_ids), device=ids.device)
+        return torch.isin(ids, known)
+
     def _run(self, model: Callable[..., Any], inputs: dict[str, Tensor], **extra: Any) -> Any:
         if self.aux_loss_enabled:
             extra["output_router_logits"] = True
@@ -217,9 +232,12 @@ class LossHooks(TrainerParts):
             inputs = self._concatenated(batch)
             columns = ("input_ids", "attention_mask", "labels")
             rows = model_head.FusedBatch.build(
-                *(inputs[f"concatenated_{column}"] for column in columns), **objective
+                *(inputs[f"concatenated_{column}"] for column in columns),
+                unscored=self._image_tokens(inputs["concatenated_input_ids"]),
+                **objective,
             )
-            out = self._run(partial(model_head.fused_loss, model, rows), inputs)
+            run = partial(model_head.fused_loss, model, rows)
+            out = self._run(run, inputs, **both_sides(batch, inputs))
         return PairScores(
             loss=out.loss,
             nll_loss=out.nll_loss,

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
     from ..config import ORPOConfig
+    from ..data.image_rows import ImageRows
     from ..data.rows import RowBuilder
     from .metrics import MetricStore, Split
 
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
         generate_during_eval: bool
         use_dpo_data_collator: bool
         _rows: RowBuilder
+        _image_rows: ImageRows | None
         _stored_metrics: MetricStore
         _metric_weight: float
 

@@ -1,0 +1,72 @@
+"""Models that take images: their class, the checks before training, and parameters without use."""
+
+import inspect
+from typing import Any
+
+from torch import nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
+)
+
+from ..config import ORPOConfig
+from ..data.processor import is_image_text_config
+from ..integrations.model_core import core_of
+
+
+def auto_class(config: Any, images: bool) -> Any:
+    """
+    The class of transformers that loads a model by its name.
+
+    Args:
+        config (`PreTrainedConfig`): That of the model.
+        images (`bool`): Whether the rows have images. If not, a model that transformers has as a
+            causal language model is loaded as that, as in TRL: of some families (Qwen 3.5,
+            Llama 4) without the vision part.
+    """
+    if config.is_encoder_decoder:
+        return AutoModelForSeq2SeqLM
+    if is_image_text_config(config) and (images or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING):
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
+
+
+def check_image_model(model: nn.Module) -> None:
+    """
+    Check that a model can be trained on rows with images.
+
+    Raises:
+        ValueError: If it takes no images, or its adapter consists of virtual tokens.
+    """
+    core = core_of(model)
+    if "pixel_values" not in inspect.signature(core.forward).parameters:
+        raise ValueError(
+            f"rows have images, but model is a {type(core).__name__}, which takes none; load it "
+            "with AutoModelForImageTextToText, or train on the text alone with "
+            "dataset.remove_columns(...)"
+        )
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise ValueError(
+            "rows have images and the adapter consists of virtual tokens, which would move them; "
+            "use another adapter, such as peft.LoraConfig"
+        )
+
+
+def allow_unused_parameters(model: nn.Module, args: ORPOConfig) -> None:
+    """
+    Let DDP find parameters without a gradient, if a model has parts for images.
+
+    A batch of text alone leaves these without one, and DDP would stop. Transformers only allows it
+    without gradient checkpointing. As in TRL; not with reentrant checkpointing, which fails then.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): The model.
+        args ([`ORPOConfig`]): Its `ddp_find_unused_parameters` is set if it is None.
+    """
+    if not is_image_text_config(core_of(model).config):
+        return
+    reentrant = (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
+    if args.ddp_find_unused_parameters is None and not reentrant:
+        args.ddp_find_unused_parameters = True
