@@ -144,8 +144,9 @@ def _render_pair(
     if isinstance(tools, str):  # JSON, as datasets store tools whose schemas differ
         tools = json.loads(tools)
 
-    source = template_source(processing_class)
-    if isinstance(source, ProcessorMixin):
+    source: Any = template_source(processing_class)
+    takes_parts = isinstance(source, ProcessorMixin)
+    if takes_parts:
         prompt, chosen, rejected = map(as_parts, (prompt, chosen, rejected))
         if row.get("images") is None and row.get("image") is None:
             if image_parts([*prompt, *chosen, *rejected]):

@@ -127,7 +127,8 @@ def prepare_dataset(
             prepare_table, source=source, processing_class=processing_class, fast=fast, name=name
         )
         prepared = dataset.with_format("arrow").map(
-            transform, new_fingerprint=fast.fingerprint(dataset, template_source(processing_class)),
+            transform,
+            new_fingerprint=fast.fingerprint(dataset, template_source(processing_class)),
             **mapped,
         )
         prepared = prepared.with_format(None)

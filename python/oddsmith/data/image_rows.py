@@ -153,6 +153,8 @@ class ImageRows:
             for prompt, chosen, rejected in texts
             for part in (prompt, prompt + chosen, prompt + rejected)
         ]
+        if not flat:
+            return []
         ids = self.builder.processing_class(flat, add_special_tokens=False)["input_ids"]
         return [ids[start : start + 3] for start in range(0, len(ids), 3)]
 

@@ -111,9 +111,7 @@ def _decode(file: Any, where: str) -> Any:
     try:
         from PIL import Image
     except ImportError as error:
-        raise ImportError(
-            "rows with images need Pillow; pip install 'oddsmith[images]'"
-        ) from error
+        raise ImportError("rows with images need Pillow; pip install 'oddsmith[images]'") from error
     try:
         picture = Image.open(file)
         picture.load()

@@ -216,7 +216,9 @@ class RowBuilder:
         self, prompt: list[int], chosen: list[int], rejected: list[int], texts: list[str]
     ) -> tuple[dict[str, list[int]], bool]:
         return self.assemble(
-            prompt, split_answer(prompt, chosen, "chosen"), split_answer(prompt, rejected, "rejected")
+            prompt,
+            split_answer(prompt, chosen, "chosen"),
+            split_answer(prompt, rejected, "rejected"),
         )
 
     def assemble(

@@ -67,6 +67,7 @@ def allow_unused_parameters(model: nn.Module, args: ORPOConfig) -> None:
     """
     if not is_image_text_config(core_of(model).config):
         return
-    reentrant = (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
+    options = args.gradient_checkpointing_kwargs
+    reentrant = isinstance(options, dict) and options.get("use_reentrant")
     if args.ddp_find_unused_parameters is None and not reentrant:
         args.ddp_find_unused_parameters = True

@@ -10,7 +10,6 @@ from torch.nn import functional as F
 
 from ..data.collator import PairBatch
 from ..data.image_collator import both_sides
-from ..data.image_rows import ImageRows
 from ..head import logits as plain
 from ..integrations import model_attention, model_head
 from ..packing.batch import PackedBatch
@@ -34,9 +33,8 @@ class LossHooks(TrainerParts):
     _plain_because: str | None = None
     # Why batches keep their padding; None if they are packed.
     _padded_because: str | None = None
-    # Makes the rows of a dataset with images, and None for one of text.
-    _image_rows: ImageRows | None = None
-    _has_images: bool = False
+    # The ImageRows of a dataset with images, and None for one of text.
+    _image_rows: Any = None
     # Weight of the last batch in the logged averages.
     _metric_weight: float = 1.0
 

@@ -1,6 +1,6 @@
 """Rows of a training run: TRL's hooks, and the checks before training starts."""
 
-from typing import Any, cast
+from typing import Any
 
 from accelerate import PartialState
 from torch import nn
@@ -77,7 +77,7 @@ class RowHooks(TrainerParts):
 
     def _check_image_rows(self, train_dataset: Any, eval_dataset: Any, vocabulary: int) -> None:
         """Check the first rows of each dataset, and report those of the training data."""
-        rows = cast(ImageRows, self._image_rows)
+        rows: ImageRows = self._image_rows
         parts = eval_dataset if isinstance(eval_dataset, dict) else {None: eval_dataset}
         for key, part in parts.items():
             if part is not None:

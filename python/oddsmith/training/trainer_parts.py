@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
     from ..config import ORPOConfig
-    from ..data.image_rows import ImageRows
     from ..data.rows import RowBuilder
     from .metrics import MetricStore, Split
 
@@ -44,7 +43,7 @@ if TYPE_CHECKING:
         generate_during_eval: bool
         use_dpo_data_collator: bool
         _rows: RowBuilder
-        _image_rows: ImageRows | None
+        _image_rows: Any
         _stored_metrics: MetricStore
         _metric_weight: float
 
