@@ -1,10 +1,12 @@
 """Small image-text models with random weights, and their processors: nothing is downloaded."""
 
+import random
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     CLIPImageProcessorPil,
@@ -308,7 +310,34 @@ def image_model(name: str, seed: int = 11) -> tuple[Any, Any]:
     """A small image-text model, and its processor."""
     processor, build = IMAGE_MODELS[name]()
     torch.manual_seed(seed)
-    return build().float(), processor
+    model = build().float()
+    if name == "gemma3":  # zero at the start, so that images would not matter
+        torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=0.2)
+    return model, processor
+
+
+# Images of the rows, by turns.
+_COUNTS = (1, 2, 0, 1)
+
+
+def image_pairs(count: int, seed: int = 3, images: bool = True) -> Dataset:
+    """Conversations whose prompts have one, two or no images of several sizes."""
+    rng = random.Random(seed)
+
+    def words(low: int, high: int) -> str:
+        return "".join(rng.choice("abcdefgh ") for _ in range(rng.randint(low, high)))
+
+    columns: dict[str, list[Any]] = {name: [] for name in ("prompt", "chosen", "rejected")}
+    for _ in range(count):
+        columns["prompt"].append([{"role": "user", "content": words(4, 12)}])
+        for side in ("chosen", "rejected"):
+            columns[side].append([{"role": "assistant", "content": words(3, 20)}])
+    if images:
+        columns["images"] = [
+            [picture(7 * i + j, 16 + 8 * ((i + j) % 3)) for j in range(_COUNTS[i % 4])]
+            for i in range(count)
+        ]
+    return Dataset.from_dict(columns)
 
 
 def picture(seed: int, width: int = 24, height: int = 16) -> Any:

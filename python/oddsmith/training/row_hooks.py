@@ -14,6 +14,7 @@ from ..data.processor import tokenizer_of
 from ..data.vocabulary import check_vocabulary
 from ..inspection.report import report_rows
 from ..inspection.token_stats import needed
+from .batch_hooks import LENGTH_STRATEGIES
 from .overrides import is_overridden
 from .trainer_parts import TrainerParts
 
@@ -44,6 +45,14 @@ class RowHooks(TrainerParts):
                 raise ValueError(
                     f"{type(self).__name__} overrides {' or '.join(ROW_HOOKS)}, which are not "
                     "called for rows with images: the collator makes their tokens"
+                )
+            strategy = getattr(self.args, "train_sampling_strategy", "random")
+            by_length = strategy in LENGTH_STRATEGIES
+            if self.args.max_tokens_per_batch is not None or by_length:
+                named = strategy if by_length else "max_tokens_per_batch"
+                raise ValueError(
+                    f"{named} is set and rows have images, whose lengths are not known before "
+                    "the collator; remove it"
                 )
             return prepare_image_dataset(
                 dataset,

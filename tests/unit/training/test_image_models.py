@@ -1,0 +1,149 @@
+"""Models that take images: their class, checks, and text rows on them."""
+
+import pytest
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
+    T5Config,
+)
+
+pytest.importorskip("PIL", reason="rows with images need Pillow")
+
+from oddsmith import ORPOConfig, ORPOTrainer
+from oddsmith.training.image_models import (
+    allow_unused_parameters,
+    auto_class,
+    check_image_model,
+)
+from support.image_models import IMAGE_MODELS, image_model, image_pairs
+from support.models import make_model
+from support.trainer_runs import arguments
+from support.word_tokenizer import word_tokenizer
+
+# PEFT reads a deprecated name of transformers.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+)
+
+
+def test_the_class_that_loads_a_model():
+    text, images = AutoModelForCausalLM, AutoModelForImageTextToText
+    llava, gemma3 = (image_model(name)[0].config for name in ("llava", "gemma3"))
+    assert auto_class(llava, False) is images  # transformers has no causal class for it
+    assert auto_class(gemma3, False) is text and auto_class(gemma3, True) is images
+    assert auto_class(T5Config(), True) is AutoModelForSeq2SeqLM
+    assert auto_class(make_model("llama", word_tokenizer()).config, True) is text
+
+
+def test_models_that_cannot_take_images():
+    check_image_model(image_model("llava")[0])
+    with pytest.raises(ValueError, match="LlamaForCausalLM, which takes none.*ImageTextToText"):
+        check_image_model(make_model("llama", word_tokenizer()))
+
+
+def test_virtual_tokens_are_refused():
+    from peft import PromptTuningConfig, get_peft_model
+
+    model = image_model("llava")[0]
+    config = PromptTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=2, token_dim=48, num_layers=2,
+        num_attention_heads=4,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="virtual tokens"):
+        check_image_model(get_peft_model(model, config))
+
+
+def test_unused_parameters_are_allowed(tmp_path):
+    def after(model, **changed):
+        args = ORPOConfig(**arguments(tmp_path, **changed))
+        allow_unused_parameters(model, args)
+        return args.ddp_find_unused_parameters
+
+    model = image_model("llava")[0]
+    assert after(model) is True
+    assert after(model, ddp_find_unused_parameters=False) is False
+    assert after(model, gradient_checkpointing_kwargs={"use_reentrant": True}) is None
+    assert after(make_model("llama", word_tokenizer())) is None
+
+
+def make(model, processor, rows, folder, **kwargs):
+    return ORPOTrainer(
+        model=model,
+        args=ORPOConfig(**arguments(folder, **kwargs.pop("config", {}))),
+        train_dataset=rows,
+        processing_class=processor,
+        **kwargs,
+    )
+
+
+def test_images_and_a_tokenizer(tmp_path):
+    model, processor = image_model("llava")
+    with pytest.raises(ValueError, match="pass AutoProcessor.from_pretrained"):
+        make(model, processor.tokenizer, image_pairs(2), tmp_path)
+    text = make_model("llama", processor.tokenizer)
+    with pytest.raises(ValueError, match="LlamaForCausalLM, which takes none"):
+        make(text, processor.tokenizer, image_pairs(2), tmp_path)
+
+
+def test_images_are_never_packed(tmp_path, caplog):
+    model, processor = image_model("llava")
+    trainer = make(model, processor, image_pairs(4), tmp_path)
+    assert trainer._plain_because is None and not trainer._packs()
+    assert "Batches keep their padding: its rows have images" in caplog.text
+    assert "images: 4 in 3 of 4 rows" in caplog.text
+
+
+def test_images_in_the_evaluation_rows_alone(tmp_path):
+    model, processor = image_model("llava")
+    rows = image_pairs(4, images=False)
+    trainer = make(model, processor, rows, tmp_path, eval_dataset=image_pairs(3))
+    assert not trainer._packs()
+    assert trainer.evaluate()["eval_loss"] > 0
+
+
+def test_batches_by_tokens_are_refused(tmp_path):
+    model, processor = image_model("llava")
+    for config in (
+        {"max_tokens_per_batch": 200},
+        {"train_sampling_strategy": "group_by_length"},
+    ):
+        with pytest.raises(ValueError, match="rows have images, whose lengths are not known"):
+            make(model, processor, image_pairs(4), tmp_path, config=config)
+
+
+def test_row_hooks_are_refused(tmp_path):
+    class Own(ORPOTrainer):
+        def tokenize_row(self, feature, model=None):
+            return super().tokenize_row(feature, model)
+
+    model, processor = image_model("llava")
+    args = ORPOConfig(**arguments(tmp_path))
+    with pytest.raises(ValueError, match="Own overrides .*not called for rows with images"):
+        Own(model=model, args=args, train_dataset=image_pairs(2), processing_class=processor)
+
+
+@pytest.mark.parametrize("name", IMAGE_MODELS)
+def test_rows_of_text_pack(tmp_path, name):
+    """Packed, padded and plain give the same numbers, on the whole model by its processor."""
+    model, processor = image_model(name)
+    rows = image_pairs(4, images=False)
+    found = {}
+    for kind, config in {
+        "packed": {},
+        "padded": {"padding_free": False},
+        "plain": {"use_fused_head": False},
+    }.items():
+        trainer = make(model, processor, rows, tmp_path, config=config)
+        assert trainer._packs() == (kind == "packed")
+        batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+        model.zero_grad()
+        loss = trainer.compute_loss(trainer.model, batch)
+        loss.backward()
+        grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        found[kind] = (loss.item(), grads)
+    for kind in ("packed", "padded"):
+        assert found[kind][0] == pytest.approx(found["plain"][0], rel=1e-5)
+        for key, gradient in found["plain"][1].items():
+            room = 1e-4 * gradient.abs().max() + 1e-8
+            assert (found[kind][1][key] - gradient).abs().max() <= room, (kind, key)
