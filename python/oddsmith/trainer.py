@@ -206,8 +206,8 @@ class ORPOTrainer(ModelLoan, RowHooks, BatchHooks, LossHooks, EvaluationHooks, T
 
     @property
     def tokenizer(self) -> Any:
-        """Older name of `processing_class`."""
-        return self.processing_class
+        """Older name of `processing_class`; the tokenizer of a processor."""
+        return tokenizer_of(self.processing_class)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """A new model from `model_init`, with its adapter."""
@@ -220,7 +220,7 @@ class ORPOTrainer(ModelLoan, RowHooks, BatchHooks, LossHooks, EvaluationHooks, T
         self._peft_has_been_casted_to_bf16 = casted
         self._lend(model)
         if self._has_images:
-            check_image_model(model)
+            check_image_model(model, self.args)
         allow_unused_parameters(model, self.args)
         self._plain_because = self._check_fused_head(model)
         return model

@@ -11,7 +11,9 @@ from torch.nn import functional as F
 
 pytest.importorskip("PIL", reason="rows with images need Pillow")
 
-from oddsmith import ORPOConfig, ORPOTrainer
+from oddsmith import ORPOConfig, ORPOTrainer, cli
+from oddsmith.data.image_rows import ImageRows
+from oddsmith.data.rows import RowBuilder
 from support.image_models import IMAGE_MODELS, image_model, image_pairs
 from support.processes import end, two_processes
 from support.trainer_runs import arguments, train
@@ -206,6 +208,42 @@ def test_a_stream_gives_the_batches_of_its_rows(tmp_path):
     stream = run(tmp_path, "gemma3", rows.to_iterable_dataset())
     direct = run(tmp_path, "gemma3", rows, train_sampling_strategy="sequential")
     assert losses(stream) == pytest.approx(losses(direct), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "gemma3", "llava"])
+def test_mixed_precision(tmp_path, name):
+    first = losses(run(tmp_path, name, image_pairs(4), bf16=True, max_steps=1))
+    exact = losses(run(tmp_path, name, image_pairs(4), max_steps=1))
+    assert first == pytest.approx(exact, rel=0.03)
+
+
+def test_the_commands(tmp_path, capsys):
+    """`inspect` and `train` on a file with paths of pictures."""
+    model, processor = image_model("llava")
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    lines = []
+    for index, row in enumerate(image_pairs(8)):
+        paths = [tmp_path / f"{index}_{number}.png" for number in range(len(row["images"]))]
+        for path, image in zip(paths, row["images"], strict=True):
+            image.save(path)
+        lines.append(json.dumps({**row, "images": [str(path) for path in paths]}))
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    base = str(tmp_path / "model")
+    assert cli.main(["inspect", str(tmp_path / "rows.jsonl"), "--model", base, "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["images"] == {"rows": 6, "images": 8}
+    builder = RowBuilder(processor.tokenizer)
+    made = ImageRows(processor, builder).build(list(image_pairs(8)), ["row"] * 8)
+    tokens = sum(
+        len(row[f"{side}_input_ids"]) for row in made.rows for side in ("chosen", "rejected")
+    )
+    assert figures["positions"]["packed"] == tokens
+    argv = ["train", "--model", base, "--dataset_name", str(tmp_path / "rows.jsonl")]
+    argv += ["--output_dir", str(tmp_path / "out"), "--max_steps", "2", "--use_cpu", "true"]
+    argv += ["--report_to", "none", "--bf16", "false", "--per_device_train_batch_size", "2"]
+    assert cli.main(argv) == 0
+    assert (tmp_path / "out" / "processor_config.json").is_file()
 
 
 CASE = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1}

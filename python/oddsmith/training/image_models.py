@@ -33,13 +33,23 @@ def auto_class(config: Any, images: bool) -> Any:
     return AutoModelForCausalLM
 
 
-def check_image_model(model: nn.Module) -> None:
+def check_image_model(model: nn.Module, args: ORPOConfig) -> None:
     """
     Check that a model can be trained on rows with images.
 
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): The model.
+        args ([`ORPOConfig`]): For `n_gpu`.
+
     Raises:
-        ValueError: If it takes no images, or its adapter consists of virtual tokens.
+        ValueError: If it takes no images, its adapter consists of virtual tokens, or batches would
+            be split by DataParallel.
     """
+    if args.n_gpu > 1:
+        raise ValueError(
+            "rows have images, and DataParallel would split them from their text; start one "
+            "process per GPU with accelerate launch or torchrun"
+        )
     core = core_of(model)
     if "pixel_values" not in inspect.signature(core.forward).parameters:
         raise ValueError(

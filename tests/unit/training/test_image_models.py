@@ -36,13 +36,21 @@ def test_the_class_that_loads_a_model():
     assert auto_class(make_model("llama", word_tokenizer()).config, True) is text
 
 
-def test_models_that_cannot_take_images():
-    check_image_model(image_model("llava")[0])
+def test_models_that_cannot_take_images(tmp_path):
+    args = ORPOConfig(**arguments(tmp_path))
+    check_image_model(image_model("llava")[0], args)
     with pytest.raises(ValueError, match="LlamaForCausalLM, which takes none.*ImageTextToText"):
-        check_image_model(make_model("llama", word_tokenizer()))
+        check_image_model(make_model("llama", word_tokenizer()), args)
 
 
-def test_virtual_tokens_are_refused():
+def test_data_parallel_is_refused(tmp_path, monkeypatch):
+    args = ORPOConfig(**arguments(tmp_path))
+    monkeypatch.setattr(type(args), "n_gpu", 2)
+    with pytest.raises(ValueError, match="start one process per GPU"):
+        check_image_model(image_model("llava")[0], args)
+
+
+def test_virtual_tokens_are_refused(tmp_path):
     from peft import PromptTuningConfig, get_peft_model
 
     model = image_model("llava")[0]
@@ -51,7 +59,7 @@ def test_virtual_tokens_are_refused():
         num_attention_heads=4,
     )  # fmt: skip
     with pytest.raises(ValueError, match="virtual tokens"):
-        check_image_model(get_peft_model(model, config))
+        check_image_model(get_peft_model(model, config), ORPOConfig(**arguments(tmp_path)))
 
 
 def test_unused_parameters_are_allowed(tmp_path):
@@ -92,6 +100,7 @@ def test_images_are_never_packed(tmp_path, caplog):
     assert trainer._plain_because is None and not trainer._packs()
     assert "Batches keep their padding: its rows have images" in caplog.text
     assert "images: 4 in 3 of 4 rows" in caplog.text
+    assert trainer.processing_class is processor and trainer.tokenizer is processor.tokenizer
 
 
 def test_images_in_the_evaluation_rows_alone(tmp_path):
