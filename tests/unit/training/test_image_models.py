@@ -16,6 +16,7 @@ from oddsmith.training.image_models import (
     auto_class,
     check_image_model,
 )
+from oddsmith.training.models import vocabulary_size
 from support.image_models import IMAGE_MODELS, image_model, image_pairs
 from support.models import make_model
 from support.trainer_runs import arguments
@@ -132,10 +133,23 @@ def test_row_hooks_are_refused(tmp_path):
         Own(model=model, args=args, train_dataset=image_pairs(2), processing_class=processor)
 
 
-@pytest.mark.parametrize("name", IMAGE_MODELS)
-def test_rows_of_text_pack(tmp_path, name):
+def test_the_vocabulary_is_that_of_the_text_part():
+    for name in IMAGE_MODELS:
+        model, processor = image_model(name)
+        assert vocabulary_size(model) == len(processor.tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("name", "lora"), [*((name, False) for name in IMAGE_MODELS), ("gemma3", True)]
+)
+def test_rows_of_text_pack(tmp_path, name, lora):
     """Packed, padded and plain give the same numbers, on the whole model by its processor."""
     model, processor = image_model(name)
+    if lora:
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+        model = get_peft_model(model, config)
     rows = image_pairs(4, images=False)
     found = {}
     for kind, config in {
