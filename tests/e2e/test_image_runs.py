@@ -233,6 +233,7 @@ def test_the_commands(tmp_path, capsys):
     base = str(tmp_path / "model")
     assert cli.main(["inspect", str(tmp_path / "rows.jsonl"), "--model", base, "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)
+    assert figures["path"]["batches"] == "padded" and "images" in figures["path"]["reasons"][0]
     assert figures["images"] == {"rows": 6, "images": 8}
     builder = RowBuilder(processor.tokenizer)
     made = ImageRows(processor, builder).build(list(image_pairs(8)), ["row"] * 8)

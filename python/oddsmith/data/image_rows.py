@@ -18,6 +18,9 @@ _TEXT_INPUTS = ("input_ids", "attention_mask", *TOKEN_TYPES)
 # Returned for each token of a batch of prompts, so that answers could not be added.
 _UNSUPPORTED_INPUTS = ("cross_attention_mask",)
 
+# Why batches of such rows keep their padding.
+NO_PACKING = "its rows have images, whose positions a packed row does not have"
+
 
 @dataclass
 class ImageBatch:

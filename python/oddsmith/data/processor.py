@@ -1,11 +1,17 @@
-"""A processor as `processing_class`: its tokenizer makes the tokens, its template the text."""
+"""A processor as `processing_class`: its tokenizer makes the tokens, its template the text; and the
+classes that load it and its model.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
     AutoProcessor,
     AutoTokenizer,
     ProcessorMixin,
@@ -83,6 +89,23 @@ def image_parts(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]
 def is_image_text_config(config: Any) -> bool:
     """Whether transformers has an image-text model for a configuration."""
     return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+
+def auto_class(config: Any, images: bool) -> Any:
+    """
+    The class of transformers that loads a model by its name.
+
+    Args:
+        config (`PreTrainedConfig`): That of the model.
+        images (`bool`): Whether the rows have images. If not, a model that transformers has as a
+            causal language model is loaded as that, as in TRL: of some families (Qwen 3.5,
+            Llama 4) without the vision part.
+    """
+    if config.is_encoder_decoder:
+        return AutoModelForSeq2SeqLM
+    if is_image_text_config(config) and (images or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING):
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
 
 
 def load_processor(

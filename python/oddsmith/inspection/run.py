@@ -22,6 +22,7 @@ from ..errors import UserError, user_errors
 from ..sources.records import Record
 from ..sources.stream import RecordStream
 from .histogram import draw_bars, save_histogram
+from .path import find_path
 from .report import SAMPLE, DataReport, repeats_prompt
 from .token_stats import Finding, Ragged, TokenRows, TokenStats, needed
 
@@ -55,11 +56,12 @@ def run_inspect(
     histogram: str | None = None,
 ) -> DataReport:
     """
-    Prints the report of a dataset, with a histogram of its lengths.
+    Prints the report of a dataset, with a histogram of its lengths, and how its batches would go
+    through the model.
 
     Args:
         dataset (`str`): File, folder or hub id.
-        model (`str`): Folder or hub id of the tokenizer.
+        model (`str`): Folder or hub id of the tokenizer, and of the model's configuration if any.
         config (`str`, *optional*): Configuration of a hub dataset.
         split (`str`, *optional*): Split; the training split if not given.
         rows (`int`, *optional*): Most rows to read.
@@ -94,14 +96,25 @@ def run_inspect(
         sides = {"prompt": shared, "prompt and chosen": chosen, "prompt and rejected": rejected}
         with user_errors(f"--histogram {histogram}"):
             save_histogram(sides, histogram, dataset, max_length)
+    path = find_path(_place(model), revision, trust_remote_code, report.images is not None)
     if as_json:
-        print(json.dumps(report.figures(), indent=2))
+        figures = report.figures()
+        if path is not None:
+            figures["path"] = {"batches": path.batches, "head": path.head, "reasons": path.reasons}
+        print(json.dumps(figures, indent=2))
         return report
     print(report)
     print(draw_bars(chosen, "  tokens of prompt and chosen answer", max_length))
+    if path is not None:
+        print(f"  model: {path}")
     if histogram is not None:
         print(f"  plot: {histogram}")
     return report
+
+
+def _place(model: str) -> str:
+    path = Path(model).expanduser()
+    return str(path) if path.exists() else model
 
 
 def load_tokenizer(
@@ -117,8 +130,7 @@ def load_tokenizer(
     if not path.exists() and (model.startswith(("/", "./", "../", "~")) or model.count("/") > 1):
         raise UserError(f"--model {model}: no such folder")
     with user_errors(f"--model {model}"):
-        name = str(path) if path.exists() else model
-        tokenizer = load_processor(name, revision, trust_remote_code)
+        tokenizer = load_processor(_place(model), revision, trust_remote_code)
         ensure_pad_token(tokenizer_of(tokenizer))
     if chat_template is not None:
         with user_errors("--chat_template"):

@@ -1,36 +1,12 @@
-"""Models that take images: their class, the checks before training, and parameters without use."""
+"""Models that take images: the checks before training, and parameters without use."""
 
 import inspect
-from typing import Any
 
 from torch import nn
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoModelForSeq2SeqLM,
-)
 
 from ..config import ORPOConfig
 from ..data.processor import is_image_text_config
 from ..integrations.model_core import core_of
-
-
-def auto_class(config: Any, images: bool) -> Any:
-    """
-    The class of transformers that loads a model by its name.
-
-    Args:
-        config (`PreTrainedConfig`): That of the model.
-        images (`bool`): Whether the rows have images. If not, a model that transformers has as a
-            causal language model is loaded as that, as in TRL: of some families (Qwen 3.5,
-            Llama 4) without the vision part.
-    """
-    if config.is_encoder_decoder:
-        return AutoModelForSeq2SeqLM
-    if is_image_text_config(config) and (images or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING):
-        return AutoModelForImageTextToText
-    return AutoModelForCausalLM
 
 
 def check_image_model(model: nn.Module, args: ORPOConfig) -> None:

@@ -4,19 +4,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    AutoConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, PreTrainedModel
 from transformers.utils.import_utils import is_peft_available
 
 from ..config import ORPOConfig
-from ..data.processor import load_processor
-from ..integrations.bitsandbytes_layers import AdoptedLayers, on_cpu
+from ..data.processor import auto_class, load_processor
+from ..integrations.bitsandbytes_layers import AdoptedLayers, KeptLayout, on_cpu
 from ..integrations.checkpointing import Checkpointing
 from ..integrations.dropout import NoDropout
 from ..integrations.patch import Patch
-from .image_models import auto_class
 
 
 def load_model(name: str, args: ORPOConfig, images: bool = False) -> PreTrainedModel:
@@ -142,7 +138,7 @@ def run_patches(model: nn.Module, args: ORPOConfig) -> list[Patch]:
     """
     patches: list[Patch] = []
     if on_cpu(model):
-        patches.append(AdoptedLayers(model))
+        patches += AdoptedLayers(model), KeptLayout(model)  # of those that are not replaced
     if args.gradient_checkpointing:
         options = args.gradient_checkpointing_kwargs
         options = options if isinstance(options, dict) else {}

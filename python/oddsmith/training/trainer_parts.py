@@ -46,6 +46,7 @@ if TYPE_CHECKING:
         _image_rows: Any
         _stored_metrics: MetricStore
         _metric_weight: float
+        _last_loss: Any
 
         # ---- Used by other parts ----
 

@@ -3,11 +3,19 @@
 import json
 
 import pytest
-from transformers import AutoTokenizer, ProcessorMixin
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    ProcessorMixin,
+    T5Config,
+)
 
 from oddsmith.data.chat import row_text
 from oddsmith.data.processor import (
     as_parts,
+    auto_class,
     image_parts,
     is_image_text_config,
     load_processor,
@@ -16,6 +24,7 @@ from oddsmith.data.processor import (
     tokenizer_of,
 )
 from support.image_models import image_model
+from support.models import make_model
 from support.word_tokenizer import TEMPLATE, bot, user, word_tokenizer
 
 
@@ -100,3 +109,12 @@ def test_a_processor_that_cannot_be_loaded(llava, tmp_path, caplog):
     found = load_processor(str(tmp_path))
     assert type(found) is type(AutoTokenizer.from_pretrained(str(tmp_path)))
     assert "its tokenizer is used, for rows of text" in caplog.text
+
+
+def test_the_class_that_loads_a_model():
+    text, images = AutoModelForCausalLM, AutoModelForImageTextToText
+    llava, gemma3 = (image_model(name)[0].config for name in ("llava", "gemma3"))
+    assert auto_class(llava, False) is images  # transformers has no causal class for it
+    assert auto_class(gemma3, False) is text and auto_class(gemma3, True) is images
+    assert auto_class(T5Config(), True) is AutoModelForSeq2SeqLM
+    assert auto_class(make_model("llama", word_tokenizer()).config, True) is text

@@ -1,19 +1,12 @@
 """Models that take images: their class, checks, and text rows on them."""
 
 import pytest
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoModelForSeq2SeqLM,
-    T5Config,
-)
 
 pytest.importorskip("PIL", reason="rows with images need Pillow")
 
 from oddsmith import ORPOConfig, ORPOTrainer
 from oddsmith.training.image_models import (
     allow_unused_parameters,
-    auto_class,
     check_image_model,
 )
 from oddsmith.training.models import vocabulary_size
@@ -26,15 +19,6 @@ from support.word_tokenizer import word_tokenizer
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
 )
-
-
-def test_the_class_that_loads_a_model():
-    text, images = AutoModelForCausalLM, AutoModelForImageTextToText
-    llava, gemma3 = (image_model(name)[0].config for name in ("llava", "gemma3"))
-    assert auto_class(llava, False) is images  # transformers has no causal class for it
-    assert auto_class(gemma3, False) is text and auto_class(gemma3, True) is images
-    assert auto_class(T5Config(), True) is AutoModelForSeq2SeqLM
-    assert auto_class(make_model("llama", word_tokenizer()).config, True) is text
 
 
 def test_models_that_cannot_take_images(tmp_path):
