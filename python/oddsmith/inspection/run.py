@@ -226,7 +226,7 @@ def _image_tokens(
     Texts, columns of tokens, which rows are too long, and images of each other row. With `drop`,
     those that are too long are empty.
     """
-    fields = [_fields(record) for record in batch]
+    fields = [_pair_of(record) for record in batch]
     made: list[dict[str, Any]] = []
     flags, images = np.zeros(len(batch), bool), []
     with user_errors(""):
@@ -298,7 +298,7 @@ def _ensure_template(tokenizer: Any, record: Record) -> None:
             tokenizer.chat_template = FALLBACK_CHAT_TEMPLATE
 
 
-def _fields(record: Record) -> dict[str, Any]:
+def _pair_of(record: Record) -> dict[str, Any]:
     if record.fields is None:
         raise UserError(f"{record.where}: {record.problem}")
     for side in ("chosen", "rejected"):
@@ -311,6 +311,6 @@ def _fields(record: Record) -> dict[str, Any]:
 
 
 def _text(record: Record, tokenizer: Any) -> tuple[str, str, str]:
-    fields = _fields(record)
+    fields = _pair_of(record)
     with user_errors(""):
         return row_text(fields, tokenizer, record.where)
