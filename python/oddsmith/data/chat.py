@@ -147,7 +147,9 @@ def _render_pair(
     source: Any = template_source(processing_class)
     takes_parts = isinstance(source, ProcessorMixin)
     if takes_parts:
-        prompt, chosen, rejected = map(as_parts, (prompt, chosen, rejected))
+        prompt, chosen, rejected = (
+            cast(Messages, as_parts(each)) for each in (prompt, chosen, rejected)
+        )
         if row.get("images") is None and row.get("image") is None:
             if image_parts([*prompt, *chosen, *rejected]):
                 raise ValueError(
