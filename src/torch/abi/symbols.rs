@@ -195,6 +195,12 @@ pub fn torch() -> Result<&'static Torch, String> {
 }
 
 /// The table of a torch that lacks these functions.
+///
+/// # Errors
+/// Those of them that every torch has.
+///
+/// # Panics
+/// If there is no torch.
 #[cfg(test)]
 pub fn without(hidden: &[&str]) -> Result<Torch, Vec<&'static str>> {
     torch().expect("torch");
