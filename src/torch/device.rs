@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use tch::{Device, Kind, Tensor};
 
-use super::abi::symbols;
+use super::abi::symbols::{self, Torch};
 use super::dtype::dtype_name;
 use crate::base::error::{Error, Result};
 use crate::cuda::{self, Arg};
@@ -27,8 +27,11 @@ pub fn of(tensor: &Tensor) -> Result<Option<cuda::Device>> {
 }
 
 fn current_stream(ordinal: i32) -> Result<u64> {
+    stream_of(symbols::torch().map_err(Error::Torch)?, ordinal)
+}
+
+fn stream_of(torch: &Torch, ordinal: i32) -> Result<u64> {
     let none = || Error::Torch(format!("no current stream of cuda:{ordinal}"));
-    let torch = symbols::torch().map_err(Error::Torch)?;
     let current = torch.aoti_torch_get_current_cuda_stream.ok_or_else(none)?;
     let mut stream = std::ptr::null_mut();
     // SAFETY: writes a pointer.
@@ -119,12 +122,20 @@ pub fn on_host(tensor: &Tensor) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::current_stream;
+    use super::{current_stream, stream_of};
+    use crate::torch::abi::symbols::without;
 
     #[test]
     fn a_card_that_is_not_there_is_an_error() {
         // libtorch throws an exception, which must not unwind through Rust.
         let error = current_stream(120).expect_err("no machine has so many");
         assert_eq!(error.to_string(), "libtorch: no current stream of cuda:120");
+    }
+
+    #[test]
+    fn a_torch_without_cuda_has_no_stream() {
+        let torch = without(&["aoti_torch_get_current_cuda_stream"]).expect("an optional function");
+        let error = stream_of(&torch, 0).expect_err("no function");
+        assert_eq!(error.to_string(), "libtorch: no current stream of cuda:0");
     }
 }
