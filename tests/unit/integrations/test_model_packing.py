@@ -75,7 +75,7 @@ def test_a_window_that_only_the_mask_tells_limits_the_sequences(dtype):
 def test_chunks_and_temperatures_limit_sequences_and_rows():
     options = {"num_hidden_layers": 4, "num_local_experts": 2, "intermediate_size_mlp": 32}
     model = tiny("Llama4Text", attention_chunk_size=300, floor_scale=900, head_dim=16, **options)
-    assert check(model) == RowLimits(sequence=300, row=900)
+    assert check(model) == RowLimits(sequence=300, row=899)
 
 
 def test_limits():
