@@ -13,6 +13,8 @@ TEXT = matrix.PAGE.read_text(encoding="utf-8")
 HEAD, *LINES = re.search(r"^\| torch \| Python \|.*\n(?:\|.*\n)+", TEXT, re.M)[0].splitlines()
 ROWS = [dict(zip(matrix.COLUMNS, line.strip("| ").split(" | "), strict=True)) for line in LINES[1:]]
 
+ran = pytest.mark.skipif(not ROWS, reason="`make matrix` has written no table yet")
+
 
 def release(version, parts=2):
     return ".".join(version.split("+")[0].split(".")[:parts])
@@ -34,6 +36,7 @@ def test_the_table_is_that_of_the_script():
     assert "\n".join([HEAD, *LINES]) + "\n" == matrix.table(ROWS)
 
 
+@ran
 def test_every_cell_has_a_row():
     missing = [cell for cell in matrix.CELLS if not any(is_of(row, cell) for row in ROWS)]
     # Rows are written where there is such a Python.
@@ -41,11 +44,13 @@ def test_every_cell_has_a_row():
     assert len(ROWS) == len(matrix.CELLS) - len(missing)
 
 
+@ran
 def test_everything_passed():
     for row in ROWS:
         assert int(row["failed"]) == 0 and int(row["passed"]) > 1000, row
 
 
+@ran
 def test_both_ends_are_tested():
     tested = {release(row["torch"]) for row in ROWS}
     assert {

@@ -159,6 +159,8 @@ def install(cell: Cell, wheel: Path, python: Path) -> Path:
         uv("venv", "--clear", "--python", python, cell.folder)
     torch = f"torch=={cell.torch}.*" if cell.torch else "torch"
     wanted = [f"oddsmith[test] @ {wheel.as_uri()}", torch, f"numpy=={cell.numpy}.*"]
+    # pyarrow 26 takes no older numpy, and does not say so to the resolver.
+    wanted += ["pyarrow<26"] if cell.numpy == "1.26" else []
     # TRL, the peer, asks for newer libraries than we do.
     bounds = oldest() if cell.end == "oldest" else {}
     instead = [f"{name}=={version}" for name, version in bounds.items()]
