@@ -127,6 +127,22 @@ wheel: $(BIN)/.tools ## The wheel for every Python and torch, on Linux with glib
 	$(ACTIVATE) && maturin build --release --locked --zig --compatibility manylinux_2_28 --auditwheel check --out dist
 	$(BIN)/python tests/support/wheel.py dist/*.whl
 
+# One wheel, with what tests use, goes unchanged into every environment of the matrix.
+MATRIX := $(or $(ODDSMITH_CACHE),$(HOME)/.cache/oddsmith)/matrix
+.PHONY: matrix-wheel
+matrix-wheel: $(BIN)/.tools
+	$(BIN)/pip install --quiet "uv>=0.9"
+	rm -rf $(MATRIX)/dist
+	$(ACTIVATE) && maturin build --release --locked --features $(TESTING) --out $(MATRIX)/dist
+
+.PHONY: matrix
+matrix: matrix-wheel ## Tests with every torch from 2.10, Pythons, and both ends of the libraries; the table of docs/compatibility.md
+	$(ACTIVATE) && python tests/support/matrix.py $(MATRIX)/dist/*.whl $(CELLS:%=--only "%")
+
+.PHONY: newest
+newest: matrix-wheel ## Tests with the newest torch, and another Python where there is one
+	$(ACTIVATE) && python tests/support/matrix.py $(MATRIX)/dist/*.whl --newest
+
 .PHONY: clean
 clean: ## Remove the environment and what Python has cached
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .mypy_cache .import_linter_cache .grimp_cache
