@@ -234,8 +234,6 @@ class ORPOTrainer(ModelLoan, RowHooks, BatchHooks, LossHooks, EvaluationHooks, T
             return "padding_free is False"
         if self.args.torch_compile:
             return "torch_compile would recompile for the lengths of every batch"
-        if getattr(model.config, "output_router_logits", False):
-            return "its auxiliary loss is computed on a padded batch"
         try:
             model_attention.check(core_of(model))
         except model_attention.CannotPack as cannot:

@@ -90,15 +90,17 @@ def packed_inputs(batch: PackedBatch, router: bool = False) -> dict[str, Any]:
 
     Args:
         batch ([`~oddsmith.packing.batch.PackedBatch`]): The batch.
-        router (`bool`, *optional*): Whether the model computes its auxiliary loss, for which the tokens
-            of a shared prompt count twice, as in a padded batch.
+        router (`bool`, *optional*):
+            Ask a mixture of experts for its auxiliary loss. It weighs tokens by the mask, where those of a
+            shared prompt count twice: a padded batch has them in both sequences.
     """
-    device = batch.input_ids.device
+    mask = row_mask(batch.segments, batch.input_ids.device, by_sequence=router)
     return {
         "input_ids": batch.input_ids,
         "position_ids": batch.position_ids,
-        "attention_mask": row_mask(batch.segments, device, by_sequence=router),
+        "attention_mask": mask,
         ROW: PackedRow(batch.segments),
+        **({"output_router_logits": True} if router else {}),
     }
 
 

@@ -17,9 +17,9 @@ from torch.autograd.function import once_differentiable
 from .attention_cpu import blocks
 from .pattern import Pattern, Segments
 
-# Attention weights in memory at a time, over all heads, and the largest number of queries.
+# Attention weights in memory at a time, over all heads, and the numbers of queries.
 _TILE_WEIGHTS = 1 << 21
-_TILE_QUERIES = 256
+_TILE_QUERIES, _SMALLEST = 256, 16
 
 
 class Rule(NamedTuple):
@@ -53,7 +53,7 @@ def tiles(
         shared = 0 if prompt is None else prompt.stop - prompt.start
         length = shared + own.stop - own.start
         offset = own.start - shared  # place of a position behind the prompt
-        step = max(16, min(_TILE_QUERIES, _TILE_WEIGHTS // (heads * length)))
+        step = max(_SMALLEST, min(_TILE_QUERIES, _TILE_WEIGHTS // (heads * length)))
         begin = shared
         while begin < length:
             end = min(begin + step, length)

@@ -171,7 +171,9 @@ class LossHooks(TrainerParts):
         prefix = "eval_" if train_eval == "eval" else ""
         loss = scores.loss
         if self.aux_loss_enabled:
-            loss = loss + self.aux_loss_coef * cast(Tensor, scores.aux_loss)
+            aux_loss = cast(Tensor, scores.aux_loss).to(loss.device)
+            loss = loss + self.aux_loss_coef * aux_loss
+            metrics["aux_loss"] = aux_loss.detach()
         return loss, {f"{prefix}{name}": value for name, value in metrics.items()}
 
     # ---- Scores: fused head or logits ----
@@ -210,7 +212,7 @@ class LossHooks(TrainerParts):
                 packed = PackedBatch.from_padded(batch, self.args.share_prompt)
             packed = packed.to(self.accelerator.device)
             rows = model_head.FusedBatch.of_packed(packed, **objective)
-            inputs = model_attention.packed_inputs(packed)
+            inputs = model_attention.packed_inputs(packed, router=self.aux_loss_enabled)
             out = model_head.fused_loss(model, rows, **inputs, use_cache=False)
             model_attention.check_seen(inputs)
         else:
