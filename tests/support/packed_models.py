@@ -21,10 +21,47 @@ SIZES = {
 LENGTHS = ((1, 8, 5), (9, 1, 1), (6, 0, 3), (4, 9, 4))
 
 
+_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_LATENT = {
+    "q_lora_rank": 16,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 6,
+    "num_key_value_heads": 4,
+}
+_TWO_TYPES = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
+# What attention each of them needs beyond the usual. Windows and chunks are shorter than the prompts.
+FAMILIES = {
+    # A softcap, a scale that is not the width's, and windows in every other layer.
+    "Gemma2": {"head_dim": 8, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 20}
+    | _TWO_TYPES,
+    # Sinks.
+    "GptOss": {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2} | _TWO_TYPES,
+    # Values that are narrower than keys.
+    "DeepseekV2": {"n_routed_experts": 4, "n_group": 2, "topk_group": 2, "head_dim": 4}
+    | {"first_k_dense_replace": 1, **_EXPERTS, **_LATENT},
+    "DeepseekV3": {"n_routed_experts": 4, "n_group": 2, "topk_group": 2, "head_dim": 4}
+    | {"first_k_dense_replace": 1, **_EXPERTS, **_LATENT},
+    "Glm4MoeLite": {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "head_dim": 4}
+    | {**_EXPERTS, **_LATENT},
+    "MiniCPM3": _LATENT,
+    # Chunks.
+    "Llama4Text": {"head_dim": 8, "num_local_experts": 2, "intermediate_size_mlp": 40}
+    | {"attention_chunk_size": 4, "no_rope_layers": [1, 0], "attn_temperature_tuning": False}
+    | {"layer_types": ["chunked_attention", "full_attention"]},
+    # Windows that are told by the mask alone.
+    "Qwen2Moe": {"num_experts": 4, "shared_expert_intermediate_size": 16, **_EXPERTS}
+    | {"use_sliding_window": True, **_TWO_TYPES},
+    "Phimoe": {"num_local_experts": 4, "sliding_window": 4},
+}
+
+
 def tiny(family, dtype=torch.float32, attention=None, **options):
     """A model with random weights; `attention` is set as if the package for it were installed."""
     torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**{**SIZES, **options})
+    options = {**SIZES, **FAMILIES.get(family, {}), **options}
+    config = getattr(transformers, f"{family}Config")(**options)
     kind = "Llama4ForCausalLM" if family == "Llama4Text" else f"{family}ForCausalLM"
     model = getattr(transformers, kind)(config).to(dtype)
     for name, parameter in model.named_parameters():

@@ -90,6 +90,12 @@ def pattern_mask(theirs: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 _known: dict[Any, Pattern] = {}
+# Farther than a window or chunk reaches that is not told.
+_FAR = 1 << 24
+
+
+class _NoIdentity(Exception):
+    """A function cannot be told from others by its code and the values that it has kept."""
 
 
 def pattern_of(
@@ -108,18 +114,19 @@ def pattern_of(
     Raises:
         [`CannotPack`]: If it is none of causal, sliding window and chunk.
     """
-    key = (_identity(mask_function), local_size)
-    found = _known.get(key)
-    if found is None:
-        found = _tried(mask_function, local_size, device)
+    try:
+        key = (_identity(mask_function), local_size)
+    except _NoIdentity:  # has tensors; reading them would take as long as to evaluate it
+        return _tried(mask_function, local_size, device)
+    if key not in _known:
         if len(_known) > 256:
             _known.clear()
-        _known[key] = found
-    return found
+        _known[key] = _tried(mask_function, local_size, device)
+    return _known[key]
 
 
 def _tried(mask_function: Callable[..., Any], size: int | None, device: Any) -> Pattern:
-    ends = (0,) if size is None else (0, size, 2 * size, 3 * size)
+    ends = (0, _FAR) if size is None else (0, size, 2 * size, 3 * size, _FAR + 3 * size)
     places = sorted({place for end in ends for place in range(max(0, end - 2), end + 3)})
     positions = torch.tensor(places, device=device)
     query, key = positions[:, None], positions[None]
@@ -144,10 +151,7 @@ def _tried(mask_function: Callable[..., Any], size: int | None, device: Any) -> 
 
 
 def _identity(value: Any) -> Any:
-    """What a function computes: its code and the values that it has kept, those of tensors aside.
-
-    The tensors of transformers' mask functions depend on the padding, and a packed row has none.
-    """
+    """What a function computes: its code and the values that it has kept."""
     if callable(value) and hasattr(value, "__code__"):
         cells = value.__closure__ or ()
         return (value.__code__, tuple(_identity(cell.cell_contents) for cell in cells))
@@ -155,4 +159,4 @@ def _identity(value: Any) -> Any:
         return tuple(map(_identity, value))
     if isinstance(value, (int, float, str, type(None))):
         return value
-    return type(value)
+    raise _NoIdentity
