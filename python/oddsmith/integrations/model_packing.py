@@ -6,19 +6,11 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from ..packing.batch import PackedBatch
+from .attention_names import attention_name, plain_attention
 from .model_attention import CannotPack, PackedRow, why_not
 from .model_structure import in_memory, is_exact, mixer, strange
 from .packed_trial import DIFFERS, EXACT, FAILS, Blind, try_out
-from .small_model import (
-    REACH,
-    SPREAD,
-    NotSmall,
-    attention_name,
-    plain_attention,
-    reaches,
-    small_model,
-    spreads,
-)
+from .small_model import REACH, SPREAD, NotSmall, reaches, small_model, spreads
 
 __all__ = ["CannotPack", "RowLimits", "check"]
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..packing.batch import PackedBatch
+from .attention_names import attention_named
 from .model_attention import CannotPack, packed_inputs, row_of
 from .model_core import observed
-from .small_model import attention_named
 
 __all__ = ["DIFFERS", "EXACT", "FAILS", "Blind", "try_out"]
 

@@ -16,15 +16,21 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
+from .attention_names import (
+    attention_name,
+    configs_of,
+    module_configs,
+    name_attention,
+    plain_attention,
+    text_config,
+)
+
 __all__ = [
     "REACH",
     "SPREAD",
     "NotSmall",
-    "attention_name",
-    "attention_named",
     "class_of",
     "layers_of",
-    "plain_attention",
     "reaches",
     "small_model",
     "spreads",
@@ -47,9 +53,6 @@ _SPREADS = ("floor_scale", "original_max_position_embeddings")
 SPREAD = 3
 # Chunks of a computation, not of the sequence.
 _COMPUTING = ("feed_forward", "mamba", "lm_head", "conv", "layers", "pattern")
-
-# Where a configuration has the name of its attention; the public name also changes others.
-_ATTENTION = "_attn_implementation_internal"
 
 _VOCABULARY = 96
 _EXPERTS = 4
@@ -81,7 +84,7 @@ class NotSmall(Exception):
 def reaches(config: Any) -> list[int]:
     """How far a model's windowed and chunked layers see, in tokens; empty if all see everything."""
     found = []
-    for each in _configs(config):
+    for each in configs_of(config):
         for name, value in vars(each).items():
             if _is_reach(name) and _is_count(value):
                 found.append(value)
@@ -91,7 +94,7 @@ def reaches(config: Any) -> list[int]:
 def spreads(config: Any) -> list[int]:
     """After how many tokens a model treats positions in another way; empty if it never does."""
     found = []
-    for each in _configs(config):
+    for each in configs_of(config):
         places = [vars(each)]
         while places:
             place = places.pop()
@@ -146,46 +149,12 @@ def _build(core: Any, config: Any) -> nn.Module:
     torch.set_default_dtype(torch.float32)
     try:
         # Other attention than this may need a package, or a GPU.
-        _name_attention([config], plain_attention(core))
+        name_attention([config], plain_attention(core))
         model = class_of(core)(copy.deepcopy(config))
     finally:
         torch.set_default_dtype(before)
-    _name_attention(_module_configs(model), attention_name(core))
+    name_attention(module_configs(model), attention_name(core))
     return model
-
-
-def attention_name(core: Any) -> str | None:
-    """The name that the attention of a model's text part has in transformers' table."""
-    return getattr(_text_config(core.config), "_attn_implementation", None)
-
-
-def plain_attention(core: Any) -> str:
-    """The attention, computed by its definition on any device, that a model's own is compared with."""
-    name = attention_name(core)
-    return name if name in ("eager", "sdpa") else "eager"
-
-
-@contextmanager
-def attention_named(small: nn.Module, name: str) -> Iterator[None]:
-    """A context in which the attention of a small model has another name."""
-    before, configs = attention_name(small), _module_configs(small)
-    _name_attention(configs, name)
-    try:
-        yield
-    finally:
-        _name_attention(configs, before)
-
-
-def _module_configs(model: nn.Module) -> list[Any]:
-    # Parts of a model may have copies of its configuration.
-    own = (getattr(module, "config", None) for module in model.modules())
-    return list({id(each): each for each in own if hasattr(each, "model_type")}.values())
-
-
-def _name_attention(configs: list[Any], name: str | None) -> None:
-    for config in configs:
-        for each in _configs(config):
-            setattr(each, _ATTENTION, name)
 
 
 @contextmanager
@@ -220,27 +189,13 @@ def _small_config(core: Any, reach: int, spread: int, deep: bool) -> Any:
     config = copy.deepcopy(core.config)
     for name in ("quantization_config", "_pre_quantization_dtype"):
         vars(config).pop(name, None)
-    text = _text_config(config)
+    text = text_config(config)
     depth = None if deep else max(2, _depth(core))
-    for each in _configs(config):
+    for each in configs_of(config):
         _fewer_layers(each, depth if each is text else 2)
         _narrower(each)
         _scale(each, reach, spread)
     return config
-
-
-def _text_config(config: Any) -> Any:
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
-def _configs(config: Any) -> list[Any]:
-    """A configuration and those within it."""
-    found, queue = [], [config]
-    while queue:
-        each = queue.pop()
-        found.append(each)
-        queue += [x for x in vars(each).values() if hasattr(x, "model_type") and x not in found]
-    return found
 
 
 def _number(config: Any, name: str) -> int | None:
@@ -257,7 +212,7 @@ def _is_count(value: Any) -> TypeGuard[int]:
 
 def layers_of(core: Any) -> list[nn.ModuleList]:
     """The lists of layers of a model's text part."""
-    text = _text_config(core.config)
+    text = text_config(core.config)
     count = _number(text, "num_hidden_layers")
     decoder = core.get_decoder() if hasattr(core, "get_decoder") else None
     for part in (decoder or core, core):  # towers for images and sound may have as many

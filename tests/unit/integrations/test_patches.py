@@ -30,8 +30,8 @@ from oddsmith.integrations.checkpointing import Checkpointing
 from oddsmith.integrations.cpu_memory import POOL, CpuMemoryPool
 from oddsmith.integrations.dropout import NoDropout
 from oddsmith.integrations.import_hook import HOOK, ImportHook
-from oddsmith.integrations.packed_masks import CannotPack
 from oddsmith.integrations.module_forward import ModuleForward
+from oddsmith.integrations.packed_masks import CannotPack
 from oddsmith.integrations.parameter_count import COUNT, ParameterCount
 from oddsmith.integrations.patch import Patch, Unsupported, find
 from oddsmith.integrations.patches import PATCHES

@@ -117,9 +117,7 @@ def test_each_query_is_in_one_tile_with_all_that_it_sees(pattern, queries):
 def test_memory_grows_with_the_row_and_not_with_its_square():
     # 16 pairs of 2 * 512 tokens: a mask of the row would have 16384 squared elements a head.
     segments = ((0, 512, 512),) * 16
-    largest = max(
-        tile.seen.numel() * 4 for tile in tiles(segments, CAUSAL, 4, torch.device("cpu"))
-    )
+    largest = max(tile.seen.numel() * 4 for tile in tiles(segments, CAUSAL, 4, torch.device("cpu")))
     assert largest <= attention_tiles._TILE_WEIGHTS
 
 
