@@ -187,7 +187,7 @@ def _draw(model: nn.Module) -> None:
 
 def _small_config(core: Any, reach: int, spread: int, deep: bool) -> Any:
     config = copy.deepcopy(core.config)
-    for name in ("quantization_config", "_pre_quantization_dtype"):
+    for name in ("quantization_config", "_pre_quantization_dtype", "_is_quantized"):
         vars(config).pop(name, None)
     text = text_config(config)
     depth = None if deep else max(2, _depth(core))
