@@ -156,8 +156,8 @@ def test_batches_beyond_the_limits_of_a_model_keep_their_padding(make, tokenizer
         return PackedBatch.build(rows, "auto").input_ids.numel()
 
     rows = sorted(make().train_dataset, key=lambda row: tokens([row]))
-    most = tokens(rows[:1])
-    assert tokens(rows[-1:]) > most
+    most = tokens(rows[:2])
+    assert tokens(rows[-2:]) > most
     torch.manual_seed(0)
     model = Llama4ForCausalLM(
         Llama4TextConfig(
@@ -179,7 +179,7 @@ def test_batches_beyond_the_limits_of_a_model_keep_their_padding(make, tokenizer
     runs = []
     counted = trainer._packed
     trainer._packed = lambda batch: runs.append(counted(batch)) or runs[-1]
-    for part in (rows[:1], rows[-2:], rows[-1:]):
+    for part in (rows[:2], rows[-2:], rows[-3:]):
         batch = trainer.data_collator(part)
         loss, _ = trainer.get_batch_loss_metrics(trainer.model, batch)
         expected, _ = padded.get_batch_loss_metrics(padded.model, batch)
