@@ -257,8 +257,6 @@ class ORPOTrainer(
             return NO_PACKING
         if self.args.torch_compile:
             return "torch_compile would recompile for the lengths of every batch"
-        if getattr(model.config, "output_router_logits", False):
-            return "its auxiliary loss is computed on a padded batch"
         try:
             self._row_limits = model_packing.check(core_of(model))
         except model_packing.CannotPack as cannot:

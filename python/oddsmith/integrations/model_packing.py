@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from ..packing.batch import PackedBatch
-from .model_attention import NAME, CannotPack, PackedRow
+from .attention_names import attention_name, plain_attention
+from .model_attention import CannotPack, PackedRow, why_not
 from .model_structure import in_memory, is_exact, mixer, strange
 from .packed_trial import DIFFERS, EXACT, FAILS, LONGEST, MOST, Blind, try_out
 from .small_model import NotSmall, reaches, small_model, spreads
@@ -63,9 +64,9 @@ def check(core: Any) -> RowLimits:
     Raises:
         [`CannotPack`]: With the reason, if they are not.
     """
-    implementation = getattr(core.config, "_attn_implementation", None)
-    if implementation != NAME:
-        raise CannotPack(f"its attention is {implementation!r}, not {NAME!r}")
+    unknown = why_not(attention_name(core))
+    if unknown is not None:
+        raise CannotPack(unknown)
     PackedRow(())  # the table of attention functions can be changed
     part = mixer(core)
     if part is not None:
@@ -87,7 +88,7 @@ def _small(core: Any) -> tuple[Any, RowLimits]:
         for limits, options in _attempts(core):
             try:
                 small = small_model(core, deep=deep, **options)
-                reason = try_out(small)
+                reason = try_out(small, reference=plain_attention(small))
             except NotSmall as error:
                 failure = str(error)
                 break

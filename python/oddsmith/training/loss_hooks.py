@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -184,7 +184,9 @@ class LossHooks(TrainerParts):
         prefix = "eval_" if train_eval == "eval" else ""
         loss = scores.loss
         if self.aux_loss_enabled:
-            loss = loss + self.aux_loss_coef * cast(Tensor, scores.aux_loss)
+            aux_loss = torch.as_tensor(scores.aux_loss, device=loss.device)
+            loss = loss + self.aux_loss_coef * aux_loss
+            metrics["aux_loss"] = aux_loss.detach()
         return loss, {f"{prefix}{name}": value for name, value in metrics.items()}
 
     # ---- Scores: fused head or logits ----
@@ -227,7 +229,7 @@ class LossHooks(TrainerParts):
         packed = self._packed(batch) if self._padded_because is None else None
         if packed is not None:
             rows = model_head.FusedBatch.of_packed(packed, **objective)
-            inputs = model_attention.packed_inputs(packed)
+            inputs = model_attention.packed_inputs(packed, router=self.aux_loss_enabled)
             out = model_head.fused_loss(model, rows, **inputs, use_cache=False)
             model_attention.check_seen(inputs)
         else:
