@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
@@ -14,12 +13,12 @@ from transformers.utils import logging
 
 from .config import ORPOConfig
 from .data.collator import PreferenceCollator
-from .data.rows import RowBuilder
 from .data.tokenizer import ensure_pad_token
 from .integrations import model_attention, model_head
 from .integrations.model_core import core_of
 from .training.adamw_names import ADAMW_NAMES, adamw_optimizer
 from .training.batch_hooks import BatchHooks
+from .training.current_args import CurrentArgs
 from .training.evaluation_hooks import EvaluationHooks
 from .training.loss_hooks import LossHooks
 from .training.low_rank_names import LOW_RANK_NAMES, low_rank_optimizer
@@ -33,12 +32,15 @@ from .training.models import (
     prepare_model,
     vocabulary_size,
 )
+from .training.row_dependence import row_dependence
 from .training.row_hooks import RowHooks
 
 logger = logging.get_logger(__name__)
 
 
-class ORPOTrainer(ModelLoan, RowHooks, BatchHooks, LossHooks, EvaluationHooks, Trainer):
+class ORPOTrainer(
+    CurrentArgs, ModelLoan, RowHooks, BatchHooks, LossHooks, EvaluationHooks, Trainer
+):
     r"""
     Trains a model on preference pairs with ORPO (Hong et al. 2024, arXiv 2403.07691).
 
@@ -127,11 +129,11 @@ class ORPOTrainer(ModelLoan, RowHooks, BatchHooks, LossHooks, EvaluationHooks, T
             processing_class = load_processing_class(model, revision, args)
         pad_token_id = ensure_pad_token(processing_class)
         self.processing_class = processing_class
-        self.padding_value: int = pad_token_id if args.padding_value is None else args.padding_value
         self._read_config(model.config)
         self.use_dpo_data_collator: bool = data_collator is None
+        self._own_collator = None
         if data_collator is None:
-            data_collator = PreferenceCollator(
+            data_collator = self._own_collator = PreferenceCollator(
                 pad_token_id,
                 args.label_pad_token_id,
                 self.is_encoder_decoder,
@@ -140,21 +142,8 @@ class ORPOTrainer(ModelLoan, RowHooks, BatchHooks, LossHooks, EvaluationHooks, T
             )
             args.remove_unused_columns = False  # the model's forward has none of the columns
 
-        self._rows = RowBuilder(
-            processing_class,
-            max_length=self.max_length,
-            max_prompt_length=args.max_prompt_length,
-            truncation_mode=args.truncation_mode,
-            label_pad_token_id=args.label_pad_token_id,
-            is_encoder_decoder=self.is_encoder_decoder,
-            max_completion_length=args.max_completion_length,
-            padding_value=self.padding_value,
-        )
-        self.max_completion_length: int | None = self._rows.max_completion_length
-        with PartialState().local_main_process_first():
-            train_dataset = self._prepare_rows(train_dataset, "train_dataset")
-            if eval_dataset is not None:
-                eval_dataset = self._prepare_rows(eval_dataset, "eval_dataset")
+        self._rows = self._row_builder()
+        train_dataset, eval_dataset = self._prepare_given(train_dataset, eval_dataset)
         self._check_rows(train_dataset, eval_dataset, vocabulary_size(model))
 
         accelerator_config = cast(Any, args.accelerator_config)
@@ -187,6 +176,7 @@ class ORPOTrainer(ModelLoan, RowHooks, BatchHooks, LossHooks, EvaluationHooks, T
         if callable(add_tags := getattr(self.model, "add_model_tags", None)):
             add_tags(self._tag_names)
         self._announce_path()
+        self._start_following()
 
     # ---- Start ----
 
@@ -205,17 +195,19 @@ class ORPOTrainer(ModelLoan, RowHooks, BatchHooks, LossHooks, EvaluationHooks, T
         model, casted = prepare_model(model, self.args, self._peft_config)
         self._peft_has_been_casted_to_bf16 = casted
         self._lend(model)
-        self._plain_because = self._check_fused_head(model)
+        self._choose_path(model)
         return model
+
+    def _choose_path(self, model: nn.Module) -> None:
+        self._padded_because = None
+        self._plain_because = self._check_fused_head(model)
 
     def _check_fused_head(self, model: Any) -> str | None:
         """Why the loss must be computed from logits, or None."""
         if not self.args.use_fused_head:
             return "use_fused_head is False"
-        if model.config.is_encoder_decoder:
-            return "it is an encoder-decoder model"
-        if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
-            return "its adapter consists of virtual tokens"
+        if (because := row_dependence(model, self.args, "plain")) is not None:
+            return because
         try:
             model_head.check(model)
         except model_head.HeadMismatch as mismatch:
@@ -232,10 +224,8 @@ class ORPOTrainer(ModelLoan, RowHooks, BatchHooks, LossHooks, EvaluationHooks, T
         """Why batches need padding, or None."""
         if not self.args.padding_free:
             return "padding_free is False"
-        if self.args.torch_compile:
-            return "torch_compile would recompile for the lengths of every batch"
-        if getattr(model.config, "output_router_logits", False):
-            return "its auxiliary loss is computed on a padded batch"
+        if (because := row_dependence(model, self.args, "padded")) is not None:
+            return because
         try:
             model_attention.check(core_of(model))
         except model_attention.CannotPack as cannot:
@@ -255,13 +245,6 @@ class ORPOTrainer(ModelLoan, RowHooks, BatchHooks, LossHooks, EvaluationHooks, T
             logger.warning(f"Batches keep their padding: {self._padded_because}.")
 
     def _read_config(self, config: Any) -> None:
-        args = self.args
-        self.beta: float = args.beta
-        self.max_length: int = cast(int, args.max_length)  # the configuration fills in a None
-        self.max_prompt_length: int | None = args.max_prompt_length
-        self.truncation_mode: str = args.truncation_mode
-        self.label_pad_token_id: int = args.label_pad_token_id
-        self.generate_during_eval: bool = args.generate_during_eval
         self.is_encoder_decoder: bool = config.is_encoder_decoder
         if self.is_encoder_decoder:
             self.decoder_start_token_id: int | None = config.decoder_start_token_id

@@ -6,7 +6,6 @@ import dataclasses
 import importlib.util
 from typing import Any
 
-import peft
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 

@@ -32,19 +32,31 @@ if TYPE_CHECKING:
 
         # ---- Set by the trainer ----
 
-        beta: float
-        max_length: int
-        padding_value: int
+        @property
+        def beta(self) -> float: ...
+
+        @property
+        def max_length(self) -> int: ...
+
+        @property
+        def padding_value(self) -> int: ...
+
+        @property
+        def generate_during_eval(self) -> bool: ...
+
+        @property
+        def tokenizer(self) -> Any: ...
+
         is_encoder_decoder: bool
         decoder_start_token_id: int | None
         pad_token_id: int | None
         aux_loss_enabled: bool
         aux_loss_coef: float
-        generate_during_eval: bool
         use_dpo_data_collator: bool
         _rows: RowBuilder
         _stored_metrics: MetricStore
         _metric_weight: float
+        _scheduled_beta: float | None
 
         # ---- Used by other parts ----
 
@@ -57,6 +69,18 @@ if TYPE_CHECKING:
         def _take_metrics(self, split: Split) -> dict[str, float]: ...
 
         def _borrow(self) -> None: ...
+
+        def _lend(self, model: nn.Module) -> None: ...
+
+        def _packs(self) -> bool: ...
+
+        def _choose_path(self, model: nn.Module) -> None: ...
+
+        def _announce_path(self) -> None: ...
+
+        def _prepare_rows(self, dataset: Any, name: str) -> Any: ...
+
+        def _check_rows(self, train_dataset: Any, eval_dataset: Any, vocabulary: int) -> None: ...
 
         def _own_optimizer(self) -> Any: ...
 
