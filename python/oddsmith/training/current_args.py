@@ -159,7 +159,21 @@ class CurrentArgs(TrainerParts):
 
     def _start_following(self) -> None:
         """Remembers the arguments that the trainer was created with."""
+        self._leave_out_loss_kernels()
         self._run_with = self._values((*MODEL_ARGUMENTS, *_FIXED))
+
+    def _leave_out_loss_kernels(self) -> None:
+        """Keeps Liger, which changes the model when training starts, from replacing its forward."""
+        args, losses = self.args, ("cross_entropy", "fused_linear_cross_entropy")
+        if not args.use_liger_kernel:
+            return
+        given = args.liger_kernel_config or {}
+        if any(given.get(name) for name in losses):
+            logger.warning(
+                "liger_kernel_config: the loss kernels are left out, because the loss is computed by "
+                "oddsmith."
+            )
+        args.liger_kernel_config = {**given, **dict.fromkeys(losses, False)}
 
     def _follow_args(self) -> None:
         """

@@ -45,7 +45,7 @@ def parts():
 def make(parts, tmp_path, monkeypatch):
     model, tokenizer, rows = parts
     # It asks the library of the search, which need not be installed, what a trial is.
-    monkeypatch.setattr("transformers.trainer.hp_params", dict)
+    monkeypatch.setattr("transformers.integrations.hp_params", dict)
 
     def make(from_model=False, **changed):
         changed = {"max_steps": 1, "warmup_steps": 0, "gradient_accumulation_steps": 1, **changed}
