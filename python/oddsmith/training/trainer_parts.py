@@ -57,6 +57,7 @@ if TYPE_CHECKING:
         _stored_metrics: MetricStore
         _metric_weight: float
         _scheduled_beta: float | None
+        _last_loss: Any
 
         # ---- Used by other parts ----
 
