@@ -88,7 +88,7 @@ def _adapters(model: Any) -> Iterator[Any]:
     for each in _wrappers(model):
         configs = getattr(each, "peft_config", None)
         if isinstance(configs, dict):
-            active = getattr(each, "active_adapters", None) or configs
+            active: Any = getattr(each, "active_adapters", None) or configs
             active = active() if callable(active) else active
             yield from (configs[name] for name in active if name in configs)
             return

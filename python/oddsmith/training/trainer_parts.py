@@ -36,13 +36,7 @@ if TYPE_CHECKING:
         def beta(self) -> float: ...
 
         @property
-        def max_length(self) -> int: ...
-
-        @property
         def padding_value(self) -> int: ...
-
-        @property
-        def generate_during_eval(self) -> bool: ...
 
         @property
         def tokenizer(self) -> Any: ...
@@ -52,6 +46,8 @@ if TYPE_CHECKING:
         pad_token_id: int | None
         aux_loss_enabled: bool
         aux_loss_coef: float
+        max_length: int
+        generate_during_eval: bool
         use_dpo_data_collator: bool
         _rows: RowBuilder
         _stored_metrics: MetricStore

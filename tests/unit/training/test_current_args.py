@@ -44,8 +44,9 @@ def parts():
 @pytest.fixture
 def make(parts, tmp_path, monkeypatch):
     model, tokenizer, rows = parts
-    # It asks the library of the search, which need not be installed, what a trial is.
+    # transformers asks the library of the search, which need not be installed, for these.
     monkeypatch.setattr("transformers.integrations.hp_params", dict)
+    monkeypatch.setattr(ORPOTrainer, "_get_output_dir", lambda self, trial: str(tmp_path))
 
     def make(from_model=False, **changed):
         changed = {"max_steps": 1, "warmup_steps": 0, "gradient_accumulation_steps": 1, **changed}

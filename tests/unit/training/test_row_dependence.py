@@ -33,7 +33,7 @@ LORA = {
     "embeddings": {"target_modules": ["embed_tokens", "q_proj"]},
     "head": {"target_modules": ["lm_head", "q_proj"]},
     "rows of tokens": {"trainable_token_indices": [3, 4, 9]},
-    "activated": {"alora_invocation_tokens": [5]},
+    "activated": {"alora_invocation_tokens": None},  # one of the batch
 }
 TIED = {
     "one end": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
@@ -60,6 +60,12 @@ def trainer(base, tokenizer, tmp_path_factory):
     )
     model = copy.deepcopy(base)
     return ORPOTrainer(model, args, train_dataset=pairs(4), processing_class=tokenizer)
+
+
+@pytest.fixture(scope="module")
+def tokens(trainer):
+    """Tokens of the compared batch, in its completions."""
+    return batch_of(trainer)["chosen_input_ids"][0, -3:].tolist()
 
 
 def adapted(model, config):
@@ -109,10 +115,11 @@ def test_every_method_has_its_path():
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_methods_of_peft(name, trainer, base):
+def test_methods_of_peft(name, trainer, base, tokens):
     if UNTRAINABLE.get(name):
         pytest.skip(UNTRAINABLE[name])
-    model = adapted(base, method_config(name))
+    own = {"token_indices": sorted(set(tokens))} if name == "TRAINABLE_TOKENS" else {}
+    model = adapted(base, method_config(name, **own))
     padded, plain = compare(trainer, model)
     if name in ON_PLAIN:
         assert plain == f"its adapter ({name}) puts virtual tokens in front of each row"
@@ -123,7 +130,9 @@ def test_methods_of_peft(name, trainer, base):
 
 
 @pytest.mark.parametrize("options", LORA.values(), ids=LORA)
-def test_forms_of_lora(options, trainer, base):
+def test_forms_of_lora(options, trainer, base, tokens):
+    if "alora_invocation_tokens" in options:
+        options = {"alora_invocation_tokens": tokens[:1]}
     padded, plain = compare(trainer, adapted(base, method_config("LORA", **options)))
     if "alora_invocation_tokens" in options:
         assert "activated LoRA" in padded
