@@ -140,7 +140,6 @@ class ORPOTrainer(
         self.processing_class = processing_class
         self._read_config(model.config)
         self.use_dpo_data_collator: bool = data_collator is None
-        self._own_collator = None
         if data_collator is None:
             data_collator = self._own_collator = PreferenceCollator(
                 pad_token_id,
@@ -197,7 +196,13 @@ class ORPOTrainer(
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """A new model from `model_init`, with its adapter."""
         first, self._first_model = getattr(self, "_first_model", None), None
-        return self._take_model(super().call_model_init(trial)) if first is None else first
+        if first is not None:
+            return first
+        before = self.path
+        model = self._take_model(super().call_model_init(trial))
+        if self._run_with and self.path != before:  # not within __init__
+            self._announce_path()
+        return model
 
     def _take_model(self, model: Any) -> nn.Module:
         check_model(model)
@@ -210,6 +215,8 @@ class ORPOTrainer(
     def _choose_path(self, model: nn.Module) -> None:
         self._padded_because = None
         self._plain_because = self._check_fused_head(model)
+        if self._own_collator is not None:
+            self._own_collator.packing = self._packs()
 
     def _check_fused_head(self, model: Any) -> str | None:
         """Why the loss must be computed from logits, or None."""

@@ -75,6 +75,10 @@ class CurrentArgs(TrainerParts):
     label_pad_token_id = cast(int, _Argument())
     generate_during_eval = cast(bool, _Argument())
 
+    # The collator, if it is ours.
+    _own_collator: PreferenceCollator | None = None
+    # The arguments that the trainer runs with, once it is created.
+    _run_with: dict[str, Any] = {}
     # Beta of the last batch, if there is a schedule.
     _scheduled_beta: float | None = None
 
@@ -232,5 +236,3 @@ class CurrentArgs(TrainerParts):
     _given: tuple[Any, Any]
     _made: tuple[Any, Any]
     _made_with: dict[str, Any]
-    _run_with: dict[str, Any]
-    _own_collator: PreferenceCollator | None
