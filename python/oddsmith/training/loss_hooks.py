@@ -17,6 +17,7 @@ from ..integrations.model_packing import RowLimits
 from ..packing.batch import PackedBatch
 from .metrics import PairScores, Split, batch_share, pair_metrics
 from .overrides import is_overridden
+from .row_dependence import virtual_tokens
 from .trainer_parts import TrainerParts
 
 logger = logging.get_logger(__name__)
@@ -147,6 +148,9 @@ class LossHooks(TrainerParts):
             )
         outputs = self._run(model, inputs, **extra)
         logits = outputs.logits
+        if not self.is_encoder_decoder and virtual_tokens(self.accelerator.unwrap_model(model)):
+            # Logits of virtual tokens come first; those of prefixes are not computed.
+            logits = logits[:, logits.shape[1] - labels.shape[1] :]
         logps = self.get_batch_logps(
             logits, labels, average_log_prob=True, is_encoder_decoder=self.is_encoder_decoder
         )
@@ -174,7 +178,7 @@ class LossHooks(TrainerParts):
         """
         self._borrow()
         if self.args.beta_schedule != "constant" and self.state.max_steps > 0:
-            self.beta = self.args.beta_at(self.state.global_step, self.state.max_steps)
+            self._scheduled_beta = self.args.beta_at(self.state.global_step, self.state.max_steps)
         uses_logits = self._plain_because is not None or bool(self._own_loss_hooks())
         scores = (self._plain_scores if uses_logits else self._fused_scores)(model, batch)
         pairs, self._metric_weight = scores.whole.shape[0], 1.0

@@ -91,7 +91,11 @@ def vocabulary_size(model: Any) -> int:
     """Number of token ids in a model's embeddings and output head."""
     core = model.get_base_model() if hasattr(model, "get_base_model") else model
     text = core.config.get_text_config() if hasattr(core.config, "get_text_config") else core.config
-    layers = [core.get_input_embeddings(), core.get_output_embeddings()]
+    # What peft trains instead of a tied head is made with its two sizes exchanged.
+    layers = [
+        getattr(layer, "original_module", layer)
+        for layer in (core.get_input_embeddings(), core.get_output_embeddings())
+    ]
     sizes = [getattr(layers[0], "num_embeddings", None), getattr(layers[1], "out_features", None)]
     # Quantised or wrapped layers may not have the attribute.
     known = [size for size in sizes if isinstance(size, int) and size > 0]

@@ -22,14 +22,6 @@ operators! {
     atg_mv(x: Tensor, y: Tensor) => c"aten::mv", c"", [Tensor(x), Tensor(y)];
 }
 
-#[unsafe(no_mangle)]
-unsafe extern "C" fn atg_linear(out: *mut Tensor, x: Tensor, weight: Tensor, bias: Tensor) {
-    let given = Value::Tensor(bias);
-    let bias = if bias.is_null() { Value::None } else { Value::Some(&given) };
-    // SAFETY: tch's arguments.
-    unsafe { put(out, call(c"aten::linear", c"", [Value::Tensor(x), Value::Tensor(weight), bias])) }
-}
-
 /// `to = base + x y`. The operator has two scalars, which have no stable form; the functions in C are those
 /// of the CPU and of CUDA. Elsewhere the product is added to `base` by itself.
 fn addmm(to: Tensor, base: Tensor, x: Tensor, y: Tensor) -> Result<()> {
