@@ -10,6 +10,7 @@ import sys
 from importlib.metadata import version
 
 from ..errors import UserError
+from ..torch_version import missing
 from .flags import positive
 
 USAGE = """\
@@ -172,10 +173,11 @@ def main(argv: list[str] | None = None) -> int:
         return COMMANDS[name](arguments)
     except SystemExit as request:  # argparse, after its error message or --help
         return request.code if isinstance(request.code, int) else 2
-    except UserError as error:
-        if os.environ.get("ODDSMITH_TRACEBACK"):
+    except (UserError, ModuleNotFoundError) as error:
+        no_torch = isinstance(error, ModuleNotFoundError) and error.name == "torch"
+        if os.environ.get("ODDSMITH_TRACEBACK") or not (no_torch or isinstance(error, UserError)):
             raise
-        print(f"oddsmith {name}: error: {error}", file=sys.stderr)
+        print(f"oddsmith {name}: error: {missing() if no_torch else error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"\noddsmith {name}: interrupted", file=sys.stderr)
