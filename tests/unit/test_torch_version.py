@@ -63,7 +63,7 @@ def test_a_command_without_torch_prints_one_line(arguments):
 
 
 def test_a_command_under_an_old_torch_prints_one_line():
-    old = "import sys, torch\ntorch.__version__ = '2.9.1'\n"
+    old = "import sys, torch\ntorch.__version__ = torch.torch_version.TorchVersion('2.9.1')\n"
     done = run(old + "from oddsmith.cli import main\nsys.exit(main(['demo']))")
     assert done.returncode == 1
     assert done.stderr.splitlines() == [

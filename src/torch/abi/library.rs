@@ -6,6 +6,10 @@ use std::ptr::NonNull;
 use std::sync::OnceLock;
 
 use libloading::Library;
+#[cfg(unix)]
+use libloading::os::unix as os;
+#[cfg(windows)]
+use libloading::os::windows as os;
 
 use crate::cuda::reason;
 
@@ -15,6 +19,9 @@ static LIBRARIES: OnceLock<Vec<Library>> = OnceLock::new();
 /// Parts of libtorch whose functions are used. On Linux and macOS a look-up in the first sees what it
 /// depends on; Windows asks each by itself. A torch without CUDA has no `torch_cuda`.
 const NAMES: [&str; 3] = ["torch_cpu", "c10", "torch_cuda"];
+
+#[cfg(unix)]
+const FLAGS: libc::c_int = os::RTLD_LAZY | os::RTLD_LOCAL;
 
 /// True for a function that a test of the fall-backs treats as missing.
 #[cfg(feature = "testing")]
@@ -37,26 +44,31 @@ pub enum Fault {
     Elsewhere(PathBuf),
 }
 
-#[cfg(unix)]
-fn open(path: &Path) -> Result<Library, String> {
-    use libloading::os::unix;
-    // SAFETY: libraries of torch, whose initialisers run when Python imports it.
-    let loaded = |flags| unsafe { unix::Library::open(Some(path), flags) };
-    let flags = unix::RTLD_LAZY | unix::RTLD_LOCAL;
-    if let Ok(already) = loaded(flags | libc::RTLD_NOLOAD) {
-        return Ok(already.into());
-    }
-    // Without RTLD_NOLOAD the CUDA part would be loaded where Python has not done so.
-    if path.file_stem().is_some_and(|name| name == "libtorch_cuda") {
-        return Err("not loaded".into());
-    }
-    loaded(flags).map(Library::from).map_err(|error| reason(&error))
+/// A library of torch, if Python has loaded it.
+fn loaded(path: &Path) -> Option<Library> {
+    // SAFETY: opening a library that is already loaded runs no code.
+    #[cfg(unix)]
+    let library = unsafe { os::Library::open(Some(path), FLAGS | libc::RTLD_NOLOAD) };
+    #[cfg(windows)]
+    let library = os::Library::open_already_loaded(path);
+    library.ok().map(Library::from)
 }
 
-#[cfg(windows)]
 fn open(path: &Path) -> Result<Library, String> {
-    // SAFETY: as on other systems.
-    unsafe { Library::new(path) }.map_err(|error| reason(&error))
+    if let Some(library) = loaded(path) {
+        return Ok(library);
+    }
+    // Python loads the CUDA part where there is one and it is needed.
+    if path.file_name().is_some_and(|name| name == libloading::library_filename("torch_cuda").as_os_str()) {
+        return Err("not loaded".into());
+    }
+    // SAFETY: libraries of torch, whose initialisers run when Python imports it.
+    #[cfg(unix)]
+    let library = unsafe { os::Library::open(Some(path), FLAGS) };
+    #[cfg(windows)]
+    // SAFETY: as above.
+    let library = unsafe { os::Library::new(path) };
+    library.map(Library::from).map_err(|error| reason(&error))
 }
 
 /// The files of this process's libraries.
