@@ -96,8 +96,14 @@ def demo_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _look_at_torch() -> None:
+    """Says what is wrong with torch before transformers warns of it in its own way."""
+    from .. import _core  # noqa: F401  # importing it is the look
+
+
 def demo(argv: list[str]) -> int:
     options = demo_parser().parse_args(argv)
+    _look_at_torch()
     from ..demo.run import STEPS, run_demo
 
     try:
@@ -111,6 +117,7 @@ def train(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(TRAIN_USAGE, end="", file=sys.stdout if argv else sys.stderr)
         return 0 if argv else 2
+    _look_at_torch()
     from .train_flags import parse_train_arguments
 
     arguments = parse_train_arguments(argv)
