@@ -16,11 +16,13 @@ from .config import ORPOConfig
 from .data.collator import PreferenceCollator
 from .data.rows import RowBuilder
 from .data.tokenizer import ensure_pad_token
-from .integrations import model_attention, model_head
+from .integrations import model_head, model_packing
 from .integrations.model_core import core_of
+from .integrations.model_path import TrainingPath
 from .training.adamw_names import ADAMW_NAMES, adamw_optimizer
 from .training.batch_hooks import BatchHooks
 from .training.evaluation_hooks import EvaluationHooks
+from .training.gradient_hooks import GradientHooks
 from .training.loss_hooks import LossHooks
 from .training.low_rank_names import LOW_RANK_NAMES, low_rank_optimizer
 from .training.metrics import EMPTY_COMPLETIONS, FIRST_NON_FINITE, NON_FINITE, MetricStore, Split
@@ -38,7 +40,9 @@ from .training.row_hooks import RowHooks
 logger = logging.get_logger(__name__)
 
 
-class ORPOTrainer(ModelLoan, RowHooks, BatchHooks, LossHooks, EvaluationHooks, Trainer):
+class ORPOTrainer(
+    ModelLoan, RowHooks, BatchHooks, LossHooks, GradientHooks, EvaluationHooks, Trainer
+):
     r"""
     Trains a model on preference pairs with ORPO (Hong et al. 2024, arXiv 2403.07691).
 
@@ -237,22 +241,27 @@ class ORPOTrainer(ModelLoan, RowHooks, BatchHooks, LossHooks, EvaluationHooks, T
         if getattr(model.config, "output_router_logits", False):
             return "its auxiliary loss is computed on a padded batch"
         try:
-            model_attention.check(core_of(model))
-        except model_attention.CannotPack as cannot:
+            self._row_limits = model_packing.check(core_of(model))
+        except model_packing.CannotPack as cannot:
             return str(cannot)
         return None
+
+    @property
+    def path(self) -> TrainingPath:
+        """How batches go through the model, and why it is not a faster way."""
+        overridden = self._own_loss_hooks()
+        plain = self._plain_because
+        if overridden:
+            plain = f"{type(self).__name__} overrides {', '.join(overridden)}"
+        return TrainingPath(self._padded_because, plain, self._row_limits)
 
     def _announce_path(self) -> None:
         if self.args.n_gpu > 1 and self._plain_because is None:
             self._plain_because = "DataParallel splits batches; start one process per GPU instead"
-        overridden = self._own_loss_hooks()
-        reason = self._plain_because
-        if overridden:
-            reason = f"{type(self).__name__} overrides {', '.join(overridden)}"
-        if reason is not None and self.args.use_fused_head:
-            logger.warning(f"The loss is computed from logits, not in the fused head: {reason}.")
-        elif self._padded_because is not None and self.args.padding_free:
-            logger.warning(f"Batches keep their padding: {self._padded_because}.")
+        path = self.path
+        asked = self.args.use_fused_head and (self.args.padding_free or path.plain_because)
+        # What the user has asked for, or gets by default, is no warning.
+        (logger.warning if path.reasons and asked else logger.info)(str(path))
 
     def _read_config(self, config: Any) -> None:
         args = self.args
@@ -289,16 +298,6 @@ class ORPOTrainer(ModelLoan, RowHooks, BatchHooks, LossHooks, EvaluationHooks, T
             return adamw_optimizer(args, model)
         return Trainer.get_optimizer_cls_and_kwargs(args, cast(Any, model))
 
-    def _own_optimizer(self) -> Any:
-        optimizer = getattr(self, "optimizer", None)
-        return getattr(optimizer, "optimizer", optimizer)  # without accelerate's wrapper
-
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        optimizer = self._own_optimizer()
-        if getattr(optimizer, "layerwise", False):
-            return optimizer.pop_grad_norm()  # the gradients are already freed
-        return super()._get_grad_norm(model, grad_norm=grad_norm)
-
     # ---- Loss and metrics ----
 
     def compute_loss(
@@ -316,6 +315,7 @@ class ORPOTrainer(ModelLoan, RowHooks, BatchHooks, LossHooks, EvaluationHooks, T
         with self._autocast():
             loss, metrics = self.get_batch_loss_metrics(model, inputs, train_eval="train")
         loss = loss.to(self.args.device)
+        self._last_loss = loss.detach()
         self._stored_metrics.watch("train", loss, self.state.global_step + 1)
         self.store_metrics(metrics, train_eval="train")
         return (loss, metrics) if return_outputs else loss

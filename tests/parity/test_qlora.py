@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, MistralConfig, MistralForCausalLM
 
 import oddsmith
@@ -132,3 +132,60 @@ def test_layers_that_cannot_be_adopted(folder):
     with pytest.raises(ValueError, match="down_proj has quant_type 'fp4'"):
         oddsmith.adopt(model)
     assert not any(isinstance(m, Linear4bit) for m in model.modules())
+
+
+def wrapped(folder, kind):
+    """As notebooks do: bitsandbytes' layers, with an adapter that the user has added."""
+    oddsmith.use_for_bitsandbytes(False)
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=kind)
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
+    model = prepare_model_for_kbit_training(model)
+    torch.manual_seed(5)
+    return get_peft_model(model, LoraConfig(r=8, target_modules="all-linear"))
+
+
+def wrapped_trainer(module, model, out):
+    args = module.ORPOConfig(**arguments(out))
+    rows, tokenizer = pairs(12), make_tokenizer()
+    return module.ORPOTrainer(
+        model, args, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer
+    )
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_a_model_that_the_user_has_wrapped_trains_even_after_an_evaluation(folder, tmp_path, kind):
+    theirs = wrapped_trainer(trl, wrapped(folder, kind), tmp_path / "theirs")
+    theirs.train()
+    ours = wrapped_trainer(oddsmith, wrapped(folder, kind), tmp_path / "ours")
+    assert ours.path.batches == "packed"
+    layers = [m for m in ours.model.modules() if type(m).__module__.startswith("bitsandbytes.")]
+    codes = [layer.weight.data.clone() for layer in layers]
+    ours.evaluate()
+    ours.train()
+    for mine, their in zip(train_logs(ours), train_logs(theirs), strict=True):
+        assert mine["loss"] == pytest.approx(their["loss"], rel=1e-4)
+        assert (
+            mine["grad_norm"] == pytest.approx(their["grad_norm"], rel=1e-2) and mine["grad_norm"]
+        )
+    assert layers == [
+        m for m in ours.model.modules() if type(m).__module__.startswith("bitsandbytes.")
+    ]
+    assert all(torch.equal(layer.weight.data, code) for layer, code in zip(layers, codes))
+
+
+@pytest.mark.parametrize("served", [True, False])
+def test_products_of_16_bits_with_a_head_of_32_are_packed(folder, tmp_path, served):
+    """The article's recipe: prepare_model_for_kbit_training leaves the head in float32."""
+    losses = []
+    for free in (True, False):
+        trainer = oddsmith.ORPOTrainer(
+            load(folder, served, torch.bfloat16, nested=True),
+            oddsmith.ORPOConfig(**arguments(tmp_path, padding_free=free)),
+            train_dataset=pairs(8),
+            processing_class=make_tokenizer(),
+            peft_config=LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"),
+        )
+        assert trainer.path.batches == ("packed" if free else "padded")
+        trainer.train()
+        losses.append([each["loss"] for each in train_logs(trainer)])
+    assert losses[0] == pytest.approx(losses[1], rel=5e-3)

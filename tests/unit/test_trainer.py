@@ -181,3 +181,34 @@ def test_default_arguments(make, tmp_path, monkeypatch):
     trainer = make(args=None)
     assert isinstance(trainer.args, ORPOConfig) and trainer.args.output_dir == "tmp_trainer"
     assert json.dumps(trainer.args.to_dict())
+
+
+# ---- The path of its batches ----
+
+
+def test_the_path_says_what_is_computed_and_why(make, model, tokenizer, caplog):
+    said = ("Batches", "The loss")
+    trainer = make()
+    assert (trainer.path.batches, trainer.path.head, trainer.path.reasons) == (
+        "packed",
+        "fused",
+        (),
+    )
+    assert not [line for line in caplog.messages if line.startswith(said)]
+    trainer = make(config={"padding_free": False})
+    assert (trainer.path.batches, trainer.path.head) == ("padded", "fused")
+    assert trainer.path.reasons == ("padding_free is False",)
+    trainer = make(config={"use_fused_head": False})
+    assert (trainer.path.batches, trainer.path.head) == ("padded", "plain")
+    assert trainer.path.reasons == ("use_fused_head is False",)
+    assert not [line for line in caplog.messages if line.startswith(said)]
+    model = make_model("gemma2_softcap", tokenizer)
+    trainer = make(model=model)
+    assert trainer.path.reasons == ("its attention is 'eager', not 'sdpa'",)
+    assert caplog.messages.count(str(trainer.path)) == 1
+
+    class Own(ORPOTrainer):
+        def odds_ratio_loss(self, *args):
+            return super().odds_ratio_loss(*args)
+
+    assert make(kind=Own).path.reasons == ("Own overrides odds_ratio_loss",)

@@ -191,7 +191,14 @@ def inspect_parser() -> argparse.ArgumentParser:
         metavar="DATASET",
         help=".jsonl, .json or .parquet file (.gz too), folder, or hub id; rows as for train",
     )
-    add(parser, "model", required=True, metavar="M", help="folder or hub id of the tokenizer")
+    add(
+        parser,
+        "model",
+        required=True,
+        metavar="M",
+        help="folder or hub id of the tokenizer; with the model's configuration, how its batches "
+        "would be computed is shown too",
+    )
     add(parser, "model_revision", metavar="REV", help="branch, tag or commit of a hub model")
     add(parser, "dataset_config", metavar="NAME", help="configuration of a hub dataset")
     add(parser, "split", metavar="NAME", help="default: train_prefs or train, or the only split")

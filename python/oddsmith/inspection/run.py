@@ -20,6 +20,7 @@ from ..errors import UserError, user_errors
 from ..sources.records import Record
 from ..sources.stream import RecordStream
 from .histogram import draw_bars, save_histogram
+from .path import find_path
 from .report import SAMPLE, DataReport, repeats_prompt
 from .token_stats import Finding, Ragged, TokenRows, TokenStats, needed
 
@@ -47,11 +48,12 @@ def run_inspect(
     histogram: str | None = None,
 ) -> DataReport:
     """
-    Prints the report of a dataset, with a histogram of its lengths.
+    Prints the report of a dataset, with a histogram of its lengths, and how its batches would go
+    through the model.
 
     Args:
         dataset (`str`): File, folder or hub id.
-        model (`str`): Folder or hub id of the tokenizer.
+        model (`str`): Folder or hub id of the tokenizer, and of the model's configuration if any.
         config (`str`, *optional*): Configuration of a hub dataset.
         split (`str`, *optional*): Split; the training split if not given.
         rows (`int`, *optional*): Most rows to read.
@@ -86,14 +88,25 @@ def run_inspect(
         sides = {"prompt": shared, "prompt and chosen": chosen, "prompt and rejected": rejected}
         with user_errors(f"--histogram {histogram}"):
             save_histogram(sides, histogram, dataset, max_length)
+    path = find_path(_place(model), revision, trust_remote_code)
     if as_json:
-        print(json.dumps(report.figures(), indent=2))
+        figures = report.figures()
+        if path is not None:
+            figures["path"] = {"batches": path.batches, "head": path.head, "reasons": path.reasons}
+        print(json.dumps(figures, indent=2))
         return report
     print(report)
     print(draw_bars(chosen, "  tokens of prompt and chosen answer", max_length))
+    if path is not None:
+        print(f"  model: {path}")
     if histogram is not None:
         print(f"  plot: {histogram}")
     return report
+
+
+def _place(model: str) -> str:
+    path = Path(model).expanduser()
+    return str(path) if path.exists() else model
 
 
 def load_tokenizer(
@@ -110,7 +123,7 @@ def load_tokenizer(
         raise UserError(f"--model {model}: no such folder")
     with user_errors(f"--model {model}"):
         tokenizer = AutoTokenizer.from_pretrained(
-            str(path) if path.exists() else model,
+            _place(model),
             revision=revision,
             trust_remote_code=trust_remote_code,
         )

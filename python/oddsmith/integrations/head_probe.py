@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from .model_core import observed
+from .model_structure import is_sharded, strange
 from .module_forward import ModuleForward
+from .small_model import NotSmall, small_model
 
 # Names of a bound on the logits, or a factor, in transformers' configurations. Some models multiply
 # where others divide, or use the value elsewhere: the probe decides, not the name.
@@ -72,9 +74,9 @@ def probe_head(core: Any) -> LogitMap:
     Find out how a model makes logits from its head's output, by giving it a known output.
 
     The values are much larger than real logits, so that a softcap is visible. If the model's body
-    can be replaced for the probe, no weights are used, so it works for weights that are sharded,
-    offloaded or not loaded yet, and is fast for large ones. Otherwise the model runs on three
-    tokens.
+    can be replaced for the probe, no weights are used, so it works for weights that are offloaded
+    or not loaded yet, and is fast for large ones. Otherwise the model runs on three tokens. Of a
+    model with sharded weights, whose hooks would gather them, a small model of its class runs.
 
     Raises:
         [`HeadMismatch`]: If no softcap and scale in the configuration explain the logits.
@@ -82,6 +84,9 @@ def probe_head(core: Any) -> LogitMap:
     head = find_head(core)
     if (getattr(core, "tp_size", None) or 1) > 1:
         raise HeadMismatch("its output head is split by tensor parallelism")
+    if is_sharded(core):
+        core = _small(core)
+        head = find_head(core)
     device = head.weight.device if head.weight.device.type != "meta" else torch.device("cpu")
     steps = _POSITIONS * head.out_features
     known = torch.linspace(-150.0, 150.0, steps, device=device).view(1, _POSITIONS, -1)
@@ -106,6 +111,19 @@ def probe_head(core: Any) -> LogitMap:
         if (logits.double() - expected).abs().max() <= tolerance * expected.abs().max():
             return candidate
     raise HeadMismatch("it changes its head's output by more than the known softcap or scale")
+
+
+def _small(core: Any) -> Any:
+    try:
+        small = small_model(core)
+    except NotSmall as none:
+        raise HeadMismatch(
+            f"its weights are sharded, and a small model of its class cannot be built ({none})"
+        ) from none
+    odd = strange(core, small)
+    if odd is not None:
+        raise HeadMismatch(f"its weights are sharded, and {odd}")
+    return small
 
 
 def _candidates(core: Any) -> Iterator[LogitMap]:

@@ -21,20 +21,20 @@ from torch.nn import functional as F
 from ..packing.attention_cpu import PackedFlash, Segments, blocks
 from ..packing.attention_cuda import can_run, packed_varlen
 from ..packing.batch import PackedBatch
-from .model_core import observed
 from .patch import Patch, Unsupported, find
 
 __all__ = [
+    "NAME",
     "SDPA",
     "CannotPack",
     "PackedRow",
     "SdpaAttention",
-    "check",
     "check_seen",
     "packed_inputs",
+    "row_of",
 ]
 
-# The attention that ours replaces.
+#: The attention that ours replaces.
 NAME = "sdpa"
 
 _INTERFACE = "transformers.modeling_utils:AttentionInterface"
@@ -70,7 +70,7 @@ def attend(
         query (`Tensor`): `(1, heads, N, d)`.
         key (`Tensor`): `(1, key heads, N, d)`.
         value (`Tensor`): As `key`.
-        attention_mask (`Tensor`, *optional*): Not used for packed rows.
+        attention_mask (`Tensor`, *optional*): Of a packed row, the one of [`packed_inputs`].
         dropout (`float`, *optional*): Rate of dropout on the attention weights.
         scaling (`float`, *optional*): Factor on the products; one over the root of d if not given.
         sliding_window (`int`, *optional*): Positions that a token sees, itself included.
@@ -89,8 +89,10 @@ def attend(
         return SDPA.theirs(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    row.seen = True
+    row.seen.add(module)
     segments = row.segments
+    if attention_mask is not None and attention_mask.numel() > 1:
+        raise CannotPack("its attention has a mask of its own")
     unknown = [name for name in _UNKNOWN if kwargs.get(name) is not None]
     if unknown:
         raise CannotPack(f"its attention has a {', '.join(unknown)}")
@@ -210,70 +212,10 @@ class PackedRow:
 
     def __init__(self, segments: Segments):
         self.segments = segments
-        self.seen = False  # by an attention layer
+        self.seen: set[nn.Module] = set()  # attention layers that got it
         if not SDPA.apply():
             raise CannotPack("transformers' table of attention functions has changed")
         weakref.finalize(self, SDPA.undo).atexit = False
-
-
-@torch.no_grad()
-def check(core: Any) -> None:
-    """
-    Checks by a trial whether a model gives the same results on a packed row as on a padded batch.
-    Nothing is changed.
-
-    Raises:
-        [`CannotPack`]: With the reason, if not.
-    """
-    implementation = getattr(core.config, "_attn_implementation", None)
-    if implementation != NAME:
-        raise CannotPack(f"its attention is {implementation!r}, not {NAME!r}")
-    try:
-        with observed(core):
-            reason = _try_out(core)
-    except CannotPack as cannot:
-        reason = str(cannot)
-    except Exception as error:  # whatever a model's own code may raise
-        reason = f"a packed row could not be tried out ({type(error).__name__}: {error})"
-    if reason is not None:
-        raise CannotPack(reason)
-
-
-def _try_out(core: Any) -> str | None:
-    """Compares two short pairs packed and padded; returns the problem, or None."""
-    device = core.get_input_embeddings().weight.device
-    if device.type == "meta":
-        return "its weights are not in memory, so a packed row cannot be tried out"
-    # Low ids: high ones of some models are image tokens. The first pair shares all but the last of
-    # three prompt tokens, the second nothing; only position and neighbours distinguish its tokens.
-    chosen, rejected = ([3, 5, 4, 6, 5, 3, 4], [5, 3]), ([3, 5, 4, 3], [5, 3, 5])
-    pairs = [
-        {
-            "chosen_input_ids": a,
-            "chosen_labels": a,
-            "rejected_input_ids": b,
-            "rejected_labels": [-100] * 3 + b[3:],
-        }
-        for a, b in zip(chosen, rejected, strict=True)
-    ]
-    batch = PackedBatch.build(pairs, share_prompt=True).to(device)
-    ids = torch.zeros(4, 7, dtype=torch.int64, device=device)
-    mask = torch.zeros_like(ids)
-    for row, sequence in enumerate((*chosen, *rejected)):
-        ids[row, : len(sequence)] = torch.tensor(sequence)
-        mask[row, : len(sequence)] = 1
-    inputs = packed_inputs(batch)
-    packed = core(**inputs, use_cache=False).logits[0, batch.rows]
-    if not inputs[ROW].seen:
-        return "its attention does not get the packed row"
-    padded = core(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    # All rows that predict, in the order of the batch: chosen and rejected of each pair.
-    order = [0, 2, 1, 3]
-    padded = torch.cat([padded[row, : mask[row].sum() - 1] for row in order])
-    room = 64 * torch.finfo(packed.dtype).eps * (1.0 + padded.abs().max())
-    if packed.shape != padded.shape or (packed - padded).abs().max() > room:
-        return "its results on a packed row differ from those on a padded batch"
-    return None
 
 
 def packed_inputs(batch: PackedBatch) -> dict[str, Any]:
@@ -285,6 +227,11 @@ def packed_inputs(batch: PackedBatch) -> dict[str, Any]:
         "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids.device),
         ROW: PackedRow(batch.segments),
     }
+
+
+def row_of(inputs: dict[str, Any]) -> PackedRow:
+    """The row in [`packed_inputs`]."""
+    return inputs[ROW]
 
 
 def check_seen(inputs: dict[str, Any]) -> None:

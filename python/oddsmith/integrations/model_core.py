@@ -10,6 +10,7 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
+from .bitsandbytes_layers import KeptLayout, on_cpu
 from .module_forward import ModuleForward
 
 __all__ = ["core_of", "observed"]
@@ -32,15 +33,13 @@ def observed(core: nn.Module) -> Iterator[None]:
     modes = {module: module.training for module in core.modules()}
     devices = {each.device for each in core.parameters() if each.device.type == "cuda"}
     for module in modes:
-        # On a CPU, layers of bitsandbytes permanently change the layout of their codes in
-        # evaluation mode, and then give no gradient. Otherwise they do not depend on the mode.
-        if not type(module).__module__.startswith("bitsandbytes."):
-            module.training = False
+        module.training = False
     # After an earlier run, accelerate's mixed precision may still wrap the forward, which rounds.
     own = vars(core).get("_original_forward")
     plain = nullcontext() if own is None else ModuleForward(core, own, under_hooks=False)
+    kept = KeptLayout(core) if on_cpu(core) else nullcontext()
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=list(devices)), plain:
+        with torch.no_grad(), torch.random.fork_rng(devices=list(devices)), plain, kept:
             yield
     finally:
         for module, training in modes.items():

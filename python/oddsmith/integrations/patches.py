@@ -6,7 +6,7 @@ it was tested and what happens if it does not fit; see [`~oddsmith.integrations.
 
 from __future__ import annotations
 
-from .bitsandbytes_layers import AdoptedLayers
+from .bitsandbytes_layers import AdoptedLayers, KeptLayout
 from .checkpointing import Checkpointing
 from .cpu_memory import CpuMemoryPool
 from .dropout import NoDropout
@@ -34,6 +34,7 @@ PATCHES: tuple[type[Patch], ...] = (
     NoDropout,
     Checkpointing,
     AdoptedLayers,
+    KeptLayout,
     # The process, while it trains.
     CpuMemoryPool,
     NoProgressBars,

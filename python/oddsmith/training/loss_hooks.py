@@ -7,14 +7,18 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.utils import logging
 
 from ..data.collator import PairBatch
 from ..head import logits as plain
 from ..integrations import model_attention, model_head
+from ..integrations.model_packing import RowLimits
 from ..packing.batch import PackedBatch
 from .metrics import PairScores, Split, batch_share, pair_metrics
 from .overrides import is_overridden
 from .trainer_parts import TrainerParts
+
+logger = logging.get_logger(__name__)
 
 # If a subclass overrides one of these, the loss is computed through them.
 LOSS_HOOKS = ("concatenated_forward", "get_batch_logps", "odds_ratio_loss")
@@ -32,6 +36,9 @@ class LossHooks(TrainerParts):
     _plain_because: str | None = None
     # Why batches keep their padding; None if they are packed.
     _padded_because: str | None = None
+    # The packed rows that the model computes as it does a padded batch.
+    _row_limits: RowLimits = RowLimits()
+    _said_of_limits = False
     # Weight of the last batch in the logged averages.
     _metric_weight: float = 1.0
 
@@ -204,11 +211,8 @@ class LossHooks(TrainerParts):
             "odds_ratio_link": self.args.odds_ratio_link,
             "logits_budget": self.args.logits_budget,
         }
-        if self._padded_because is None:
-            packed = batch.packed() if isinstance(batch, PairBatch) else None
-            if packed is None:  # another collator, or changed after packing
-                packed = PackedBatch.from_padded(batch, self.args.share_prompt)
-            packed = packed.to(self.accelerator.device)
+        packed = self._packed(batch) if self._padded_because is None else None
+        if packed is not None:
             rows = model_head.FusedBatch.of_packed(packed, **objective)
             inputs = model_attention.packed_inputs(packed)
             out = model_head.fused_loss(model, rows, **inputs, use_cache=False)
@@ -234,6 +238,21 @@ class LossHooks(TrainerParts):
             whole=rows.whole_pairs(),
             aux_loss=out.aux_loss,
         )
+
+    def _packed(self, batch: dict[str, Any]) -> PackedBatch | None:
+        """The batch as a packed row, on the device; None if it must keep its padding."""
+        packed = batch.packed() if isinstance(batch, PairBatch) else None
+        if packed is None:  # another collator, or changed after packing
+            packed = PackedBatch.from_padded(batch, self.args.share_prompt)
+        if not self._row_limits.allow(packed):
+            if not self._said_of_limits:
+                self._said_of_limits = True
+                logger.warning(
+                    f"A batch keeps its padding: the model is packed for {self._row_limits} only. "
+                    "This is logged once."
+                )
+            return None
+        return packed.to(self.accelerator.device)
 
     def _plain_scores(self, model: nn.Module, batch: dict[str, Any]) -> PairScores:
         chosen, rejected, chosen_logits, rejected_logits, nll, *aux = self.concatenated_forward(

@@ -14,7 +14,7 @@ from transformers import (
 from transformers.utils.import_utils import is_peft_available
 
 from ..config import ORPOConfig
-from ..integrations.bitsandbytes_layers import AdoptedLayers, on_cpu
+from ..integrations.bitsandbytes_layers import AdoptedLayers, KeptLayout, on_cpu
 from ..integrations.checkpointing import Checkpointing
 from ..integrations.dropout import NoDropout
 from ..integrations.patch import Patch
@@ -140,7 +140,7 @@ def run_patches(model: nn.Module, args: ORPOConfig) -> list[Patch]:
     """
     patches: list[Patch] = []
     if on_cpu(model):
-        patches.append(AdoptedLayers(model))
+        patches += AdoptedLayers(model), KeptLayout(model)  # of those that are not replaced
     if args.gradient_checkpointing:
         options = args.gradient_checkpointing_kwargs
         options = options if isinstance(options, dict) else {}

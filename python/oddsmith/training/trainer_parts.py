@@ -45,6 +45,7 @@ if TYPE_CHECKING:
         _rows: RowBuilder
         _stored_metrics: MetricStore
         _metric_weight: float
+        _last_loss: Any
 
         # ---- Used by other parts ----
 

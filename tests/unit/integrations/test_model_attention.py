@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 
-from oddsmith.integrations import model_attention
+from oddsmith.integrations import model_attention, model_packing
 from oddsmith.packing.batch import PackedBatch
 from support.packed_attention import SEGMENTS, TOLERANCE, attention, tensors
 
@@ -137,7 +137,7 @@ def test_packed_equals_padded(name, checkpointing, share, in_double):
         return logits.detach(), [p.grad for p in model.parameters() if p.grad is not None]
 
     truth, true_grads = run(packed=False)
-    model_attention.check(model)
+    model_packing.check(model)
     if checkpointing is not None:
         model.train()
         if checkpointing["use_reentrant"]:  # as Trainer does for adapters
@@ -164,7 +164,7 @@ def test_generation_and_saving_are_left_alone(tmp_path):
     prompt = torch.tensor([[3, 4, 5]])
     options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
     truth = model.generate(prompt, **options)
-    model_attention.check(model)
+    model_packing.check(model)
     assert torch.equal(model.generate(prompt, **options), truth)
     model.save_pretrained(tmp_path)
     assert "attn" not in (tmp_path / "config.json").read_text()
@@ -185,7 +185,7 @@ def test_models_that_cannot_are_left_as_they_were(make, reason):
     model = make()
     before = model.config._attn_implementation
     with pytest.raises(model_attention.CannotPack, match=reason):
-        model_attention.check(model)
+        model_packing.check(model)
     assert model.config._attn_implementation == before
     assert model.training
 
@@ -193,5 +193,5 @@ def test_models_that_cannot_are_left_as_they_were(make, reason):
 def test_modes_of_frozen_parts_survive():
     model = tiny_model("Llama")
     model.model.layers[0].eval()
-    model_attention.check(model)
+    model_packing.check(model)
     assert model.training and not model.model.layers[0].training

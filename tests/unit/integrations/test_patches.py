@@ -18,7 +18,7 @@ from transformers.quantizers import auto
 import oddsmith
 from oddsmith import _core
 from oddsmith.integrations import patch as patch_module
-from oddsmith.integrations.bitsandbytes_layers import AdoptedLayers
+from oddsmith.integrations.bitsandbytes_layers import AdoptedLayers, KeptLayout
 from oddsmith.integrations.checkpointing import Checkpointing
 from oddsmith.integrations.cpu_memory import POOL, CpuMemoryPool
 from oddsmith.integrations.dropout import NoDropout
@@ -117,6 +117,7 @@ CASES = {
     NoDropout: lambda _: module_case(NoDropout, dropout_model()),
     Checkpointing: lambda _: module_case(Checkpointing, make_model("mistral", make_tokenizer())),
     AdoptedLayers: lambda _: module_case(AdoptedLayers, adoptable_model()),
+    KeptLayout: lambda _: module_case(KeptLayout, adoptable_model()),
     CpuMemoryPool: pool_case,
     NoProgressBars: lambda _: (
         NoProgressBars,

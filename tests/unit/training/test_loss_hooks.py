@@ -141,3 +141,50 @@ def test_a_pair_with_an_empty_completion_stays_out(make, model):
         assert metrics["empty_completions"] == 1 and loss.isfinite()
         losses.append(loss)
     torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_batches_beyond_the_limits_of_a_model_keep_their_padding(make, tokenizer, dtype, caplog):
+    """A window that only the padding mask tells."""
+    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+    sizes = {"hidden_size": 48, "intermediate_size": 40, "moe_intermediate_size": 16}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+    def longest(row):
+        return max(len(row[f"{side}_input_ids"]) for side in ("chosen", "rejected"))
+
+    rows = sorted(make().train_dataset, key=longest)
+    window = longest(rows[0])
+    assert longest(rows[1]) > window
+    windows = {"use_sliding_window": True, "sliding_window": window, "max_window_layers": 1}
+    torch.manual_seed(0)
+    model = Qwen2MoeForCausalLM(
+        Qwen2MoeConfig(
+            vocab_size=len(tokenizer),
+            shared_expert_intermediate_size=16,
+            num_experts=4,
+            initializer_range=0.15,
+            **sizes,
+            **windows,
+        )
+    ).to(dtype)
+    trainer = make(model=copy.deepcopy(model))
+    padded = make(model=model, config={"padding_free": False})
+    assert trainer._row_limits.sequence == window and padded.path.batches == "padded"
+    assert f"for sequences of up to {window} tokens; others keep their padding" in str(trainer.path)
+    runs = []
+    counted = trainer._packed
+    trainer._packed = lambda batch: runs.append(counted(batch)) or runs[-1]
+    for part in (rows[:1], rows[-2:], rows[-1:]):
+        batch = trainer.data_collator(part)
+        loss, _ = trainer.get_batch_loss_metrics(trainer.model, batch)
+        expected, _ = padded.get_batch_loss_metrics(padded.model, batch)
+        close = 1e-5 if dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(loss, expected, rtol=close, atol=close)
+    assert [run is None for run in runs] == [False, True, True]
+    said = [line for line in caplog.messages if line.startswith("A batch keeps its padding")]
+    assert said == [
+        f"A batch keeps its padding: the model is packed for sequences of up to {window} tokens "
+        "only. This is logged once."
+    ]

@@ -1,0 +1,80 @@
+"""A tiny model of every causal architecture of the installed transformers."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from oddsmith.integrations.small_model import NotSmall, small_model
+
+# Options that switch on what is off by default: windows that half of the layers have.
+_WINDOWED = {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 1}
+
+# What runs in CI: dense, windows by keyword and by mask, chunks and a temperature, learned
+# positions, experts, hybrids, a class that drops keywords, and one whose values have another width.
+SAMPLE = (
+    "LlamaConfig",
+    "Qwen2Config",
+    "Qwen2MoeConfig",
+    "Llama4TextConfig",
+    "GPT2Config",
+    "Gemma3TextConfig",
+    "OPTConfig",
+    "Phi3Config",
+    "Ministral3Config",
+    "JambaConfig",
+    "FalconH1Config",
+    "RecurrentGemmaConfig",
+    "Qwen3NextConfig",
+    "Qwen3_5TextConfig",
+    "FalconConfig",
+    "StableLmConfig",
+    "DeepseekV3Config",
+    "MiniMaxConfig",
+    "Lfm2Config",
+    "OlmoConfig",
+)
+
+
+def configurations() -> dict[str, tuple[type, type]]:
+    """Name of each configuration, with its class and the model's."""
+    found = {}
+    for config in MODEL_FOR_CAUSAL_LM_MAPPING:
+        kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[config]
+        found[config.__name__] = (config, kind[0] if isinstance(kind, (tuple, list)) else kind)
+    return found
+
+
+def tiny_models(name: str) -> Iterator[tuple[str, Any]]:
+    """
+    Tiny models of an architecture, with random weights in `float32`: by default and with windows, of
+    seven tokens.
+
+    Raises:
+        LookupError: If its default configuration makes no small model of a decoder.
+    """
+    kind, model = configurations()[name]
+    cases = [("default", {})]
+    if any(option in kind().to_dict() for option in ("use_sliding_window", "sliding_window")):
+        known = kind().to_dict()
+        cases.append(("windows", {k: v for k, v in _WINDOWED.items() if k in known}))
+    for case, options in cases:
+        try:
+            config = kind(**options)
+            if getattr(config, "is_encoder_decoder", False):
+                raise LookupError(f"{name} is an encoder-decoder")
+            with torch.device("meta"):
+                core = model(config)
+            yield case, small_model(core, reach=7, spread=5)
+        except NotSmall as none:
+            raise LookupError(str(none)) from none
+        except (
+            AttributeError,
+            TypeError,
+            KeyError,
+            ValueError,
+            AssertionError,
+            ImportError,
+        ) as bad:
+            raise LookupError(f"{type(bad).__name__}: {bad}") from bad
