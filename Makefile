@@ -158,6 +158,13 @@ test-wheel: zig ## The same with what tests need, for machines without Rust
 check-wheel: wheel test-build ## Installs the wheel, and the source archive, into environments without a compiler
 	$(ACTIVATE) && ODDSMITH_WHEEL=$$(echo dist/*.whl) pytest -m "slow or not slow" tests/e2e/test_wheel.py
 
+# What needs no C compiler for the target: the algorithms and the kernels' launches.
+PLATFORMS = aarch64-unknown-linux-gnu aarch64-apple-darwin x86_64-pc-windows-gnu
+.PHONY: platforms
+platforms: ## Compile the algorithms for platforms that this machine cannot run
+	rustup target add $(PLATFORMS)
+	for target in $(PLATFORMS); do cargo check --locked --features cuda --target $$target || exit 1; done
+
 .PHONY: clean
 clean: ## Remove the environment and what Python has cached
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .mypy_cache .import_linter_cache .grimp_cache

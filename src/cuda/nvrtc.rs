@@ -67,7 +67,7 @@ fn open() -> Result<Library, String> {
 fn find() -> Option<Library> {
     use libloading::os::windows;
     let names = ["nvrtc64_130_0.dll", "nvrtc64_120_0.dll"];
-    let loaded = names.iter().find_map(|name| windows::Library::open_already_loaded(name).ok());
+    let loaded = names.iter().find_map(|name| windows::Library::open_already_loaded(*name).ok());
     loaded.map(Library::from).or_else(|| names.iter().find_map(|name| open_path(Path::new(name)).ok()))
 }
 
