@@ -7,7 +7,7 @@ use std::sync::OnceLock;
 
 use torch_sys::C_tensor;
 
-use super::library;
+use super::library::{self, Fault};
 
 /// What the dispatcher's stack has in each place: a number, or a pointer that is owned.
 pub type StableValue = u64;
@@ -174,10 +174,10 @@ fn read() -> Result<Torch, String> {
 /// Reads the table from the torch whose folder `lib` this is.
 ///
 /// # Errors
-/// What this torch lacks, as the end of a sentence.
-pub fn load(folder: &Path) -> Result<(), String> {
+/// What this torch lacks, or the other one that is loaded.
+pub fn load(folder: &Path) -> Result<(), Fault> {
     library::open_all(folder)?;
-    TORCH.get_or_init(read).as_ref().map(|_| ()).map_err(Clone::clone)
+    TORCH.get_or_init(read).as_ref().map(|_| ()).map_err(|lack| Fault::Incomplete(lack.clone()))
 }
 
 /// The table.
