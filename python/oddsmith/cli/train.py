@@ -4,7 +4,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
 from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
     get_available_reporting_integrations,
@@ -12,6 +11,7 @@ from transformers.integrations.integration_utils import (
 
 from ..config import ORPOConfig
 from ..data.layouts import parse_column_mapping
+from ..data.processor import load_processor, template_source, tokenizer_of
 from ..data.tokenizer import ensure_chat_template, ensure_pad_token
 from ..errors import UserError, user_errors
 from ..inspection.report import FIGURES
@@ -24,7 +24,8 @@ logger = logging.getLogger("oddsmith")
 
 
 def load_tokenizer(run: RunArguments, config: ORPOConfig) -> Any:
-    """Loads the model's tokenizer, with a pad token and, if asked for, another chat template.
+    """Loads the model's tokenizer, or the processor of an image-text model, with a pad token and,
+    if asked for, another chat template.
 
     Raises:
         UserError: If there is no such model, tokenizer or template.
@@ -34,10 +35,8 @@ def load_tokenizer(run: RunArguments, config: ORPOConfig) -> Any:
     if not path.exists() and (name.startswith(("/", "./", "../", "~")) or name.count("/") > 1):
         raise UserError(f"--model {name}: no such folder")
     with user_errors(f"--model {name}"):
-        tokenizer = AutoTokenizer.from_pretrained(
-            name, revision=run.model_revision, trust_remote_code=config.trust_remote_code
-        )
-        ensure_pad_token(tokenizer)
+        tokenizer = load_processor(name, run.model_revision, config.trust_remote_code)
+        ensure_pad_token(tokenizer_of(tokenizer))
     if run.chat_template is not None:
         with user_errors("--chat_template"):
             template = Path(run.chat_template).expanduser()
@@ -153,7 +152,7 @@ def run_train(run: RunArguments, adapter: AdapterArguments, config: ORPOConfig) 
     FIGURES.setLevel(logging.INFO)  # the report of the data is part of the command's output
     with user_errors(""):
         mapping = parse_column_mapping(config.column_mapping, config.prompt_column)
-        ensure_chat_template(tokenizer, train_dataset, mapping)
+        ensure_chat_template(template_source(tokenizer), train_dataset, mapping)
     config.model_init_kwargs = model_init_kwargs(run, config)
     with user_errors(""):
         trainer = ORPOTrainer(

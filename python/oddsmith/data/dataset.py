@@ -13,11 +13,12 @@ from transformers.utils import logging
 from .arrow_rows import prepare_table, sample_texts, text_source
 from .chat import TEXT_FIELDS, is_messages, row_text
 from .notes import RowNotes
+from .processor import template_source
 from .rows import TOKEN_COLUMNS, RowBuilder, check_not_empty
 from .rust_rows import EMPTY, OVERLENGTH, FastRows, fast_rows_for
-from .standard_rows import first_rows, shown_rows, standard_rows, unused_text
+from .standard_rows import first_rows, has_transform, shown_rows, standard_rows, unused_text
 
-__all__ = ["prepare_dataset", "validate"]
+__all__ = ["check_type", "first_row", "notes_of", "prepare_dataset", "validate"]
 
 logger = logging.get_logger(__name__)
 
@@ -106,12 +107,12 @@ def prepare_dataset(
     if builder is None and overlength == "drop":
         raise ValueError("overlength is 'drop'; needs `builder` where tokenize_row is not its own")
 
-    _check_type(dataset, name)
+    check_type(dataset, name)
     dataset = standard_rows(shown_rows(dataset, name), column_mapping or {}, name)
     validate(dataset, processing_class, name=name)
     if batched:
         dataset = _without_token_columns(dataset, name)
-    notes = _notes(dataset)
+    notes = notes_of(dataset)
     if builder is not None:
         builder.notes[name] = notes
     transform = partial(
@@ -146,7 +147,9 @@ def prepare_dataset(
             prepare_table, source=source, processing_class=processing_class, fast=fast, name=name
         )
         prepared = dataset.with_format("arrow").map(
-            transform, new_fingerprint=fast.fingerprint(dataset), **mapped
+            transform,
+            new_fingerprint=fast.fingerprint(dataset, template_source(processing_class)),
+            **mapped,
         )
         prepared = prepared.with_format(None)
     flags = prepared.select_columns([OVERLENGTH, EMPTY]).with_format("numpy")[:]
@@ -170,9 +173,24 @@ def validate(dataset: Any, processing_class: Any, *, name: str = "train_dataset"
         ValueError: If it is empty, has no chosen or rejected column, or its first row has a field
             of the wrong type, or is a conversation and the tokenizer has no chat template.
     """
-    _check_type(dataset, name)
-    columns = dataset.column_names
-    first = next(iter(dataset.with_format(None)), None)
+    row_text(first_row(dataset, name), processing_class, f"{name} row 0")
+
+
+def first_row(dataset: Any, name: str) -> Mapping[str, Any]:
+    """
+    The first row of a dataset that has the columns of pairs.
+
+    Args:
+        dataset (`Dataset` or `IterableDataset`): The dataset, not yet prepared.
+        name (`str`): Name of the dataset in errors.
+
+    Raises:
+        TypeError: If `dataset` is of another type.
+        ValueError: If it is empty, or has no chosen or rejected column.
+    """
+    check_type(dataset, name)
+    columns = None if has_transform(dataset) else dataset.column_names
+    first = next(iter(dataset if has_transform(dataset) else dataset.with_format(None)), None)
     if first is None:
         raise ValueError(f"{name} is empty")
     columns = list(first) if columns is None else columns
@@ -183,10 +201,16 @@ def validate(dataset: Any, processing_class: Any, *, name: str = "train_dataset"
             f"{', '.join(sorted(columns))}; column_mapping names other columns, and oddsmith prepare "
             "makes pairs of other layouts"
         )
-    row_text(first, processing_class, f"{name} row 0")
+    return first
 
 
-def _check_type(dataset: Any, name: str) -> None:
+def check_type(dataset: Any, name: str) -> None:
+    """
+    Check the class of a dataset.
+
+    Raises:
+        TypeError: If it is another one.
+    """
     if not isinstance(dataset, (Dataset, IterableDataset)):
         raise TypeError(
             f"{name} is a {type(dataset).__name__}; must be a datasets.Dataset or "
@@ -206,7 +230,8 @@ def _without_token_columns(dataset: Any, name: str) -> Any:
     return dataset.remove_columns(taken)
 
 
-def _notes(dataset: Any) -> RowNotes:
+def notes_of(dataset: Any) -> RowNotes:
+    """What is seen in some rows of a dataset in the trainer's columns, before they are tokenised."""
     rows = first_rows(dataset)
     notes = RowNotes(unused=unused_text(rows))
     if not any(is_messages(row.get("prompt")) for row in rows):

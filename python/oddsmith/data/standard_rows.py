@@ -12,15 +12,16 @@ from transformers.utils import logging
 
 from .chat import TEXT_FIELDS, is_messages
 from .layouts import Layout, as_messages, find_layout, mapped_layout
+from .pictures import IMAGE_COLUMNS, closed_pictures
 
-__all__ = ["first_rows", "shown_rows", "standard_rows", "unused_text"]
+__all__ = ["first_rows", "has_transform", "shown_rows", "standard_rows", "unused_text"]
 
 logger = logging.get_logger(__name__)
 
 # Rows by which the layout of a dataset is recognised.
 _LOOKED_AT = 32
 # Columns besides the texts that the trainer reads.
-_READ = ("tools", "chat_template_kwargs")
+_READ = ("tools", "chat_template_kwargs", *IMAGE_COLUMNS)
 
 
 def shown_rows(dataset: Any, name: str = "train_dataset") -> Any:
@@ -35,7 +36,7 @@ def shown_rows(dataset: Any, name: str = "train_dataset") -> Any:
     if not isinstance(dataset, Dataset):
         return dataset.with_format(None) if isinstance(dataset, IterableDataset) else dataset
     form = dataset.format
-    if form["type"] == "custom":
+    if has_transform(dataset):
         # map hands the transformed rows to its function, and would keep the stored columns.
         shown = dataset.map(
             _as_dict,
@@ -47,7 +48,12 @@ def shown_rows(dataset: Any, name: str = "train_dataset") -> Any:
         return shown.with_format(None)
     if not form["output_all_columns"] and set(form["columns"]) != set(dataset.column_names):
         dataset = dataset.select_columns(form["columns"])
-    return dataset.with_format(None)
+    return dataset if dataset.format["type"] is None else dataset.with_format(None)
+
+
+def has_transform(dataset: Any) -> bool:
+    """Whether `with_transform` or `set_transform` makes the rows that a dataset shows."""
+    return isinstance(dataset, Dataset) and dataset.format["type"] == "custom"
 
 
 def _as_dict(batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -55,7 +61,10 @@ def _as_dict(batch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def first_rows(dataset: Any, count: int = _LOOKED_AT) -> list[dict[str, Any]]:
-    """Some rows: spread over a `Dataset`, the first ones of a stream."""
+    """Some rows without their pictures: spread over a `Dataset`, the first ones of a stream."""
+    pictures = [name for name in IMAGE_COLUMNS if name in (dataset.column_names or ())]
+    if pictures and not has_transform(dataset):  # opening them takes time
+        dataset = dataset.remove_columns(pictures)
     if isinstance(dataset, Dataset):
         if len(dataset) == 0:
             return []
@@ -104,7 +113,14 @@ def standard_rows(dataset: Any, mapping: Mapping[str, str], name: str = "train_d
     options: dict[str, Any] = {"remove_columns": read}
     if isinstance(dataset, Dataset):
         options["desc"] = f"Reading {name}"
-    return dataset.map(partial(_pair_of, layout=layout), **options)
+    features = dataset.features
+    if isinstance(dataset, Dataset):  # map would open pictures, and compress them again
+        dataset = closed_pictures(dataset)
+    made = dataset.map(partial(_pair_of, layout=layout), **options)
+    for name in IMAGE_COLUMNS:
+        if isinstance(made, Dataset) and made.features.get(name) != features.get(name):
+            made = made.cast_column(name, features[name])
+    return made
 
 
 def _pair_of(row: Mapping[str, Any], layout: Layout) -> dict[str, Any]:

@@ -77,6 +77,7 @@ class DataReport:
         policy (`str`, *optional*): What happened to them: `"truncate"` or `"drop"`.
         partial (`bool`, *optional*): Whether these are only the first rows of a stream.
         unused (`tuple[str, ...]`, *optional*): Columns with text that is not trained on.
+        images (`Sequence[int]`, *optional*): Images of each row; None for rows of text.
     """
 
     name: str
@@ -88,6 +89,7 @@ class DataReport:
     policy: str = "truncate"
     partial: bool = False
     unused: tuple[str, ...] = ()
+    images: Sequence[int] | None = None
 
     @property
     def findings(self) -> list[str]:
@@ -145,6 +147,9 @@ class DataReport:
                 "pad_share": round(1 - apart / padded, 4) if padded else 0.0,
                 "sharing_factor": round(apart / once, 4) if once else 1.0,
             },
+            "images": None
+            if self.images is None
+            else {"rows": sum(count > 0 for count in self.images), "images": sum(self.images)},
             "sampled_texts": self.texts,
             "unused_columns": list(self.unused),
             "findings": counted,
@@ -173,7 +178,14 @@ class DataReport:
                 f"  repeated prompts: {figures['repeated_prompts']:,}; similar to an earlier one: "
                 f"{figures['near_duplicate_prompts']:,}"
             )
-        if positions["packed"]:
+        if self.images is not None:
+            pictures = figures["images"]
+            lines.append(
+                f"  images: {pictures['images']:,} in {pictures['rows']:,} of {rows:,} rows, "
+                "counted as the tokens of prompts; batches with images keep their padding: "
+                f"{positions['pad_share']:.0%} of positions in batches of {self.batch_size}"
+            )
+        elif positions["packed"]:
             total = positions["padded"] / positions["shared_prompts"]
             lines.append(
                 f"  padding: {positions['pad_share']:.0%} of positions in batches of "
@@ -226,6 +238,7 @@ def report_rows(
     notes: RowNotes | None = None,
     policy: str = "truncate",
     max_prompt_length: int | None = None,
+    images: Sequence[int] | None = None,
 ) -> DataReport:
     """
     Check prepared rows before training.
@@ -251,6 +264,7 @@ def report_rows(
             What the preparation found.
         policy (`str`, *optional*, defaults to `"truncate"`): `"truncate"` or `"drop"`.
         max_prompt_length (`int`, *optional*): What prompts of pairs that are too long are cut to.
+        images (`Sequence[int]`, *optional*): Images of each row, if rows have images.
 
     Returns:
         [`DataReport`]: The report; its `findings` are empty if nothing is wrong.
@@ -287,6 +301,7 @@ def report_rows(
         policy,
         partial=not whole and len(texts) == sample,
         unused=notes.unused,
+        images=images,
     )
 
 

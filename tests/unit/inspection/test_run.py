@@ -12,6 +12,7 @@ from oddsmith.data.rows import RowBuilder
 from oddsmith.errors import UserError
 from oddsmith.inspection.report import report_rows
 from oddsmith.inspection.run import run_inspect
+from support.word_tokenizer import bot, user
 
 CLEAN = {"prompt": "a b c d e ", "chosen": "f g", "rejected": "h i"}
 
@@ -130,3 +131,27 @@ def test_inspect_uses_the_templates_that_train_would(folder, tmp_path, capsys):
         2,
         3,
     ]
+
+
+def test_inspect_reads_images_beside_columns_of_other_names(tmp_path, capsys):
+    pytest.importorskip("PIL", reason="rows with images need Pillow")
+    from support.image_models import image_model, picture
+
+    model, processor = image_model("llava")
+    model.config.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    picture(1).save(tmp_path / "a.png")
+    row = {"chosen": [bot("c")], "rejected": [bot("d")], "image": str(tmp_path / "a.png")}
+    found = []
+    for name, argv in (
+        ("prompt", []),
+        ("question", []),
+        ("frage", ["--prompt_column", "frage"]),
+        ("q", ["--column_mapping", '{"q": "prompt"}']),
+    ):
+        source = write(tmp_path / "rows.jsonl", [{**row, name: [user("ab")]}] * 3)
+        command = ["inspect", source, "--model", str(tmp_path / "model"), "--json", *argv]
+        assert cli.main(command) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert found[0]["images"] == {"rows": 3, "images": 3} and found[0]["unused_columns"] == []
+    assert all(figures == found[0] for figures in found)

@@ -1,8 +1,12 @@
 """The rows of a run: overridden hooks, checks, the report."""
 
+import logging
+
+import pytest
 from datasets import Dataset, DatasetDict
 
 from oddsmith import ORPOTrainer
+from oddsmith.inspection.report import FIGURES
 from support.trainer_runs import pairs
 
 
@@ -59,3 +63,43 @@ def test_columns_of_other_names(make, caplog):
     assert (
         "train_dataset: question is the prompt; column_mapping names other columns" in caplog.text
     )
+
+
+def test_other_names_of_columns_make_the_rows_again(make):
+    rows = pairs(3).add_column("second", ["What else is it? "] * 3)
+    trainer = make(train_dataset=rows, eval_dataset=rows)
+    trainer.args.prompt_column = "second"
+    trainer.evaluate()
+    assert trainer.train_dataset["prompt"][:] == ["What else is it? "] * 3
+
+
+def test_rows_with_images_are_reported_like_others(make, caplog):
+    pytest.importorskip("PIL", reason="rows with images need Pillow")
+    from support.image_models import image_model, image_pairs
+
+    model, processor = image_model("llava")
+    shown, handler = [], logging.Handler()
+    handler.emit = shown.append
+    FIGURES.addHandler(handler)
+    rows = image_pairs(4)
+    same = rows.map(lambda row: {"rejected": row["chosen"]})
+    try:
+        make(
+            model=model,
+            processing_class=processor,
+            train_dataset=rows,
+            eval_dataset={"x": same},
+            config={"log_level": "info"},
+        )
+    finally:
+        FIGURES.removeHandler(handler)
+        FIGURES.setLevel(logging.NOTSET)
+    (record,) = shown
+    lines = record.getMessage().splitlines()
+    assert [line.split(":")[0] for line in lines if not line.startswith(" ")] == [
+        "train_dataset",
+        "eval_dataset['x']",
+    ]
+    assert sum("images: 4 in 3 of 4 rows" in line for line in lines) == 2
+    assert "eval_dataset['x']: 4 of 4 rows have the same chosen and rejected" in caplog.text
+    assert not any("images: 4" in each.getMessage() for each in caplog.records if each.levelno > 20)
