@@ -150,6 +150,22 @@ wheel: zig ## The wheel for every Python and torch, on Linux with glibc 2.28 or 
 	$(ZIG) --out dist
 	$(BIN)/python tests/support/wheel.py dist/*.whl
 
+# One wheel, with what tests use, goes unchanged into every environment of the matrix.
+MATRIX := $(or $(ODDSMITH_CACHE),$(HOME)/.cache/oddsmith)/matrix
+.PHONY: matrix-wheel
+matrix-wheel: $(BIN)/.tools
+	$(BIN)/pip install --quiet "uv>=0.9"
+	rm -rf $(MATRIX)/dist
+	$(ACTIVATE) && maturin build --release --locked --features $(TESTING) --out $(MATRIX)/dist
+
+.PHONY: matrix
+matrix: matrix-wheel ## Tests with every torch from 2.10, Pythons, and both ends of the libraries; the table of docs/compatibility.md
+	$(ACTIVATE) && python tests/support/matrix.py $(MATRIX)/dist/*.whl $(CELLS:%=--only "%")
+
+.PHONY: newest
+newest: matrix-wheel ## Tests with the newest torch, and another Python where there is one
+	$(ACTIVATE) && python tests/support/matrix.py $(MATRIX)/dist/*.whl --newest
+
 .PHONY: test-wheel
 test-wheel: zig ## The same with what tests need, for machines without Rust
 	rm -rf dist/testing
