@@ -45,7 +45,7 @@ def packed_attention(
         `Tensor`: `(1, heads, N, d_v)`.
     """
     width, value_width = query.shape[-1], value.shape[-1]
-    scale = width**-0.5 if scale is None else scale
+    scale = float(width) ** -0.5 if scale is None else scale
     pattern = pattern.within(longest_sequence(segments))
     on_cpu = query.device.type == "cpu"
     plain = softcap is None and sinks is None
