@@ -336,6 +336,17 @@ class ORPOConfig(LegacyArguments, TrainingArguments):
                 f"{max_length}, to leave tokens for the answers"
             )
 
+    def check(self) -> None:
+        """
+        Check the values again after some were changed.
+
+        Raises:
+            ValueError: For a value that is not allowed.
+        """
+        if self.max_length is None:
+            self.max_length = _MAX_LENGTH_OF_NONE
+        self._check(self.max_length)
+
     def beta_at(self, step: int, max_steps: int) -> float:
         """
         Beta of a training step.

@@ -9,8 +9,8 @@ from ..packing.batch import PackedBatch
 from .attention_names import attention_name, plain_attention
 from .model_attention import CannotPack, PackedRow, why_not
 from .model_structure import in_memory, is_exact, mixer, strange
-from .packed_trial import DIFFERS, EXACT, FAILS, Blind, try_out
-from .small_model import REACH, SPREAD, NotSmall, reaches, small_model, spreads
+from .packed_trial import DIFFERS, EXACT, FAILS, LONGEST, MOST, Blind, try_out
+from .small_model import NotSmall, reaches, small_model, spreads
 
 __all__ = ["CannotPack", "RowLimits", "check"]
 
@@ -109,14 +109,15 @@ def _small(core: Any) -> tuple[Any, RowLimits]:
 def _attempts(core: Any) -> Iterator[tuple[RowLimits, dict[str, int]]]:
     """What to scale down in a small model, and what is known if it then passes."""
     windows, places = reaches(core.config), spreads(core.config)
-    far, wide = max(windows, default=REACH), max(places, default=SPREAD)
     yield RowLimits(), {}
+    # Windows as long as the sequences of a trial, whose row is longer; distances beyond its row.
+    far, wide = {"reach": LONGEST}, {"spread": MOST + 1}
     if windows:
-        yield RowLimits(sequence=min(windows)), {"reach": far}
+        yield RowLimits(sequence=min(windows)), far
     if places:
-        yield RowLimits(row=min(places)), {"spread": wide}
+        yield RowLimits(row=min(places) - 1), wide
     if windows and places:
-        yield RowLimits(min(windows), min(places)), {"reach": far, "spread": wide}
+        yield RowLimits(min(windows), min(places) - 1), far | wide
 
 
 def _check_itself(core: Any, odd: str) -> None:

@@ -14,7 +14,7 @@ from .attention_names import attention_named
 from .model_attention import CannotPack, packed_inputs, row_of
 from .model_core import observed
 
-__all__ = ["DIFFERS", "EXACT", "FAILS", "Blind", "try_out"]
+__all__ = ["DIFFERS", "EXACT", "FAILS", "LONGEST", "MOST", "Blind", "try_out"]
 
 #: Room for rounding, in units of a dtype's precision times the largest logit.
 EXACT = 800.0
@@ -27,6 +27,9 @@ DIFFERS = "its results on a packed row differ from those on a padded batch"
 # Lengths of prompt, chosen and rejected answer of each pair: longer than the windows and chunks of
 # a small model. The last pair shares nothing.
 _LENGTHS = ((6, 7, 5), (9, 6, 8), (1, 6, 9))
+#: The longest sequence, and no fewer tokens than the packed row has.
+LONGEST = max(prompt + max(answers) for prompt, *answers in _LENGTHS)
+MOST = sum(2 * prompt + sum(answers) for prompt, *answers in _LENGTHS)
 # The pair whose chosen answer is changed: with others before and after it.
 _CHANGED = 1
 # Ids of the tokens: low ones, because high ones of some models are image tokens.

@@ -16,6 +16,7 @@ from .module_forward import ModuleForward
 from .parameter_count import ParameterCount
 from .patch import Patch
 from .peft_dispatch import LoraDispatch
+from .peft_merge import AdapterMerging
 from .progress_bars import NoProgressBars
 from .quantizer_table import QuantizerMerge, QuantizerTable
 
@@ -29,6 +30,7 @@ PATCHES: tuple[type[Patch], ...] = (
     ParameterCount,
     AttentionTable,
     LoraDispatch,
+    AdapterMerging,
     # A model, while it is trained.
     ModuleForward,
     NoDropout,

@@ -44,11 +44,12 @@ _REACHES = (
     "local_window",
     "attention_chunk_size",
 )
-_REACHES += ("chunk_length", "chunk_size", "index_topk")
+_REACHES += ("chunk_length", "chunk_size")
 #: How far that is.
 REACH = 4
-# Positions after which attention changes its temperature.
-_SPREADS = ("floor_scale", "original_max_position_embeddings")
+# Tokens of a row after which attention changes its temperature, or selects keys.
+_SPREADS = ("floor_scale", "log_scaling_n_floor", "original_max_position_embeddings")
+_SPREADS += ("index_topk", "index_topk_blocks", "index_block_size")
 #: The same for a small model.
 SPREAD = 3
 # Chunks of a computation, not of the sequence.
@@ -92,7 +93,7 @@ def reaches(config: Any) -> list[int]:
 
 
 def spreads(config: Any) -> list[int]:
-    """After how many tokens a model treats positions in another way; empty if it never does."""
+    """After how many tokens of a row a model does something else; empty if it never does."""
     found = []
     for each in configs_of(config):
         places = [vars(each)]

@@ -56,9 +56,8 @@ def tolerance(name):
     return 1e-5 if name == "Mixtral" else 1e-9
 
 
-@pytest.fixture
-def in_double(monkeypatch):
-    """Norms and rotations stay in float64, which the models' code casts to float32."""
+def stay_in_double(monkeypatch):
+    """Norms and rotations stay in float64, which the models' code casts to float32, and positions join them."""
     to, as_float = torch.Tensor.to, torch.Tensor.float
 
     @functools.wraps(to)
@@ -66,10 +65,13 @@ def in_double(monkeypatch):
         wide = x.dtype == torch.float64 and torch.float32 in (*args, *kwargs.values())
         return x if wide else to(x, *args, **kwargs)
 
+    def widen(x):
+        # transformers 5.17 multiplies positions and frequencies as matrices, which takes one dtype.
+        narrow = x.is_floating_point() and x.dtype != torch.float64
+        return as_float(x) if narrow else x.double()
+
     monkeypatch.setattr(torch.Tensor, "to", keep)
-    monkeypatch.setattr(
-        torch.Tensor, "float", lambda x: x if x.dtype == torch.float64 else as_float(x)
-    )
+    monkeypatch.setattr(torch.Tensor, "float", widen)
 
 
 def pairs_of(*lengths, prompts="same", seed=1):
@@ -112,8 +114,10 @@ LENGTHS = ((1, 8, 5), (9, 1, 1), (6, 0, 3), (4, 9, 4))
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 @pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize(("name", "checkpointing"), CASES)
-def test_packed_equals_padded(name, checkpointing, share, in_double):
+def test_packed_equals_padded(name, checkpointing, share, monkeypatch):
     model = tiny_model(name)
+    if model.dtype == torch.float64:
+        stay_in_double(monkeypatch)
     pairs = pairs_of(*LENGTHS, prompts="differ" if name == "Qwen2" else "same")
     ids, mask, rows = padded(pairs)
     batch = PackedBatch.build(pairs, share)

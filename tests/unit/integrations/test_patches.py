@@ -8,6 +8,7 @@ from pathlib import Path
 
 import datasets
 import peft.tuners.lora.model as peft_model
+import peft.tuners.tuners_utils as peft_tuners
 import pytest
 import torch
 import transformers
@@ -36,6 +37,7 @@ from oddsmith.integrations.parameter_count import COUNT, ParameterCount
 from oddsmith.integrations.patch import Patch, Unsupported, find
 from oddsmith.integrations.patches import PATCHES
 from oddsmith.integrations.peft_dispatch import DISPATCH, LoraDispatch
+from oddsmith.integrations.peft_merge import MERGING, AdapterMerging
 from oddsmith.integrations.progress_bars import NoProgressBars
 from oddsmith.integrations.quantizer_table import (
     MERGE,
@@ -48,7 +50,7 @@ from support.paths import ROOT
 from support.trainer_runs import make_model, make_tokenizer
 
 PACKAGE = Path(oddsmith.__file__).parent
-SHARED = (HOOK, TABLE, MERGE, COUNT, ATTENTION, DISPATCH, POOL)
+SHARED = (HOOK, TABLE, MERGE, COUNT, ATTENTION, DISPATCH, MERGING, POOL)
 
 
 @pytest.fixture(autouse=True)
@@ -125,6 +127,7 @@ CASES = {
     ParameterCount: lambda _: shared_case(COUNT, lambda: dict(vars(PreTrainedModel))),
     AttentionTable: lambda _: shared_case(ATTENTION, attention_state),
     LoraDispatch: lambda _: shared_case(DISPATCH, lambda: dict(vars(peft_model))),
+    AdapterMerging: lambda _: shared_case(MERGING, lambda: dict(vars(peft_tuners.BaseTuner))),
     ModuleForward: lambda _: module_case(ModuleForward, nn.Linear(2, 2), lambda x: x),
     NoDropout: lambda _: module_case(NoDropout, dropout_model()),
     Checkpointing: lambda _: module_case(Checkpointing, make_model("mistral", make_tokenizer())),
@@ -318,6 +321,19 @@ def fake_product(monkeypatch):
     monkeypatch.setattr(LoraLinear4bit, "forward", lambda self, x: forward(self, x) * 1.5)
 
 
+def fake_merge_adapter(monkeypatch):
+    merge = peft_tuners.BaseTuner.merge_adapter
+
+    def twice(self, *args, **kwargs):
+        merge(self, *args, **kwargs)
+        for layer in self.model.modules():
+            if isinstance(layer, peft_tuners.BaseTunerLayer):
+                layer.merged_adapters.clear()
+        merge(self, *args, **kwargs)
+
+    monkeypatch.setattr(peft_tuners.BaseTuner, "merge_adapter", twice)
+
+
 @pytest.mark.parametrize(
     ("kind", "change", "reason"),
     [
@@ -331,6 +347,7 @@ def fake_product(monkeypatch):
         (CpuMemoryPool, fake_pool, "RuntimeError: the allocator of torch is another one"),
         (LoraDispatch, fake_dispatchers, "peft made a Linear"),
         (LoraDispatch, fake_product, "an adapter on a 4-bit layer gave another result"),
+        (AdapterMerging, fake_merge_adapter, "a merged adapter gave another weight"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
