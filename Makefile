@@ -75,9 +75,11 @@ slow: test-build ## The long parity runs (ODDSMITH_SHARED names the folder with 
 develop: ## Compile again after a change in src/, for tests
 	$(ACTIVATE) && maturin develop --release --skip-install --features $(TESTING)
 
+# The others need packages that a machine with a GPU may not have.
+GPU_TESTS = tests/gpu tests/unit/packing
 .PHONY: gpu
 gpu: test-build ## The tests that need a GPU
-	$(ACTIVATE) && $(RUN) -m pytest -m gpu
+	$(ACTIVATE) && $(RUN) -m pytest -m gpu $(GPU_TESTS)
 
 # Without libtorch's cache every tensor is a separate allocation, whose end memcheck knows. Tests that use up
 # memory, capture graphs or try thousands of shapes are left out, and so are the peers.
