@@ -142,7 +142,7 @@ def test_rows_of_the_users_are_not_replaced(make):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"beta": -1.0}, "beta is -1.0; must be positive"),
+        ({"beta": -1.0}, "beta is -1.0; must be at least 0 and finite"),
         ({"nll_scope": "all"}, "nll_scope is 'all'"),
         ({"fp16": True}, "fp16 was False when the trainer was created and is True"),
     ],
