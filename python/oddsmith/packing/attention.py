@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -45,19 +47,19 @@ def packed_attention(
         `Tensor`: `(1, heads, N, d_v)`.
     """
     width, value_width = query.shape[-1], value.shape[-1]
-    scale = width**-0.5 if scale is None else scale
+    factor: float = 1.0 / math.sqrt(width) if scale is None else scale
     pattern = pattern.within(longest_sequence(segments))
     on_cpu = query.device.type == "cpu"
     plain = softcap is None and sinks is None
     if value_width <= width and can_run(query, pattern, softcap, sinks, dropout):
         value = _widened(value, width)
-        out = packed_varlen(query, key, value, segments, scale, pattern.window, softcap)
+        out = packed_varlen(query, key, value, segments, factor, pattern.window, softcap)
     elif on_cpu and plain and not dropout and pattern == CAUSAL and value_width <= width:
-        out = PackedFlash.apply(query, key, _widened(value, width), segments, scale)
+        out = PackedFlash.apply(query, key, _widened(value, width), segments, factor)
     elif plain and (dropout or not on_cpu):
-        return packed_blocks(query, key, value, segments, pattern, scale, dropout)
+        return packed_blocks(query, key, value, segments, pattern, factor, dropout)
     else:
-        rule = Rule(pattern, scale, softcap, dropout)
+        rule = Rule(pattern, factor, softcap, dropout)
         return PackedTiles.apply(query, key, value, sinks, segments, rule)
     return out[..., :value_width] if value_width < width else out
 

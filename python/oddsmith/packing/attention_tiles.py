@@ -125,7 +125,9 @@ class PackedTiles(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *gradients: Tensor
+    ) -> tuple[Tensor | None, ...]:
         """Gradients of query, key, value and sinks."""
         (d_out,) = gradients
         query, key, value, sinks, out, lse = ctx.saved_tensors
@@ -149,7 +151,7 @@ class PackedTiles(torch.autograd.Function):
             if kept is not None:
                 used, d_weights = weights * kept, d_weights.mul_(kept)
             _add(d_value, tile, _over_queries(used, d_o))
-            if d_sinks is not None:
+            if d_sinks is not None and sinks is not None:
                 d_sinks -= ((_of_heads(sinks.to(lse.dtype), total) - total).exp() * mean).sum(-1)
             d_scores = d_weights.sub_(mean[..., None]).mul_(weights)
             if slope is not None:
@@ -157,7 +159,8 @@ class PackedTiles(torch.autograd.Function):
             d_scores.mul_(rule.scale)
             d_query[0, :, tile.rows] = _joined(_product(d_scores, k))
             _add(d_key, tile, _over_queries(d_scores, q))
-        d_sinks = None if d_sinks is None else d_sinks.flatten().view_as(sinks).to(sinks.dtype)
+        if d_sinks is not None and sinks is not None:
+            d_sinks = d_sinks.flatten().view_as(sinks).to(sinks.dtype)
         d_key, d_value = d_key[None].to(key.dtype), d_value[None].to(value.dtype)
         return d_query, d_key, d_value, d_sinks, None, None
 
