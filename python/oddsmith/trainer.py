@@ -13,6 +13,10 @@ from transformers.utils import logging
 
 from .config import ORPOConfig
 from .data.collator import PreferenceCollator
+from .data.image_collator import ImageCollator
+from .data.image_rows import NO_PACKING, ImageRows
+from .data.pictures import has_pictures
+from .data.processor import tokenizer_of
 from .data.tokenizer import ensure_pad_token
 from .integrations import model_head, model_packing
 from .integrations.model_core import core_of
@@ -22,6 +26,7 @@ from .training.batch_hooks import BatchHooks
 from .training.current_args import CurrentArgs
 from .training.evaluation_hooks import EvaluationHooks
 from .training.gradient_hooks import GradientHooks
+from .training.image_models import allow_unused_parameters, check_image_model
 from .training.loss_hooks import LossHooks
 from .training.low_rank_names import LOW_RANK_NAMES, low_rank_optimizer
 from .training.metrics import EMPTY_COMPLETIONS, FIRST_NON_FINITE, NON_FINITE, MetricStore, Split
@@ -65,11 +70,12 @@ class ORPOTrainer(
         data_collator (`Callable`, *optional*):
             Makes batches from rows; [`~oddsmith.data.collator.PreferenceCollator`] if not given.
         train_dataset (`Dataset` or `IterableDataset`):
-            Rows with `chosen`, `rejected` and, unless it is implicit, `prompt`.
+            Rows with `chosen`, `rejected` and, unless it is implicit, `prompt`; for image-text
+            models also with `images` or `image`.
         eval_dataset (`Dataset`, `IterableDataset` or `dict` of them, *optional*):
             Rows for evaluation; metrics of a dict are `eval_{key}_...`.
-        processing_class (`PreTrainedTokenizerBase`, *optional*):
-            The tokenizer; that of the model if not given.
+        processing_class (`PreTrainedTokenizerBase` or `ProcessorMixin`, *optional*):
+            The tokenizer, or the processor of an image-text model; that of the model if not given.
         model_init (`Callable`, *optional*):
             Makes the model, instead of `model`.
         callbacks (`list[TrainerCallback]`, *optional*):
@@ -127,8 +133,12 @@ class ORPOTrainer(
         # The adapter's weights are random, so the seed must be set before.
         set_seed(args.seed)
         revision = args.model_kwargs().get("revision")
+        # With a collator of the user's, images are his.
+        self._has_images = data_collator is None and any(
+            map(has_pictures, (train_dataset, eval_dataset))
+        )
         if isinstance(model, str):
-            model = load_model(model, args)
+            model = load_model(model, args, self._has_images)
         if model_init is None:
             model = self._take_model(model)
         else:
@@ -136,7 +146,8 @@ class ORPOTrainer(
 
         if processing_class is None:
             processing_class = load_processing_class(model, revision, args)
-        pad_token_id = ensure_pad_token(processing_class)
+        tokenizer = tokenizer_of(processing_class)
+        pad_token_id = ensure_pad_token(tokenizer)
         self.processing_class = processing_class
         self._read_config(model.config)
         self.use_dpo_data_collator: bool = data_collator is None
@@ -151,6 +162,9 @@ class ORPOTrainer(
             args.remove_unused_columns = False  # the model's forward has none of the columns
 
         self._rows = self._row_builder()
+        if self._has_images:
+            self._image_rows = ImageRows(processing_class, self._rows)
+            data_collator = ImageCollator(self._image_rows, cast(PreferenceCollator, data_collator))
         train_dataset, eval_dataset = self._prepare_given(train_dataset, eval_dataset)
         self._check_rows(train_dataset, eval_dataset, vocabulary_size(model))
 
@@ -190,8 +204,8 @@ class ORPOTrainer(
 
     @property
     def tokenizer(self) -> Any:
-        """Older name of `processing_class`."""
-        return self.processing_class
+        """Older name of `processing_class`; the tokenizer of a processor."""
+        return tokenizer_of(self.processing_class)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """A new model from `model_init`, with its adapter."""
@@ -209,6 +223,9 @@ class ORPOTrainer(
         model, casted = prepare_model(model, self.args, self._peft_config)
         self._peft_has_been_casted_to_bf16 = casted
         self._lend(model)
+        if self._has_images:
+            check_image_model(model, self.args)
+        allow_unused_parameters(model, self.args)
         self._choose_path(model)
         return model
 
@@ -240,6 +257,8 @@ class ORPOTrainer(
         """Why batches need padding, or None."""
         if not self.args.padding_free:
             return "padding_free is False"
+        if self._has_images:
+            return NO_PACKING
         if (because := row_dependence(model, self.args, "padded")) is not None:
             return because
         try:

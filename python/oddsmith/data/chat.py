@@ -4,7 +4,10 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard, TypeVar, cast
 
+from transformers import ProcessorMixin
 from transformers.utils import logging
+
+from .processor import as_parts, image_parts, template_source
 
 logger = logging.get_logger(__name__)
 
@@ -141,8 +144,21 @@ def _render_pair(
     if isinstance(tools, str):  # JSON, as datasets store tools whose schemas differ
         tools = json.loads(tools)
 
+    source: Any = template_source(processing_class)
+    takes_parts = isinstance(source, ProcessorMixin)
+    if takes_parts:
+        prompt, chosen, rejected = (
+            cast(Messages, as_parts(each)) for each in (prompt, chosen, rejected)
+        )
+        if row.get("images") is None and row.get("image") is None:
+            if image_parts([*prompt, *chosen, *rejected]):
+                raise ValueError(
+                    f"{where}: its messages have image parts, but the row has no images; put them "
+                    "into a column images, a list for each row"
+                )
+
     def render(messages: Messages, **kwargs: bool) -> str:
-        return processing_class.apply_chat_template(
+        return source.apply_chat_template(
             messages,
             tools=tools,
             tokenize=False,
@@ -160,7 +176,7 @@ def _render_pair(
         with_chosen = render(prompt + chosen)
         with_rejected = render(prompt + rejected)
     except Exception as error:
-        if getattr(processing_class, "chat_template", None) is None:
+        if getattr(source, "chat_template", None) is None:
             raise ValueError(
                 f"{where}: chosen and rejected are conversations, but the tokenizer has no chat "
                 "template; set "

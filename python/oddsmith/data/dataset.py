@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from .arrow_rows import prepare_table, sample_texts, text_source
 from .chat import TEXT_FIELDS, row_text
+from .processor import template_source
 from .rows import RowBuilder
 from .rust_rows import EMPTY, OVERLENGTH, FastRows, fast_rows_for
 
@@ -126,7 +127,9 @@ def prepare_dataset(
             prepare_table, source=source, processing_class=processing_class, fast=fast, name=name
         )
         prepared = dataset.with_format("arrow").map(
-            transform, new_fingerprint=fast.fingerprint(dataset), **mapped
+            transform,
+            new_fingerprint=fast.fingerprint(dataset, template_source(processing_class)),
+            **mapped,
         )
         prepared = prepared.with_format(None)
     flags = prepared.select_columns([OVERLENGTH, EMPTY]).with_format("numpy")[:]
@@ -148,6 +151,21 @@ def validate(dataset: Any, processing_class: Any, *, name: str = "train_dataset"
         ValueError: If it is empty, has no chosen or rejected column, or its first row has a field
             of the wrong type, or is a conversation and the tokenizer has no chat template.
     """
+    row_text(first_row(dataset, name), processing_class, f"{name} row 0")
+
+
+def first_row(dataset: Any, name: str) -> Mapping[str, Any]:
+    """
+    The first row of a dataset that has the columns of pairs.
+
+    Args:
+        dataset (`Dataset` or `IterableDataset`): The dataset, not yet prepared.
+        name (`str`): Name of the dataset in errors.
+
+    Raises:
+        TypeError: If `dataset` is of another type.
+        ValueError: If it is empty, or has no chosen or rejected column.
+    """
     if not isinstance(dataset, (Dataset, IterableDataset)):
         raise TypeError(
             f"{name} is a {type(dataset).__name__}; must be a datasets.Dataset or "
@@ -164,7 +182,7 @@ def validate(dataset: Any, processing_class: Any, *, name: str = "train_dataset"
             f"{name} has no column {' and no column '.join(missing)}; it has "
             f"{', '.join(sorted(columns))}"
         )
-    row_text(first, processing_class, f"{name} row 0")
+    return first
 
 
 def _prepare_batch(

@@ -108,7 +108,7 @@ class RowBuilder:
             ValueError: If prompt and answer merge to fewer tokens than the prompt has alone.
         """
         prompt_ids, full_ids = self._encode([prompt, prompt + answer])
-        return _split(prompt_ids, full_ids, "answer")
+        return split_answer(prompt_ids, full_ids, "answer")
 
     def tokenize_row(
         self,
@@ -144,7 +144,7 @@ class RowBuilder:
             prompt, *answers = texts
             sides = [build_tokenized_answer(prompt, answer) for answer in answers]
             (prompt_ids,) = self._encode([prompt])
-            row = self._assemble(prompt_ids, *sides)[0]
+            row = self.assemble(prompt_ids, *sides)[0]
         if model is not None and hasattr(model, "prepare_decoder_input_ids_from_labels"):
             if self.is_encoder_decoder:
                 for side in ("rejected", "chosen"):
@@ -215,14 +215,26 @@ class RowBuilder:
     def _decoder_row(
         self, prompt: list[int], chosen: list[int], rejected: list[int], texts: list[str]
     ) -> tuple[dict[str, list[int]], bool]:
-        return self._assemble(
-            prompt, _split(prompt, chosen, "chosen"), _split(prompt, rejected, "rejected")
+        return self.assemble(
+            prompt,
+            split_answer(prompt, chosen, "chosen"),
+            split_answer(prompt, rejected, "rejected"),
         )
 
-    def _assemble(
+    def assemble(
         self, prompt: list[int], chosen: Side, rejected: Side
     ) -> tuple[dict[str, list[int]], bool]:
-        """The row (BOS and EOS added, cut to length), and whether it was too long."""
+        """
+        The row (BOS and EOS added, cut to length), and whether it was too long.
+
+        Args:
+            prompt (`list[int]`): Ids of the prompt alone.
+            chosen (`dict`): Of [`split_answer`].
+            rejected (`dict`): Of [`split_answer`].
+
+        Raises:
+            ValueError: If the prompts of the sides differ by more than the last token.
+        """
         chosen, rejected = (
             {key: list(values) for key, values in side.items()} for side in (chosen, rejected)
         )
@@ -327,7 +339,18 @@ class RowBuilder:
         return row
 
 
-def _split(prompt: list[int], full: list[int], answer_name: str) -> Side:
+def split_answer(prompt: list[int], full: list[int], answer_name: str) -> Side:
+    """
+    Split the ids of a prompt and its answer where the answer begins.
+
+    Args:
+        prompt (`list[int]`): Ids of the prompt alone.
+        full (`list[int]`): Ids of both, encoded together; a merged token belongs to the answer.
+        answer_name (`str`): Names the answer in errors.
+
+    Raises:
+        ValueError: If `full` is shorter than `prompt`.
+    """
     if len(full) < len(prompt):
         raise ValueError(
             f"prompt and {answer_name} together have {len(full)} tokens, fewer than the prompt alone "

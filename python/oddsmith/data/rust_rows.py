@@ -113,12 +113,17 @@ class FastRows:
             columns[column] = pa.array(np.frombuffer(made[flags], np.uint8).astype(bool))
         return columns
 
-    def fingerprint(self, dataset: Dataset) -> str:
+    def fingerprint(self, dataset: Dataset, source: Any = None) -> str:
         """
-        Name of a dataset's rows in the cache of `datasets`, from the dataset, the tokenizer, its
+        Name of a dataset's rows in the cache of `datasets`, from the dataset, the tokenizer, the
         chat template and the rules. Earlier calls of the tokenizer do not change it.
+
+        Args:
+            dataset (`Dataset`): Not yet prepared.
+            source (`Any`, *optional*): Who renders conversations; the tokenizer if not given.
         """
         tokenizer = self.builder.processing_class
+        source = tokenizer if source is None else source
         return Hasher.hash(
             [
                 dataset._fingerprint,
@@ -128,8 +133,8 @@ class FastRows:
                 # These settings affect the text of conversations.
                 transformers.__version__,
                 type(tokenizer).__qualname__,
-                type(tokenizer).apply_chat_template,
-                tokenizer.chat_template,
+                type(source).apply_chat_template,
+                source.chat_template,
                 sorted(tokenizer.special_tokens_map.items(), key=str),
             ]
         )

@@ -76,7 +76,7 @@ def concatenate(
         if is_encoder_decoder or name.endswith("labels"):
             value = -100
         else:
-            value = 0 if name.endswith("attention_mask") else padding_value
+            value = 0 if name.endswith(("attention_mask", "token_type_ids")) else padding_value
         sides = (chosen, batch[f"rejected_{name}"])
         both[f"concatenated_{name}"] = torch.cat([pad_to(x, length, value) for x in sides])
     if is_encoder_decoder:

@@ -1,6 +1,6 @@
 """DataReport: figures of a preference dataset in tokens, and likely mistakes."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
@@ -66,6 +66,7 @@ class DataReport:
         overlength (`int`, *optional*): Rows that were too long; None if not counted.
         policy (`str`, *optional*): What happened to them: `"truncate"` or `"drop"`.
         partial (`bool`, *optional*): Whether these are only the first rows of a stream.
+        images (`Sequence[int]`, *optional*): Images of each row; None for rows of text.
     """
 
     name: str
@@ -76,6 +77,7 @@ class DataReport:
     overlength: int | None = None
     policy: str = "truncate"
     partial: bool = False
+    images: Sequence[int] | None = None
 
     @property
     def findings(self) -> list[str]:
@@ -127,6 +129,9 @@ class DataReport:
                 "pad_share": round(1 - apart / padded, 4) if padded else 0.0,
                 "sharing_factor": round(apart / once, 4) if once else 1.0,
             },
+            "images": None
+            if self.images is None
+            else {"rows": sum(count > 0 for count in self.images), "images": sum(self.images)},
             "sampled_texts": self.texts,
             "findings": counted,
         }
@@ -154,7 +159,14 @@ class DataReport:
                 f"  repeated prompts: {figures['repeated_prompts']:,}; similar to an earlier one: "
                 f"{figures['near_duplicate_prompts']:,}"
             )
-        if positions["packed"]:
+        if self.images is not None:
+            pictures = figures["images"]
+            lines.append(
+                f"  images: {pictures['images']:,} in {pictures['rows']:,} of {rows:,} rows, "
+                "counted as the tokens of prompts; batches with images keep their padding: "
+                f"{positions['pad_share']:.0%} of positions in batches of {self.batch_size}"
+            )
+        elif positions["packed"]:
             total = positions["padded"] / positions["shared_prompts"]
             lines.append(
                 f"  padding: {positions['pad_share']:.0%} of positions in batches of "
@@ -178,6 +190,7 @@ def report_rows(
     batch_size: int = 1,
     overlength: int | None = None,
     policy: str = "truncate",
+    images: Sequence[int] | None = None,
 ) -> DataReport:
     """
     Check prepared rows before training.
@@ -202,6 +215,7 @@ def report_rows(
         overlength (`int`, *optional*):
             Rows that were truncated or dropped, if known.
         policy (`str`, *optional*, defaults to `"truncate"`): `"truncate"` or `"drop"`.
+        images (`Sequence[int]`, *optional*): Images of each row, if rows have images.
 
     Returns:
         [`DataReport`]: The report; its `findings` are empty if nothing is wrong.
@@ -227,6 +241,7 @@ def report_rows(
         overlength,
         policy,
         partial=not whole and len(texts) == sample,
+        images=images,
     )
 
 

@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer
 
 from ..data.chat import TEXT_FIELDS, is_messages, row_text
+from ..data.image_rows import ImageRows
+from ..data.pictures import IMAGE_COLUMNS
+from ..data.processor import load_processor, template_source, tokenizer_of
 from ..data.rows import RowBuilder
 from ..data.rust_rows import OVERLENGTH, FastRows, fast_rows_for
 from ..data.tokenizer import FALLBACK_CHAT_TEMPLATE, ensure_pad_token
@@ -26,6 +28,12 @@ from .token_stats import Finding, Ragged, TokenRows, TokenStats, needed
 
 # Rows tokenised at once, by all cores.
 _BATCH = 1000
+# Rows whose images are opened at once.
+_IMAGE_ROWS = 16
+_NO_TOKENS = {
+    **dict.fromkeys(TEXT_FIELDS, ""),
+    **{name: [] for name in ("chosen_input_ids", "chosen_labels", "rejected_labels")},
+}
 # Rows at the start on which Rust and the tokenizer must agree.
 _COMPARED = 16
 
@@ -76,7 +84,7 @@ def run_inspect(
     """
     tokenizer = load_tokenizer(model, chat_template, revision, trust_remote_code)
     with user_errors(""):
-        builder = RowBuilder(tokenizer, max_length, max_prompt_length)
+        builder = RowBuilder(tokenizer_of(tokenizer), max_length, max_prompt_length)
     if histogram is not None and not Path(histogram).suffix:
         raise UserError(f"--histogram {histogram}: needs a suffix such as .png")
     stream = RecordStream(dataset, config, split)
@@ -88,7 +96,7 @@ def run_inspect(
         sides = {"prompt": shared, "prompt and chosen": chosen, "prompt and rejected": rejected}
         with user_errors(f"--histogram {histogram}"):
             save_histogram(sides, histogram, dataset, max_length)
-    path = find_path(_place(model), revision, trust_remote_code)
+    path = find_path(_place(model), revision, trust_remote_code, report.images is not None)
     if as_json:
         figures = report.figures()
         if path is not None:
@@ -113,7 +121,7 @@ def load_tokenizer(
     model: str, chat_template: str | None, revision: str | None, trust_remote_code: bool
 ) -> Any:
     """
-    Load only the tokenizer, not the model's weights.
+    Load only the tokenizer, or the processor of an image-text model, not the model's weights.
 
     Raises:
         UserError: If there is no tokenizer, or the template cannot be read.
@@ -122,12 +130,8 @@ def load_tokenizer(
     if not path.exists() and (model.startswith(("/", "./", "../", "~")) or model.count("/") > 1):
         raise UserError(f"--model {model}: no such folder")
     with user_errors(f"--model {model}"):
-        tokenizer = AutoTokenizer.from_pretrained(
-            _place(model),
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-        )
-        ensure_pad_token(tokenizer)
+        tokenizer = load_processor(_place(model), revision, trust_remote_code)
+        ensure_pad_token(tokenizer_of(tokenizer))
     if chat_template is not None:
         with user_errors("--chat_template"):
             template = Path(chat_template).expanduser()
@@ -149,8 +153,8 @@ def inspect_stream(
 
     Args:
         stream ([`RecordStream`]): The rows.
-        tokenizer (`PreTrainedTokenizerBase`): The tokenizer; gets the fallback template of
-        `oddsmith train` if necessary.
+        tokenizer (`PreTrainedTokenizerBase` or `ProcessorMixin`): The tokenizer or processor; gets
+            the fallback template of `oddsmith train` if necessary.
         builder ([`RowBuilder`]): Makes tokens from text.
         rows (`int`, *optional*): Most rows to read.
         overlength (`str`, *optional*): `"drop"` excludes rows that are too long.
@@ -162,16 +166,29 @@ def inspect_stream(
     Raises:
         UserError: If a row cannot be read or is not a pair; the message has file, line and field.
     """
-    stats = TokenStats(tokenizer.bos_token_id, tokenizer.eos_token_id, builder.max_length)
+    own = builder.processing_class
+    stats = TokenStats(own.bos_token_id, own.eos_token_id, builder.max_length)
     twice, seen, too_long, sampled, fast = Finding(), 0, 0, 0, None
+    image_rows: ImageRows | None = None
+    images: list[int] = []
     with closing(stats), closing(_batches(stream, rows)) as batches:
         for batch in batches:
             if seen == 0:
-                _ensure_template(tokenizer, batch[0])
-            texts = [_text(record, tokenizer) for record in batch]
-            if seen == 0:
-                fast = fast_rows_for(builder, texts[:: -(-len(texts) // _COMPARED)], stream.name)
-            columns, flags = _tokens(builder, fast, texts, batch)
+                _ensure_template(template_source(tokenizer), batch[0])
+                if any((batch[0].fields or {}).get(name) is not None for name in IMAGE_COLUMNS):
+                    with user_errors(batch[0].where):
+                        image_rows = ImageRows(tokenizer, builder)
+            if image_rows is not None:
+                texts, columns, flags, counts = _image_tokens(
+                    image_rows, batch, overlength == "drop"
+                )
+                images += counts
+            else:
+                texts = [_text(record, tokenizer) for record in batch]
+                if seen == 0:
+                    sample = texts[:: -(-len(texts) // _COMPARED)]
+                    fast = fast_rows_for(builder, sample, stream.name)
+                columns, flags = _tokens(builder, fast, texts, batch)
             too_long += int(flags.sum())
             kept = np.flatnonzero(~flags) if overlength == "drop" else np.arange(len(batch))
             if len(kept):
@@ -198,7 +215,40 @@ def inspect_stream(
         too_long,
         overlength,
         partial,
+        images if image_rows is not None else None,
     )
+
+
+def _image_tokens(
+    rows: ImageRows, batch: list[Record], drop: bool
+) -> tuple[list[tuple[str, str, str]], dict[str, pa.Array], np.ndarray, list[int]]:
+    """
+    Texts, columns of tokens, which rows are too long, and images of each other row. With `drop`,
+    those that are too long are empty.
+    """
+    fields = [_pair_of(record) for record in batch]
+    made: list[dict[str, Any]] = []
+    flags, images = np.zeros(len(batch), bool), []
+    with user_errors(""):
+        # A few at a time: their pixel values are in memory together.
+        for start in range(0, len(batch), _IMAGE_ROWS):
+            part = range(start, min(start + _IMAGE_ROWS, len(batch)))
+            if drop:
+                flags[part] = [not rows.fits(fields[i], batch[i].where) for i in part]
+            kept = [i for i in part if not (drop and flags[i])]
+            built = rows.build([fields[i] for i in kept], [batch[i].where for i in kept])
+            images += built.images
+            found = dict(zip(kept, zip(built.rows, built.overlength, strict=True), strict=True))
+            for index in part:
+                row, flags[index] = found.get(index, (_NO_TOKENS, True))
+                made.append(row)
+    prompt, chosen, rejected = TEXT_FIELDS
+    texts = [(row[prompt], row[chosen], row[rejected]) for row in made]
+    columns = {
+        name: pa.array([row[name] for row in made], pa.list_(pa.int64()))
+        for name in needed(_NO_TOKENS)
+    }
+    return texts, columns, flags, images
 
 
 def _tokens(
@@ -248,7 +298,7 @@ def _ensure_template(tokenizer: Any, record: Record) -> None:
             tokenizer.chat_template = FALLBACK_CHAT_TEMPLATE
 
 
-def _text(record: Record, tokenizer: Any) -> tuple[str, str, str]:
+def _pair_of(record: Record) -> dict[str, Any]:
     if record.fields is None:
         raise UserError(f"{record.where}: {record.problem}")
     for side in ("chosen", "rejected"):
@@ -257,5 +307,10 @@ def _text(record: Record, tokenizer: Any) -> tuple[str, str, str]:
                 f"{record.where}: no field {side}; its fields are "
                 f"{', '.join(map(str, record.fields))}; oddsmith prepare makes pairs from other data"
             )
+    return record.fields
+
+
+def _text(record: Record, tokenizer: Any) -> tuple[str, str, str]:
+    fields = _pair_of(record)
     with user_errors(""):
-        return row_text(record.fields, tokenizer, record.where)
+        return row_text(fields, tokenizer, record.where)

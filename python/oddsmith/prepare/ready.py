@@ -45,8 +45,13 @@ def parse_pair(fields: Mapping[str, Any], lang_column: str | None = None) -> lis
         lang_column (`str`, *optional*): Column with the language; `lang` or `language` if not given.
 
     Raises:
-        BadRow: If a field is missing or of another type.
+        BadRow: If a field is missing or of another type, or the row has images.
     """
+    if fields.get("images") or fields.get("image"):
+        raise BadRow(
+            "the row has images, which the pairs would not have; train on such rows as they are, or "
+            "remove the column"
+        )
     chosen, rejected = (
         text_or_messages(required(fields, side), side) for side in ("chosen", "rejected")
     )

@@ -19,7 +19,7 @@ SUMMARY_SUFFIX = ".summary.json"
 TRAIN_SPLITS = ("train_prefs", "train")
 TEST_SPLITS = ("test_prefs", "test", "validation", "valid", "eval", "dev")
 # Columns of a preference row that the trainer uses.
-COLUMNS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
+COLUMNS = ("prompt", "chosen", "rejected", "images", "image", "tools", "chat_template_kwargs")
 
 
 def file_kind(path: Path) -> str | None:

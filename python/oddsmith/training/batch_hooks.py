@@ -9,6 +9,9 @@ from torch.utils.data import DataLoader, Sampler
 from ..data.token_batches import TokenBatches, pair_lengths
 from .trainer_parts import TrainerParts
 
+# Of `train_sampling_strategy`: those that need the length of each row.
+LENGTH_STRATEGIES = ("group_by_length", "batch_rebalance")
+
 
 class BatchHooks(TrainerParts):
     """Part of [`~oddsmith.ORPOTrainer`]: how rows become batches."""
@@ -16,7 +19,7 @@ class BatchHooks(TrainerParts):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[Any] | None:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         strategy = getattr(self.args, "train_sampling_strategy", "random")
-        by_length = strategy in ("group_by_length", "batch_rebalance")
+        by_length = strategy in LENGTH_STRATEGIES
         column = self.args.length_column_name
         own = dataset if isinstance(dataset, Dataset) else None
         if by_length and own is not None and column not in own.column_names:

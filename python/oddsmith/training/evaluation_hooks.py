@@ -8,6 +8,9 @@ from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
+from ..data.image_collator import model_inputs
+from ..data.image_rows import TOKEN_TYPES
+from ..data.processor import tokenizer_of
 from . import completions
 from .trainer_parts import TrainerParts
 
@@ -69,13 +72,17 @@ class EvaluationHooks(TrainerParts):
     def generate_from_model(self, model: nn.Module, batch: dict[str, Any]) -> list[str]:
         """Text of prompts and their sampled completions, for the prompts of a batch."""
         prompts = batch["prompt_input_ids"]
+        images = model_inputs(batch)
+        types = {kind: batch[name] for kind in TOKEN_TYPES if (name := f"prompt_{kind}") in batch}
         with self._autocast(), torch.no_grad():
             tokens = cast(Any, model).generate(
                 input_ids=prompts,
                 attention_mask=batch["prompt_attention_mask"],
                 max_length=max(self.max_length, prompts.shape[1] + 1),
                 do_sample=True,
-                pad_token_id=self.processing_class.pad_token_id,
+                pad_token_id=tokenizer_of(self.processing_class).pad_token_id,
+                **images,
+                **types,
             )
         return self.processing_class.batch_decode(tokens, skip_special_tokens=True)
 

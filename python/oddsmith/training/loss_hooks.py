@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from transformers.utils import logging
 
 from ..data.collator import PairBatch
+from ..data.image_collator import both_sides
 from ..head import logits as plain
 from ..integrations import model_attention, model_head
 from ..integrations.model_packing import RowLimits
@@ -37,6 +38,8 @@ class LossHooks(TrainerParts):
     _plain_because: str | None = None
     # Why batches keep their padding; None if they are packed.
     _padded_because: str | None = None
+    # The ImageRows of a dataset with images, and None for one of text.
+    _image_rows: Any = None
     # The packed rows that the model computes as it does a padded batch.
     _row_limits: RowLimits = RowLimits()
     _said_of_limits = False
@@ -138,7 +141,7 @@ class LossHooks(TrainerParts):
         self._borrow()
         inputs = self._concatenated(batch)
         labels, mask = inputs["concatenated_labels"], inputs["concatenated_attention_mask"]
-        extra = {}
+        extra: dict[str, Any] = both_sides(batch, inputs)
         if self.is_encoder_decoder:
             extra["decoder_input_ids"] = plain.shift_right(
                 labels, self.decoder_start_token_id, self.pad_token_id
@@ -153,7 +156,10 @@ class LossHooks(TrainerParts):
         )
         if not self.is_encoder_decoder:
             if self.args.nll_scope == "full":
-                labels = torch.where(mask == 1, inputs["concatenated_input_ids"], -100)
+                ids = inputs["concatenated_input_ids"]
+                labels = torch.where(mask == 1, ids, -100)
+                if (images := self._image_tokens(ids)) is not None:
+                    labels = labels.masked_fill(images, -100)
             logits, labels = logits[:, :-1], labels[:, 1:]
         pairs = labels.shape[0] // 2
         nll = plain.token_nll(logits[:pairs], labels[:pairs].to(logits.device))
@@ -182,7 +188,9 @@ class LossHooks(TrainerParts):
         prefix = "eval_" if train_eval == "eval" else ""
         loss = scores.loss
         if self.aux_loss_enabled:
-            loss = loss + self.aux_loss_coef * cast(Tensor, scores.aux_loss)
+            aux_loss = torch.as_tensor(scores.aux_loss, device=loss.device)
+            loss = loss + self.aux_loss_coef * aux_loss
+            metrics["aux_loss"] = aux_loss.detach()
         return loss, {f"{prefix}{name}": value for name, value in metrics.items()}
 
     # ---- Scores: fused head or logits ----
@@ -197,6 +205,13 @@ class LossHooks(TrainerParts):
         # Any negative label is masked; the hooks may expect TRL's label.
         labels = inputs["concatenated_labels"]
         return {**inputs, "concatenated_labels": torch.where(labels < 0, -100, labels)}
+
+    def _image_tokens(self, ids: Tensor) -> Tensor | None:
+        """Which tokens stand for images, and so are no text to learn; None without images."""
+        if self._image_rows is None:
+            return None
+        known = torch.tensor(sorted(self._image_rows.image_token_ids), device=ids.device)
+        return torch.isin(ids, known)
 
     def _run(self, model: Callable[..., Any], inputs: dict[str, Tensor], **extra: Any) -> Any:
         if self.aux_loss_enabled:
@@ -218,16 +233,19 @@ class LossHooks(TrainerParts):
         packed = self._packed(batch) if self._padded_because is None else None
         if packed is not None:
             rows = model_head.FusedBatch.of_packed(packed, **objective)
-            inputs = model_attention.packed_inputs(packed)
+            inputs = model_attention.packed_inputs(packed, router=self.aux_loss_enabled)
             out = model_head.fused_loss(model, rows, **inputs, use_cache=False)
             model_attention.check_seen(inputs)
         else:
             inputs = self._concatenated(batch)
             columns = ("input_ids", "attention_mask", "labels")
             rows = model_head.FusedBatch.build(
-                *(inputs[f"concatenated_{column}"] for column in columns), **objective
+                *(inputs[f"concatenated_{column}"] for column in columns),
+                unscored=self._image_tokens(inputs["concatenated_input_ids"]),
+                **objective,
             )
-            out = self._run(partial(model_head.fused_loss, model, rows), inputs)
+            run = partial(model_head.fused_loss, model, rows)
+            out = self._run(run, inputs, **both_sides(batch, inputs))
         return PairScores(
             loss=out.loss,
             nll_loss=out.nll_loss,

@@ -50,10 +50,12 @@ if TYPE_CHECKING:
         generate_during_eval: bool
         use_dpo_data_collator: bool
         _rows: RowBuilder
+        _image_rows: Any
         _stored_metrics: MetricStore
         _metric_weight: float
         _scheduled_beta: float | None
         _last_loss: Any
+        _run_with: dict[str, Any]
 
         # ---- Used by other parts ----
 

@@ -192,3 +192,14 @@ def test_overlength_rows_are_in_the_report(tokenizer):
 
 
 # ---- oddsmith inspect ----
+
+
+def test_rows_with_images(tokenizer):
+    rows = list(prepare([CLEAN, CLEAN], tokenizer))
+    report = report_rows(rows, tokenizer, max_length=20, batch_size=2, images=[3, 0])
+    assert report.figures()["images"] == {"rows": 1, "images": 3}
+    (line,) = [line for line in report.lines() if "images" in line]
+    assert "images: 3 in 1 of 2 rows" in line and "keep their padding: 0% of positions" in line
+    assert not any("prompts computed once" in line for line in report.lines())
+    text = report_rows(rows, tokenizer, max_length=20, batch_size=2)
+    assert text.figures()["images"] is None and "images:" not in str(text)

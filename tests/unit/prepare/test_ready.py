@@ -114,6 +114,10 @@ def test_scores_and_votes_of_pairs():
              "score_rejected": [1]},
             "score_chosen has 2 annotators and score_rejected 1",
         ),
+        (
+            {"prompt": "q", "chosen": "a", "rejected": "b", "images": ["a.png"]},
+            "the row has images, which the pairs would not have",
+        ),
         ({"prompt": "q", "chosen": "a\ud800", "rejected": "b"}, "half a surrogate pair"),
     ],
 )  # fmt: skip

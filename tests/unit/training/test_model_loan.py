@@ -246,6 +246,7 @@ def test_merged_adapters_can_be_trained_again(tmp_path):
     make_trainer(model, tmp_path).train()
     merged = model.merge_and_unload()
     assert type(merged) is LlamaForCausalLM
+    merged.requires_grad_(True)  # peft leaves the weights frozen
     assert loss_of(merged, tmp_path) > 0
     assert {m.attention_dropout for m in merged.modules() if hasattr(m, "q_proj")} == {0.1}
 
