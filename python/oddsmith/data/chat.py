@@ -80,7 +80,8 @@ def row_text(row: Mapping[str, Any], processing_class: Any, where: str) -> tuple
     Raises:
         ValueError: If a field has the wrong type, or a conversation cannot be rendered.
     """
-    prompt, chosen, rejected = (row.get(name) for name in TEXT_FIELDS)
+    values: list[Any] = [row.get(name) for name in TEXT_FIELDS]
+    prompt, chosen, rejected = values
     conversational = is_messages(chosen)
     for name, value in (("chosen", chosen), ("rejected", rejected)):
         if not (isinstance(value, str) or is_messages(value)):

@@ -79,7 +79,7 @@ class PreferenceCollator:
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> PairBatch:
         batch = PairBatch()
         for name in features[0]:
-            column = [feature.get(name) for feature in features]
+            column: list[Any] = [feature.get(name) for feature in features]
             padded = name.endswith(_SUFFIXES) and all(map(_is_tokens, column))
             batch[name] = self._pad(name, column) if padded else column
         if self.packing:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -240,7 +240,7 @@ def notes_of(dataset: Any) -> RowNotes:
         count = min(len(dataset), _LOOKED_AT)
         places = [index * len(dataset) // count for index in range(count)]
         texts = dataset.select_columns(list(TEXT_FIELDS)).select(places)
-        notes.look_for_repeats(zip(places, texts, strict=True))
+        notes.look_for_repeats(zip(places, cast(Any, texts), strict=True))
     else:
         notes.look_for_repeats(enumerate(rows))
     return notes

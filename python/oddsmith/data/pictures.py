@@ -61,7 +61,7 @@ def columns_of(dataset: Dataset | IterableDataset) -> list[str]:
 def closed_pictures(dataset: Dataset) -> Dataset:
     """The dataset with pictures as they are stored, bytes or a path, where it would open them."""
     for name in IMAGE_COLUMNS:
-        kind = dataset.features.get(name)
+        kind: Any = dataset.features.get(name)
         if isinstance(kind, Image):
             dataset = dataset.cast_column(name, Image(decode=False))
         elif isinstance(getattr(kind, "feature", None), Image):

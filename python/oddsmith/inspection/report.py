@@ -278,8 +278,8 @@ def report_rows(
     )
     with closing(stats):
         if whole:
-            texts, start = _spread(rows, sample), 0
-            for chunk in _chunks(rows):
+            texts, start = _spread(cast(Dataset, rows), sample), 0
+            for chunk in _chunks(cast(Dataset, rows)):
                 end = start + len(chunk.chosen.lengths)
                 stats.add(chunk, cut=None if notes.cut is None else notes.cut[start:end])
                 start = end

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
         aux_loss_enabled: bool
         aux_loss_coef: float
         max_length: int
+        max_prompt_length: int | None
         generate_during_eval: bool
         use_dpo_data_collator: bool
         _rows: RowBuilder
