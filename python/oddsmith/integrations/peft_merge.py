@@ -57,11 +57,11 @@ def _layers_in_full(model: nn.Module) -> Iterator[None]:
             base = cast(Any, layer).get_base_layer()
             if isinstance(base, Linear4bit) and not getattr(layer, "merges_in_full", False):
                 for name in ("merge", "unmerge"):
-                    _replace(layer, base, name, stack)
+                    _give_full(layer, base, name, stack)
         yield
 
 
-def _replace(layer: nn.Module, base: Linear4bit, name: str, stack: ExitStack) -> None:
+def _give_full(layer: nn.Module, base: Linear4bit, name: str, stack: ExitStack) -> None:
     theirs = getattr(layer, name)
 
     def ours(*args: Any, **kwargs: Any) -> Any:

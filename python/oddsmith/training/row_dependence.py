@@ -48,7 +48,7 @@ def _neftune(model: Any, args: Any) -> str | None:
 
 
 def _compiled(model: Any, args: Any) -> str | None:
-    if args.torch_compile or any("_orig_mod" in each._modules for each in _wrappers(model)):
+    if args.torch_compile or getattr(model, "_orig_mod", None) is not None:
         return "a compiled model would be compiled again for the lengths of every batch"
     return None
 
@@ -102,7 +102,7 @@ def _wrappers(model: Any) -> Iterator[Any]:
     """A model, and the models inside its wrappers by torch.compile and PEFT."""
     while model is not None:
         yield model
-        model = model._modules.get("_orig_mod")
+        model = getattr(model, "_orig_mod", None)
 
 
 def virtual_tokens(model: nn.Module) -> bool:

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
     from ..config import ORPOConfig
-    from ..data.collator import PreferenceCollator
     from ..data.rows import RowBuilder
     from .metrics import MetricStore, Split
 
@@ -56,7 +55,6 @@ if TYPE_CHECKING:
         _metric_weight: float
         _scheduled_beta: float | None
         _last_loss: Any
-        _own_collator: PreferenceCollator | None
         _run_with: dict[str, Any]
 
         # ---- Used by other parts ----

@@ -342,23 +342,6 @@ def test_tied_ends_that_differ_are_refused(tmp_path):
         merge_adapter(tmp_path / "base", adapter, tmp_path / "out")
 
 
-@pytest.mark.parametrize(
-    ("rows", "indices", "words"),
-    [
-        ((2, 48), [1], r"has shape \(2, 48\) for the tokens \[1\]"),
-        ((1, 40), [1], r"has shape \(1, 40\)"),
-        ((1, 48), [4000], r"for the tokens \[4000\]"),
-        ((1, 48), {"other": [1]}, "has trained rows but no trainable_token_indices"),
-    ],
-)
-def test_rows_of_tokens_that_do_not_fit(rows, indices, words, base, tmp_path):
-    name = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
-    adapter = make_adapter(tmp_path, {name: torch.ones(rows)}, trainable_token_indices=indices)
-    with pytest.raises(UserError, match=words):
-        merge_adapter(base, adapter, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
 def test_bases_that_are_refused_by_name(base, tmp_path):
     adapter = make_adapter(tmp_path)
     quantize_checkpoint(base, tmp_path / "nf4")
