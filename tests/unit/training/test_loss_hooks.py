@@ -165,7 +165,7 @@ def test_batches_beyond_the_limits_of_a_model_keep_their_padding(make, tokenizer
             num_local_experts=2,
             head_dim=12,
             no_rope_layers=[1, 0],
-            floor_scale=most,
+            floor_scale=most + 1,
             attn_scale=2.0,
             initializer_range=0.15,
             pad_token_id=tokenizer.pad_token_id,
