@@ -54,7 +54,6 @@ WRONG = {
         "aten::index_select.out",
         lambda: torch.index_select(X, 0, IDS[0], out=torch.empty(0, dtype=torch.int64)),
     ),
-    "atg_linear": ((X, X[:, :3], None), "aten::linear", lambda: F.linear(X, X[:, :3])),
     "atg_logical_and": (
         (FLAGS, FLAGS[:, :3]),
         "aten::logical_and",

@@ -64,10 +64,10 @@ def check(core: Any) -> RowLimits:
     Raises:
         [`CannotPack`]: With the reason, if they are not.
     """
+    PackedRow(())  # the table of attention functions can be changed
     unknown = why_not(attention_name(core))
     if unknown is not None:
         raise CannotPack(unknown)
-    PackedRow(())  # the table of attention functions can be changed
     part = mixer(core)
     if part is not None:
         raise CannotPack(f"its {part}, which would mix the sequences of a packed row")

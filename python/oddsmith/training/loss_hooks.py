@@ -190,7 +190,6 @@ class LossHooks(TrainerParts):
         if self.aux_loss_enabled:
             aux_loss = torch.as_tensor(scores.aux_loss, device=loss.device)
             loss = loss + self.aux_loss_coef * aux_loss
-            metrics["aux_loss"] = aux_loss.detach()
         return loss, {f"{prefix}{name}": value for name, value in metrics.items()}
 
     # ---- Scores: fused head or logits ----

@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
     AttentionInterface,
+    AttentionMaskInterface,
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
@@ -325,11 +326,32 @@ def test_the_forward_with_logits_has_no_dropout_as_a_first_call(tmp_path):
     torch.testing.assert_close(logps, expected)
 
 
-def test_a_changed_attention_is_noticed(tmp_path):
+def test_another_attention_gets_the_packed_row_too(tmp_path):
     model = make_model()
     trainer = make_trainer(model, tmp_path)
-    model.set_attn_implementation("eager")
     batch = trainer.data_collator(list(trainer.train_dataset))
+    before, _ = trainer.get_batch_loss_metrics(model, batch)
+    model.set_attn_implementation("eager")
+    after, _ = trainer.get_batch_loss_metrics(model, batch)
+    torch.testing.assert_close(after, before)
+
+
+def test_an_attention_that_does_not_get_the_packed_row_is_noticed(tmp_path, monkeypatch):
+    model = make_model()
+    trainer = make_trainer(model, tmp_path)
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    theirs = AttentionInterface()["sdpa"]
+
+    def of_the_user(*args, oddsmith_row=None, **kwargs):
+        return theirs(*args, **kwargs)
+
+    # `register` has no counterpart.
+    for table, function in (
+        (AttentionInterface, of_the_user),
+        (AttentionMaskInterface, AttentionMaskInterface()["sdpa"]),
+    ):
+        monkeypatch.setitem(table._global_mapping, "mine", function)
+    model.set_attn_implementation("mine")
     with pytest.raises(RuntimeError, match="attention did not get the packed row"):
         trainer.get_batch_loss_metrics(model, batch)
 
