@@ -71,6 +71,7 @@ fn emulated_stream() -> Result<u64> {
 }
 
 #[cfg(not(feature = "testing"))]
+#[allow(clippy::unnecessary_wraps)] // as the other
 fn emulated_stream() -> Result<u64> {
     Ok(0)
 }
