@@ -121,8 +121,6 @@ LENGTHS = ((1, 8, 5), (9, 1, 1), (6, 0, 3), (4, 9, 4))
 @pytest.mark.parametrize(("name", "checkpointing"), CASES)
 def test_packed_equals_padded(name, checkpointing, share, monkeypatch):
     model = tiny_model(name)
-    if model.dtype == torch.float64:
-        stay_in_double(monkeypatch)
     pairs = pairs_of(*LENGTHS, prompts="differ" if name == "Qwen2" else "same")
     ids, mask, rows = padded(pairs)
     batch = PackedBatch.build(pairs, share)
@@ -136,8 +134,11 @@ def test_packed_equals_padded(name, checkpointing, share, monkeypatch):
             inputs, where = model_attention.packed_inputs(batch), batch.rows
         else:
             inputs, where = {"input_ids": ids, "attention_mask": mask}, rows
-        logits = model(**inputs, use_cache=False).logits.flatten(0, 1)[where]
-        (logits * weights).sum().backward()
+        with monkeypatch.context() as patch:
+            if model.dtype == torch.float64:
+                stay_in_double(patch)
+            logits = model(**inputs, use_cache=False).logits.flatten(0, 1)[where]
+            (logits * weights).sum().backward()
         return logits.detach(), [p.grad for p in model.parameters() if p.grad is not None]
 
     truth, true_grads = run(packed=False)
