@@ -14,10 +14,19 @@ ACTIVATE := source $(BIN)/activate
 # What tests use and users do not get: switches between the paths of an op, an emulated CUDA driver.
 TESTING := python,testing
 
+# CORE=installed: nothing is compiled or downloaded. The environment of PYTHON is used as it is, with a wheel of
+# `make test-wheel` in it: for machines without Rust or without a network.
+RUN := $(BIN)/python
+ifeq ($(CORE),installed)
+RUN := $(shell $(PYTHON) -c "import sys; print(sys.executable)")
+ACTIVATE := export PATH="$(dir $(RUN)):$$PATH"
+endif
+
 .PHONY: help
 help: ## List the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
+ifneq ($(CORE),installed)
 $(BIN)/.tools:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
@@ -31,6 +40,16 @@ build: $(BIN)/.tools ## Make the environment, compile and install the package in
 .PHONY: test-build
 test-build: $(BIN)/.tools
 	$(ACTIVATE) && MATURIN_PEP517_ARGS="--features $(TESTING)" pip install --no-build-isolation -e ".[test]"
+
+.PHONY: bench-build
+bench-build: $(BIN)/.tools
+	$(ACTIVATE) && pip install --no-build-isolation -e ".[bench]"
+
+else
+.PHONY: build test-build bench-build
+build test-build bench-build:
+	@$(RUN) -c "from oddsmith import _core; print('oddsmith', _core.__version__, 'of', _core.__file__)"
+endif
 
 .PHONY: demo
 demo: build ## Install, then train a small model with ORPO, offline
@@ -56,13 +75,15 @@ slow: test-build ## The long parity runs (ODDSMITH_SHARED names the folder with 
 develop: ## Compile again after a change in src/, for tests
 	$(ACTIVATE) && maturin develop --release --skip-install --features $(TESTING)
 
+# The others need packages that a machine with a GPU may not have.
+GPU_TESTS = tests/gpu tests/unit/packing
 .PHONY: gpu
 gpu: test-build ## The tests that need a GPU
-	$(ACTIVATE) && pytest -m gpu
+	$(ACTIVATE) && $(RUN) -m pytest -m gpu $(GPU_TESTS)
 
 # Without libtorch's cache every tensor is a separate allocation, whose end memcheck knows. Tests that use up
 # memory, capture graphs or try thousands of shapes are left out, and so are the peers.
-SANITIZE = python -m pytest tests/gpu -m gpu -k "not random and not graph and not runs_out and not bitsandbytes and not trl"
+SANITIZE = $(RUN) -m pytest tests/gpu -m gpu -k "not random and not graph and not runs_out and not bitsandbytes and not trl"
 .PHONY: sanitize
 sanitize: test-build ## The tests that need a GPU, under compute-sanitizer: accesses out of bounds, races in shared memory
 	@command -v compute-sanitizer > /dev/null || { echo "sanitize: compute-sanitizer, of NVIDIA's toolkit, is not on PATH" >&2; exit 1; }
@@ -99,8 +120,7 @@ kernels: test-build ## Registers, shared memory and spills of every CUDA kernel;
 PAIRS := $(wildcard $(or $(ODDSMITH_SHARED),../shared)/data/alpacaeval_mistral_orpo.jsonl.gz)
 MEASURE = $(BIN)/python benches/bench_
 .PHONY: bench
-bench: $(BIN)/.tools ## Measure beside TRL, Liger, bitsandbytes, torchao and galore-torch; rows to benches/results.csv
-	$(ACTIVATE) && pip install --no-build-isolation -e ".[bench]"
+bench: bench-build ## Measure beside TRL, Liger, bitsandbytes, torchao and galore-torch; rows to benches/results.csv
 	$(MEASURE)head.py --record
 	$(MEASURE)quant.py --record
 	$(MEASURE)quant.py --record --pool --only dequantize --dtype float32
@@ -115,16 +135,19 @@ bench: $(BIN)/.tools ## Measure beside TRL, Liger, bitsandbytes, torchao and gal
 	$(MEASURE)demo.py --record
 
 .PHONY: bench-gpu
-bench-gpu: $(BIN)/.tools ## Measure steps and kernels on a GPU, beside the same peers; 8 minutes
-	$(ACTIVATE) && pip install --no-build-isolation -e ".[bench]"
-	$(BIN)/python -m benches.gpu --record
+bench-gpu: bench-build ## Measure steps and kernels on a GPU, beside the same peers; 8 minutes
+	$(ACTIVATE) && $(RUN) -m benches.gpu --record
 
 # zig links with an old C library, so that the wheel runs wherever torch's own does.
-.PHONY: wheel
-wheel: $(BIN)/.tools ## The wheel for every Python and torch, on Linux with glibc 2.28 or newer
+ZIG = $(ACTIVATE) && maturin build --release --locked --zig --compatibility manylinux_2_28 --auditwheel check
+.PHONY: zig
+zig: $(BIN)/.tools
 	$(BIN)/pip install --quiet "ziglang>=0.15"
-	rm -rf dist
-	$(ACTIVATE) && maturin build --release --locked --zig --compatibility manylinux_2_28 --auditwheel check --out dist
+
+.PHONY: wheel
+wheel: zig ## The wheel for every Python and torch, on Linux with glibc 2.28 or newer
+	rm -f dist/*.whl
+	$(ZIG) --out dist
 	$(BIN)/python tests/support/wheel.py dist/*.whl
 
 # One wheel, with what tests use, goes unchanged into every environment of the matrix.
@@ -142,6 +165,23 @@ matrix: matrix-wheel ## Tests with every torch from 2.10, Pythons, and both ends
 .PHONY: newest
 newest: matrix-wheel ## Tests with the newest torch, and another Python where there is one
 	$(ACTIVATE) && python tests/support/matrix.py $(MATRIX)/dist/*.whl --newest
+
+.PHONY: test-wheel
+test-wheel: zig ## The same with what tests need, for machines without Rust
+	rm -rf dist/testing
+	$(ZIG) --features $(TESTING) --out dist/testing
+	$(BIN)/python tests/support/wheel.py dist/testing/*.whl
+
+.PHONY: check-wheel
+check-wheel: wheel test-build ## Installs the wheel, and the source archive, into environments without a compiler
+	$(ACTIVATE) && ODDSMITH_WHEEL=$$(echo dist/*.whl) pytest -m "slow or not slow" tests/e2e/test_wheel.py
+
+# What needs no C compiler for the target: the algorithms and the kernels' launches.
+PLATFORMS = aarch64-unknown-linux-gnu aarch64-apple-darwin x86_64-pc-windows-gnu
+.PHONY: platforms
+platforms: ## Compile the algorithms for platforms that this machine cannot run
+	rustup target add $(PLATFORMS)
+	for target in $(PLATFORMS); do cargo check --locked --features cuda --target $$target || exit 1; done
 
 .PHONY: clean
 clean: ## Remove the environment and what Python has cached

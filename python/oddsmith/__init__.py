@@ -57,11 +57,9 @@ def __getattr__(name: str) -> Any:
     if name not in _LAZY and name not in _MODULES and name != "_core":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     # Before the compiled core is loaded: a torch that is too old is named.
-    import torch
-
     from . import torch_version
 
-    torch_version.check(torch.__version__, _self_test)
+    torch_version.require(_self_test)
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name], __name__), name)
     return importlib.import_module(f".{name}", __name__)

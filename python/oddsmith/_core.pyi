@@ -137,6 +137,9 @@ def use_tensor_ops(on: bool) -> None:
 def emulate_cuda(on: bool) -> None:
     """Make CPU tensors take the path of CUDA tensors, with the driver in ODDSMITH_CUDA_DRIVER."""
 
+def emulate_streams(address: int) -> None:
+    """Ask the C function at `address` for the current stream of the emulated GPU; 0 for the default one."""
+
 def kernel_sources() -> list[str]:
     """Names of the files in kernels/."""
 

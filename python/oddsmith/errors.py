@@ -8,6 +8,10 @@ class UserError(Exception):
     """A failure that the command line shows as one line, without a traceback."""
 
 
+class TorchError(UserError, ImportError):
+    """The torch that is installed is missing, too old, incomplete or one of two."""
+
+
 @contextmanager
 def user_errors(what: str) -> Iterator[None]:
     """Turns exceptions about the user's input into a [`UserError`]."""

@@ -8,6 +8,8 @@ import logging
 import re
 from collections.abc import Callable
 
+from .errors import TorchError
+
 # The first release whose stable functions take lists.
 OLDEST: tuple[int, int] = (2, 10)
 # The newest release that the tests of this package have run with.
@@ -22,6 +24,28 @@ def _dotted(numbers: tuple[int, int]) -> str:
     return ".".join(map(str, numbers))
 
 
+def missing() -> TorchError:
+    """The error where there is no torch at all."""
+    return TorchError(
+        f"oddsmith needs torch {_dotted(OLDEST)} or newer and found none; install it with: pip install torch"
+    )
+
+
+def require(self_test: Callable[[], str | None]) -> None:
+    """Imports torch and checks its version.
+
+    Raises:
+        TorchError: If there is none, and as [`check`].
+    """
+    try:
+        import torch
+    except ModuleNotFoundError as error:
+        if error.name != "torch":  # a torch that lacks a part of itself says which
+            raise
+        raise missing() from None
+    check(torch.__version__, self_test)
+
+
 def check(found: str, self_test: Callable[[], str | None]) -> None:
     """Refuses a torch that is too old, and tries one that is newer than those tested.
 
@@ -30,14 +54,14 @@ def check(found: str, self_test: Callable[[], str | None]) -> None:
         self_test (`Callable`): Tries the core and returns what fails, or None.
 
     Raises:
-        ImportError: If it is older than 2.10, or newer than tested and the self-test fails.
+        TorchError: If it is older than 2.10, or newer than tested and the self-test fails.
     """
     if found in _checked:
         return
     numbers = re.match(r"(\d+)\.(\d+)", found)
     release = (int(numbers[1]), int(numbers[2])) if numbers else (0, 0)
     if release < OLDEST:
-        raise ImportError(
+        raise TorchError(
             f"oddsmith needs torch {_dotted(OLDEST)} or newer and found torch {found}; "
             "update it with: pip install --upgrade torch"
         )
@@ -48,7 +72,7 @@ def check(found: str, self_test: Callable[[], str | None]) -> None:
     fault = self_test()
     if fault:
         _checked.discard(found)
-        raise ImportError(
+        raise TorchError(
             f"oddsmith was tested up to torch {newest}, and its self-test fails under torch {found}: {fault}"
         )
     logger.warning(

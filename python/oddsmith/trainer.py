@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
@@ -14,15 +13,21 @@ from transformers.utils import logging
 
 from .config import ORPOConfig
 from .data.collator import PreferenceCollator
-from .data.rows import RowBuilder
+from .data.image_collator import ImageCollator
+from .data.image_rows import NO_PACKING, ImageRows
+from .data.pictures import has_pictures
+from .data.processor import tokenizer_of
 from .data.tokenizer import ensure_pad_token
 from .integrations import model_head, model_packing
 from .integrations.model_core import core_of
 from .integrations.model_path import TrainingPath
 from .training.adamw_names import ADAMW_NAMES, adamw_optimizer
+from .training.arguments import check_arguments, own_config
 from .training.batch_hooks import BatchHooks
+from .training.current_args import CurrentArgs
 from .training.evaluation_hooks import EvaluationHooks
 from .training.gradient_hooks import GradientHooks
+from .training.image_models import allow_unused_parameters, check_image_model
 from .training.loss_hooks import LossHooks
 from .training.low_rank_names import LOW_RANK_NAMES, low_rank_optimizer
 from .training.metrics import EMPTY_COMPLETIONS, FIRST_NON_FINITE, NON_FINITE, MetricStore, Split
@@ -35,13 +40,21 @@ from .training.models import (
     prepare_model,
     vocabulary_size,
 )
+from .training.row_dependence import row_dependence
 from .training.row_hooks import RowHooks
 
 logger = logging.get_logger(__name__)
 
 
 class ORPOTrainer(
-    ModelLoan, RowHooks, BatchHooks, LossHooks, GradientHooks, EvaluationHooks, Trainer
+    CurrentArgs,
+    ModelLoan,
+    RowHooks,
+    BatchHooks,
+    LossHooks,
+    GradientHooks,
+    EvaluationHooks,
+    Trainer,
 ):
     r"""
     Trains a model on preference pairs with ORPO (Hong et al. 2024, arXiv 2403.07691).
@@ -54,15 +67,16 @@ class ORPOTrainer(
         model (`PreTrainedModel`, `PeftModel` or `str`, *optional*):
             The model, or the hub id or folder to load it from.
         args ([`ORPOConfig`], *optional*):
-            Arguments of the run.
+            Arguments of the run. TRL's `ORPOConfig` is converted.
         data_collator (`Callable`, *optional*):
             Makes batches from rows; [`~oddsmith.data.collator.PreferenceCollator`] if not given.
         train_dataset (`Dataset` or `IterableDataset`):
-            Rows with `chosen`, `rejected` and, unless it is implicit, `prompt`.
+            Rows with `chosen`, `rejected` and, unless it is implicit, `prompt`; for image-text
+            models also with `images` or `image`.
         eval_dataset (`Dataset`, `IterableDataset` or `dict` of them, *optional*):
             Rows for evaluation; metrics of a dict are `eval_{key}_...`.
-        processing_class (`PreTrainedTokenizerBase`, *optional*):
-            The tokenizer; that of the model if not given.
+        processing_class (`PreTrainedTokenizerBase` or `ProcessorMixin`, *optional*):
+            The tokenizer, or the processor of an image-text model; that of the model if not given.
         model_init (`Callable`, *optional*):
             Makes the model, instead of `model`.
         callbacks (`list[TrainerCallback]`, *optional*):
@@ -110,7 +124,8 @@ class ORPOTrainer(
     ):
         if args is None:
             args = ORPOConfig(output_dir="tmp_trainer")
-        _check_arguments(model, args, train_dataset, model_init, processing_class, tokenizer)
+        args = own_config(args)
+        check_arguments(model, args, train_dataset, model_init, processing_class, tokenizer)
         processing_class = tokenizer if processing_class is None else processing_class
 
         self.args = args
@@ -120,8 +135,12 @@ class ORPOTrainer(
         # The adapter's weights are random, so the seed must be set before.
         set_seed(args.seed)
         revision = args.model_kwargs().get("revision")
+        # With a collator of the user's, images are his.
+        self._has_images = data_collator is None and any(
+            map(has_pictures, (train_dataset, eval_dataset))
+        )
         if isinstance(model, str):
-            model = load_model(model, args)
+            model = load_model(model, args, self._has_images)
         if model_init is None:
             model = self._take_model(model)
         else:
@@ -129,13 +148,13 @@ class ORPOTrainer(
 
         if processing_class is None:
             processing_class = load_processing_class(model, revision, args)
-        pad_token_id = ensure_pad_token(processing_class)
+        tokenizer = tokenizer_of(processing_class)
+        pad_token_id = ensure_pad_token(tokenizer)
         self.processing_class = processing_class
-        self.padding_value: int = pad_token_id if args.padding_value is None else args.padding_value
         self._read_config(model.config)
         self.use_dpo_data_collator: bool = data_collator is None
         if data_collator is None:
-            data_collator = PreferenceCollator(
+            data_collator = self._own_collator = PreferenceCollator(
                 pad_token_id,
                 args.label_pad_token_id,
                 self.is_encoder_decoder,
@@ -144,21 +163,11 @@ class ORPOTrainer(
             )
             args.remove_unused_columns = False  # the model's forward has none of the columns
 
-        self._rows = RowBuilder(
-            processing_class,
-            max_length=self.max_length,
-            max_prompt_length=args.max_prompt_length,
-            truncation_mode=args.truncation_mode,
-            label_pad_token_id=args.label_pad_token_id,
-            is_encoder_decoder=self.is_encoder_decoder,
-            max_completion_length=args.max_completion_length,
-            padding_value=self.padding_value,
-        )
-        self.max_completion_length: int | None = self._rows.max_completion_length
-        with PartialState().local_main_process_first():
-            train_dataset = self._prepare_rows(train_dataset, "train_dataset")
-            if eval_dataset is not None:
-                eval_dataset = self._prepare_rows(eval_dataset, "eval_dataset")
+        self._rows = self._row_builder()
+        if self._has_images:
+            self._image_rows = ImageRows(processing_class, self._rows)
+            data_collator = ImageCollator(self._image_rows, cast(PreferenceCollator, data_collator))
+        train_dataset, eval_dataset = self._prepare_given(train_dataset, eval_dataset)
         self._check_rows(train_dataset, eval_dataset, vocabulary_size(model))
 
         accelerator_config = cast(Any, args.accelerator_config)
@@ -191,35 +200,49 @@ class ORPOTrainer(
         if callable(add_tags := getattr(self.model, "add_model_tags", None)):
             add_tags(self._tag_names)
         self._announce_path()
+        self._start_following()
 
     # ---- Start ----
 
     @property
     def tokenizer(self) -> Any:
-        """Older name of `processing_class`."""
-        return self.processing_class
+        """Older name of `processing_class`; the tokenizer of a processor."""
+        return tokenizer_of(self.processing_class)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """A new model from `model_init`, with its adapter."""
         first, self._first_model = getattr(self, "_first_model", None), None
-        return self._take_model(super().call_model_init(trial)) if first is None else first
+        if first is not None:
+            return first
+        before = self.path
+        model = self._take_model(super().call_model_init(trial))
+        if self._run_with and self.path != before:  # not within __init__
+            self._announce_path()
+        return model
 
     def _take_model(self, model: Any) -> nn.Module:
         check_model(model)
         model, casted = prepare_model(model, self.args, self._peft_config)
         self._peft_has_been_casted_to_bf16 = casted
         self._lend(model)
-        self._plain_because = self._check_fused_head(model)
+        if self._has_images:
+            check_image_model(model, self.args)
+        allow_unused_parameters(model, self.args)
+        self._choose_path(model)
         return model
+
+    def _choose_path(self, model: nn.Module) -> None:
+        self._padded_because = None
+        self._plain_because = self._check_fused_head(model)
+        if self._own_collator is not None:
+            self._own_collator.packing = self._packs()
 
     def _check_fused_head(self, model: Any) -> str | None:
         """Why the loss must be computed from logits, or None."""
         if not self.args.use_fused_head:
             return "use_fused_head is False"
-        if model.config.is_encoder_decoder:
-            return "it is an encoder-decoder model"
-        if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
-            return "its adapter consists of virtual tokens"
+        if (because := row_dependence(model, self.args, "plain")) is not None:
+            return because
         try:
             model_head.check(model)
         except model_head.HeadMismatch as mismatch:
@@ -236,10 +259,10 @@ class ORPOTrainer(
         """Why batches need padding, or None."""
         if not self.args.padding_free:
             return "padding_free is False"
-        if self.args.torch_compile:
-            return "torch_compile would recompile for the lengths of every batch"
-        if getattr(model.config, "output_router_logits", False):
-            return "its auxiliary loss is computed on a padded batch"
+        if self._has_images:
+            return NO_PACKING
+        if (because := row_dependence(model, self.args, "padded")) is not None:
+            return because
         try:
             self._row_limits = model_packing.check(core_of(model))
         except model_packing.CannotPack as cannot:
@@ -264,13 +287,6 @@ class ORPOTrainer(
         (logger.warning if path.reasons and asked else logger.info)(str(path))
 
     def _read_config(self, config: Any) -> None:
-        args = self.args
-        self.beta: float = args.beta
-        self.max_length: int = cast(int, args.max_length)  # the configuration fills in a None
-        self.max_prompt_length: int | None = args.max_prompt_length
-        self.truncation_mode: str = args.truncation_mode
-        self.label_pad_token_id: int = args.label_pad_token_id
-        self.generate_during_eval: bool = args.generate_during_eval
         self.is_encoder_decoder: bool = config.is_encoder_decoder
         if self.is_encoder_decoder:
             self.decoder_start_token_id: int | None = config.decoder_start_token_id
@@ -403,26 +419,3 @@ class ORPOTrainer(
             hub.split("/")[-1] if hub else Path(self.args.output_dir or ".").name
         )
         super()._save_checkpoint(model, trial)
-
-
-def _check_arguments(
-    model: Any,
-    args: Any,
-    train_dataset: Any,
-    model_init: Any,
-    processing_class: Any,
-    tokenizer: Any,
-) -> None:
-    if not isinstance(args, ORPOConfig):
-        raise TypeError(f"args is a {type(args).__name__}; must be an oddsmith.ORPOConfig")
-    if train_dataset is None:
-        raise ValueError("train_dataset is None; must be a dataset of preference pairs")
-    if tokenizer is not None and processing_class is not None:
-        raise ValueError("processing_class and tokenizer are names of the same argument; pass one")
-    if (model is None) == (model_init is None):
-        raise ValueError("one of model and model_init must be given, and not both")
-    if args.model_init_kwargs and not isinstance(model, str):
-        raise ValueError(
-            "model_init_kwargs is set but model is not a name; pass "
-            "its hub id or folder, or remove model_init_kwargs"
-        )

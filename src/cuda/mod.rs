@@ -22,6 +22,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use crate::base::error::{Error, Result};
 use driver::driver;
 use kernels::KernelSource;
+pub use library::reason;
 
 /// A GPU and the stream to launch on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

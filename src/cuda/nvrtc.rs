@@ -62,7 +62,16 @@ fn open() -> Result<Library, String> {
     })
 }
 
-#[cfg(not(target_os = "linux"))]
+/// torch loads every library in its folder, this one too.
+#[cfg(windows)]
+fn find() -> Option<Library> {
+    use libloading::os::windows;
+    let names = ["nvrtc64_130_0.dll", "nvrtc64_120_0.dll"];
+    let loaded = names.iter().find_map(|name| windows::Library::open_already_loaded(*name).ok());
+    loaded.map(Library::from).or_else(|| names.iter().find_map(|name| open_path(Path::new(name)).ok()))
+}
+
+#[cfg(not(any(target_os = "linux", windows)))]
 fn find() -> Option<Library> {
     None
 }

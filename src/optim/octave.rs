@@ -17,6 +17,7 @@
 //! gradient, relative to its block, would have a nonzero first moment and a second moment of zero.
 
 use super::adamw::BLOCK;
+#[cfg(target_arch = "x86_64")]
 use crate::base::simd::Level;
 
 /// Bits of a magnitude with a sign.

@@ -13,18 +13,31 @@ mod testing;
 
 use std::path::PathBuf;
 
-use pyo3::exceptions::PyImportError;
 use pyo3::prelude::*;
+
+use crate::torch::abi::Fault;
 
 /// Looks up what is used of the torch that Python imports.
 fn load_torch(py: Python<'_>) -> PyResult<()> {
     let torch = py.import("torch")?;
-    let folder: PathBuf = torch.getattr("__path__")?.get_item(0)?.extract()?;
-    crate::torch::abi::load(&folder.join("lib")).map_err(|lack| {
+    let package: PathBuf = torch.getattr("__path__")?.get_item(0)?.extract()?;
+    crate::torch::abi::load(&package.join("lib")).map_err(|fault| {
         let version = torch.getattr("__version__").map_or_else(|_| "?".into(), |version| version.to_string());
-        PyImportError::new_err(format!(
-            "oddsmith needs torch {OLDEST_TORCH} or newer, complete; torch {version} {lack}"
-        ))
+        let text = match fault {
+            Fault::Incomplete(lack) => {
+                format!("oddsmith needs torch {OLDEST_TORCH} or newer, complete; torch {version} {lack}")
+            }
+            Fault::Elsewhere(file) => format!(
+                "oddsmith found two torches: Python imports torch {version} from {}, and this process has loaded \
+                 {}; remove one, or take the second off LD_PRELOAD",
+                package.display(),
+                file.display()
+            ),
+        };
+        match py.import("oddsmith.errors").and_then(|errors| errors.getattr("TorchError")?.call1((text,))) {
+            Ok(error) => PyErr::from_value(error),
+            Err(error) => error,
+        }
     })
 }
 

@@ -2,6 +2,8 @@
 //! binaries.
 
 use std::collections::HashMap;
+use std::ffi::c_void;
+use std::mem::transmute;
 
 use pyo3::prelude::*;
 
@@ -43,10 +45,21 @@ fn emulate_cuda(on: bool) {
     cuda::emulate(on);
 }
 
+/// Asks the C function at `address`, which is as `aoti_torch_get_current_cuda_stream`, for the current stream of
+/// the emulated GPU; 0 for the default stream.
+#[pyfunction]
+#[allow(unsafe_code)] // an address from Python
+fn emulate_streams(address: usize) {
+    let pointer = std::ptr::with_exposed_provenance::<c_void>(address);
+    // SAFETY: null, or a function of this signature, as tests promise.
+    device::emulate_streams(unsafe { transmute::<*const c_void, Option<device::StreamOf>>(pointer) });
+}
+
 /// Adds the functions to the module.
 pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(kernel_sources, module)?)?;
     module.add_function(wrap_pyfunction!(compile_kernels, module)?)?;
     module.add_function(wrap_pyfunction!(use_tensor_ops, module)?)?;
-    module.add_function(wrap_pyfunction!(emulate_cuda, module)?)
+    module.add_function(wrap_pyfunction!(emulate_cuda, module)?)?;
+    module.add_function(wrap_pyfunction!(emulate_streams, module)?)
 }

@@ -4,6 +4,7 @@
 //! distance between midpoints, so the table has for each bucket the number of midpoints below it and the one
 //! midpoint, at most, inside it. With AVX2 it is a binary search of four comparisons.
 #![allow(unsafe_code)] // vector instructions, behind their run-time check, on pointers of checked length
+#![cfg_attr(not(target_arch = "x86_64"), allow(dead_code))] // what only vector code uses
 
 use super::codebook::MIDPOINTS;
 use crate::base::float::Float;
@@ -20,16 +21,16 @@ pub(super) const LEAST: f32 = 1e-38;
 #[inline(always)]
 pub fn whole_block<T: Float>(level: Level, values: &[T], packed: &mut [u8]) -> Option<f32> {
     assert!(values.len().is_multiple_of(32) && packed.len() * 2 == values.len());
-    let largest = match level {
+    let largest: Option<f32> = match level {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: `level` is one that this machine has; the lengths were compared above.
-        Level::Avx512 => unsafe { x86::block_avx512(values, packed) },
+        Level::Avx512 => Some(unsafe { x86::block_avx512(values, packed) }),
         #[cfg(target_arch = "x86_64")]
         // SAFETY: as above.
-        Level::Avx2 => unsafe { x86::block_avx2(values, packed) },
-        _ => return None,
+        Level::Avx2 => Some(unsafe { x86::block_avx2(values, packed) }),
+        _ => None,
     };
-    largest.is_finite().then_some(largest)
+    largest.filter(|largest| largest.is_finite())
 }
 
 /// Factor on a block.

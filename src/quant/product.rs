@@ -3,6 +3,7 @@
 //! One token reads every weight once, so unpacking the matrix to memory would cost more than the
 //! product. Here each weight is looked up in a register and multiplied immediately.
 #![allow(unsafe_code)] // vector instructions, behind their run-time check, on pointers of checked length
+#![cfg_attr(not(target_arch = "x86_64"), allow(dead_code))] // what only vector code uses
 
 use super::packed::Packed;
 use super::unpack;
@@ -44,16 +45,15 @@ pub fn few_tokens(threads: &dyn Threads, weight: &Packed<'_>, width: usize, x: &
     assert!(weight.bytes.len() * 2 >= rows * width);
     assert!(weight.scales.is_whole() && weight.scales.len() * weight.blocksize >= rows * width);
     let level = Level::best();
-    let from_codes = level == Level::Avx512 && width.is_multiple_of(weight.blocksize);
-    let padded = width.next_multiple_of(STEP);
-    let turned = if from_codes { turn(x, width, padded) } else { Vec::new() };
+    #[cfg(target_arch = "x86_64")]
+    let turned = (level == Level::Avx512 && width.is_multiple_of(weight.blocksize))
+        .then(|| turn(x, width, width.next_multiple_of(STEP)));
     // The products of a matrix row are far apart in `out`, so they are collected transposed.
     let mut columns = vec![0.0f32; out.len()];
     for_each(threads, columns.chunks_mut(ROWS * tokens).enumerate(), |(task, columns)| {
-        if from_codes {
-            #[cfg(target_arch = "x86_64")]
-            few_rows(weight, width, task * ROWS, &turned, tokens, columns);
-            return;
+        #[cfg(target_arch = "x86_64")]
+        if let Some(turned) = &turned {
+            return few_rows(weight, width, task * ROWS, turned, tokens, columns);
         }
         let mut row_values = vec![0.0f32; width];
         for (i, sums) in columns.chunks_exact_mut(tokens).enumerate() {

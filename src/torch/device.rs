@@ -1,7 +1,10 @@
 //! Which GPU a tensor is on, which path it takes, and tensors as arguments of kernels.
 
+use std::ffi::c_void;
 #[cfg(feature = "testing")]
 use std::sync::atomic::{AtomicBool, Ordering};
+#[cfg(feature = "testing")]
+use std::sync::{Mutex, PoisonError};
 
 use tch::{Device, Kind, Tensor};
 
@@ -21,20 +24,55 @@ pub fn of(tensor: &Tensor) -> Result<Option<cuda::Device>> {
             let ordinal = i32::try_from(index).map_err(|error| Error::Internal(error.to_string()))?;
             Ok(Some(cuda::Device { ordinal, stream: current_stream(ordinal)? }))
         }
-        Device::Cpu if cuda::is_emulated() => Ok(Some(cuda::Device { ordinal: 0, stream: 0 })),
+        Device::Cpu if cuda::is_emulated() => {
+            Ok(Some(cuda::Device { ordinal: 0, stream: emulated_stream()? }))
+        }
         _ => Ok(None),
     }
 }
 
+/// `aoti_torch_get_current_cuda_stream`: writes the calling thread's stream of a device.
+pub type StreamOf = unsafe extern "C" fn(i32, *mut *mut c_void) -> i32;
+
 fn current_stream(ordinal: i32) -> Result<u64> {
-    let none = || Error::Torch(format!("no current stream of cuda:{ordinal}"));
-    let torch = symbols::torch().map_err(Error::Torch)?;
-    let current = torch.aoti_torch_get_current_cuda_stream.ok_or_else(none)?;
+    ask(symbols::torch().map_err(Error::Torch)?.aoti_torch_get_current_cuda_stream, ordinal)
+}
+
+fn ask(current: Option<StreamOf>, ordinal: i32) -> Result<u64> {
+    let Some(current) = current else {
+        let without = "this torch was built without CUDA (it lacks aoti_torch_get_current_cuda_stream)";
+        return Err(Error::Torch(format!("no kernel can run on cuda:{ordinal}: {without}")));
+    };
     let mut stream = std::ptr::null_mut();
     // SAFETY: writes a pointer.
     #[allow(unsafe_code)]
     let code = unsafe { current(ordinal, &raw mut stream) };
-    if code == 0 { Ok(stream as u64) } else { Err(none()) }
+    if code == 0 {
+        Ok(stream as u64)
+    } else {
+        Err(Error::Torch(format!("no current stream of cuda:{ordinal}")))
+    }
+}
+
+/// What stands for libtorch's function while a GPU is emulated; there, streams are numbers.
+#[cfg(feature = "testing")]
+static STREAMS: Mutex<Option<StreamOf>> = Mutex::new(None);
+
+/// Asks this function for the current stream of the emulated GPU; without one it is the default stream.
+#[cfg(feature = "testing")]
+pub fn emulate_streams(current: Option<StreamOf>) {
+    *STREAMS.lock().unwrap_or_else(PoisonError::into_inner) = current;
+}
+
+#[cfg(feature = "testing")]
+fn emulated_stream() -> Result<u64> {
+    let current = *STREAMS.lock().unwrap_or_else(PoisonError::into_inner);
+    current.map_or(Ok(0), |current| ask(Some(current), 0))
+}
+
+#[cfg(not(feature = "testing"))]
+fn emulated_stream() -> Result<u64> {
+    Ok(0)
 }
 
 /// A pointer to the first element of a contiguous tensor of this dtype, for a kernel.
@@ -119,12 +157,15 @@ pub fn on_host(tensor: &Tensor) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::current_stream;
+    use super::ask;
 
     #[test]
-    fn a_card_that_is_not_there_is_an_error() {
-        // libtorch throws an exception, which must not unwind through Rust.
-        let error = current_stream(120).expect_err("no machine has so many");
-        assert_eq!(error.to_string(), "libtorch: no current stream of cuda:120");
+    fn a_torch_without_cuda_is_named() {
+        let error = ask(None, 0).expect_err("no function");
+        assert_eq!(
+            error.to_string(),
+            "libtorch: no kernel can run on cuda:0: this torch was built without CUDA (it lacks \
+             aoti_torch_get_current_cuda_stream)"
+        );
     }
 }

@@ -102,6 +102,34 @@ def test_threads_cross_at_the_same_time():
     assert not wrong
 
 
+@pytest.fixture
+def no_switching():
+    """Another thread of Python runs when this one gives up the lock, and not before."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1000.0)
+    yield
+    sys.setswitchinterval(interval)
+
+
+def test_python_runs_on_during_a_call(no_switching):
+    values = torch.zeros(1 << 20)
+    woken, ran = threading.Event(), []
+
+    def other():
+        woken.wait()
+        ran.append(True)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    woken.set()
+    kept = [object() for _ in range(100_000)]  # the lock stays here
+    assert not ran
+    while not ran and len(kept) < 101_000:
+        kept.append(_core.quantize_nf4(values, 64))
+    assert ran
+    thread.join()
+
+
 def test_gradients_stay_off_in_the_core_alone():
     """Results are made without a graph, and the caller's switch is as it was."""
     x = X.clone().requires_grad_()

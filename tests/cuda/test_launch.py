@@ -4,13 +4,14 @@ import ctypes
 import os
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
-from oddsmith import _core
+from oddsmith import _core, functional, optim
 from support import emulation
 
 RUN = """
@@ -108,3 +109,82 @@ def test_the_previous_context_is_restored(emulated_driver):
 def test_emulation_ends():
     """Tensors on the CPU take the CPU path again."""
     assert torch.equal(_core.quantize_nf4(torch.zeros(8), 64)[0], torch.full((4, 1), 0x77).byte())
+
+
+STREAM_OF = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.POINTER(ctypes.c_void_p))
+
+
+class Streams(threading.local):
+    """The current stream of each thread, as libtorch keeps it."""
+
+    current = 0
+
+
+@pytest.fixture
+def streams(emulated_driver):
+    """What stands for libtorch's function, and the devices that were asked for."""
+    streams, asked = Streams(), []
+
+    @STREAM_OF
+    def current(device, stream):
+        asked.append(device)
+        stream[0] = ctypes.c_void_p(streams.current)
+        return int(streams.current == FAILS)
+
+    _core.emulate_streams(ctypes.cast(current, ctypes.c_void_p).value)
+    yield streams, asked
+    _core.emulate_streams(0)
+
+
+FAILS = 0xBAD
+
+
+def forward_and_backward():
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(6, 64, generator=generator, requires_grad=True)
+    weight = torch.randn(96, 64, generator=generator)
+    packed, state = functional.quantize_nf4(weight)
+    functional.linear_nf4(hidden, packed, state).sum().backward()
+    logps = functional.linear_logps(hidden, weight.requires_grad_(), torch.arange(6))
+    logps.sum().backward()
+    optim.AdamW8bit([hidden, weight], lr=0.1).step()
+
+
+def test_launches_go_to_the_current_stream_of_their_thread(streams, emulated_driver):
+    current, asked = streams
+
+    def on(stream):
+        current.current = stream
+        forward_and_backward()
+
+    for stream in [0x100, 0x200, 0]:
+        before = len(emulated_driver.launches())
+        thread = threading.Thread(target=on, args=(stream,))
+        thread.start()
+        thread.join()
+        launches = emulated_driver.launches()[before:]
+        assert len({launch.kernel for launch in launches}) > 6
+        assert {launch.stream for launch in launches} == {stream}
+    assert set(asked) == {0}
+
+
+def test_a_stream_that_libtorch_does_not_give_is_an_error(streams, emulated_driver):
+    streams[0].current = FAILS
+    with pytest.raises(RuntimeError, match=r"^libtorch: no current stream of cuda:0$"):
+        _core.quantize_nf4(torch.ones(64), 64)
+    assert not emulated_driver.launches()
+
+
+def test_an_exception_of_libtorch_ends_in_an_error(emulated_driver):
+    """Without a GPU its own function throws, which must not unwind through Rust."""
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cuda.so"
+    if not library.exists():
+        pytest.skip("this torch was built without CUDA")
+    current = ctypes.CDLL(str(library)).aoti_torch_get_current_cuda_stream
+    _core.emulate_streams(ctypes.cast(current, ctypes.c_void_p).value)
+    try:
+        with pytest.raises(RuntimeError, match=r"^libtorch: no current stream of cuda:0$"):
+            _core.quantize_nf4(torch.ones(64), 64)
+    finally:
+        _core.emulate_streams(0)
+    assert not emulated_driver.launches()

@@ -8,6 +8,7 @@ from datasets import Dataset
 
 from oddsmith.demo.model import build_model, train_tokenizer
 from oddsmith.demo.tasks import make_pairs
+from support.image_models import image_model
 from support.ultrafeedback import ultrafeedback_rows
 
 
@@ -40,9 +41,20 @@ def instruct_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def stand_ins(pairs_folder, instruct_folder) -> dict[str, str]:
+def image_folder(tmp_path_factory) -> Path:
+    """Folder of a small image-text model and its processor."""
+    folder = tmp_path_factory.mktemp("image")
+    model, processor = image_model("gemma3")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def stand_ins(pairs_folder, instruct_folder, image_folder) -> dict[str, str]:
     """Local folders for the hub ids that the pages name."""
     return {
+        "google/gemma-3-4b-it": str(image_folder),
         "HuggingFaceTB/SmolLM2-135M-Instruct": str(instruct_folder),
         "HuggingFaceH4/ultrafeedback_binarized": str(pairs_folder),
     }

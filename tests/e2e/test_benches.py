@@ -12,8 +12,10 @@ import torch
 
 from support.paths import BENCHES, ROOT
 
+RELEASE = ".".join(torch.__version__.split(".")[:2])
 # What each is called with beside --tiny, and rows that it must leave.
 RUNS = {
+    "bench_border": ("--repeats 2", {f"border_torch_{RELEASE}_argument_time"}),
     # Compiling the naive form takes half a minute.
     "bench_head": ("--no-compile --repeats 2", {"head_16x64_trained_trl_time"}),
     "bench_quant": ("--repeats 2", {"nf4_linear_1_token_64x128_bfloat16_bitsandbytes_time"}),

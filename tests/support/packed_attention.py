@@ -8,9 +8,11 @@ from torch import Tensor
 SEGMENTS = ((4, 3, 2), (0, 2, 5), (3, 0, 1), (2, 4, 0))
 
 
-def mask(segments: tuple[tuple[int, int, int], ...], window: int | None = None) -> Tensor:
-    """Which positions `(N, N)` a token sees: its prompt and its block, causal, within the
-    window."""
+def mask(
+    segments: tuple[tuple[int, int, int], ...], window: int | None = None, chunk: int | None = None
+) -> Tensor:
+    """Which positions `(N, N)` a token sees: its prompt and its block, causal, within the window
+    or chunk."""
     owner = [
         (pair, part)
         for pair, lengths in enumerate(segments)
@@ -27,7 +29,10 @@ def mask(segments: tuple[tuple[int, int, int], ...], window: int | None = None) 
     return torch.tensor(
         [
             [
-                a[0] == b[0] and b[1] in (0, a[1]) and 0 <= place[i] - place[j] < (window or 10**9)
+                a[0] == b[0]
+                and b[1] in (0, a[1])
+                and 0 <= place[i] - place[j] < (window or 10**9)
+                and (chunk is None or place[i] // chunk == place[j] // chunk)
                 for j, b in enumerate(owner)
             ]
             for i, a in enumerate(owner)
@@ -35,11 +40,14 @@ def mask(segments: tuple[tuple[int, int, int], ...], window: int | None = None) 
     )
 
 
-def tensors(segments: tuple[tuple[int, int, int], ...], dtype: torch.dtype) -> list[Tensor]:
+def tensors(
+    segments: tuple[tuple[int, int, int], ...], dtype: torch.dtype, value_width: int = 8
+) -> list[Tensor]:
     """Query of 4 heads, key and value of 2, `(1, heads, N, 8)`."""
     torch.manual_seed(4)
     count = sum(map(sum, segments))
-    return [torch.randn(1, heads, count, 8).to(dtype) for heads in (4, 2, 2)]
+    widths = ((4, 8), (2, 8), (2, value_width))
+    return [torch.randn(1, heads, count, width).to(dtype) for heads, width in widths]
 
 
 def attention(
@@ -49,13 +57,23 @@ def attention(
     segments: tuple[tuple[int, int, int], ...],
     scale: float | None = None,
     window: int | None = None,
+    chunk: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """The attention of [`mask`], in `float64`; differentiable."""
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, 1).double() for x in (key, value))
-    return torch.nn.functional.scaled_dot_product_attention(
-        query.double(), key, value, attn_mask=mask(segments, window).to(query.device), scale=scale
-    )
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scores = query.double() @ key.transpose(2, 3) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    seen = mask(segments, window, chunk).to(query.device)
+    scores = scores.masked_fill(~seen, -torch.inf)
+    if sinks is not None:
+        column = sinks.double()[None, :, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, column], dim=-1)
+    return scores.softmax(-1)[..., : key.shape[2]] @ value
 
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2e-2}

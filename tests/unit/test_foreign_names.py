@@ -1,6 +1,7 @@
 """Only `integrations` sets or deletes attributes and items of what other libraries define."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -66,3 +67,21 @@ def test_nothing_foreign_is_changed(path):
 )
 def test_what_is_found(source, expected):
     assert changed(source) == expected
+
+
+# What other rooms have no reason to name.
+REACHES = re.compile(
+    r"sys\.meta_path|AUTO_QUANTIZER|\.forward = |register_(full_)?(forward|backward)|"
+    r"_attn_implementation\b|AttentionInterface|dispatch_default|install_pool|"
+    r"_progress_bars?\(|set_verbosity|enable_input_require_grads|monkey"
+)
+
+
+def test_no_other_room_changes_other_libraries():
+    found = [
+        f"{path.relative_to(PACKAGE)}: {line.strip()}"
+        for path in FILES
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if REACHES.search(line)
+    ]
+    assert not found

@@ -44,7 +44,8 @@ def test_constants_that_are_named_exist():
 def test_every_target_is_explained():
     targets = set(re.findall(r"^([a-z-]+):", MAKEFILE, re.MULTILINE))
     explained = set(re.findall(r"^([a-z-]+):.*## \S", MAKEFILE, re.MULTILINE))
-    assert targets - explained == {"test-build", "matrix-wheel"}  # parts of others
+    parts = {"test-build", "bench-build", "zig", "matrix-wheel"}
+    assert targets - explained == parts
     phony = set(re.findall(r"^\.PHONY: ([a-z-]+)", MAKEFILE, re.MULTILINE))
     assert phony == targets
 
@@ -81,3 +82,14 @@ def test_links_of_the_project_are_real():
     for address in re.findall(r'^\w+ = "(.*)"$', section, re.MULTILINE):
         assert address.startswith("https://")
         assert not re.search(r"example|placeholder|TODO|your-|localhost", address)
+
+
+def test_make_gpu_runs_every_test_of_a_gpu():
+    (folders,) = re.findall(r"^GPU_TESTS = (.*)$", MAKEFILE, re.MULTILINE)
+    marked = [
+        path.relative_to(ROOT)
+        for path in (ROOT / "tests").rglob("*.py")
+        if "pytest.mark." + "gpu" in path.read_text(encoding="utf-8")
+    ]
+    assert len(marked) > 3
+    assert not [path for path in marked if not str(path).startswith(tuple(folders.split()))]

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from peft import LoraConfig, PeftConfig
 from peft.utils.other import get_pattern_key
@@ -17,12 +18,23 @@ from .rules import Factor, MergeUpdate
 
 _FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_ROWS = ".token_adapter.trainable_tokens_delta"
 
 # Options that this module supports.
 _USED = frozenset({
     "alpha_pattern", "bias", "fan_in_fan_out", "lora_alpha", "lora_bias", "modules_to_save", "r",
-    "rank_pattern", "target_modules", "use_dora", "use_rslora",
+    "rank_pattern", "target_modules", "trainable_token_indices", "use_dora", "use_rslora",
 })  # fmt: skip
+
+# Why options that this module does not support cannot be merged tensor by tensor.
+_WHY_NOT = {
+    "alora_invocation_tokens": "it is active behind certain tokens only, which no weight can express",
+    "layer_replication": "it makes a model with more layers than the base has",
+    "target_parameters": (
+        "it changes parameters that transformers may build from other tensors than those in the "
+        "checkpoint"
+    ),
+}
 
 # Options that do not affect the merged weights. Initialisations are checked separately.
 _IRRELEVANT = frozenset({
@@ -52,6 +64,7 @@ class Adapter:
         file (`Path`): The file with its tensors.
         modules (`dict[str, dict[str, str]]`): The names of the parts of each adapted module.
         replacements (`dict[str, str]`): Names of tensors that replace parameters.
+        token_rows (`dict[str, str]`): Names of tensors that replace rows of embeddings, by module.
 
     Raises:
         UserError: If a file is missing or damaged, or the adapter is of an unsupported kind.
@@ -70,6 +83,7 @@ class Adapter:
         self.tensors: dict[str, Tensor] = read_tensors(self.file)
         self.modules: dict[str, dict[str, str]] = {}
         self.replacements: dict[str, str] = {}
+        self.token_rows: dict[str, str] = {}
         for key in self.tensors:
             self._sort_in(key)
 
@@ -84,9 +98,10 @@ class Adapter:
         for field in dataclasses.fields(config):
             known = field.name in _USED or field.name in _IRRELEVANT
             if not known and getattr(config, field.name):
+                why = _WHY_NOT.get(field.name)
                 raise UserError(
-                    f"{self.folder}: uses {field.name}, which cannot be merged here; peft's "
-                    "merge_and_unload may support it"
+                    f"{self.folder}: uses {field.name}, which cannot be merged here"
+                    f"{f' ({why})' if why else ''}; peft's merge_and_unload may support it"
                 )
         start = config.init_lora_weights
         if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
@@ -104,11 +119,32 @@ class Adapter:
             part = match["part"].removesuffix(".weight")
             self.modules.setdefault(match["module"], {})[part] = key
             return
+        if name.endswith(_ROWS):
+            self.token_rows[name.removesuffix(_ROWS)] = key
+            return
         if "lora_" in name or ".token_adapter." in name:
             raise UserError(f"{self.file}: {key} is of a kind that cannot be merged here")
         for wrapper in (".base_layer.", ".modules_to_save."):
             name = name.replace(wrapper, ".")
         self.replacements[name] = key
+
+    def token_indices(self, module: str) -> list[int]:
+        """
+        The tokens whose rows in a module of `token_rows` are replaced.
+
+        Raises:
+            UserError: If `adapter_config.json` has none for the module.
+        """
+        # peft's annotation has only the list.
+        given: Any = self.config.trainable_token_indices
+        if isinstance(given, dict):
+            suffixes = [name for name in given if f".{module}".endswith(f".{name}")]
+            given = given[suffixes[0]] if suffixes else None
+        if not given:
+            raise UserError(
+                f"{self.file}: {module} has trained rows but no trainable_token_indices"
+            )
+        return list(given)
 
     def scale(self, module: str) -> float:
         """

@@ -5,8 +5,12 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import torch
+from safetensors import safe_open
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -17,6 +21,7 @@ from .adapter import Adapter
 from .folder import Checkpoint, file_errors, local_folder
 from .quantize import check_blocksize, method_of, quantization_config
 from .rules import FLOATS, MergeUpdate, TensorRule
+from .token_rows import rows_name, write_with_rows
 from .write import Summary, casts, check_dtype, with_dtype, write_checkpoint
 
 # The tokenizer in the adapter's folder is the one that it was trained with.
@@ -88,8 +93,13 @@ class Merge:
         self.states: dict[str, State] = states_of(source)
         self.tied: dict[str, str] = names.tied()
 
-    def _key(self, parameter: str, why: str) -> str:
-        if parameter in self.tied:
+    def _key(self, parameter: str, why: str, both: bool = False) -> str:
+        """Name of a parameter in the checkpoint; `both`: what it is tied to changes too."""
+        if parameter in self.tied and both:
+            parameter = min(
+                parameter, self.tied[parameter], key=lambda n: self.names.find(n) is None
+            )
+        elif parameter in self.tied:
             raise UserError(
                 f"{self.adapter.file}: {why} {parameter}, which the model ties to "
                 f"{self.tied[parameter]}: merged, both would change"
@@ -144,13 +154,13 @@ class Merge:
     def changes(self) -> dict[str, TensorRule]:
         """Rules of the tensors that the adapter changes, in full precision."""
         rules: dict[str, TensorRule] = {}
+        both = self._replaced_at_both_ends()
         for parameter, name in self.adapter.replacements.items():
-            key = self._key(parameter, "replaces")
-            if key in self.states:
-                raise UserError(
-                    f"{self.adapter.file}: replaces {parameter}, which is 4-bit in the base"
-                )
+            key = self._key(parameter, "replaces", parameter in both)
+            self._refuse_4_bit(key, parameter)
             rules[key] = TensorRule(key, self.dtype_of(key), replacement=name)
+        for module, key in self.token_keys().items():
+            rules[key] = TensorRule(key, self.dtype_of(key), replacement=rows_name(module))
         for key, update in self._updates():
             rule = rules.get(key) or TensorRule(
                 key, self.dtype_of(key), transposed=self._turned(key)
@@ -159,6 +169,34 @@ class Merge:
         if not rules:
             raise UserError(f"{self.adapter.file}: has no tensors")
         return rules
+
+    def token_keys(self) -> dict[str, str]:
+        """Names of the embeddings in which the adapter replaces rows, by module."""
+        keys = {}
+        for module in self.adapter.token_rows:
+            # peft trains the same rows in what is tied to the embedding.
+            keys[module] = self._key(f"{module}.weight", "replaces rows of", both=True)
+            self._refuse_4_bit(keys[module], f"{module}.weight")
+        return keys
+
+    def _refuse_4_bit(self, key: str, parameter: str) -> None:
+        if key in self.states:
+            raise UserError(
+                f"{self.adapter.file}: replaces {parameter}, which is 4-bit in the base"
+            )
+
+    def _replaced_at_both_ends(self) -> set[str]:
+        """Parameters that are replaced by the same values as what they are tied to."""
+        found = self.adapter.replacements
+        pairs = [(name, self.tied[name]) for name in found if self.tied.get(name) in found]
+        if not pairs:
+            return set()
+        with file_errors(), safe_open(self.adapter.file, framework="pt") as file:
+            return {
+                one
+                for one, other in pairs
+                if torch.equal(file.get_tensor(found[one]), file.get_tensor(found[other]))
+            }
 
     def full(self) -> list[TensorRule]:
         """Rules for a result in full precision."""
@@ -275,12 +313,17 @@ def merge_adapter(
     tokenizer = sorted(
         file for file in lora.folder.iterdir() if file.is_file() and _TOKENIZER.fullmatch(file.name)
     )
-    return write_checkpoint(
-        source,
-        Path(out),
-        rules,
-        config,
-        adapter=lora.file,
-        extra_files=(tokenizer, lora.folder),
-        overwrite=overwrite,
-    )
+    with ExitStack() as stack:
+        file = lora.file
+        if lora.token_rows:
+            folder = Path(stack.enter_context(TemporaryDirectory()))
+            file = write_with_rows(source, lora, merge.token_keys(), folder)
+        return write_checkpoint(
+            source,
+            Path(out),
+            rules,
+            config,
+            adapter=file,
+            extra_files=(tokenizer, lora.folder),
+            overwrite=overwrite,
+        )

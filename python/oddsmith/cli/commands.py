@@ -10,6 +10,7 @@ import sys
 from importlib.metadata import version
 
 from ..errors import UserError
+from ..torch_version import missing
 from .flags import positive
 
 USAGE = """\
@@ -45,6 +46,8 @@ data
   --dataset_train_split NAME   default: train_prefs or train, or the only split
   --dataset_test_split NAME    default: test_prefs, test, validation, eval or dev, if any
   --eval_dataset ID_OR_PATH    evaluation rows from another dataset
+  --prompt_column NAME         the prompt, if its column has no usual name
+  --column_mapping JSON        names of other columns, such as '{"good": "chosen", "bad": "rejected"}'
 adapter (PEFT)
   --use_peft                   train a LoRA adapter instead of all weights
   --lora_r 16 --lora_alpha 32 --lora_dropout 0.05 --lora_target_modules q_proj v_proj ...
@@ -95,8 +98,14 @@ def demo_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _look_at_torch() -> None:
+    """Says what is wrong with torch before transformers warns of it in its own way."""
+    from .. import _core  # noqa: F401  # importing it is the look
+
+
 def demo(argv: list[str]) -> int:
     options = demo_parser().parse_args(argv)
+    _look_at_torch()
     from ..demo.run import STEPS, run_demo
 
     try:
@@ -110,6 +119,7 @@ def train(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(TRAIN_USAGE, end="", file=sys.stdout if argv else sys.stderr)
         return 0 if argv else 2
+    _look_at_torch()
     from .train_flags import parse_train_arguments
 
     arguments = parse_train_arguments(argv)
@@ -172,10 +182,11 @@ def main(argv: list[str] | None = None) -> int:
         return COMMANDS[name](arguments)
     except SystemExit as request:  # argparse, after its error message or --help
         return request.code if isinstance(request.code, int) else 2
-    except UserError as error:
-        if os.environ.get("ODDSMITH_TRACEBACK"):
+    except (UserError, ModuleNotFoundError) as error:
+        no_torch = isinstance(error, ModuleNotFoundError) and error.name == "torch"
+        if os.environ.get("ODDSMITH_TRACEBACK") or not (no_torch or isinstance(error, UserError)):
             raise
-        print(f"oddsmith {name}: error: {error}", file=sys.stderr)
+        print(f"oddsmith {name}: error: {missing() if no_torch else error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"\noddsmith {name}: interrupted", file=sys.stderr)

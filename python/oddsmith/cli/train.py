@@ -4,15 +4,17 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
 from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
     get_available_reporting_integrations,
 )
 
 from ..config import ORPOConfig
+from ..data.layouts import parse_column_mapping
+from ..data.processor import load_processor, template_source, tokenizer_of
 from ..data.tokenizer import ensure_chat_template, ensure_pad_token
 from ..errors import UserError, user_errors
+from ..inspection.report import FIGURES
 from ..sources.find import load_pairs
 from ..trainer import ORPOTrainer
 from ..training.curves import save_curves
@@ -22,7 +24,8 @@ logger = logging.getLogger("oddsmith")
 
 
 def load_tokenizer(run: RunArguments, config: ORPOConfig) -> Any:
-    """Loads the model's tokenizer, with a pad token and, if asked for, another chat template.
+    """Loads the model's tokenizer, or the processor of an image-text model, with a pad token and,
+    if asked for, another chat template.
 
     Raises:
         UserError: If there is no such model, tokenizer or template.
@@ -32,10 +35,8 @@ def load_tokenizer(run: RunArguments, config: ORPOConfig) -> Any:
     if not path.exists() and (name.startswith(("/", "./", "../", "~")) or name.count("/") > 1):
         raise UserError(f"--model {name}: no such folder")
     with user_errors(f"--model {name}"):
-        tokenizer = AutoTokenizer.from_pretrained(
-            name, revision=run.model_revision, trust_remote_code=config.trust_remote_code
-        )
-        ensure_pad_token(tokenizer)
+        tokenizer = load_processor(name, run.model_revision, config.trust_remote_code)
+        ensure_pad_token(tokenizer_of(tokenizer))
     if run.chat_template is not None:
         with user_errors("--chat_template"):
             template = Path(run.chat_template).expanduser()
@@ -148,7 +149,10 @@ def run_train(run: RunArguments, adapter: AdapterArguments, config: ORPOConfig) 
     # One process reads and caches the data, the others of a launcher find the cache.
     with config.main_process_first(desc="loading the dataset"):
         train_dataset, eval_dataset = load_pairs(run, evaluates)
-    ensure_chat_template(tokenizer, train_dataset)
+    FIGURES.setLevel(logging.INFO)  # the report of the data is part of the command's output
+    with user_errors(""):
+        mapping = parse_column_mapping(config.column_mapping, config.prompt_column)
+        ensure_chat_template(template_source(tokenizer), train_dataset, mapping)
     config.model_init_kwargs = model_init_kwargs(run, config)
     with user_errors(""):
         trainer = ORPOTrainer(

@@ -73,10 +73,12 @@ def concatenate(
         if not key.startswith("chosen_") or not torch.is_tensor(chosen):
             continue
         name = key.removeprefix("chosen_")
+        if not torch.is_tensor(batch.get(f"rejected_{name}")):
+            continue  # a column of the dataset that has such a name
         if is_encoder_decoder or name.endswith("labels"):
             value = -100
         else:
-            value = 0 if name.endswith("attention_mask") else padding_value
+            value = 0 if name.endswith(("attention_mask", "token_type_ids")) else padding_value
         sides = (chosen, batch[f"rejected_{name}"])
         both[f"concatenated_{name}"] = torch.cat([pad_to(x, length, value) for x in sides])
     if is_encoder_decoder:

@@ -69,6 +69,17 @@ def find_head(core: Any) -> nn.Linear:
     return head
 
 
+def head_size(head: nn.Linear) -> tuple[int, int]:
+    """Rows and columns of a head's weight, `(vocabulary, hidden size)`.
+
+    Those of the weight itself, because peft makes the layer that it trains for a tied head with
+    `in_features` and `out_features` exchanged; those of the layer if its weight is sharded.
+    """
+    if head.weight.dim() == 2 and head.weight.numel():
+        return head.weight.shape[0], head.weight.shape[1]
+    return head.out_features, head.in_features
+
+
 def probe_head(core: Any) -> LogitMap:
     """
     Find out how a model makes logits from its head's output, by giving it a known output.
@@ -88,7 +99,7 @@ def probe_head(core: Any) -> LogitMap:
         core = _small(core)
         head = find_head(core)
     device = head.weight.device if head.weight.device.type != "meta" else torch.device("cpu")
-    steps = _POSITIONS * head.out_features
+    steps = _POSITIONS * head_size(head)[0]
     known = torch.linspace(-150.0, 150.0, steps, device=device).view(1, _POSITIONS, -1)
     failure: Exception | None = None
     for stubbed in (True, False):
@@ -159,14 +170,15 @@ def _logits_for(core: Any, head: nn.Linear, known: Tensor, stubbed: bool) -> Ten
         return known
 
     # Low ids: high ones of multimodal models can be image tokens.
-    ids = torch.arange(_POSITIONS, device=known.device)[None] % head.out_features
+    vocabulary, hidden_size = head_size(head)
+    ids = torch.arange(_POSITIONS, device=known.device)[None] % vocabulary
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
     with ModuleForward(head, forward):
         if stubbed:
             body = getattr(core, "base_model", core)
             if body is core:
                 raise TypeError("the model has no separate body")
-            width = getattr(core.config.get_text_config(), "hidden_size", head.in_features)
+            width = getattr(core.config.get_text_config(), "hidden_size", hidden_size)
             hidden = torch.zeros(1, _POSITIONS, width, device=known.device, dtype=head.weight.dtype)
             stub = ModuleForward(body, lambda *args, **kwargs: _Body((hidden,)), under_hooks=False)
             with stub:
@@ -174,7 +186,7 @@ def _logits_for(core: Any, head: nn.Linear, known: Tensor, stubbed: bool) -> Ten
         else:
             with observed(core):
                 outputs = core(**inputs)
-    if calls != [(1, _POSITIONS, head.in_features)]:
+    if calls != [(1, _POSITIONS, hidden_size)]:
         raise HeadMismatch(
             f"it called its head with {calls or 'nothing'}; must be once with all positions"
         )

@@ -54,12 +54,18 @@ class FusedBatch:
 
     @classmethod
     def build(
-        cls, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, **objective: Any
+        cls,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor,
+        unscored: Tensor | None = None,
+        **objective: Any,
     ) -> "FusedBatch":
         """
-        From a padded batch, each argument `(2B, T)`, chosen sequences first.
+        From a padded batch, each tensor `(2B, T)`, chosen sequences first.
 
-        Every position whose successor is not padding is a row.
+        Every position whose successor is not padding is a row. Tokens where `unscored` is True are
+        no targets of the likelihood term.
         """
         real = attention_mask != 0
         predicts = torch.zeros_like(real)
@@ -70,6 +76,8 @@ class FusedBatch:
         rows = predicts.flatten().nonzero()[:, 0]
         columns = (input_ids.roll(-1, dims=1), sequence, completion)
         successors, sequence, completion = (column.flatten()[rows] for column in columns)
+        if unscored is not None:  # negative targets are in no term
+            successors = successors.masked_fill(unscored.roll(-1, dims=1).flatten()[rows], -100)
         counts = (real.numel(), real.shape[0] // 2, None)
         return cls._of(rows, successors, sequence, completion, *counts, objective)
 

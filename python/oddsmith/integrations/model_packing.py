@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from ..packing.batch import PackedBatch
-from .model_attention import NAME, CannotPack, PackedRow
+from .attention_names import attention_name, plain_attention
+from .model_attention import CannotPack, PackedRow, why_not
 from .model_structure import in_memory, is_exact, mixer, strange
-from .packed_trial import DIFFERS, EXACT, FAILS, Blind, try_out
-from .small_model import REACH, SPREAD, NotSmall, reaches, small_model, spreads
+from .packed_trial import DIFFERS, EXACT, FAILS, LONGEST, MOST, Blind, try_out
+from .small_model import NotSmall, reaches, small_model, spreads
 
 __all__ = ["CannotPack", "RowLimits", "check"]
 
@@ -63,9 +64,9 @@ def check(core: Any) -> RowLimits:
     Raises:
         [`CannotPack`]: With the reason, if they are not.
     """
-    implementation = getattr(core.config, "_attn_implementation", None)
-    if implementation != NAME:
-        raise CannotPack(f"its attention is {implementation!r}, not {NAME!r}")
+    unknown = why_not(attention_name(core))
+    if unknown is not None:
+        raise CannotPack(unknown)
     PackedRow(())  # the table of attention functions can be changed
     part = mixer(core)
     if part is not None:
@@ -87,7 +88,7 @@ def _small(core: Any) -> tuple[Any, RowLimits]:
         for limits, options in _attempts(core):
             try:
                 small = small_model(core, deep=deep, **options)
-                reason = try_out(small)
+                reason = try_out(small, reference=plain_attention(small))
             except NotSmall as error:
                 failure = str(error)
                 break
@@ -108,14 +109,15 @@ def _small(core: Any) -> tuple[Any, RowLimits]:
 def _attempts(core: Any) -> Iterator[tuple[RowLimits, dict[str, int]]]:
     """What to scale down in a small model, and what is known if it then passes."""
     windows, places = reaches(core.config), spreads(core.config)
-    far, wide = max(windows, default=REACH), max(places, default=SPREAD)
     yield RowLimits(), {}
+    # Windows as long as the sequences of a trial, whose row is longer; distances beyond its row.
+    far, wide = {"reach": LONGEST}, {"spread": MOST + 1}
     if windows:
-        yield RowLimits(sequence=min(windows)), {"reach": far}
+        yield RowLimits(sequence=min(windows)), far
     if places:
-        yield RowLimits(row=min(places)), {"spread": wide}
+        yield RowLimits(row=min(places) - 1), wide
     if windows and places:
-        yield RowLimits(min(windows), min(places)), {"reach": far, "spread": wide}
+        yield RowLimits(min(windows), min(places) - 1), far | wide
 
 
 def _check_itself(core: Any, odd: str) -> None:

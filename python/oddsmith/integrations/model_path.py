@@ -67,8 +67,6 @@ def path_of(core: Any) -> TrainingPath:
         probe_head(core)
     except HeadMismatch as mismatch:
         return TrainingPath(plain_because=str(mismatch))
-    if getattr(core.config, "output_router_logits", False):
-        return TrainingPath("its auxiliary loss is computed on a padded batch")
     try:
         return TrainingPath(limits=check(core))
     except CannotPack as cannot:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from random import Random
 from typing import Any
 
@@ -9,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ..packing.batch import PackedBatch
+from .attention_names import attention_named
 from .model_attention import CannotPack, packed_inputs, row_of
 from .model_core import observed
 
-__all__ = ["DIFFERS", "EXACT", "FAILS", "Blind", "try_out"]
+__all__ = ["DIFFERS", "EXACT", "FAILS", "LONGEST", "MOST", "Blind", "try_out"]
 
 #: Room for rounding, in units of a dtype's precision times the largest logit.
 EXACT = 800.0
@@ -25,6 +27,9 @@ DIFFERS = "its results on a packed row differ from those on a padded batch"
 # Lengths of prompt, chosen and rejected answer of each pair: longer than the windows and chunks of
 # a small model. The last pair shares nothing.
 _LENGTHS = ((6, 7, 5), (9, 6, 8), (1, 6, 9))
+#: The longest sequence, and no fewer tokens than the packed row has.
+LONGEST = max(prompt + max(answers) for prompt, *answers in _LENGTHS)
+MOST = sum(2 * prompt + sum(answers) for prompt, *answers in _LENGTHS)
 # The pair whose chosen answer is changed: with others before and after it.
 _CHANGED = 1
 # Ids of the tokens: low ones, because high ones of some models are image tokens.
@@ -36,7 +41,7 @@ class Blind(Exception):
 
 
 @torch.no_grad()
-def try_out(core: Any, room: float = EXACT) -> str | None:
+def try_out(core: Any, room: float = EXACT, reference: str | None = None) -> str | None:
     """
     Compares pairs in a packed row with the same pairs in a padded batch, and checks that no sequence
     changes with a token of another one, to the bit. Nothing is changed.
@@ -45,6 +50,8 @@ def try_out(core: Any, room: float = EXACT) -> str | None:
         core (`PreTrainedModel`): The model, without wrappers.
         room (`float`, *optional*): Largest difference from the padded batch, in units of the
             precision of the logits times the largest one.
+        reference (`str`, *optional*): Name of the attention that computes the padded batch, for a
+            small model; by default its own.
 
     Returns:
         `str`: What is wrong, or None.
@@ -57,7 +64,7 @@ def try_out(core: Any, room: float = EXACT) -> str | None:
     batch = PackedBatch.build(pairs, share_prompt=True).to(device)
     try:
         with observed(core), torch.autocast(device.type, enabled=False):
-            return _compare(core, batch, pairs, room)
+            return _compare(core, batch, pairs, room, reference)
     except (Blind, NotImplementedError):
         raise
     except CannotPack as cannot:
@@ -85,16 +92,23 @@ def _pairs(core: Any) -> list[dict[str, list[int]]]:
     return pairs
 
 
-def _compare(core: Any, batch: PackedBatch, pairs: list[Any], room: float) -> str | None:
-    inputs = packed_inputs(batch)
+def _compare(
+    core: Any, batch: PackedBatch, pairs: list[Any], room: float, reference: str | None
+) -> str | None:
+    router = bool(getattr(core.config, "output_router_logits", False))
+    inputs = packed_inputs(batch, router)
     row = row_of(inputs)
-    whole = core(**inputs, use_cache=False).logits
+    outputs = core(**inputs, use_cache=False)
+    whole = outputs.logits
     if not row.seen:
         return "its attention does not get the packed row"
     other = _other_layers(core, row.seen)
     if other is not None:
         return f"its {other} does not attend through the function that gets the packed row"
-    packed, padded = whole[0, batch.rows], _padded(core, pairs, batch)
+    named = nullcontext() if reference is None else attention_named(core, reference)
+    with named:
+        padded, aux_loss = _padded(core, pairs, batch)
+    packed = whole[0, batch.rows]
     if packed.shape != padded.shape:
         return DIFFERS
     changed, inside, after = _changed(batch)
@@ -110,11 +124,25 @@ def _compare(core: Any, batch: PackedBatch, pairs: list[Any], room: float) -> st
     if difference[outside].max() > leak:
         return "in a packed row, its results for a sequence change with the tokens of another"
     allowed = room * torch.finfo(_coarsest(core, packed.dtype)).eps * scale
-    return DIFFERS if (packed - padded).abs().max() > allowed else None
+    if (packed - padded).abs().max() > allowed:
+        return DIFFERS
+    # With less precision, a token may be given to another expert.
+    if router and room <= EXACT and not _is_close(outputs.aux_loss, aux_loss):
+        return "its auxiliary loss on a packed row differs from that of a padded batch"
+    return None
 
 
-def _padded(core: Any, pairs: list[Any], batch: PackedBatch) -> Tensor:
-    """The logits of a padded batch, in the order of the packed batch's rows."""
+def _is_close(a: Any, b: Any) -> bool:
+    """Of the auxiliary losses, which some models do not compute."""
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return a is b
+    return torch.allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def _padded(core: Any, pairs: list[Any], batch: PackedBatch) -> tuple[Tensor, Any]:
+    """The logits of a padded batch, in the order of the packed batch's rows, and its auxiliary
+    loss.
+    """
     # All rows that predict: chosen and rejected of each pair.
     sequences = [pair[f"{side}_input_ids"] for pair in pairs for side in ("chosen", "rejected")]
     device = batch.input_ids.device
@@ -123,9 +151,10 @@ def _padded(core: Any, pairs: list[Any], batch: PackedBatch) -> Tensor:
     for index, sequence in enumerate(sequences):
         ids[index, : len(sequence)] = torch.tensor(sequence, device=device)
         mask[index, : len(sequence)] = 1
-    logits = core(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    lengths = map(len, sequences)
-    return torch.cat([logits[index, : length - 1] for index, length in enumerate(lengths)])
+    outputs = core(input_ids=ids, attention_mask=mask, use_cache=False)
+    lengths = enumerate(map(len, sequences))
+    rows = [outputs.logits[index, : length - 1] for index, length in lengths]
+    return torch.cat(rows), getattr(outputs, "aux_loss", None)
 
 
 def _changed(batch: PackedBatch) -> tuple[PackedBatch, slice, slice]:

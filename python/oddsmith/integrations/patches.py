@@ -6,16 +6,17 @@ it was tested and what happens if it does not fit; see [`~oddsmith.integrations.
 
 from __future__ import annotations
 
+from .attention_table import AttentionTable
 from .bitsandbytes_layers import AdoptedLayers, KeptLayout
 from .checkpointing import Checkpointing
 from .cpu_memory import CpuMemoryPool
 from .dropout import NoDropout
 from .import_hook import ImportHook
-from .model_attention import SdpaAttention
 from .module_forward import ModuleForward
 from .parameter_count import ParameterCount
 from .patch import Patch
 from .peft_dispatch import LoraDispatch
+from .peft_merge import AdapterMerging
 from .progress_bars import NoProgressBars
 from .quantizer_table import QuantizerMerge, QuantizerTable
 
@@ -27,8 +28,9 @@ PATCHES: tuple[type[Patch], ...] = (
     QuantizerTable,
     QuantizerMerge,
     ParameterCount,
-    SdpaAttention,
+    AttentionTable,
     LoraDispatch,
+    AdapterMerging,
     # A model, while it is trained.
     ModuleForward,
     NoDropout,

@@ -11,6 +11,7 @@ from torch import nn
 from ..quant.modules import Linear4bit
 from ..quant.nf4 import dequantize_nf4
 from .patch import Patch, Unsupported, find
+from .peft_merge import MERGING
 
 __all__ = ["DISPATCH", "LoraDispatch", "serve_peft"]
 
@@ -85,3 +86,4 @@ def serve_peft() -> None:
     """Registers our layers with peft, if it is installed, for new and loaded models."""
     if importlib.util.find_spec("peft") is not None:
         DISPATCH.ensure()
+        MERGING.ensure()

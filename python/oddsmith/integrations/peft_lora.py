@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -11,8 +9,8 @@ from peft.tuners.lora import layer as peft_layer
 from torch import Tensor, nn
 
 from ..quant.linear import linear_nf4_lora
-from ..quant.modules import Linear4bit, Params4bit
-from ..quant.nf4 import dequantize_nf4
+from ..quant.modules import Linear4bit
+from .peft_merge import in_full
 
 __all__ = ["LoraLinear4bit"]
 
@@ -41,6 +39,9 @@ class LoraLinear4bit(peft_layer.Linear):
     Raises:
         ValueError: For DoRA and other variants, and for initialisations that change the base.
     """
+
+    #: Its own `merge` and `unmerge` have the full weight; `peft_merge` gives it to other adapters.
+    merges_in_full = True
 
     def __init__(
         self, base_layer: nn.Module, adapter_name: str, config: Any, **kwargs: Any
@@ -83,35 +84,14 @@ class LoraLinear4bit(peft_layer.Linear):
         plain = type(self.base_layer) is Linear4bit and name not in self.lora_variant
         return name if plain and not drops and self.lora_B[name].bias is None else None
 
-    @contextmanager
-    def _in_full(self) -> Iterator[None]:
-        """A context with the weight in `float32`, which is quantised again at the end and unchanged
-        after an error.
-        """
-        base = cast(Linear4bit, self.get_base_layer())
-        codes = base.weight
-        state = codes.quant_state
-        if state is None:
-            raise RuntimeError("the weight is not quantised yet; move the layer to a device first")
-        full = dequantize_nf4(codes, state, torch.float32)
-        base.weight = cast(Params4bit, nn.Parameter(full, requires_grad=False))
-        try:
-            yield
-            changed = base.weight.data.to(state.dtype)
-            fresh = codes.with_data(changed, None).quantize_(codes.device)
-        except BaseException:
-            base.weight = codes
-            raise
-        base.weight = fresh
-
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Adds adapters to the base, which is rounded to 4 bits again; `safe_merge` refuses NaN."""
-        with self._in_full():
+        with in_full(cast(Linear4bit, self.get_base_layer())):
             super().merge(safe_merge, adapter_names)
 
     def unmerge(self) -> None:
         """Removes merged adapters, up to the rounding to 4 bits."""
-        with self._in_full():
+        with in_full(cast(Linear4bit, self.get_base_layer())):
             super().unmerge()
 
 

@@ -16,6 +16,15 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
+from .attention_names import (
+    attention_name,
+    configs_of,
+    module_configs,
+    name_attention,
+    plain_attention,
+    text_config,
+)
+
 __all__ = [
     "REACH",
     "SPREAD",
@@ -35,11 +44,12 @@ _REACHES = (
     "local_window",
     "attention_chunk_size",
 )
-_REACHES += ("chunk_length", "chunk_size", "index_topk")
+_REACHES += ("chunk_length", "chunk_size")
 #: How far that is.
 REACH = 4
-# Positions after which attention changes its temperature.
-_SPREADS = ("floor_scale", "original_max_position_embeddings")
+# Tokens of a row after which attention changes its temperature, or selects keys.
+_SPREADS = ("floor_scale", "log_scaling_n_floor", "original_max_position_embeddings")
+_SPREADS += ("index_topk", "index_topk_blocks", "index_block_size")
 #: The same for a small model.
 SPREAD = 3
 # Chunks of a computation, not of the sequence.
@@ -75,7 +85,7 @@ class NotSmall(Exception):
 def reaches(config: Any) -> list[int]:
     """How far a model's windowed and chunked layers see, in tokens; empty if all see everything."""
     found = []
-    for each in _configs(config):
+    for each in configs_of(config):
         for name, value in vars(each).items():
             if _is_reach(name) and _is_count(value):
                 found.append(value)
@@ -83,9 +93,9 @@ def reaches(config: Any) -> list[int]:
 
 
 def spreads(config: Any) -> list[int]:
-    """After how many tokens a model treats positions in another way; empty if it never does."""
+    """After how many tokens of a row a model does something else; empty if it never does."""
     found = []
-    for each in _configs(config):
+    for each in configs_of(config):
         places = [vars(each)]
         while places:
             place = places.pop()
@@ -139,9 +149,13 @@ def _build(core: Any, config: Any) -> nn.Module:
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
-        return class_of(core)(copy.deepcopy(config))
+        # Other attention than this may need a package, or a GPU.
+        name_attention([config], plain_attention(core))
+        model = class_of(core)(copy.deepcopy(config))
     finally:
         torch.set_default_dtype(before)
+    name_attention(module_configs(model), attention_name(core))
+    return model
 
 
 @contextmanager
@@ -174,25 +188,15 @@ def _draw(model: nn.Module) -> None:
 
 def _small_config(core: Any, reach: int, spread: int, deep: bool) -> Any:
     config = copy.deepcopy(core.config)
-    for name in ("quantization_config", "_pre_quantization_dtype"):
+    for name in ("quantization_config", "_pre_quantization_dtype", "_is_quantized"):
         vars(config).pop(name, None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text = text_config(config)
     depth = None if deep else max(2, _depth(core))
-    for each in _configs(config):
+    for each in configs_of(config):
         _fewer_layers(each, depth if each is text else 2)
         _narrower(each)
         _scale(each, reach, spread)
     return config
-
-
-def _configs(config: Any) -> list[Any]:
-    """A configuration and those within it."""
-    found, queue = [], [config]
-    while queue:
-        each = queue.pop()
-        found.append(each)
-        queue += [x for x in vars(each).values() if hasattr(x, "model_type") and x not in found]
-    return found
 
 
 def _number(config: Any, name: str) -> int | None:
@@ -209,8 +213,7 @@ def _is_count(value: Any) -> TypeGuard[int]:
 
 def layers_of(core: Any) -> list[nn.ModuleList]:
     """The lists of layers of a model's text part."""
-    config = core.config
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text = text_config(core.config)
     count = _number(text, "num_hidden_layers")
     decoder = core.get_decoder() if hasattr(core, "get_decoder") else None
     for part in (decoder or core, core):  # towers for images and sound may have as many

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .pattern import Segments
+
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-
-Segments = tuple[tuple[int, int, int], ...]
 
 
 def blocks(segments: Segments) -> Iterator[tuple[slice, slice | None]]:

@@ -1,28 +1,40 @@
 """Attention over a packed row of pairs by one call of a variable-length flash kernel, on CUDA."""
 
+import importlib
+import inspect
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .attention_cpu import Segments, blocks
+from .attention_cpu import blocks
+from .pattern import Pattern, Segments
+
+# Where the kernels run.
+DEVICES = ("cuda",)
 
 # Limit of flash attention.
 _WIDEST_HEAD = 256
 
 
-def can_run(query: Tensor, dropout: float) -> bool:
-    """Whether the kernels support this call."""
-    return (
-        query.device.type == "cuda"
-        and query.dtype in (torch.float16, torch.bfloat16)
-        and query.shape[-1] <= _WIDEST_HEAD
-        and not dropout
-        and _kernel() is not None
-    )
+def can_run(
+    query: Tensor, pattern: Pattern, softcap: float | None, sinks: Tensor | None, dropout: float
+) -> bool:
+    """Whether the installed kernel supports this call."""
+    if (
+        query.device.type not in DEVICES
+        or query.dtype not in (torch.float16, torch.bfloat16)
+        or query.shape[-1] > _WIDEST_HEAD
+        or pattern.chunk is not None
+        or sinks is not None
+        or dropout
+    ):
+        return False
+    kernel = _kernel()
+    return kernel is not None and (softcap is None or kernel.knows_softcap)
 
 
 def packed_varlen(
@@ -31,7 +43,8 @@ def packed_varlen(
     value: Tensor,
     segments: Segments,
     scale: float | None,
-    sliding_window: int | None,
+    window: int | None,
+    softcap: float | None = None,
 ) -> Tensor:
     """
     Attention of each block to its prompt's keys and its own, causal at the lower right.
@@ -42,7 +55,8 @@ def packed_varlen(
         value (`Tensor`): As `key`.
         segments (`tuple`): See [`~oddsmith.packing.batch.PackedBatch`].
         scale (`float`, *optional*): Factor on the products; one over the root of d if None.
-        sliding_window (`int`, *optional*): Positions that a token sees, itself included.
+        window (`int`, *optional*): Positions that a token sees, itself included.
+        softcap (`float`, *optional*): Bound of the scores; see [`can_run`].
 
     Returns:
         `Tensor`: `(1, heads, N, d)`.
@@ -54,7 +68,7 @@ def packed_varlen(
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
     if plan.keys is not None:
         key, value = (x.index_select(0, plan.keys) for x in (key, value))
-    out = kernel(query, key, value, plan, scale, sliding_window)
+    out = kernel.run(query, key, value, plan, scale, window, softcap)
     return out.transpose(0, 1)[None]
 
 
@@ -84,41 +98,68 @@ def _plan(segments: Segments, device: torch.device) -> _Plan:
     return _Plan(segments, device)
 
 
+class _Kernel(NamedTuple):
+    """A variable-length kernel: `run(query, key, value, plan, scale, window, softcap)`."""
+
+    run: Callable[..., Tensor]
+    knows_softcap: bool
+
+
 @lru_cache(maxsize=1)
-def _kernel() -> Callable[..., Tensor] | None:
-    try:
-        # The user may have it.
-        from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        return _of_torch()
-
-    def run(
-        query: Tensor, key: Tensor, value: Tensor, plan: _Plan, scale: Any, window: Any
-    ) -> Tensor:
-        return flash_attn_varlen_func(
-            query,
-            key,
-            value,
-            plan.query_bounds,
-            plan.key_bounds,
-            plan.longest_query,
-            plan.longest_key,
-            softmax_scale=scale,
-            causal=True,
-            window_size=(-1 if window is None else window - 1, 0),
-        )
-
-    return run
+def _kernel() -> _Kernel | None:
+    """The kernel of the newest package that is installed, or libtorch's."""
+    for module in ("flash_attn_interface", "flash_attn"):
+        try:
+            # The user may have it.
+            function = importlib.import_module(module).flash_attn_varlen_func
+            known = inspect.signature(function).parameters
+        except (ImportError, AttributeError, ValueError):
+            continue
+        return _Kernel(partial(_by_package, function), "softcap" in known)
+    return _of_torch()
 
 
-def _of_torch() -> Callable[..., Tensor] | None:
+def _by_package(
+    function: Callable[..., Any],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: _Plan,
+    scale: float | None,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    out = function(
+        query,
+        key,
+        value,
+        plan.query_bounds,
+        plan.key_bounds,
+        max_seqlen_q=plan.longest_query,
+        max_seqlen_k=plan.longest_key,
+        softmax_scale=scale,
+        causal=True,
+        window_size=(-1 if window is None else window - 1, 0),
+        **({} if softcap is None else {"softcap": softcap}),
+    )
+    # Some versions return the log-sum-exp too.
+    return out if isinstance(out, Tensor) else out[0]
+
+
+def _of_torch() -> _Kernel | None:
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
 
     def run(
-        query: Tensor, key: Tensor, value: Tensor, plan: _Plan, scale: Any, window: Any
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        plan: _Plan,
+        scale: Any,
+        window: Any,
+        softcap: None,
     ) -> Tensor:
         groups = query.shape[1] // key.shape[1]
         if groups > 1:
@@ -137,4 +178,4 @@ def _of_torch() -> Callable[..., Tensor] | None:
         # With the log-sum-exp only where it is asked for.
         return out if isinstance(out, Tensor) else out[0]
 
-    return run
+    return _Kernel(run, knows_softcap=False)

@@ -3,12 +3,17 @@
 from typing import Any, cast
 
 import torch
+from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
+from ..data.image_collator import model_inputs
+from ..data.image_rows import TOKEN_TYPES
+from ..data.processor import tokenizer_of
 from . import completions
+from .arguments import check_single
 from .trainer_parts import TrainerParts
 
 logger = logging.get_logger(__name__)
@@ -16,6 +21,45 @@ logger = logging.get_logger(__name__)
 
 class EvaluationHooks(TrainerParts):
     """Part of [`~oddsmith.ORPOTrainer`]: evaluation of batches and datasets."""
+
+    # The last dataset that evaluate or predict was given, and its prepared rows.
+    _last_given: tuple[Any, Any] | None = None
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """See [`~transformers.Trainer.get_eval_dataloader`]; a dataset is prepared first."""
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = self._rows_of(eval_dataset, "eval_dataset")
+        return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
+        """See [`~transformers.Trainer.get_test_dataloader`]; the dataset is prepared first."""
+        check_single(test_dataset, "test_dataset")
+        return super().get_test_dataloader(cast(Any, self._rows_of(test_dataset, "test_dataset")))
+
+    def _rows_of(self, dataset: Any, name: str) -> Any:
+        """Prepared rows of a dataset that evaluate or predict was given."""
+        if not isinstance(dataset, (Dataset, IterableDataset)):
+            return dataset  # another class, with another collator
+        if self._is_prepared(dataset):
+            return dataset
+        if self._last_given is None or self._last_given[0] is not dataset:
+            prepared = self._prepare_rows(dataset, name)
+            self._check_given(prepared, name)
+            self._last_given = dataset, prepared
+        if isinstance(dataset, IterableDataset) and self.accelerator.dispatch_batches is None:
+            # As for the trainer's own streams: their batches cannot be sliced.
+            self.accelerator.dataloader_config.dispatch_batches = False
+        return self._last_given[1]
+
+    def _is_prepared(self, dataset: Any) -> bool:
+        if self._image_rows is not None:  # whose rows have no other columns then
+            _, own = self._made
+            parts = [*own.values()] if isinstance(own, dict) else [own]
+            return any(dataset is part for part in (self.train_dataset, *parts))
+        columns = dataset.column_names
+        if columns is None:
+            columns = next(iter(dataset), {})
+        return self._token_columns <= set(columns)
 
     def prediction_step(
         self,
@@ -69,13 +113,17 @@ class EvaluationHooks(TrainerParts):
     def generate_from_model(self, model: nn.Module, batch: dict[str, Any]) -> list[str]:
         """Text of prompts and their sampled completions, for the prompts of a batch."""
         prompts = batch["prompt_input_ids"]
+        images = model_inputs(batch)
+        types = {kind: batch[name] for kind in TOKEN_TYPES if (name := f"prompt_{kind}") in batch}
         with self._autocast(), torch.no_grad():
             tokens = cast(Any, model).generate(
                 input_ids=prompts,
                 attention_mask=batch["prompt_attention_mask"],
                 max_length=max(self.max_length, prompts.shape[1] + 1),
                 do_sample=True,
-                pad_token_id=self.processing_class.pad_token_id,
+                pad_token_id=tokenizer_of(self.processing_class).pad_token_id,
+                **images,
+                **types,
             )
         return self.processing_class.batch_decode(tokens, skip_special_tokens=True)
 

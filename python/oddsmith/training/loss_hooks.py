@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,12 +10,14 @@ from torch.nn import functional as F
 from transformers.utils import logging
 
 from ..data.collator import PairBatch
+from ..data.image_collator import both_sides
 from ..head import logits as plain
 from ..integrations import model_attention, model_head
 from ..integrations.model_packing import RowLimits
 from ..packing.batch import PackedBatch
 from .metrics import PairScores, Split, batch_share, pair_metrics
 from .overrides import is_overridden
+from .row_dependence import virtual_tokens
 from .trainer_parts import TrainerParts
 
 logger = logging.get_logger(__name__)
@@ -36,6 +38,8 @@ class LossHooks(TrainerParts):
     _plain_because: str | None = None
     # Why batches keep their padding; None if they are packed.
     _padded_because: str | None = None
+    # The ImageRows of a dataset with images, and None for one of text.
+    _image_rows: Any = None
     # The packed rows that the model computes as it does a padded batch.
     _row_limits: RowLimits = RowLimits()
     _said_of_limits = False
@@ -137,19 +141,25 @@ class LossHooks(TrainerParts):
         self._borrow()
         inputs = self._concatenated(batch)
         labels, mask = inputs["concatenated_labels"], inputs["concatenated_attention_mask"]
-        extra = {}
+        extra: dict[str, Any] = both_sides(batch, inputs)
         if self.is_encoder_decoder:
             extra["decoder_input_ids"] = plain.shift_right(
                 labels, self.decoder_start_token_id, self.pad_token_id
             )
         outputs = self._run(model, inputs, **extra)
         logits = outputs.logits
+        if not self.is_encoder_decoder and virtual_tokens(self.accelerator.unwrap_model(model)):
+            # Logits of virtual tokens come first; those of prefixes are not computed.
+            logits = logits[:, logits.shape[1] - labels.shape[1] :]
         logps = self.get_batch_logps(
             logits, labels, average_log_prob=True, is_encoder_decoder=self.is_encoder_decoder
         )
         if not self.is_encoder_decoder:
             if self.args.nll_scope == "full":
-                labels = torch.where(mask == 1, inputs["concatenated_input_ids"], -100)
+                ids = inputs["concatenated_input_ids"]
+                labels = torch.where(mask == 1, ids, -100)
+                if (images := self._image_tokens(ids)) is not None:
+                    labels = labels.masked_fill(images, -100)
             logits, labels = logits[:, :-1], labels[:, 1:]
         pairs = labels.shape[0] // 2
         nll = plain.token_nll(logits[:pairs], labels[:pairs].to(logits.device))
@@ -168,7 +178,7 @@ class LossHooks(TrainerParts):
         """
         self._borrow()
         if self.args.beta_schedule != "constant" and self.state.max_steps > 0:
-            self.beta = self.args.beta_at(self.state.global_step, self.state.max_steps)
+            self._scheduled_beta = self.args.beta_at(self.state.global_step, self.state.max_steps)
         uses_logits = self._plain_because is not None or bool(self._own_loss_hooks())
         scores = (self._plain_scores if uses_logits else self._fused_scores)(model, batch)
         pairs, self._metric_weight = scores.whole.shape[0], 1.0
@@ -178,7 +188,9 @@ class LossHooks(TrainerParts):
         prefix = "eval_" if train_eval == "eval" else ""
         loss = scores.loss
         if self.aux_loss_enabled:
-            loss = loss + self.aux_loss_coef * cast(Tensor, scores.aux_loss)
+            aux_loss = torch.as_tensor(scores.aux_loss, device=loss.device)
+            loss = loss + self.aux_loss_coef * aux_loss
+            metrics["aux_loss"] = aux_loss.detach()
         return loss, {f"{prefix}{name}": value for name, value in metrics.items()}
 
     # ---- Scores: fused head or logits ----
@@ -193,6 +205,13 @@ class LossHooks(TrainerParts):
         # Any negative label is masked; the hooks may expect TRL's label.
         labels = inputs["concatenated_labels"]
         return {**inputs, "concatenated_labels": torch.where(labels < 0, -100, labels)}
+
+    def _image_tokens(self, ids: Tensor) -> Tensor | None:
+        """Which tokens stand for images, and so are no text to learn; None without images."""
+        if self._image_rows is None:
+            return None
+        known = torch.tensor(sorted(self._image_rows.image_token_ids), device=ids.device)
+        return torch.isin(ids, known)
 
     def _run(self, model: Callable[..., Any], inputs: dict[str, Tensor], **extra: Any) -> Any:
         if self.aux_loss_enabled:
@@ -214,16 +233,19 @@ class LossHooks(TrainerParts):
         packed = self._packed(batch) if self._padded_because is None else None
         if packed is not None:
             rows = model_head.FusedBatch.of_packed(packed, **objective)
-            inputs = model_attention.packed_inputs(packed)
+            inputs = model_attention.packed_inputs(packed, router=self.aux_loss_enabled)
             out = model_head.fused_loss(model, rows, **inputs, use_cache=False)
             model_attention.check_seen(inputs)
         else:
             inputs = self._concatenated(batch)
             columns = ("input_ids", "attention_mask", "labels")
             rows = model_head.FusedBatch.build(
-                *(inputs[f"concatenated_{column}"] for column in columns), **objective
+                *(inputs[f"concatenated_{column}"] for column in columns),
+                unscored=self._image_tokens(inputs["concatenated_input_ids"]),
+                **objective,
             )
-            out = self._run(partial(model_head.fused_loss, model, rows), inputs)
+            run = partial(model_head.fused_loss, model, rows)
+            out = self._run(run, inputs, **both_sides(batch, inputs))
         return PairScores(
             loss=out.loss,
             nll_loss=out.nll_loss,

@@ -82,7 +82,43 @@ def target_parameters(model: nn.Module, targets: Any, where: str) -> dict[str, n
         raise ValueError(
             f"optim_target_modules is {targets!r}; matches no linear layer of the model"
         )
+    if isinstance(targets, list):
+        _say_unmatched(targets, [name.removesuffix(".weight") for name in found])
     return found
+
+
+def _say_unmatched(targets: list[str], names: list[str]) -> None:
+    """Logs one line about entries of the list that match none of the linear layers."""
+    from transformers.trainer_utils import check_target_module_exists  # not documented
+
+    unmatched = [
+        repr(each)
+        for each in targets
+        if not any(check_target_module_exists([each], name) for name in names)
+    ]
+    if unmatched:
+        logger.warning(
+            f"optim_target_modules: {', '.join(unmatched)} match no linear layer of the model."
+        )
+
+
+def _say_rest(model: nn.Module, projected: dict[str, nn.Parameter], where: str) -> None:
+    """
+    Logs one line about weights of experts, which are not linear layers: transformers stores those
+    of a layer in one parameter of three dimensions.
+    """
+    trained = {name: each for name, each in model.named_parameters() if each.requires_grad}
+    experts = {name: each for name, each in trained.items() if each.dim() > 2}
+    if not experts:
+        return
+    total = sum(each.numel() for each in trained.values())
+    share = sum(each.numel() for name, each in trained.items() if name not in projected) / total
+    first, parameter = next(iter(experts.items()))
+    logger.warning(
+        f"optim is {where!r}, which projects linear layers: {share:.0%} of the trained parameters "
+        f"are updated with full moments, among them {len(experts)} that are not matrices, such as "
+        f"{first} {tuple(parameter.shape)}."
+    )
 
 
 def low_rank_optimizer(
@@ -101,7 +137,7 @@ def low_rank_optimizer(
 
     Raises:
         ValueError: For a model with adapters, a model that is split over processes, unknown
-            options, no target, frozen targets, or a rank that is too large.
+            options, no target, or frozen targets.
         NotImplementedError: For a layer-wise optimiser on several processes.
     """
     name = str(getattr(args.optim, "value", args.optim)) if name is None else name
@@ -121,7 +157,8 @@ def low_rank_optimizer(
             f"{args.optim_target_modules!r} matches are frozen"
         )
     for key, parameter in trained.items():
-        check_matrix(name, parameter, options["rank"], key)
+        check_matrix(name, parameter, key)
+    _say_rest(model, trained, name)
 
     kwargs: dict[str, Any] = {"lr": args.learning_rate, "seed": args.seed}
     if kind is GaLoreAdafactor:

@@ -4,25 +4,25 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoTokenizer,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, PreTrainedModel
 from transformers.utils.import_utils import is_peft_available
 
 from ..config import ORPOConfig
+from ..data.processor import auto_class, load_processor
 from ..integrations.bitsandbytes_layers import AdoptedLayers, KeptLayout, on_cpu
 from ..integrations.checkpointing import Checkpointing
 from ..integrations.dropout import NoDropout
 from ..integrations.patch import Patch
 
 
-def load_model(name: str, args: ORPOConfig) -> PreTrainedModel:
+def load_model(name: str, args: ORPOConfig, images: bool = False) -> PreTrainedModel:
     """
     Load a model by its hub id or folder, with `model_init_kwargs`.
+
+    Args:
+        name (`str`): Hub id or folder.
+        args ([`ORPOConfig`]): For `model_init_kwargs` and `trust_remote_code`.
+        images (`bool`, *optional*): Whether the rows have images.
 
     No `device_map` is added: under a launcher each process has its own device, and without one
     [`~transformers.Trainer`] places the model.
@@ -42,8 +42,7 @@ def load_model(name: str, args: ORPOConfig) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(
             name, **{key: kwargs[key] for key in where if key in kwargs}
         )
-    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    return kind.from_pretrained(name, **kwargs)
+    return auto_class(config, images).from_pretrained(name, **kwargs)
 
 
 def _dtype(value: Any) -> Any:
@@ -58,7 +57,7 @@ def _dtype(value: Any) -> Any:
 
 def load_processing_class(model: Any, revision: str | None, args: ORPOConfig) -> Any:
     """
-    Load the tokenizer from a model's hub id or folder.
+    Load the tokenizer, or the processor of an image-text model, from a model's hub id or folder.
 
     Raises:
         ValueError: If the model does not have its hub id or folder.
@@ -68,9 +67,8 @@ def load_processing_class(model: Any, revision: str | None, args: ORPOConfig) ->
         raise ValueError(
             "processing_class is None and the model was not loaded by name; pass its tokenizer"
         )
-    return AutoTokenizer.from_pretrained(
-        name, revision=revision, trust_remote_code=args.trust_remote_code
-    )
+    core = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return load_processor(name, revision, args.trust_remote_code, core.config)
 
 
 def check_model(model: Any) -> None:
@@ -85,15 +83,35 @@ def check_model(model: Any) -> None:
     if isinstance(core, PreTrainedModel) and core.get_output_embeddings() is None:
         raise ValueError(
             f"model is a {type(core).__name__}, which has no output head; load it with "
-            "AutoModelForCausalLM (or AutoModelForSeq2SeqLM)"
+            "AutoModelForCausalLM (or AutoModelForSeq2SeqLM, AutoModelForImageTextToText)"
         )
+
+
+def check_trainable(model: nn.Module) -> None:
+    """
+    Check that a model has something to train.
+
+    Raises:
+        ValueError: If no parameter requires a gradient.
+    """
+    if any(parameter.requires_grad for parameter in model.parameters()):
+        return
+    if hasattr(model, "get_base_model"):
+        fix = "load its adapter with PeftModel.from_pretrained(..., is_trainable=True)"
+    else:
+        fix = "set requires_grad, or pass a peft_config"
+    raise ValueError(f"no parameter of the {type(model).__name__} is trainable; {fix}")
 
 
 def vocabulary_size(model: Any) -> int:
     """Number of token ids in a model's embeddings and output head."""
     core = model.get_base_model() if hasattr(model, "get_base_model") else model
     text = core.config.get_text_config() if hasattr(core.config, "get_text_config") else core.config
-    layers = [core.get_input_embeddings(), core.get_output_embeddings()]
+    # What peft trains instead of a tied head is made with its two sizes exchanged.
+    layers = [
+        getattr(layer, "original_module", layer)
+        for layer in (core.get_input_embeddings(), core.get_output_embeddings())
+    ]
     sizes = [getattr(layers[0], "num_embeddings", None), getattr(layers[1], "out_features", None)]
     # Quantised or wrapped layers may not have the attribute.
     known = [size for size in sizes if isinstance(size, int) and size > 0]

@@ -32,20 +32,34 @@ if TYPE_CHECKING:
 
         # ---- Set by the trainer ----
 
-        beta: float
-        max_length: int
-        padding_value: int
+        @property
+        def beta(self) -> float: ...
+
+        @property
+        def padding_value(self) -> int: ...
+
+        @property
+        def tokenizer(self) -> Any: ...
+
         is_encoder_decoder: bool
         decoder_start_token_id: int | None
         pad_token_id: int | None
         aux_loss_enabled: bool
         aux_loss_coef: float
+        max_length: int
+        max_prompt_length: int | None
         generate_during_eval: bool
         use_dpo_data_collator: bool
         _rows: RowBuilder
+        _token_columns: set[str]
+        _image_rows: Any
+        _made: tuple[Any, Any]
+        _last_given: tuple[Any, Any] | None
         _stored_metrics: MetricStore
         _metric_weight: float
+        _scheduled_beta: float | None
         _last_loss: Any
+        _run_with: dict[str, Any]
 
         # ---- Used by other parts ----
 
@@ -57,7 +71,21 @@ if TYPE_CHECKING:
 
         def _take_metrics(self, split: Split) -> dict[str, float]: ...
 
+        def _prepare_rows(self, dataset: Any, name: str) -> Any: ...
+
+        def _check_given(self, rows: Any, name: str) -> None: ...
+
         def _borrow(self) -> None: ...
+
+        def _lend(self, model: nn.Module) -> None: ...
+
+        def _packs(self) -> bool: ...
+
+        def _choose_path(self, model: nn.Module) -> None: ...
+
+        def _announce_path(self) -> None: ...
+
+        def _check_rows(self, train_dataset: Any, eval_dataset: Any, vocabulary: int) -> None: ...
 
         def _own_optimizer(self) -> Any: ...
 

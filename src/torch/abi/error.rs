@@ -44,7 +44,7 @@ pub fn check(torch: &Torch, code: Code, function: &dyn Fn() -> String) -> Result
 /// Why the last call of this thread failed. Before 2.13 libtorch prints it and keeps nothing.
 fn reason(torch: &Torch) -> String {
     let Some(what) = torch.torch_exception_get_what_without_backtrace else {
-        return "failed; libtorch has printed the reason".into();
+        return "failed; torch before 2.13 prints the reason to standard error and keeps no text".into();
     };
     // SAFETY: a C string, which the next error of this thread replaces.
     let text = unsafe { what() };

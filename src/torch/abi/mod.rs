@@ -25,5 +25,5 @@ mod tensor;
 mod views;
 
 pub mod symbols;
-pub use library::find;
+pub use library::{Fault, find};
 pub use symbols::load;

@@ -22,14 +22,6 @@ operators! {
     atg_mv(x: Tensor, y: Tensor) => c"aten::mv", c"", [Tensor(x), Tensor(y)];
 }
 
-#[unsafe(no_mangle)]
-unsafe extern "C" fn atg_linear(out: *mut Tensor, x: Tensor, weight: Tensor, bias: Tensor) {
-    let given = Value::Tensor(bias);
-    let bias = if bias.is_null() { Value::None } else { Value::Some(&given) };
-    // SAFETY: tch's arguments.
-    unsafe { put(out, call(c"aten::linear", c"", [Value::Tensor(x), Value::Tensor(weight), bias])) }
-}
-
 /// `to = base + x y`. The operator has two scalars, which have no stable form; the functions in C are those
 /// of the CPU and of CUDA. Elsewhere the product is added to `base` by itself.
 fn addmm(to: Tensor, base: Tensor, x: Tensor, y: Tensor) -> Result<()> {
@@ -42,13 +34,15 @@ fn addmm(to: Tensor, base: Tensor, x: Tensor, y: Tensor) -> Result<()> {
     } else {
         None
     };
-    let Some(function) = function else {
-        let product = call(c"aten::mm", c"", [Value::Tensor(x), Value::Tensor(y)])?;
-        return super::arithmetic::add_into(to, base, product.raw());
-    };
+    let Some(function) = function else { return addmm_in_two(to, base, x, y) };
     // SAFETY: live handles.
     let code = unsafe { function(to, base, x, y, 1.0, 1.0) };
     check(torch, code, &|| "aten::addmm.out".into())
+}
+
+fn addmm_in_two(to: Tensor, base: Tensor, x: Tensor, y: Tensor) -> Result<()> {
+    let product = call(c"aten::mm", c"", [Value::Tensor(x), Value::Tensor(y)])?;
+    super::arithmetic::add_into(to, base, product.raw())
 }
 
 #[unsafe(no_mangle)]
@@ -60,4 +54,23 @@ unsafe extern "C" fn atg_addmm_out(out: *mut Tensor, to: Tensor, base: Tensor, x
 #[unsafe(no_mangle)]
 unsafe extern "C" fn atg_addmm_(out: *mut Tensor, to: Tensor, x: Tensor, y: Tensor) {
     unsafe { put(out, addmm(to, to, x, y).and_then(|()| share(to))) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_product_is_added_without_the_function_of_a_device() {
+        let matrix = |values: &[f32]| tch::Tensor::f_from_slice(values).expect("a tensor").view([2, 2]);
+        let (mut x, mut y) = (matrix(&[1.0, 2.0, 3.0, 4.0]), matrix(&[5.0, 6.0, 7.0, 8.0]));
+        let (mut to, mut base) = (matrix(&[f32::NAN; 4]), matrix(&[0.5, 0.0, 0.0, -0.5]));
+        let (to_handle, base_handle) = (to.as_mut_ptr(), base.as_mut_ptr());
+        addmm_in_two(to_handle, base_handle, x.as_mut_ptr(), y.as_mut_ptr()).expect("a sum");
+        let expected = [19.5, 22.0, 43.0, 49.5];
+        assert_eq!(Vec::<f32>::try_from(to.view([4])).expect("values"), expected);
+        // Onto itself, as `addmm_` does.
+        addmm_in_two(base_handle, base_handle, x.as_mut_ptr(), y.as_mut_ptr()).expect("a sum");
+        assert_eq!(Vec::<f32>::try_from(base.view([4])).expect("values"), expected);
+    }
 }

@@ -7,7 +7,7 @@ use std::sync::OnceLock;
 
 use torch_sys::C_tensor;
 
-use super::library;
+use super::library::{self, Fault};
 
 /// What the dispatcher's stack has in each place: a number, or a pointer that is owned.
 pub type StableValue = u64;
@@ -174,10 +174,10 @@ fn read() -> Result<Torch, String> {
 /// Reads the table from the torch whose folder `lib` this is.
 ///
 /// # Errors
-/// What this torch lacks, as the end of a sentence.
-pub fn load(folder: &Path) -> Result<(), String> {
+/// What this torch lacks, or the other one that is loaded.
+pub fn load(folder: &Path) -> Result<(), Fault> {
     library::open_all(folder)?;
-    TORCH.get_or_init(read).as_ref().map(|_| ()).map_err(Clone::clone)
+    TORCH.get_or_init(read).as_ref().map(|_| ()).map_err(|lack| Fault::Incomplete(lack.clone()))
 }
 
 /// The table.
@@ -192,6 +192,22 @@ pub fn torch() -> Result<&'static Torch, String> {
         Some(Err(error)) => Err(format!("this torch {error}")),
         None => Err("libtorch is not loaded".into()),
     }
+}
+
+/// The table of a torch that lacks these functions.
+///
+/// # Errors
+/// Those of them that every torch has.
+///
+/// # Panics
+/// If there is no torch.
+#[cfg(test)]
+pub fn without(hidden: &[&str]) -> Result<Torch, Vec<&'static str>> {
+    torch().expect("torch");
+    Torch::read(&|name| {
+        let hide = hidden.iter().any(|hidden| hidden.as_bytes() == name.to_bytes());
+        if hide { None } else { library::find(name) }
+    })
 }
 
 #[cfg(test)]
@@ -213,16 +229,9 @@ mod tests {
 
     #[test]
     fn missing_functions_are_named() {
-        torch().expect("torch");
-        let hide = |hidden: &'static [&'static str]| {
-            move |name: &CStr| {
-                let hide = hidden.iter().any(|hidden| hidden.as_bytes() == name.to_bytes());
-                if hide { None } else { library::find(name) }
-            }
-        };
-        let error = Torch::read(&hide(&["torch_delete_list", "aoti_torch_zero_"])).expect_err("hidden");
+        let error = without(&["torch_delete_list", "aoti_torch_zero_"]).expect_err("hidden");
         assert_eq!(error, ["aoti_torch_zero_", "torch_delete_list"]);
-        let without = Torch::read(&hide(&["torch_tensor_to_pyobject"])).expect("an optional one");
-        assert!(without.torch_tensor_to_pyobject.is_none());
+        let older = without(&["torch_tensor_to_pyobject"]).expect("an optional one");
+        assert!(older.torch_tensor_to_pyobject.is_none());
     }
 }

@@ -94,41 +94,48 @@ pub fn forward(weight: Weight, size: Size, x: &Tensor, bias: Option<&Tensor>) ->
     }
     let _guard = tch::no_grad_guard();
     let kind = x.f_kind()?;
+    // Results are allocated in their final shape: autograd forbids in-place changes of a view that an
+    // autograd function returns, and some adapters add in place.
     let shape = with_width(x, size.rows);
     let gpu = device::of(x)?;
     if gpu.is_some() || x.device() != Device::Cpu || tensor_ops() {
         let weight = weight.checked(size.count(op)?)?;
-        if let Some(gpu) = gpu {
-            let x = x.f_reshape([tokens, size.columns])?;
-            if let Some(out) = nf4_cuda::few_tokens(gpu, &weight, size, &x, bias)? {
-                return Ok(out.f_view(&shape[..])?);
-            }
+        let x = x.f_reshape([tokens, size.columns])?;
+        let out = Tensor::f_empty(&shape[..], (kind, x.device()))?;
+        let rows = out.f_view([tokens, size.rows])?;
+        if let Some(gpu) = gpu
+            && nf4_cuda::few_tokens(gpu, &weight, size, &x, bias, &rows)?
+        {
+            return Ok(out);
         }
-        let weight = dequantize_nf4(weight, &[size.rows, size.columns], kind)?;
-        let bias = bias.map(|bias| bias.f_to_kind(kind)).transpose()?;
-        return Ok(x.f_linear(&weight, bias.as_ref())?);
+        let weight = dequantize_nf4(weight, &[size.rows, size.columns], kind)?.f_tr()?;
+        let _ = match bias {
+            Some(bias) => bias.f_to_kind(kind)?.f_addmm_out(&rows, &x, &weight)?,
+            None => x.f_mm_out(&rows, &weight)?,
+        };
+        return Ok(out);
     }
     let weight = weight.checked(size.count(op)?)?;
     let view = weight.view([dtype(kind), Dtype::F32])?;
     let x = x.f_contiguous()?.f_view([tokens, size.columns])?;
-    let out = large::empty(&[tokens, size.rows], kind)?;
-    if tokens == 0 || size.rows == 0 {
-        return Ok(out.f_view(&shape[..])?);
-    }
     let most = if product_kind(kind) == Kind::BFloat16 { FEW_WITH_UNITS } else { worth_it() };
-    if tokens as usize <= most {
-        return Ok(few(&view, size, &x, bias)?.f_to_kind(kind)?.f_view(&shape[..])?);
+    if tokens > 0 && size.rows > 0 && tokens as usize <= most {
+        return Ok(few(&view, size, &x, bias, &shape)?.f_to_kind(kind)?);
     }
-    match product_kind(kind) {
-        Kind::BFloat16 => tiles::<bf16>(&view, size, &x, bias, &out)?,
-        _ => tiles::<f32>(&view, size, &x, bias, &out)?,
+    let out = large::empty(&shape, kind)?;
+    if tokens > 0 && size.rows > 0 {
+        let rows = out.f_view([tokens, size.rows])?;
+        match product_kind(kind) {
+            Kind::BFloat16 => tiles::<bf16>(&view, size, &x, bias, &rows)?,
+            _ => tiles::<f32>(&view, size, &x, bias, &rows)?,
+        }
     }
-    Ok(out.f_view(&shape[..])?)
+    Ok(out)
 }
 
-fn few(weight: &Packed<'_>, size: Size, x: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+fn few(weight: &Packed<'_>, size: Size, x: &Tensor, bias: Option<&Tensor>, shape: &[i64]) -> Result<Tensor> {
     let x = x.f_to_kind(Kind::Float)?;
-    let mut out = Tensor::f_empty([x.size()[0], size.rows], (Kind::Float, Device::Cpu))?;
+    let mut out = Tensor::f_empty(shape, (Kind::Float, Device::Cpu))?;
     few_tokens(&TorchThreads, weight, size.columns as usize, slice(&x)?, slice_mut(&mut out)?);
     Ok(match bias {
         Some(bias) => out.f_add_(bias)?,
@@ -211,20 +218,24 @@ pub fn input_gradient(weight: Weight, size: Size, grad: &Tensor, weight_kind: Ki
     let kind = grad.f_kind()?;
     let shape = with_width(grad, size.columns);
     if device::of(grad)?.is_some() || grad.device() != Device::Cpu || tensor_ops() {
-        let weight = dequantize_nf4(weight, &[size.rows, size.columns], weight_kind)?;
-        return Ok(grad.f_matmul(&weight.f_to_kind(kind)?)?);
+        let weight = dequantize_nf4(weight, &[size.rows, size.columns], weight_kind)?.f_to_kind(kind)?;
+        let out = Tensor::f_empty(&shape[..], (kind, grad.device()))?;
+        let rows = out.f_view([tokens, size.columns])?;
+        let _ = grad.f_reshape([tokens, size.rows])?.f_mm_out(&rows, &weight)?;
+        return Ok(out);
     }
     let weight = weight.checked(size.count(op)?)?;
     let view = weight.view([dtype(weight_kind), dtype(kind)])?;
     let grad = grad.f_contiguous()?.f_view([tokens, size.rows])?;
-    let out = large::empty(&[tokens, size.columns], kind)?;
+    let out = large::empty(&shape, kind)?;
     if tokens > 0 && size.columns > 0 {
+        let rows = out.f_view([tokens, size.columns])?;
         match product_kind(kind) {
-            Kind::BFloat16 => strips::<bf16>(&view, size, &grad, &out)?,
-            _ => strips::<f32>(&view, size, &grad, &out)?,
+            Kind::BFloat16 => strips::<bf16>(&view, size, &grad, &rows)?,
+            _ => strips::<f32>(&view, size, &grad, &rows)?,
         }
     }
-    Ok(out.f_view(&shape[..])?)
+    Ok(out)
 }
 
 /// Strips of columns: each product sums over all rows of the weight, so the output is not accumulated.

@@ -102,26 +102,27 @@ pub(super) fn dequantize(device: Device, weight: &Weight, shape: &[i64], kind: K
     Ok(values)
 }
 
-/// `x weight^T + bias` of `(tokens, columns)`, directly from the codes, for at most [`FEW`] tokens; `None`
-/// for more, or if rows are not full words of codes.
+/// Writes `x weight^T + bias` of `(tokens, columns)` to `out`, directly from the codes, for at most [`FEW`]
+/// tokens; `false` for more, or if rows are not full words of codes.
 pub(super) fn few_tokens(
     device: Device,
     weight: &Weight,
     size: Size,
     x: &Tensor,
     bias: Option<&Tensor>,
-) -> Result<Option<Tensor>> {
+    out: &Tensor,
+) -> Result<bool> {
     let (tokens, kind) = (x.size()[0], x.f_kind()?);
     let (Ok(rows), Ok(columns)) = (i32::try_from(size.rows), i32::try_from(size.columns)) else {
-        return Ok(None);
+        return Ok(false);
     };
     if !(1..=FEW).contains(&tokens) || columns % CODES as i32 != 0 {
-        return Ok(None);
+        return Ok(false);
     }
     let x = x.f_contiguous()?;
     let aligned = |tensor: &Tensor, bytes: usize| (tensor.data_ptr() as usize).is_multiple_of(bytes);
     if !aligned(&x, 16) || !aligned(&weight.packed, 4) {
-        return Ok(None);
+        return Ok(false);
     }
     let kernels = match tokens {
         1 => ["nf4_multiply1_f32", "nf4_multiply1_bf16", "nf4_multiply1_f16"],
@@ -130,7 +131,6 @@ pub(super) fn few_tokens(
     };
     let arguments = arguments(weight)?;
     let bias = bias.map(|bias| bias.f_to_kind(kind)?.f_contiguous()).transpose()?;
-    let out = Tensor::f_empty([tokens, size.rows], (kind, x.device()))?;
     let launch = Launch {
         source: &NF4,
         kernel: named(kind, kernels),
@@ -140,12 +140,12 @@ pub(super) fn few_tokens(
     };
     let rest = [
         bias.as_ref().map_or_else(|| Ok(Arg::ptr(0)), |bias| pointer(bias, kind))?,
-        pointer(&out, kind)?,
+        pointer(out, kind)?,
         Arg::i32(tokens as i32),
         Arg::i32(rows),
         Arg::i32(columns),
         arguments.block_shift,
     ];
     device.launch(&launch, &[&[pointer(&x, kind)?], &arguments.parts[..], &rest].concat())?;
-    Ok(Some(out))
+    Ok(true)
 }

@@ -16,12 +16,18 @@ from support.checkpoint_models import make_adapter
     ("options", "words"),
     [
         ({"use_dora": True}, "has no lora_magnitude_vector; use_dora is True"),
-        ({"layer_replication": [[0, 1]]}, "uses layer_replication, which cannot be merged here"),
+        (
+            {"layer_replication": [[0, 1]]},
+            r"uses layer_replication, which cannot be merged here \(it makes a model with more layers",
+        ),
+        (
+            {"target_parameters": ["mlp.experts.gate_up_proj"]},
+            r"uses target_parameters, which cannot be merged here \(it changes parameters that",
+        ),
         (
             {"alora_invocation_tokens": [5], "task_type": "CAUSAL_LM"},
             "uses alora_invocation_tokens",
         ),
-        ({"trainable_token_indices": [3]}, "uses trainable_token_indices"),
         ({"init_lora_weights": "pissa_niter_4"}, "which changed the base weights"),
         ({"init_lora_weights": "olora"}, "which changed the base weights"),
     ],

@@ -75,6 +75,13 @@ CASES = {
     ),
     "embeddings": (mistral, {"target_modules": ["embed_tokens", "lm_head", "q_proj"]}),
     "dora": (mistral, {"target_modules": ["q_proj", "down_proj"], "use_dora": True}),
+    "rows of tokens": (
+        mistral, {"target_modules": ["q_proj"], "trainable_token_indices": [7, 3, 9]}
+    ),
+    "rows of tokens by module": (
+        mistral,
+        {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [2, 5]}},
+    ),
     "conv1d": (gpt2, {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}),
 }  # fmt: skip
 
@@ -301,6 +308,37 @@ def test_tied_embeddings_are_not_separated(tmp_path):
     with pytest.raises(
         UserError, match=r"changes lm_head.weight, which the model ties to model.embed"
     ):
+        merge_adapter(tmp_path / "base", adapter, tmp_path / "out")
+
+
+TIED = {
+    "both ends": {"modules_to_save": ["lm_head", "embed_tokens"], "ensure_weight_tying": True},
+    "one end": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    "rows of tokens": {"trainable_token_indices": [4, 1]},
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("case", TIED)
+def test_tied_embeddings_that_change_together(case, tmp_path):
+    options = {"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM", **TIED[case]}
+    theirs = merged_by_peft(qwen(tie_word_embeddings=True), LoraConfig(**options), tmp_path)
+    merge_adapter(tmp_path / "base", tmp_path / "adapter", tmp_path / "ours")
+    ours, before = weights(tmp_path / "ours"), weights(tmp_path / "base")
+    assert ours.keys() == before.keys()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-6, atol=1e-6)
+    assert not torch.equal(ours["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
+
+
+def test_tied_ends_that_differ_are_refused(tmp_path):
+    qwen(tie_word_embeddings=True).save_pretrained(tmp_path / "base")
+    tensors = {
+        "base_model.model.lm_head.weight": torch.ones(96, 48),
+        "base_model.model.model.embed_tokens.weight": torch.zeros(96, 48),
+    }
+    adapter = make_adapter(tmp_path, tensors, modules_to_save=["lm_head", "embed_tokens"])
+    with pytest.raises(UserError, match="replaces .*, which the model ties to"):
         merge_adapter(tmp_path / "base", adapter, tmp_path / "out")
 
 

@@ -65,17 +65,53 @@ def test_a_class_that_drops_the_row_is_refused_in_any_dtype(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_window_that_only_the_mask_tells_limits_the_sequences(dtype):
+def test_windows_are_no_limit_whether_the_attention_or_its_mask_is_told(dtype):
     # Far longer than a trial, so that only scaled windows show it.
     model = windowed("Qwen2Moe", 500, num_experts=4, moe_intermediate_size=16).to(dtype)
+    assert check(model) == RowLimits()
+    assert check(windowed("Qwen2", 500).to(dtype)) == RowLimits()
+
+
+def test_a_window_that_flash_attention_is_not_told_limits_the_sequences():
+    # transformers gives its flash attention no mask, and this model gives it no window.
+    model = windowed("Qwen2Moe", 500, num_experts=4, moe_intermediate_size=16)
+    model.config._attn_implementation = "flash_attention_2"
     assert check(model) == RowLimits(sequence=500)
-    assert check(windowed("Qwen2", 500).to(dtype)) == RowLimits()  # told to the attention
 
 
-def test_chunks_and_temperatures_limit_sequences_and_rows():
+def test_temperatures_limit_rows_and_chunks_nothing():
     options = {"num_hidden_layers": 4, "num_local_experts": 2, "intermediate_size_mlp": 32}
     model = tiny("Llama4Text", attention_chunk_size=300, floor_scale=900, head_dim=16, **options)
-    assert check(model) == RowLimits(sequence=300, row=900)
+    assert check(model) == RowLimits(row=899)
+
+
+@pytest.mark.parametrize("name", ["eager", "flash_attention_2", "flex_attention"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_models_pack_under_every_name_without_its_package(name, dtype):
+    model = tiny("Mistral", sliding_window=500).to(dtype)
+    model.config._attn_implementation = name
+    assert check(model) == RowLimits()
+    assert model.config._attn_implementation == name
+
+
+def test_a_name_that_is_not_known():
+    model = tiny("Mistral")
+    model.config._attn_implementation_internal = "mine"
+    with pytest.raises(CannotPack, match="'mine', which transformers does not have"):
+        check(model)
+
+
+def test_the_auxiliary_loss_is_tried_out(monkeypatch):
+    module = transformers.models.mixtral.modeling_mixtral
+    model = tiny("Mixtral", output_router_logits=True)
+    assert check(model) == RowLimits()
+    theirs = module.load_balancing_loss_func
+    # As if it counted padding.
+    monkeypatch.setattr(
+        module, "load_balancing_loss_func", lambda logits, count, k, mask: theirs(logits, count, k)
+    )
+    with pytest.raises(CannotPack, match="its auxiliary loss on a packed row differs"):
+        check(model)
 
 
 def test_limits():

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 import reference
 from oddsmith import functional
+from oddsmith.quant.linear import linear_nf4_lora
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Tokens: none; few, multiplied directly with the codes; more, an odd number.
@@ -66,6 +67,27 @@ def test_values_and_gradients_equal_the_truth(path, size, double_quant, with_bia
             assert mine.dtype == torch.float32 and mine.shape == truth.shape
             # Sums of up to 320 products of size one.
             torch.testing.assert_close(mine.double(), truth, rtol=1e-5, atol=3e-5)
+
+
+@pytest.mark.parametrize("with_bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [2, 131])
+def test_the_output_can_be_changed_in_place(path, tokens, dtype, with_bias):
+    # Several adapters add to the output of a layer in place, which autograd forbids for views.
+    x, packed, state, bias, _ = problem(2 * tokens, 64, 128, dtype=dtype)
+    x = x.detach().view(2, tokens, 128).requires_grad_()
+    bias = bias if with_bias else None
+    expected = functional.linear_nf4(x, packed, state, bias) + 1.0
+    lora_a, lora_b = torch.zeros(2, 128, dtype=dtype), torch.zeros(64, 2, dtype=dtype)
+    lora_a.requires_grad_()
+    for out in (
+        functional.linear_nf4(x, packed, state, bias),
+        linear_nf4_lora(x, packed, state, lora_a, lora_b, 1.0, bias),
+    ):
+        out += 1.0
+        assert torch.equal(out, expected)
+        (found,) = torch.autograd.grad(out.square().sum(), x)
+        assert found.shape == x.shape and found.abs().max() > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

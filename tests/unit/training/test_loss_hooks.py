@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from oddsmith import ORPOTrainer
+from oddsmith.packing.batch import PackedBatch
 from support.trainer_runs import batch_of, make_model
 
 
@@ -143,40 +144,63 @@ def test_a_pair_with_an_empty_completion_stays_out(make, model):
     torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("path", ["packed", "padded", "plain"])
+def test_beta_of_zero_trains_on_the_chosen_answers(make, path):
+    options = {"packed": {}, "padded": {"padding_free": False}, "plain": {"use_fused_head": False}}
+    trainer = make(config={"beta": 0, "bf16": False, **options[path]})
+    loss, metrics = trainer.get_batch_loss_metrics(trainer.model, batch_of(trainer))
+    assert float(loss.detach()) == pytest.approx(float(metrics["nll_loss"]), rel=1e-6)
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in trainer.model.parameters() if p.grad is not None)
+    assert metrics["rewards/margins"] == 0 and metrics["log_odds_chosen"].isfinite()
+
+
+def test_the_auxiliary_loss_is_a_metric(make, tokenizer):
+    trainer = make(model=make_model("mixtral", tokenizer))
+    loss, metrics = trainer.get_batch_loss_metrics(trainer.model, batch_of(trainer))
+    parts = metrics["nll_loss"] - trainer.beta * metrics["log_odds_ratio"]
+    expected = float(parts + trainer.aux_loss_coef * metrics["aux_loss"])
+    assert float(loss.detach()) == pytest.approx(expected, rel=1e-5)
+    assert metrics["aux_loss"] > 0 and not metrics["aux_loss"].requires_grad
+    assert "aux_loss" not in make().get_batch_loss_metrics(make().model, batch_of(make()))[1]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_batches_beyond_the_limits_of_a_model_keep_their_padding(make, tokenizer, dtype, caplog):
-    """A window that only the padding mask tells."""
-    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+    """Temperatures that rise with the place in the row."""
+    from transformers import Llama4ForCausalLM, Llama4TextConfig
 
-    sizes = {"hidden_size": 48, "intermediate_size": 40, "moe_intermediate_size": 16}
+    sizes = {"hidden_size": 48, "intermediate_size": 40, "intermediate_size_mlp": 40}
     sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 
-    def longest(row):
-        return max(len(row[f"{side}_input_ids"]) for side in ("chosen", "rejected"))
+    def tokens(rows):
+        return PackedBatch.build(rows, "auto").input_ids.numel()
 
-    rows = sorted(make().train_dataset, key=longest)
-    window = longest(rows[0])
-    assert longest(rows[1]) > window
-    windows = {"use_sliding_window": True, "sliding_window": window, "max_window_layers": 1}
+    rows = sorted(make().train_dataset, key=lambda row: tokens([row]))
+    most = tokens(rows[:2])
+    assert tokens(rows[-2:]) > most
     torch.manual_seed(0)
-    model = Qwen2MoeForCausalLM(
-        Qwen2MoeConfig(
+    model = Llama4ForCausalLM(
+        Llama4TextConfig(
             vocab_size=len(tokenizer),
-            shared_expert_intermediate_size=16,
-            num_experts=4,
+            num_local_experts=2,
+            head_dim=12,
+            no_rope_layers=[1, 0],
+            floor_scale=most + 1,
+            attn_scale=2.0,
             initializer_range=0.15,
+            pad_token_id=tokenizer.pad_token_id,
             **sizes,
-            **windows,
         )
     ).to(dtype)
     trainer = make(model=copy.deepcopy(model))
     padded = make(model=model, config={"padding_free": False})
-    assert trainer._row_limits.sequence == window and padded.path.batches == "padded"
-    assert f"for sequences of up to {window} tokens; others keep their padding" in str(trainer.path)
+    assert trainer._row_limits.row == most and padded.path.batches == "padded"
+    assert f"for batches of up to {most} tokens; others keep their padding" in str(trainer.path)
     runs = []
     counted = trainer._packed
     trainer._packed = lambda batch: runs.append(counted(batch)) or runs[-1]
-    for part in (rows[:1], rows[-2:], rows[-1:]):
+    for part in (rows[:2], rows[-2:], rows[-3:]):
         batch = trainer.data_collator(part)
         loss, _ = trainer.get_batch_loss_metrics(trainer.model, batch)
         expected, _ = padded.get_batch_loss_metrics(padded.model, batch)
@@ -185,6 +209,6 @@ def test_batches_beyond_the_limits_of_a_model_keep_their_padding(make, tokenizer
     assert [run is None for run in runs] == [False, True, True]
     said = [line for line in caplog.messages if line.startswith("A batch keeps its padding")]
     assert said == [
-        f"A batch keeps its padding: the model is packed for sequences of up to {window} tokens "
+        f"A batch keeps its padding: the model is packed for batches of up to {most} tokens "
         "only. This is logged once."
     ]

@@ -136,12 +136,50 @@ def test_bad_targets(targets, error, message, model):
         target_parameters(model, targets, "galore_adamw")
 
 
+def test_the_default_rank_on_a_narrow_model(config, model, caplog):
+    # The article's rank of 128; the projections have 24 to 88 rows and columns.
+    kind, kwargs = low_rank_optimizer(config(optim="galore_adamw", optim_args=None), model)
+    optimizer = kind(kwargs["params"], lr=1e-3)
+    (line,) = caplog.messages
+    assert "rank is 128, more than a side of 14 of 14 matrices, such as (48, 48)" in line
+    low = optimizer.param_groups[-1]["params"]
+    for parameter in low:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    bases = [optimizer.state[parameter] for parameter in low]
+    sides = [min(parameter.shape) for parameter in low]
+    for state, side in zip(bases, sides, strict=True):
+        basis = state["basis_left"].T if "basis_left" in state else state["basis_right"]
+        assert len(basis) == side
+
+
+def test_an_entry_that_matches_nothing_is_named(model, caplog):
+    found = target_parameters(model, ["q_proj", "c_attn", r".*\.mlpp\..*"], "galore_adamw")
+    assert len(found) == 2
+    (line,) = caplog.messages
+    assert line == (
+        "optim_target_modules: 'c_attn', '.*\\\\.mlpp\\\\..*' match no linear layer of the model."
+    )
+    caplog.clear()
+    target_parameters(model, ARTICLE, "galore_adamw")
+    assert not caplog.messages
+
+
+def test_the_share_of_experts_is_said(config, tokenizer, caplog):
+    experts = make_model("mixtral", tokenizer)
+    low_rank_optimizer(config(optim="galore_adamw"), experts)
+    projected = sum(
+        each.numel() for each in target_parameters(experts, ARTICLE, "galore_adamw").values()
+    )
+    share = 1 - projected / experts.num_parameters()
+    (line,) = [each for each in caplog.messages if "projects linear layers" in each]
+    assert f": {share:.0%} of the trained parameters are updated with full moments" in line
+    assert "experts.gate_up_proj (" in line
+
+
 @pytest.mark.parametrize(
     ("changed", "error", "message"),
     [
-        ({"optim_args": "rank=25"}, ValueError,
-         r"rank is 25, but model.layers.0.self_attn.k_proj.weight has shape \(24, 48\)"),
-        ({"optim_args": None}, ValueError, "rank is 128"),
         ({"optim_target_modules": ["nothing"]}, ValueError, "matches no linear layer"),
         ({"optim": "apollo_adamw", "optim_args": "rank=8,svd=exact"}, ValueError, "unknown option"),
     ],

@@ -97,7 +97,12 @@ class FilePages:
 
     def _reserve(self, handle: int, total: int) -> None:
         try:
-            os.posix_fallocate(handle, 0, total)
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(handle, 0, total)
+            elif total > shutil.disk_usage(self.folder).free:  # systems that cannot reserve
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            else:
+                os.ftruncate(handle, total)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise

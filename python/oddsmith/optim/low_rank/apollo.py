@@ -33,7 +33,8 @@ class APOLLOAdamW(LowRankOptimizer):
     over the last one's (section 4.2 of the paper). APOLLO-Mini is `rank=1, scale_type="tensor",
     scale=128`.
 
-    A group with `rank` is projected. Its other options, with their defaults:
+    A group with `rank` is projected; a matrix with a smaller side has that as its rank. Its other
+    options, with their defaults:
 
     - `update_proj_gap` (200): steps between new random projections.
     - `scale` (1.0): the step is multiplied by its square root.
@@ -124,7 +125,7 @@ class APOLLOAdamW(LowRankOptimizer):
         grad = item.grad
         right = sides(item.group["proj_type"], *grad.shape)[1]
         generator = generator_for(grad.device, self.seed, item.index, item.state["projection"])
-        matrix = random_matrix(grad, item.group["rank"], right, generator)
+        matrix = random_matrix(grad, item.rank, right, generator)
         return (None, matrix) if right else (matrix, None)
 
     def _update_projected(self, items: list[LowRankStep], group: dict[str, Any]) -> None:

@@ -38,8 +38,8 @@ OPTIONS_DOC = """layerwise (`bool`, *optional*, defaults to `False`):
             Seed of the randomised range finder.
 
     Raises:
-        ValueError: If an option is unknown or out of range, a projected parameter is not a matrix
-            or is split over processes, or the rank is larger than one of its sides."""
+        ValueError: If an option is unknown or out of range, or a projected parameter is not a
+            matrix or is split over processes."""
 
 
 class GaLoreOptimizer(LowRankOptimizer):
@@ -47,7 +47,8 @@ class GaLoreOptimizer(LowRankOptimizer):
 
     Base of [`GaLoreAdamW`], [`GaLoreAdamW8bit`] and [`GaLoreAdafactor`].
 
-    A group with `rank` is projected. Its other options, with their defaults:
+    A group with `rank` is projected; a matrix with a smaller side has that as its rank. Its other
+    options, with their defaults:
 
     - `update_proj_gap` (200): steps between refreshes of the basis.
     - `scale` (0.25): factor of the update when it is projected back.
@@ -86,7 +87,7 @@ class GaLoreOptimizer(LowRankOptimizer):
         """Shapes of the saved bases, by their names in the state."""
         rows, columns = item.parameter.shape
         left, right = sides(item.group["proj_type"], rows, columns)
-        rank = item.group["rank"]
+        rank = item.rank
         shapes = {"basis_left": (rows, rank)} if left else {}
         return {**shapes, "basis_right": (rank, columns)} if right else shapes
 
@@ -95,10 +96,10 @@ class GaLoreOptimizer(LowRankOptimizer):
         state, group, grad = item.state, item.group, item.grad
         old_left, old_right = self.bases(item)
         if group["svd"] == "exact":
-            left, right = exact_bases(grad, group["rank"])
+            left, right = exact_bases(grad, item.rank)
         else:
             generator = generator_for(grad.device, self.seed, item.index, state["step"])
-            left, right = random_bases(grad, group["rank"], generator, old_left, old_right)
+            left, right = random_bases(grad, item.rank, generator, old_left, old_right)
         new = {"basis_left": left, "basis_right": right}
         wanted = self.basis_shapes(item)
         new = {key: basis.to(item.parameter.dtype) for key, basis in new.items() if key in wanted}

@@ -54,8 +54,8 @@ class LowRankOptimizer(Optimizer):
         seed (`int`): Seed of the random matrices.
 
     Raises:
-        ValueError: If an option is unknown or out of range, a projected parameter is not a matrix,
-            or the rank is larger than one of its sides.
+        ValueError: If an option is unknown or out of range, or a projected parameter is not a
+            matrix.
     """
 
     # Whether layer-wise mode can accumulate projected gradients; otherwise full ones.
@@ -152,8 +152,20 @@ class LowRankOptimizer(Optimizer):
         group["params"] = params = [params] if isinstance(params, Tensor) else list(params)
         for parameter in params:
             each = parameter[1] if isinstance(parameter, tuple) else parameter
-            check_matrix(name, each, group["rank"])
+            check_matrix(name, each)
+        self._say_narrow(group)
         return group
+
+    def _say_narrow(self, group: dict[str, Any]) -> None:
+        """Logs one line about the matrices that are smaller than the rank."""
+        params = [each[1] if isinstance(each, tuple) else each for each in group["params"]]
+        narrow = [tuple(each.shape) for each in params if min(each.shape) < group["rank"]]
+        if narrow:
+            logger.warning(
+                f"{type(self).__name__}: rank is {group['rank']}, more than a side of {len(narrow)} of "
+                f"{len(params)} matrices, such as {narrow[0]}: each of them has the rank of its "
+                "smaller side."
+            )
 
     def _items(self) -> Iterator[LowRankStep]:
         """The parameters that have a gradient."""
@@ -206,7 +218,7 @@ class LowRankOptimizer(Optimizer):
         """Shape of a parameter's projected gradient."""
         rows, columns = item.parameter.shape
         left, right = sides(item.group["proj_type"], rows, columns)
-        rank = item.group["rank"]
+        rank = item.rank
         return rank if left else rows, rank if right else columns
 
     def low_numel(self, item: LowRankStep) -> int:
@@ -382,11 +394,11 @@ class LowRankOptimizer(Optimizer):
         return {}
 
 
-def check_matrix(where: str, parameter: Tensor, rank: int, name: str | None = None) -> None:
-    """Refuses parameters that cannot be projected to a rank.
+def check_matrix(where: str, parameter: Tensor, name: str | None = None) -> None:
+    """Refuses parameters that cannot be projected.
 
     Raises:
-        ValueError: If the parameter is sharded, is not a matrix, or is smaller than the rank.
+        ValueError: If the parameter is sharded, or is not a matrix.
     """
     name = "a parameter" if name is None else name
     if hasattr(parameter, "device_mesh"):
@@ -401,8 +413,3 @@ def check_matrix(where: str, parameter: Tensor, rank: int, name: str | None = No
         )
     if not parameter.is_floating_point():
         raise ValueError(f"{where}: {name} is {parameter.dtype}; must be floating point")
-    if rank > min(parameter.shape):
-        raise ValueError(
-            f"{where}: rank is {rank}, but {name} has shape {tuple(parameter.shape)}; the rank must "
-            f"be at most {min(parameter.shape)}"
-        )

@@ -27,3 +27,8 @@ class LowRankStep:
     def reduced(self) -> Tensor:
         """The gradient of the moments: the projected one if it exists, or the full one."""
         return self.grad if self.low is None else self.low
+
+    @property
+    def rank(self) -> int:
+        """Rank of the projected gradient: the group's, or the smaller side of a smaller matrix."""
+        return min(self.group["rank"], *self.parameter.shape)

@@ -5,6 +5,8 @@ import errno
 import gc
 import io
 import os
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -145,3 +147,18 @@ def test_other_errors_of_the_disk_keep_their_names(full_disk, tmp_path):
     full_disk(code=errno.EIO)
     with pytest.raises(OSError, match=os.strerror(errno.EIO)):
         given(optimizer, grads_of(0))
+
+
+def test_a_system_that_cannot_reserve_space(tmp_path, monkeypatch):
+    """macOS and Windows: the free space is asked for."""
+    weights, peer = weights_of(SHAPES), weights_of(SHAPES)
+    monkeypatch.delattr(os, "posix_fallocate")
+    optimizer, reserved = PagedAdamW8bit(weights, page_dir=tmp_path), AdamW8bit(peer)
+    with monkeypatch.context() as full:
+        full.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=3))
+        with pytest.raises(OSError, match="state takes [0-9,]+ bytes, and 3 are free in"):
+            given(optimizer, grads_of(0))
+    for step in range(2):
+        given(optimizer, grads_of(step))
+        given(reserved, grads_of(step))
+    same_states(optimizer, reserved)

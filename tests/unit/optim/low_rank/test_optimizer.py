@@ -135,10 +135,29 @@ def test_a_state_that_does_not_fit_changes_nothing(change, message):
             assert torch.equal(mine, theirs)
 
 
+@pytest.mark.parametrize("proj_type", ["std", "reverse_std", "left", "right"])
+@pytest.mark.parametrize("kind", [GaLoreAdamW, GaLoreAdafactor, APOLLOAdamW])
+def test_a_matrix_smaller_than_the_rank_has_its_smaller_side_as_rank(kind, proj_type, caplog):
+    options = {"scale_parameter": False, "relative_step": False} if kind is GaLoreAdafactor else {}
+    results = []
+    for rank in (128, 12):
+        generator = torch.Generator().manual_seed(3)
+        weight = torch.nn.Parameter(torch.randn(20, 12, generator=generator))
+        group = {"params": [weight], "rank": rank, "proj_type": proj_type, "update_proj_gap": 2}
+        optimizer = kind([group], lr=0.1, **options)
+        for _ in range(3):
+            weight.grad = torch.randn(20, 12, generator=generator)
+            optimizer.step()
+        results.append(weight.detach())
+        optimizer.load_state_dict(optimizer.state_dict())
+    assert torch.equal(*results)
+    (line,) = caplog.messages
+    assert "rank is 128, more than a side of 1 of 1 matrices, such as (20, 12)" in line
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rank": 21}, r"rank is 21, but a parameter has shape \(20, 12\)"),
         ({"rank": 0}, "rank is 0; must be a positive integer"),
         ({"rank": 2.0}, "rank is 2.0; must be a positive integer"),
         ({"update_proj_gap": 0}, "update_proj_gap is 0"),

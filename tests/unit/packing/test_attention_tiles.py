@@ -1,0 +1,127 @@
+"""Attention in tiles of queries: softcap, sinks, windows, chunks, widths; values and gradients."""
+
+from itertools import product
+
+import pytest
+import torch
+
+from oddsmith.packing import attention_tiles
+from oddsmith.packing.attention_tiles import PackedTiles, Rule, tiles
+from oddsmith.packing.pattern import CAUSAL, Pattern
+from support.packed_attention import SEGMENTS, TOLERANCE, attention, tensors
+
+# Shorter than the prompts, ending within them and within the answers.
+PATTERNS = (CAUSAL, Pattern(window=1), Pattern(window=3), Pattern(chunk=2), Pattern(chunk=3))
+
+
+def close(mine, true, tolerance):
+    torch.testing.assert_close(mine.double(), true.double(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.fixture(params=[2, 256])
+def queries(request, monkeypatch):
+    """Tiles of few queries, and of whole blocks."""
+    monkeypatch.setattr(attention_tiles, "_SMALLEST", 1)
+    monkeypatch.setattr(attention_tiles, "_TILE_QUERIES", request.param)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_values_and_gradients_are_those_of_the_definition(
+    pattern, softcap, with_sinks, dtype, queries
+):
+    inputs = tensors(SEGMENTS, dtype, value_width=5)
+    if with_sinks:
+        inputs.append(torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=dtype))
+    inputs = [x.requires_grad_() for x in inputs]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    q, k, v, sinks = (*inputs, None)[:4]
+    out = PackedTiles.apply(q, k, v, sinks, SEGMENTS, Rule(pattern, 0.6, softcap))
+    truth = attention(
+        *exact[:3],
+        SEGMENTS,
+        0.6,
+        pattern.window,
+        pattern.chunk,
+        softcap,
+        exact[3] if with_sinks else None,
+    )
+    assert out.dtype == dtype and out.transpose(1, 2).is_contiguous()
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+    close(out, truth, tolerance)
+    upstream = torch.randn(truth.shape, dtype=torch.float64)
+    grads = torch.autograd.grad(out, inputs, upstream.to(dtype))
+    true_grads = torch.autograd.grad(truth, exact, upstream)
+    for mine, true in zip(grads, true_grads, strict=True):
+        assert mine.dtype == dtype
+        close(mine, true, tolerance)
+
+
+def test_bfloat16_is_rounded_once():
+    inputs = [*tensors(SEGMENTS, torch.bfloat16), torch.tensor([0.5, -1.0, 2.0, 0.0])]
+    inputs = [x.requires_grad_() for x in inputs]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    q, k, v, sinks = inputs
+    rule = Rule(Pattern(window=3), 0.6, 2.0)
+    out = PackedTiles.apply(q, k, v, sinks, SEGMENTS, rule)
+    truth = attention(*exact[:3], SEGMENTS, 0.6, 3, None, 2.0, exact[3])
+    # Half a unit in the last of 8 bits.
+    assert ((out.double() - truth).abs() <= 2**-8 * truth.abs() + 1e-6).all()
+    upstream = torch.randn(truth.shape).bfloat16()
+    grads = torch.autograd.grad(out, inputs, upstream)
+    true_grads = torch.autograd.grad(truth, exact, upstream.double())
+    assert [g.dtype for g in grads] == [x.dtype for x in inputs]
+    for mine, true in zip(grads, true_grads, strict=True):
+        assert (mine.double() - true).norm() <= 0.01 * true.norm()
+
+
+def test_dropout_is_the_same_in_both_passes():
+    inputs = [x.requires_grad_() for x in tensors(SEGMENTS, torch.float64)]
+    sinks = torch.randn(4, dtype=torch.float64, requires_grad=True)
+
+    def run(*x):
+        torch.manual_seed(7)  # the same weights are dropped in each call
+        return PackedTiles.apply(*x, SEGMENTS, Rule(Pattern(window=3), 0.6, 2.0, 0.4))
+
+    assert torch.autograd.gradcheck(run, [*inputs, sinks], fast_mode=True)
+
+
+def test_dropout_keeps_the_expected_value():
+    q, k, v = tensors(((0, 40, 40),), torch.float64)
+    v = torch.ones_like(v)
+    torch.manual_seed(0)
+    rule = Rule(CAUSAL, 0.01, None, 0.25)
+    outs = torch.stack([PackedTiles.apply(q, k, v, None, ((0, 40, 40),), rule) for _ in range(20)])
+    assert outs.std() > 0.05
+    # The mean of 20 * 4 * 80 sums of weights, each of which is expected to be 1.
+    assert abs(outs[..., 0].mean() - 1.0) < 0.02
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_each_query_is_in_one_tile_with_all_that_it_sees(pattern, queries):
+    from support.packed_attention import mask
+
+    count = sum(map(sum, SEGMENTS))
+    found = torch.zeros(count, count, dtype=torch.int64)
+    for tile in tiles(SEGMENTS, pattern, 4, torch.device("cpu")):
+        places = [place for piece in tile.pieces for place in range(piece.start, piece.stop)]
+        for (row, query), (column, place) in product(
+            enumerate(range(tile.rows.start, tile.rows.stop)), enumerate(places)
+        ):
+            found[query, place] += int(tile.seen[row, column])
+    assert torch.equal(found, mask(SEGMENTS, pattern.window, pattern.chunk).long())
+
+
+def test_memory_grows_with_the_row_and_not_with_its_square():
+    # 16 pairs of 2 * 512 tokens: a mask of the row would have 16384 squared elements a head.
+    segments = ((0, 512, 512),) * 16
+    largest = max(tile.seen.numel() * 4 for tile in tiles(segments, CAUSAL, 4, torch.device("cpu")))
+    assert largest <= attention_tiles._TILE_WEIGHTS
+
+
+def test_low_precision_tolerances_are_those_of_the_flash_kernels():
+    q, k, v = tensors(SEGMENTS, torch.bfloat16)
+    out = PackedTiles.apply(q, k, v, None, SEGMENTS, Rule(CAUSAL, 0.6))
+    close(out, attention(q, k, v, SEGMENTS, 0.6), TOLERANCE[torch.bfloat16])
