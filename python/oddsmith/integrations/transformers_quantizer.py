@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
-from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
@@ -115,11 +115,11 @@ class NF4Quantizer(Bnb4BitHfQuantizer):
         return {"deserialize": Deserialize}
 
     def get_weight_conversions(self) -> list[WeightConverter]:
-        """The conversion in transformers before 5.20."""
+        """The conversion in older transformers; 5.20 still has it, 5.24 asks for operations."""
         if hasattr(HfQuantizer, "get_load_operations"):
             return super().get_weight_conversions()
         names = [f"weight.{entry}" for entry in _ENTRIES]
-        converter = WeightConverter([*names, "weight"], "weight", [Deserialize(self)])
+        converter = _LoadOnly([*names, "weight"], "weight", [Deserialize(self)])
         return [converter] if self.pre_quantized else []
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> Any:
@@ -226,6 +226,14 @@ class Deserialize(ConversionOps):
     def reverse_op(self) -> ConversionOps:
         """Codes are saved unchanged."""
         return _Same(self.hf_quantizer)
+
+
+class _LoadOnly(WeightConverter):
+    """A conversion that saving does not turn round: the weights name their entries themselves."""
+
+    def reverse_transform(self) -> WeightRenaming:
+        """The names as they are. transformers would rename each weight to the first of the entries."""
+        return WeightRenaming("weight.absmax", "weight.absmax")
 
 
 class _Same(Deserialize):

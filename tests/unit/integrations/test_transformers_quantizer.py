@@ -67,9 +67,13 @@ def test_saves_and_loads_its_own_checkpoints(folder, tmp_path, nested):
     tokens = torch.arange(24).view(2, 12)
     assert torch.equal(model(tokens).logits, again(tokens).logits)
     again.save_pretrained(tmp_path / "second")
-    files = [(tmp_path / each / "model.safetensors").read_bytes() for each in ("first", "second")]
-    assert files[0] == files[1]
-    entries = load_file(tmp_path / "first" / "model.safetensors")
+    entries, others = (
+        load_file(tmp_path / each / "model.safetensors") for each in ("first", "second")
+    )
+    # transformers 5.17 writes the same entries in another order.
+    assert set(entries) == set(others)
+    for name, entry in entries.items():
+        assert entry.dtype == others[name].dtype and torch.equal(entry, others[name]), name
     name = "model.layers.0.mlp.up_proj.weight"
     assert entries[name].dtype == torch.uint8
     assert f"{name}.quant_state.bitsandbytes__nf4" in entries
