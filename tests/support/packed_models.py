@@ -73,8 +73,8 @@ def tiny(family, dtype=torch.float32, attention=None, **options):
     return model
 
 
-def pairs_of(lengths=LENGTHS, seed=1):
-    """Rows of `(prompt, chosen, rejected)` lengths."""
+def pairs_of(lengths=LENGTHS, prompts="same", seed=1):
+    """Rows of `(prompt, chosen, rejected)` lengths; the prompts differ in nothing, or at the end."""
     draw = torch.Generator().manual_seed(seed)
 
     def tokens(count):
@@ -84,6 +84,8 @@ def pairs_of(lengths=LENGTHS, seed=1):
     for prompt, *answers in lengths:
         shared, pair = tokens(prompt), {}
         for side, count in zip(("chosen", "rejected"), answers, strict=True):
+            if side == "rejected" and prompts == "differ":
+                shared = [*shared[:-1], 2]
             answer = tokens(count)
             pair[f"{side}_input_ids"] = shared + answer
             pair[f"{side}_labels"] = [-100] * prompt + answer

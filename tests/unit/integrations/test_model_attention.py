@@ -8,6 +8,7 @@ import transformers
 
 from oddsmith.integrations import model_attention, model_packing
 from oddsmith.packing.batch import PackedBatch
+from support.packed_models import padded, pairs_of
 
 MODELS = {
     "Llama": {},
@@ -74,42 +75,6 @@ def stay_in_double(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "float", widen)
 
 
-def pairs_of(*lengths, prompts="same", seed=1):
-    """Rows of `(prompt, chosen, rejected)` lengths; the prompts differ in nothing, or at the end."""
-    draw = torch.Generator().manual_seed(seed)
-
-    def tokens(count):
-        return torch.randint(3, 61, (count,), generator=draw).tolist()
-
-    pairs = []
-    for prompt, *answers in lengths:
-        shared, pair = tokens(prompt), {}
-        for side, count in zip(("chosen", "rejected"), answers):
-            if side == "rejected" and prompts == "differ":
-                shared = [*shared[:-1], 2]
-            answer = tokens(count)
-            pair[f"{side}_input_ids"] = shared + answer
-            pair[f"{side}_labels"] = [-100] * prompt + answer
-        pairs.append(pair)
-    return pairs
-
-
-def padded(pairs):
-    """Ids and mask of the padded batch, `(2B, T)`, and where the packed rows are in it."""
-    sides = [pair[f"{side}_input_ids"] for side in ("chosen", "rejected") for pair in pairs]
-    ids = torch.zeros(len(sides), max(map(len, sides)), dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for row, side in enumerate(sides):
-        ids[row, : len(side)], mask[row, : len(side)] = torch.tensor(side), 1
-    order = [s * len(pairs) + p for p in range(len(pairs)) for s in range(2)]
-    rows = torch.cat([row * ids.shape[1] + torch.arange(len(sides[row]) - 1) for row in order])
-    return ids, mask, rows
-
-
-# Prompts of one token and of nine tenths of the row; an empty answer; a window of 4 is shorter.
-LENGTHS = ((1, 8, 5), (9, 1, 1), (6, 0, 3), (4, 9, 4))
-
-
 # Names that transformers 5.17 has; 5.23 prefers newer ones.
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 @pytest.mark.parametrize("share", [True, False])
@@ -119,7 +84,7 @@ def test_packed_equals_padded(name, checkpointing, share, monkeypatch):
     model_packing.check(model)  # by a small model in float32
     if model.dtype == torch.float64:
         stay_in_double(monkeypatch)
-    pairs = pairs_of(*LENGTHS, prompts="differ" if name == "Qwen2" else "same")
+    pairs = pairs_of(prompts="differ" if name == "Qwen2" else "same")
     ids, mask, rows = padded(pairs)
     batch = PackedBatch.build(pairs, share)
     assert share == (batch.input_ids.numel() < mask.sum())
