@@ -225,7 +225,7 @@ def test_compiles_without_a_graph_break(num_pairs):
             ValueError,
             "bias has shape",
         ),
-        (lambda a: a.update(beta=0.0), ValueError, "beta is 0"),
+        (lambda a: a.update(beta=-0.5), ValueError, "beta is -0.5"),
         (lambda a: a.update(beta=math.nan), ValueError, "beta is NaN"),
         (lambda a: a.update(softcap=-1.0), ValueError, "softcap is -1"),
         (lambda a: a.update(logit_scale=math.inf), ValueError, "logit_scale is inf"),
