@@ -160,7 +160,7 @@ matrix-wheel: $(BIN)/.tools
 
 .PHONY: matrix
 matrix: matrix-wheel ## Tests with every torch from 2.10, Pythons, and both ends of the libraries; the table of docs/compatibility.md
-	$(ACTIVATE) && python tests/support/matrix.py $(MATRIX)/dist/*.whl $(CELLS:%=--only "%")
+	$(ACTIVATE) && python tests/support/matrix.py $(MATRIX)/dist/*.whl $(CELLS:%=--only "%") $(DISCARD:%=--discard)
 
 .PHONY: newest
 newest: matrix-wheel ## Tests with the newest torch, and another Python where there is one

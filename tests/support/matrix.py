@@ -103,8 +103,8 @@ def run(*command: str | Path, **changed: str) -> None:
 
 
 def uv(*arguments: str | Path, **changed: str) -> None:
-    cached = ("--cache-dir", CACHE / "uv")
-    run("uv", *arguments, "--quiet", *cached, UV_HTTP_TIMEOUT="180", **changed)
+    surroundings = {"UV_CACHE_DIR": str(CACHE / "uv"), "UV_HTTP_TIMEOUT": "180"}
+    run("uv", *arguments, "--quiet", **surroundings, **changed)
 
 
 def interpreter(version: str) -> Path | None:
@@ -211,9 +211,13 @@ def versions(python: Path) -> dict[str, str]:
     return json.loads(subprocess.check_output([python, "-c", code, *names]))
 
 
+def row_file(cell: Cell) -> Path:
+    return CACHE / "rows" / f"{cell.folder.name}.json"
+
+
 def row_of(cell: Cell, core: str) -> dict[str, str | int] | None:
     """The result of a cell, if it is one of this compiled core."""
-    file = cell.folder / "row.json"
+    file = row_file(cell)
     row = json.loads(file.read_text()) if file.exists() else {}
     return row if row.get("core") == core else None
 
@@ -240,6 +244,9 @@ def main() -> None:
         action="store_true",
         help="the newest torch alone, and another Python than this if there is one; writes no table",
     )
+    parser.add_argument(
+        "--discard", action="store_true", help="keep no environment, each of which takes 7 GB"
+    )
     given = parser.parse_args()
     with zipfile.ZipFile(given.wheel) as files:
         core = hashlib.sha256(files.read("oddsmith/_core.abi3.so")).hexdigest()
@@ -253,7 +260,12 @@ def main() -> None:
         inside = install(cell, given.wheel, python)
         print(f"installed after {time.monotonic() - start:.0f} s", flush=True)
         row = {**versions(inside), **try_out(cell, inside), "core": core}
-        (cell.folder / "row.json").write_text(json.dumps(row))
+        row_file(cell).parent.mkdir(exist_ok=True)
+        row_file(cell).write_text(json.dumps(row))
+        if given.discard:
+            # The environment is made of links to files of the cache.
+            shutil.rmtree(cell.folder)
+            shutil.rmtree(CACHE / "uv", ignore_errors=True)
         print(f"done after {time.monotonic() - start:.0f} s")
     rows = [row for cell in (cells if given.newest else CELLS) if (row := row_of(cell, core))]
     if not given.newest:
