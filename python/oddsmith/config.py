@@ -57,8 +57,8 @@ class ORPOConfig(LegacyArguments, TrainingArguments):
             bfloat16 mixed precision. `None` means yes unless `fp16` is set. Falls back to fp32,
             with a log message, if the hardware has no bfloat16.
         beta (`float`, *optional*, defaults to `0.1`):
-            Weight of the odds ratio term (lambda in the paper). With a `beta_schedule`, the value
-            at the start.
+            Weight of the odds ratio term (lambda in the paper). 0 trains on the chosen answers
+            alone. With a `beta_schedule`, the value at the start.
         beta_schedule (`str`, *optional*, defaults to `"constant"`):
             `"constant"`, or how beta changes to `beta_end`: `"linear"` or `"cosine"`.
         beta_end (`float`, *optional*):
@@ -77,7 +77,7 @@ class ORPOConfig(LegacyArguments, TrainingArguments):
         max_prompt_length (`int`, *optional*):
             If given, a pair that is too long has its prompt cut to this length first, then its
             answers to the rest (the rule of TRL up to 0.27). If not, only answers are cut (TRL
-            today).
+            today). If it is `max_length`, each answer is cut to what its prompt leaves.
         max_completion_length (`int`, *optional*):
             Most tokens of a completion; encoder-decoder models only.
         truncation_mode (`str`, *optional*, defaults to `"keep_end"`):
@@ -99,6 +99,11 @@ class ORPOConfig(LegacyArguments, TrainingArguments):
             string.
         trust_remote_code (`bool`, *optional*, defaults to `False`):            Allow models with
             Python code in their repository.
+        prompt_column (`str`, *optional*):
+            Column of the dataset that is the prompt. `None`: `prompt`, or one of the usual names.
+        column_mapping (`dict[str, str]` or `str`, *optional*):
+            Columns of the dataset, or a JSON object of them, that become `prompt`, `chosen`,
+            `rejected`, `system`, `tools` or `chat_template_kwargs`.
         dataset_num_proc (`int`, *optional*):
             Processes that prepare the data. The tokenizer uses all cores even with one process.
         padding_free (`bool`, *optional*, defaults to `True`):
@@ -116,7 +121,11 @@ class ORPOConfig(LegacyArguments, TrainingArguments):
             Most bytes of logits that the fused head may hold. `None`: the head chooses.
     """
 
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
+    _VALID_DICT_FIELDS = [
+        *TrainingArguments._VALID_DICT_FIELDS,
+        "model_init_kwargs",
+        "column_mapping",
+    ]
 
     learning_rate: float = field(
         default=1e-6, metadata={"help": "The initial learning rate for the optimizer."}
@@ -202,6 +211,13 @@ class ORPOConfig(LegacyArguments, TrainingArguments):
     )
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Allow models with Python code in their repository."}
+    )
+    prompt_column: str | None = field(
+        default=None, metadata={"help": "Column of the dataset that is the prompt."}
+    )
+    column_mapping: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": 'Columns (JSON on the command line), such as {"question": "prompt"}.'},
     )
     dataset_num_proc: int | None = field(
         default=None, metadata={"help": "Processes that prepare the data."}
@@ -289,11 +305,11 @@ class ORPOConfig(LegacyArguments, TrainingArguments):
             self.model_init_kwargs = kwargs
 
     def _check(self, max_length: int) -> None:
-        _check_positive("beta", self.beta)
+        _check_weight("beta", self.beta)
         self.beta = float(self.beta)
         _check_choice("beta_schedule", self.beta_schedule, BETA_SCHEDULES)
         if self.beta_end is not None:
-            _check_positive("beta_end", self.beta_end)
+            _check_weight("beta_end", self.beta_end)
             self.beta_end = float(self.beta_end)
         if self.beta_schedule != "constant" and self.beta_end is None:
             raise ValueError(f"beta_schedule is {self.beta_schedule!r}; needs beta_end")
@@ -330,10 +346,15 @@ class ORPOConfig(LegacyArguments, TrainingArguments):
                 f"label_pad_token_id is {self.label_pad_token_id}; must be negative, so that it "
                 "is not a token id"
             )
-        if self.max_prompt_length is not None and self.max_prompt_length >= max_length:
+        if self.max_prompt_length is not None and self.max_prompt_length > max_length:
             raise ValueError(
-                f"max_prompt_length is {self.max_prompt_length}; must be below max_length "
-                f"{max_length}, to leave tokens for the answers"
+                f"max_prompt_length is {self.max_prompt_length}; must be at most max_length "
+                f"{max_length}"
+            )
+        if self.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor is {self.label_smoothing_factor}; must be 0: the loss of "
+                "ORPO has no smoothed labels"
             )
 
     def check(self) -> None:
@@ -387,11 +408,11 @@ class ORPOConfig(LegacyArguments, TrainingArguments):
         return {name: value for name, value in all_values.items() if name not in LEGACY_NAMES}
 
 
-def _check_positive(name: str, value: Any) -> None:
+def _check_weight(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise ValueError(f"{name} is {value!r}; must be a number")
-    if not (math.isfinite(value) and float(value) > 0):
-        raise ValueError(f"{name} is {value}; must be positive and finite")
+    if not (math.isfinite(value) and float(value) >= 0):
+        raise ValueError(f"{name} is {value}; must be at least 0 and finite")
 
 
 def _check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:

@@ -22,6 +22,7 @@ from .integrations import model_head, model_packing
 from .integrations.model_core import core_of
 from .integrations.model_path import TrainingPath
 from .training.adamw_names import ADAMW_NAMES, adamw_optimizer
+from .training.arguments import check_arguments, own_config
 from .training.batch_hooks import BatchHooks
 from .training.current_args import CurrentArgs
 from .training.evaluation_hooks import EvaluationHooks
@@ -66,7 +67,7 @@ class ORPOTrainer(
         model (`PreTrainedModel`, `PeftModel` or `str`, *optional*):
             The model, or the hub id or folder to load it from.
         args ([`ORPOConfig`], *optional*):
-            Arguments of the run.
+            Arguments of the run. TRL's `ORPOConfig` is converted.
         data_collator (`Callable`, *optional*):
             Makes batches from rows; [`~oddsmith.data.collator.PreferenceCollator`] if not given.
         train_dataset (`Dataset` or `IterableDataset`):
@@ -123,7 +124,8 @@ class ORPOTrainer(
     ):
         if args is None:
             args = ORPOConfig(output_dir="tmp_trainer")
-        _check_arguments(model, args, train_dataset, model_init, processing_class, tokenizer)
+        args = own_config(args)
+        check_arguments(model, args, train_dataset, model_init, processing_class, tokenizer)
         processing_class = tokenizer if processing_class is None else processing_class
 
         self.args = args
@@ -417,26 +419,3 @@ class ORPOTrainer(
             hub.split("/")[-1] if hub else Path(self.args.output_dir or ".").name
         )
         super()._save_checkpoint(model, trial)
-
-
-def _check_arguments(
-    model: Any,
-    args: Any,
-    train_dataset: Any,
-    model_init: Any,
-    processing_class: Any,
-    tokenizer: Any,
-) -> None:
-    if not isinstance(args, ORPOConfig):
-        raise TypeError(f"args is a {type(args).__name__}; must be an oddsmith.ORPOConfig")
-    if train_dataset is None:
-        raise ValueError("train_dataset is None; must be a dataset of preference pairs")
-    if tokenizer is not None and processing_class is not None:
-        raise ValueError("processing_class and tokenizer are names of the same argument; pass one")
-    if (model is None) == (model_init is None):
-        raise ValueError("one of model and model_init must be given, and not both")
-    if args.model_init_kwargs and not isinstance(model, str):
-        raise ValueError(
-            "model_init_kwargs is set but model is not a name; pass "
-            "its hub id or folder, or remove model_init_kwargs"
-        )

@@ -53,7 +53,8 @@ impl Limits {
     /// `max_length` tokens or more is kept and its answers are empty (the rule of TRL 1.16). With it (the
     /// rule of TRL up to 0.27) the longer answer decides for both sides, so that they keep the same prompt:
     /// if prompt and longer answer do not fit, the prompt is cut to `max_prompt_length`, and if that is not
-    /// enough the answers are cut to the remaining length.
+    /// enough the answers are cut to the remaining length. If `max_prompt_length` is `max_length` or more, that
+    /// rule leaves no token of an answer; there each answer is cut to what its own prompt leaves.
     #[must_use]
     pub fn cut(&self, lengths: &Lengths) -> Kept {
         let whole = Kept {
@@ -93,7 +94,8 @@ impl Limits {
         }
         for (prompt, answer) in kept.prompts.iter().zip(&mut kept.answers) {
             if too_long(prompt) {
-                *answer = self.max_length.saturating_sub(limit).min(*answer);
+                let before = if limit < self.max_length { limit } else { prompt.len() };
+                *answer = self.max_length.saturating_sub(before).min(*answer);
             }
         }
         kept
@@ -154,6 +156,16 @@ mod tests {
         assert!(kept.overlength);
         // A pair that fits is not changed.
         assert!(!limits(12, Some(5), Keep::End).cut(&pair(9, 3, 2)).overlength);
+    }
+
+    #[test]
+    fn a_prompt_limit_of_max_length_leaves_the_answers_what_the_prompt_does() {
+        let cut = |prompt, chosen| limits(12, Some(12), Keep::End).cut(&pair(prompt, chosen, 2));
+        let kept = cut(4, 20);
+        assert_eq!((kept.prompts, kept.answers), ([0..4, 0..4], [8, 2]));
+        // A prompt that fills the row leaves nothing.
+        let kept = cut(15, 3);
+        assert_eq!((kept.prompts, kept.answers), ([3..15, 3..15], [0, 0]));
     }
 
     #[test]

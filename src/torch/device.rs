@@ -157,14 +157,7 @@ pub fn on_host(tensor: &Tensor) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::{ask, current_stream};
-
-    #[test]
-    fn a_card_that_is_not_there_is_an_error() {
-        // libtorch throws an exception, which must not unwind through Rust.
-        let error = current_stream(120).expect_err("no machine has so many");
-        assert_eq!(error.to_string(), "libtorch: no current stream of cuda:120");
-    }
+    use super::ask;
 
     #[test]
     fn a_torch_without_cuda_is_named() {

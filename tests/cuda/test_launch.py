@@ -173,3 +173,18 @@ def test_a_stream_that_libtorch_does_not_give_is_an_error(streams, emulated_driv
     with pytest.raises(RuntimeError, match=r"^libtorch: no current stream of cuda:0$"):
         _core.quantize_nf4(torch.ones(64), 64)
     assert not emulated_driver.launches()
+
+
+def test_an_exception_of_libtorch_ends_in_an_error(emulated_driver):
+    """Without a GPU its own function throws, which must not unwind through Rust."""
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cuda.so"
+    if not library.exists():
+        pytest.skip("this torch was built without CUDA")
+    current = ctypes.CDLL(str(library)).aoti_torch_get_current_cuda_stream
+    _core.emulate_streams(ctypes.cast(current, ctypes.c_void_p).value)
+    try:
+        with pytest.raises(RuntimeError, match=r"^libtorch: no current stream of cuda:0$"):
+            _core.quantize_nf4(torch.ones(64), 64)
+    finally:
+        _core.emulate_streams(0)
+    assert not emulated_driver.launches()

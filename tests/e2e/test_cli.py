@@ -164,7 +164,7 @@ def test_missing_things_are_named(tiny_mistral, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("rows", "reason"),
     [
-        ([{"text": "a"}], "no column chosen and no column rejected: its columns are text"),
+        ([{"text": "a"}], "no column chosen and no column rejected; it has text"),
         ([{"prompt": "a", "chosen": "b"}], "no column rejected"),
         ([{"prompt": 3, "chosen": "b", "rejected": "c"}], "prompt is 3"),
         ([{"prompt": "a", "chosen": [1], "rejected": [2]}], "chosen is [1]"),

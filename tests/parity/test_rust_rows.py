@@ -11,7 +11,7 @@ from support.generated_pairs import conversation_rows, string_rows
 from support.tokenizer_zoo import FAMILIES, mistral
 
 TOKENIZERS = [*FAMILIES, "mistral"]
-LIMITS = [(1024, None), (23, None), (40, 11), (40, 39)]
+LIMITS = [(1024, None), (23, None), (40, 11), (40, 39), (40, 40)]
 
 
 def tokenizer_named(name, folder):

@@ -4,13 +4,14 @@ import copy
 import inspect
 import json
 
+import peft
 import pytest
 import torch
 from datasets import Dataset
 from transformers import TrainingArguments
 
 from oddsmith import ORPOConfig, ORPOTrainer
-from support.trainer_runs import batch_of, make_model
+from support.trainer_runs import arguments, batch_of, make_model, pairs
 
 # PEFT reads a deprecated name of transformers.
 pytestmark = pytest.mark.filterwarnings(
@@ -181,6 +182,29 @@ def test_default_arguments(make, tmp_path, monkeypatch):
     trainer = make(args=None)
     assert isinstance(trainer.args, ORPOConfig) and trainer.args.output_dir == "tmp_trainer"
     assert json.dumps(trainer.args.to_dict())
+
+
+def test_an_adapter_that_is_not_trainable(make, model, tmp_path):
+    peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig()).save_pretrained(
+        tmp_path / "adapter"
+    )
+    model = peft.PeftModel.from_pretrained(model, tmp_path / "adapter")
+    trainer = make(model=model)
+    with pytest.raises(ValueError, match="PeftModel.* is trainable; load its adapter with"):
+        trainer.train()
+    trainer.evaluate(pairs(2))  # needs no gradient
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
+def test_arguments_of_trl(make, tmp_path):
+    trl = pytest.importorskip("trl.experimental.orpo")
+    trainer = make(args=trl.ORPOConfig(**arguments(tmp_path)))
+    assert type(trainer.args) is ORPOConfig and trainer.beta == 0.3
+
+
+def test_several_training_datasets(make):
+    with pytest.raises(TypeError, match="train_dataset is a dict with the splits a; pass one"):
+        make(train_dataset={"a": pairs(2)})
 
 
 # ---- The path of its batches ----

@@ -46,6 +46,8 @@ data
   --dataset_train_split NAME   default: train_prefs or train, or the only split
   --dataset_test_split NAME    default: test_prefs, test, validation, eval or dev, if any
   --eval_dataset ID_OR_PATH    evaluation rows from another dataset
+  --prompt_column NAME         the prompt, if its column has no usual name
+  --column_mapping JSON        names of other columns, such as '{"good": "chosen", "bad": "rejected"}'
 adapter (PEFT)
   --use_peft                   train a LoRA adapter instead of all weights
   --lora_r 16 --lora_alpha 32 --lora_dropout 0.05 --lora_target_modules q_proj v_proj ...

@@ -1,11 +1,22 @@
 """Flags of `oddsmith prepare` and `oddsmith inspect`. Imports no slow library, for fast help."""
 
 import argparse
+import json
 from typing import Any
 
 from .flags import add, positive
 
-FORMATS = ("auto", "pairs", "hh", "ultrafeedback", "oasst", "oasst_trees", "scored", "responses")
+FORMATS = (
+    "auto",
+    "pairs",
+    "hh",
+    "comparisons",
+    "ultrafeedback",
+    "oasst",
+    "oasst_trees",
+    "scored",
+    "responses",
+)
 
 
 def prepare_parser() -> argparse.ArgumentParser:
@@ -45,6 +56,7 @@ def _add_input(group: Any) -> None:
         choices=FORMATS,
         default="auto",
         help="pairs: chosen and rejected, as in UltraFeedback-binarized; hh: HH-RLHF dialogues; "
+        "comparisons: two answers and a verdict, as in SHP and Chatbot Arena; "
         "ultrafeedback: prompts with rated completions; oasst, oasst_trees: OpenAssistant messages "
         "or ready trees; scored: a list of answers per row; responses: one answer per row "
         "(default: detected from the first row)",
@@ -56,7 +68,13 @@ def _add_input(group: Any) -> None:
         default="best_worst",
         help="which answers form pairs (default: %(default)s)",
     )
-    add(group, "prompt_column", default="prompt", metavar="NAME", help="default: %(default)s")
+    add(
+        group,
+        "prompt_column",
+        default="prompt",
+        metavar="NAME",
+        help="default: %(default)s, or one of the usual names",
+    )
     add(group, "responses_column", metavar="NAME", help="list of answers: texts or objects")
     add(group, "response_column", metavar="NAME", help="one answer; rows of a prompt are joined")
     add(
@@ -221,6 +239,14 @@ def inspect_parser() -> argparse.ArgumentParser:
         help="pairs per batch, for the share of padding (default: %(default)s)",
     )
     add(parser, "chat_template", metavar="FILE", help="Jinja chat template for conversations")
+    add(parser, "prompt_column", metavar="NAME", help="column that is the prompt")
+    add(
+        parser,
+        "column_mapping",
+        type=json.loads,
+        metavar="JSON",
+        help='names of columns, such as \'{"question": "prompt"}\'',
+    )
     add(
         parser,
         "trust_remote_code",
@@ -235,8 +261,12 @@ def inspect_parser() -> argparse.ArgumentParser:
 def run_inspect(argv: list[str]) -> int:
     """`oddsmith inspect`; returns the exit code."""
     flags = inspect_parser().parse_args(argv)
+    from ..data.layouts import parse_column_mapping
+    from ..errors import user_errors
     from ..inspection.run import run_inspect as run
 
+    with user_errors(""):
+        mapping = parse_column_mapping(flags.column_mapping, flags.prompt_column)
     run(
         flags.dataset,
         flags.model,
@@ -252,5 +282,6 @@ def run_inspect(argv: list[str]) -> int:
         trust_remote_code=flags.trust_remote_code,
         as_json=flags.json,
         histogram=flags.histogram,
+        column_mapping=mapping,
     )
     return 0

@@ -10,9 +10,11 @@ from transformers.integrations.integration_utils import (
 )
 
 from ..config import ORPOConfig
+from ..data.layouts import parse_column_mapping
 from ..data.processor import load_processor, template_source, tokenizer_of
 from ..data.tokenizer import ensure_chat_template, ensure_pad_token
 from ..errors import UserError, user_errors
+from ..inspection.report import FIGURES
 from ..sources.find import load_pairs
 from ..trainer import ORPOTrainer
 from ..training.curves import save_curves
@@ -147,7 +149,10 @@ def run_train(run: RunArguments, adapter: AdapterArguments, config: ORPOConfig) 
     # One process reads and caches the data, the others of a launcher find the cache.
     with config.main_process_first(desc="loading the dataset"):
         train_dataset, eval_dataset = load_pairs(run, evaluates)
-    ensure_chat_template(template_source(tokenizer), train_dataset)
+    FIGURES.setLevel(logging.INFO)  # the report of the data is part of the command's output
+    with user_errors(""):
+        mapping = parse_column_mapping(config.column_mapping, config.prompt_column)
+        ensure_chat_template(template_source(tokenizer), train_dataset, mapping)
     config.model_init_kwargs = model_init_kwargs(run, config)
     with user_errors(""):
         trainer = ORPOTrainer(

@@ -80,7 +80,8 @@ def row_text(row: Mapping[str, Any], processing_class: Any, where: str) -> tuple
     Raises:
         ValueError: If a field has the wrong type, or a conversation cannot be rendered.
     """
-    prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
+    values: list[Any] = [row.get(name) for name in TEXT_FIELDS]
+    prompt, chosen, rejected = values
     conversational = is_messages(chosen)
     for name, value in (("chosen", chosen), ("rejected", rejected)):
         if not (isinstance(value, str) or is_messages(value)):
@@ -102,9 +103,16 @@ def row_text(row: Mapping[str, Any], processing_class: Any, where: str) -> tuple
                 "prompt is ignored and what both strings begin with takes its place; make all "
                 "three messages."
             )
+        own = prompt
         prompt, chosen, rejected = extract_prompt(chosen, rejected)
+        if conversational and not prompt and isinstance(own, str) and own:
+            # The answers alone, as messages; TRL fails here.
+            prompt = cast(Messages, [{"role": "user", "content": own}])
 
     if conversational:
+        for name in TEXT_FIELDS:
+            if is_messages(row.get(name)):
+                _check_contents(row[name], f"{where}: {name}")
         if not prompt:
             raise ValueError(
                 f"{where}: chosen and rejected do not begin with the same message, so there is no "
@@ -116,13 +124,44 @@ def row_text(row: Mapping[str, Any], processing_class: Any, where: str) -> tuple
     return cast(tuple[str, str, str], (prompt, chosen, rejected))
 
 
-def _not_text(value: Any) -> str:
+def _shown(value: Any) -> str:
     shown = repr(value)
     shown = shown if len(shown) <= 60 else shown[:57] + "..."
+    return f"{shown} ({type(value).__name__})"
+
+
+def _not_text(value: Any) -> str:
     return (
-        f"is {shown} ({type(value).__name__}); must be a string or a list of messages "
+        f"is {_shown(value)}; must be a string or a list of messages "
         "such as [{'role': 'user', 'content': '...'}]"
     )
+
+
+def _tools(value: Any, where: str) -> list[Any] | None:
+    if isinstance(value, str):
+        # JSON, as datasets store tools whose schemas differ.
+        try:
+            parsed = json.loads(value) if value.strip() else None
+        except ValueError:
+            parsed = value
+        if parsed is not None and not isinstance(parsed, list):
+            raise ValueError(
+                f"{where}: tools is {_shown(value)}; must be a list of JSON schemas, or its JSON; "
+                "rename a column that is something else"
+            )
+        value = parsed
+    return value or None  # some templates announce tools for an empty list too
+
+
+def _check_contents(messages: Messages, where: str) -> None:
+    """A message without content must have something else: most templates write None as a word."""
+    for index, message in enumerate(messages):
+        others = any(value for key, value in message.items() if key not in ("role", "content"))
+        if message.get("content") is None and not others:
+            raise ValueError(
+                f"{where}[{index}] is a message of role {message['role']!r} whose content is None; "
+                "must be text"
+            )
 
 
 def _render_pair(
@@ -140,9 +179,7 @@ def _render_pair(
             "'assistant'"
         )
 
-    tools = row.get("tools") or None  # some templates announce tools for an empty list too
-    if isinstance(tools, str):  # JSON, as datasets store tools whose schemas differ
-        tools = json.loads(tools)
+    tools = _tools(row.get("tools"), where)
 
     source: Any = template_source(processing_class)
     takes_parts = isinstance(source, ProcessorMixin)
@@ -176,7 +213,10 @@ def _render_pair(
         with_chosen = render(prompt + chosen)
         with_rejected = render(prompt + rejected)
     except Exception as error:
-        if getattr(source, "chat_template", None) is None:
+        # Mistral's own tokenizers render without a template.
+        method = getattr(type(source), "apply_chat_template", None)
+        own = getattr(method, "__module__", "") != "transformers.tokenization_utils_base"
+        if not own and getattr(source, "chat_template", None) is None:
             raise ValueError(
                 f"{where}: chosen and rejected are conversations, but the tokenizer has no chat "
                 "template; set "

@@ -4,18 +4,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..packing.batch import PackedBatch, SharePrompt, check_share_prompt
 
-# Key of the packed batch in a padded batch.
-PACKED = "packed"
+# Key of the packed batch in a padded batch; no column of a dataset has it.
+PACKED = "_oddsmith_packed"
 
 _SUFFIXES = ("_input_ids", "_attention_mask", "_labels")
 
 
 class PairBatch(dict[str, Any]):
-    """A padded batch; with packing, `packed` has the same pairs packed."""
+    """A padded batch; with packing it also has the same pairs packed, see `packed`."""
 
     def to(self, device: Any, non_blocking: bool = False) -> "PairBatch":
         """The batch on another device, as `Tensor.to`."""
@@ -39,11 +40,11 @@ class PreferenceCollator:
     """
     Pads the rows of a preference dataset to a batch, as TRL's collator does.
 
-    Every column that ends in `_input_ids`, `_attention_mask` or `_labels` becomes an int64 tensor
-    (B, T) with T the longest of the batch; all others, the strings `prompt`, `chosen` and
-    `rejected` among them, stay lists. Prompts of decoder-only models are padded on the left, so
+    Every column of lists of integers whose name ends in `_input_ids`, `_attention_mask` or
+    `_labels` becomes an int64 tensor (B, T) with T the longest of the batch; all others, the
+    strings `prompt`, `chosen` and `rejected` among them, stay lists. Prompts of decoder-only models are padded on the left, so
     that they can be generated from. With `packing` the batch also holds the pairs as one row of
-    real tokens, a [`~oddsmith.packing.batch.PackedBatch`], as `packed`.
+    real tokens, a [`~oddsmith.packing.batch.PackedBatch`], which `PairBatch.packed` returns.
 
     Args:
         pad_token_id (`int`):
@@ -78,8 +79,9 @@ class PreferenceCollator:
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> PairBatch:
         batch = PairBatch()
         for name in features[0]:
-            column = [feature[name] for feature in features]
-            batch[name] = self._pad(name, column) if name.endswith(_SUFFIXES) else column
+            column: list[Any] = [feature.get(name) for feature in features]
+            padded = name.endswith(_SUFFIXES) and all(map(_is_tokens, column))
+            batch[name] = self._pad(name, column) if padded else column
         if self.packing:
             batch[PACKED] = PackedBatch.build(features, self.share_prompt).made_of(batch)
         return batch
@@ -96,3 +98,11 @@ class PreferenceCollator:
             place = slice(longest - len(ids), None) if left else slice(len(ids))
             row[place] = torch.as_tensor(ids, dtype=torch.int64)
         return padded
+
+
+def _is_tokens(value: Any) -> bool:
+    """Whether a value is a sequence of integers; another column can have such a name too."""
+    if torch.is_tensor(value) or isinstance(value, np.ndarray):
+        return value.ndim == 1 and not (torch.is_tensor(value) and value.is_floating_point())
+    # One is enough: the items of a column have one type.
+    return isinstance(value, (list, tuple)) and all(isinstance(item, int) for item in value[:1])

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -11,12 +11,14 @@ from datasets import Dataset, IterableDataset
 from transformers.utils import logging
 
 from .arrow_rows import prepare_table, sample_texts, text_source
-from .chat import TEXT_FIELDS, row_text
+from .chat import TEXT_FIELDS, is_messages, row_text
+from .notes import RowNotes
 from .processor import template_source
-from .rows import RowBuilder
+from .rows import TOKEN_COLUMNS, RowBuilder, check_not_empty
 from .rust_rows import EMPTY, OVERLENGTH, FastRows, fast_rows_for
+from .standard_rows import first_rows, has_transform, shown_rows, standard_rows, unused_text
 
-__all__ = ["prepare_dataset", "validate"]
+__all__ = ["check_type", "first_row", "notes_of", "prepare_dataset", "validate"]
 
 logger = logging.get_logger(__name__)
 
@@ -28,6 +30,9 @@ MAP_BATCH = 1000
 # Rows that are compared between Rust and the tokenizer's Python class.
 _COMPARED_ROWS = 16
 
+# Rows that are looked at for a prompt that is there twice, as messages.
+_LOOKED_AT = 2000
+
 
 def prepare_dataset(
     dataset: Any,
@@ -38,14 +43,18 @@ def prepare_dataset(
     overlength: str = "truncate",
     name: str = "train_dataset",
     builder: RowBuilder | None = None,
+    column_mapping: Mapping[str, str] | None = None,
 ) -> Any:
     """
-    Prepare a preference dataset for training: prompt, chat template, tokens.
+    Prepare a preference dataset for training: columns, prompt, chat template, tokens.
+
+    Rows are those that the dataset shows: with the transform of `with_transform`, once.
 
     Args:
         dataset (`Dataset`, `IterableDataset` or a `dict` of them):
             Rows with `chosen` and `rejected`, and `prompt` if it is not implicit; strings or
-            conversations.
+            conversations. Other names of columns are recognised; see
+            [`~oddsmith.data.layouts.find_layout`].
         processing_class (`PreTrainedTokenizerBase`):
             The tokenizer.
         tokenize_row (`Callable`):
@@ -59,7 +68,10 @@ def prepare_dataset(
         name (`str`, *optional*, defaults to `"train_dataset"`):
             Name of the dataset in errors and in the log.
         builder ([`RowBuilder`], *optional*):
-            Decides which rows are too long, if `tokenize_row` is not a method of a builder.
+            Decides which rows are too long, if `tokenize_row` is not a method of a builder. Its
+            `notes` get what was found, by the name of the dataset.
+        column_mapping (`Mapping[str, str]`, *optional*):
+            Names of columns, such as `{"question": "prompt"}`.
 
     Returns:
         The same kind as `dataset`, with the text columns as plain strings, the token columns of
@@ -80,6 +92,7 @@ def prepare_dataset(
             num_proc=num_proc,
             overlength=overlength,
             builder=builder,
+            column_mapping=column_mapping,
         )
         return type(dataset)(
             {key: prepare(part, name=f"{name}[{key!r}]") for key, part in dataset.items()}
@@ -94,7 +107,14 @@ def prepare_dataset(
     if builder is None and overlength == "drop":
         raise ValueError("overlength is 'drop'; needs `builder` where tokenize_row is not its own")
 
+    check_type(dataset, name)
+    dataset = standard_rows(shown_rows(dataset, name), column_mapping or {}, name)
     validate(dataset, processing_class, name=name)
+    if batched:
+        dataset = _without_token_columns(dataset, name)
+    notes = notes_of(dataset)
+    if builder is not None:
+        builder.notes[name] = notes
     transform = partial(
         _prepare_batch,
         processing_class=processing_class,
@@ -134,7 +154,9 @@ def prepare_dataset(
         prepared = prepared.with_format(None)
     flags = prepared.select_columns([OVERLENGTH, EMPTY]).with_format("numpy")[:]
     prepared = prepared.remove_columns([OVERLENGTH, EMPTY])
-    return _apply_overlength(prepared, flags[OVERLENGTH], flags[EMPTY], builder, overlength, name)
+    return _apply_overlength(
+        prepared, flags[OVERLENGTH], flags[EMPTY], builder, overlength, name, notes
+    )
 
 
 def validate(dataset: Any, processing_class: Any, *, name: str = "train_dataset") -> None:
@@ -166,13 +188,9 @@ def first_row(dataset: Any, name: str) -> Mapping[str, Any]:
         TypeError: If `dataset` is of another type.
         ValueError: If it is empty, or has no chosen or rejected column.
     """
-    if not isinstance(dataset, (Dataset, IterableDataset)):
-        raise TypeError(
-            f"{name} is a {type(dataset).__name__}; must be a datasets.Dataset or "
-            "datasets.IterableDataset"
-        )
-    columns = dataset.column_names
-    first = next(iter(dataset.with_format(None)), None)
+    check_type(dataset, name)
+    columns = None if has_transform(dataset) else dataset.column_names
+    first = next(iter(dataset if has_transform(dataset) else dataset.with_format(None)), None)
     if first is None:
         raise ValueError(f"{name} is empty")
     columns = list(first) if columns is None else columns
@@ -180,9 +198,52 @@ def first_row(dataset: Any, name: str) -> Mapping[str, Any]:
     if missing:
         raise ValueError(
             f"{name} has no column {' and no column '.join(missing)}; it has "
-            f"{', '.join(sorted(columns))}"
+            f"{', '.join(sorted(columns))}; column_mapping names other columns, and oddsmith prepare "
+            "makes pairs of other layouts"
         )
     return first
+
+
+def check_type(dataset: Any, name: str) -> None:
+    """
+    Check the class of a dataset.
+
+    Raises:
+        TypeError: If it is another one.
+    """
+    if not isinstance(dataset, (Dataset, IterableDataset)):
+        raise TypeError(
+            f"{name} is a {type(dataset).__name__}; must be a datasets.Dataset or "
+            "datasets.IterableDataset"
+        )
+
+
+def _without_token_columns(dataset: Any, name: str) -> Any:
+    """Without columns of the user's that have the names of the tokens."""
+    taken = [column for column in TOKEN_COLUMNS if column in (dataset.column_names or ())]
+    if not taken:
+        return dataset
+    logger.warning(
+        f"{name}: the columns {', '.join(taken)} are made from the text; those of the dataset are "
+        "not used."
+    )
+    return dataset.remove_columns(taken)
+
+
+def notes_of(dataset: Any) -> RowNotes:
+    """What is seen in some rows of a dataset in the trainer's columns, before they are tokenised."""
+    rows = first_rows(dataset)
+    notes = RowNotes(unused=unused_text(rows))
+    if not any(is_messages(row.get("prompt")) for row in rows):
+        return notes
+    if isinstance(dataset, Dataset):
+        count = min(len(dataset), _LOOKED_AT)
+        places = [index * len(dataset) // count for index in range(count)]
+        texts = dataset.select_columns(list(TEXT_FIELDS)).select(places)
+        notes.look_for_repeats(zip(places, cast(Any, texts), strict=True))
+    else:
+        notes.look_for_repeats(enumerate(rows))
+    return notes
 
 
 def _prepare_batch(
@@ -217,6 +278,7 @@ def _prepare_batch(
             feature = {**row, **dict(zip(TEXT_FIELDS, text, strict=True))}
             try:
                 tokens.append(tokenize_row(feature))
+                check_not_empty(tokens[-1])
                 overlength.append(builder is not None and builder.is_overlength(feature))
             except ValueError as error:
                 raise ValueError(f"{at}: {error}") from error
@@ -243,8 +305,9 @@ def _prepare_stream(
     name: str,
 ) -> IterableDataset:
     # The first rows are prepared now, so that a fault stops the run before training.
+    keys = dict.fromkeys(key for row in first for key in row)  # rows can have different ones
     peeked = transform(
-        {key: [row[key] for row in first] for key in first[0]}, list(range(len(first)))
+        {key: [row.get(key) for row in first] for key in keys}, list(range(len(first)))
     )
     _check_completions(np.asarray(peeked[EMPTY]), builder, f"{name} (first {len(first)} rows)")
     prepared = dataset.with_format(None).map(
@@ -266,10 +329,11 @@ def _apply_overlength(
     builder: RowBuilder | None,
     overlength: str,
     name: str,
+    notes: RowNotes,
 ) -> Dataset:
     count, total = int(too_long.sum()), len(too_long)
     if builder is not None:
-        builder.overlength_counts[name] = count
+        notes.overlength, notes.cut = count, too_long
     share = f"{name}: {count} of {total} rows ({count / total:.1%})"
     if overlength == "drop":
         if count == total:
@@ -280,6 +344,7 @@ def _apply_overlength(
             logger.warning(f"{share} are longer than {_limit(builder)}: dropped.")
             dataset = dataset.select(np.flatnonzero(~too_long))
             empty = empty[~too_long]
+            notes.cut = None
     elif count:
         logger.warning(
             f"{share} are longer than {_limit(builder)}: truncated; overlength='drop' removes them."

@@ -7,9 +7,11 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 from transformers.utils import logging
 
-from .dataset import first_row
+from .dataset import check_type, first_row, notes_of
 from .image_rows import ImageBatch, ImageRows
+from .notes import RowNotes
 from .pictures import OTHER_COLUMNS, columns_of
+from .standard_rows import has_transform, shown_rows, standard_rows
 
 logger = logging.get_logger(__name__)
 
@@ -24,11 +26,14 @@ def prepare_image_dataset(
     num_proc: int | None = None,
     overlength: str = "truncate",
     name: str = "train_dataset",
+    column_mapping: Mapping[str, str] | None = None,
 ) -> Any:
     """
     Check the columns of a dataset of rows with images, and drop rows that are too long if asked to.
 
-    Rows stay as they are, because tokens and pixel values are made in the collator.
+    Only columns of other names are brought into those of the trainer, because tokens and pixel
+    values are made in the collator. A transform of `with_transform` is applied whenever a row is
+    read, so it has to make the trainer's columns.
 
     Args:
         dataset (`Dataset`, `IterableDataset` or a `dict` of them):
@@ -41,13 +46,16 @@ def prepare_image_dataset(
             `"drop"` removes rows that are too long. All images are opened for that, once.
         name (`str`, *optional*, defaults to `"train_dataset"`):
             Name of the dataset in errors and in the log.
+        column_mapping (`Mapping[str, str]`, *optional*):
+            Names of columns, such as `{"question": "prompt"}`.
 
     Returns:
         The same kind as `dataset`.
 
     Raises:
         TypeError: If `dataset` is of another type.
-        ValueError: If a column is missing, or is one of videos or audio.
+        ValueError: If a column is missing, or is one of videos or audio, or if columns of a dataset
+            with a transform are to be renamed.
     """
     if isinstance(dataset, dict):
         return type(dataset)(
@@ -58,11 +66,22 @@ def prepare_image_dataset(
                     num_proc=num_proc,
                     overlength=overlength,
                     name=f"{name}[{key!r}]",
+                    column_mapping=column_mapping,
                 )
                 for key, part in dataset.items()
             }
         )
+    check_type(dataset, name)
+    if not has_transform(dataset):
+        dataset = standard_rows(shown_rows(dataset, name), column_mapping or {}, name)
+    elif column_mapping:
+        raise ValueError(
+            f"{name} has images and a transform, whose columns are not renamed; make the columns "
+            "prompt, chosen and rejected in the transform, and remove column_mapping"
+        )
     first_row(dataset, name)
+    notes = RowNotes() if has_transform(dataset) else notes_of(dataset)
+    rows.builder.notes[name] = notes
     others = [column for column in OTHER_COLUMNS if column in columns_of(dataset)]
     if others:
         raise ValueError(
@@ -77,7 +96,7 @@ def prepare_image_dataset(
             count = before - len(dataset)
             share = f"{name}: {count} of {before} rows ({count / before:.1%})"
             limit = f"max_length {rows.builder.max_length}"
-            rows.builder.overlength_counts[name] = count
+            notes.overlength = count
             if count == before:
                 raise ValueError(f"{share} are longer than {limit}; overlength='drop' removes all")
             if count:
@@ -93,9 +112,8 @@ def peek(dataset: Dataset | IterableDataset, rows: ImageRows, name: str) -> Imag
         ValueError: If one is faulty; the message has its number. If all have no completion tokens
             within `max_length`.
     """
-    first: list[Mapping[str, Any]] = list(
-        islice(iter(dataset.with_format(None)), PEEKED_IMAGE_ROWS)
-    )
+    shown = dataset if has_transform(dataset) else dataset.with_format(None)
+    first: list[Mapping[str, Any]] = list(islice(iter(shown), PEEKED_IMAGE_ROWS))
     batch = rows.build(first, [f"{name} row {index}" for index in range(len(first))])
     if not any(label >= 0 for row in batch.rows for label in row["chosen_labels"]):
         raise ValueError(

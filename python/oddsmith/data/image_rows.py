@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .chat import TEXT_FIELDS, is_messages, row_text
+from .chat import TEXT_FIELDS, common_prefix_length, is_messages, row_text
 from .pictures import row_pictures
 from .processor import as_parts, image_parts, takes_images, template_source, tokenizer_of
 from .rows import RowBuilder, split_answer
@@ -133,6 +133,14 @@ class ImageRows:
                     f"{where} is a conversation with images, but the processor has no chat "
                     "template; set processor.chat_template"
                 )
+            prompt = row.get("prompt")
+            if (
+                isinstance(prompt, str)
+                and prompt
+                and not common_prefix_length(row["chosen"], row["rejected"])
+            ):
+                # Answers alone, as in `row_text`.
+                row["prompt"] = [{"role": "user", "content": prompt}]
             explicit = is_messages(row.get("prompt"))
             for name in ("prompt",) if explicit else ("chosen", "rejected"):
                 row[name] = place_images(row[name], images, f"{where}: {name}")

@@ -5,7 +5,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, Image, IterableDataset
 
 # One of the two holds the pictures of a row: a list, or one.
 IMAGE_COLUMNS = ("images", "image")
@@ -29,8 +29,9 @@ def picture_column(dataset: Any) -> str | None:
         return next(filter(None, map(picture_column, dataset.values())), None)
     if not isinstance(dataset, (Dataset, IterableDataset)):
         return None
+    columns = columns_of(dataset)
     for name in IMAGE_COLUMNS:
-        if name in columns_of(dataset):
+        if name in columns:
             kind = None if dataset.features is None else dataset.features.get(name)
             if not _is_empty(kind) and not _is_empty(getattr(kind, "feature", None)):
                 return name
@@ -42,10 +43,30 @@ def _is_empty(kind: Any) -> bool:
 
 
 def columns_of(dataset: Dataset | IterableDataset) -> list[str]:
-    """The columns of a dataset; those of the first row of a stream that does not know them."""
+    """
+    The columns that a dataset shows; those of the first row if it has a transform, or is a stream
+    that does not know them.
+    """
+    if isinstance(dataset, Dataset):
+        form = dataset.format
+        if form["type"] == "custom":
+            return list(dataset[0]) if len(dataset) else []
+        if not form["output_all_columns"]:
+            return list(form["columns"])
     if dataset.column_names is not None:
         return list(dataset.column_names)
     return list(next(iter(dataset.with_format(None)), {}))
+
+
+def closed_pictures(dataset: Dataset) -> Dataset:
+    """The dataset with pictures as they are stored, bytes or a path, where it would open them."""
+    for name in IMAGE_COLUMNS:
+        kind: Any = dataset.features.get(name)
+        if isinstance(kind, Image):
+            dataset = dataset.cast_column(name, Image(decode=False))
+        elif isinstance(getattr(kind, "feature", None), Image):
+            dataset = dataset.cast_column(name, type(kind)(Image(decode=False)))
+    return dataset
 
 
 def row_pictures(row: Mapping[str, Any], where: str) -> list[Any]:

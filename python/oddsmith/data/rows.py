@@ -7,11 +7,24 @@ import torch
 from transformers.utils import logging
 from transformers.utils.import_utils import is_torch_xla_available
 
+from .notes import RowNotes
+
 logger = logging.get_logger(__name__)
 
 # Tokens of one side of a pair; keys "prompt_input_ids", "prompt_attention_mask", "input_ids",
 # "attention_mask".
 Side = dict[str, list[int]]
+
+# The columns that a row gets, of decoders and of encoder-decoder models.
+TOKEN_COLUMNS = (
+    *(
+        f"{side}_{column}"
+        for side in ("chosen", "rejected")
+        for column in ("input_ids", "attention_mask", "labels", "decoder_input_ids")
+    ),
+    "prompt_input_ids",
+    "prompt_attention_mask",
+)
 
 # TRL's default for the completions of encoder-decoder models.
 _MAX_COMPLETION_LENGTH = 128
@@ -26,7 +39,8 @@ class RowBuilder:
     longer prompt is kept (TRL's rule), so such a row has empty completions and more than
     `max_length` tokens. With `max_prompt_length` a pair that is too long has its prompt cut to that
     first, then, if it is still too long, its answers to the rest (the rule of TRL up to 0.27), and
-    no row is longer than `max_length`.
+    no row is longer than `max_length`. If both lengths are equal, that rule leaves no token of an
+    answer, and TRL's loss is NaN: there each answer is cut to what its own prompt leaves.
 
     One difference: no `prompt_token_type_ids`, which TRL adds for BERT-like tokenizers and does not
     use.
@@ -67,9 +81,9 @@ class RowBuilder:
             )
         if max_length is None or max_length <= 0:
             raise ValueError(f"max_length is {max_length}; must be positive")
-        if max_prompt_length is not None and not 0 < max_prompt_length < max_length:
+        if max_prompt_length is not None and not 0 < max_prompt_length <= max_length:
             raise ValueError(
-                f"max_prompt_length is {max_prompt_length}; must be positive and below max_length "
+                f"max_prompt_length is {max_prompt_length}; must be positive and at most max_length "
                 f"{max_length}"
             )
         if is_encoder_decoder and max_completion_length is None:
@@ -87,7 +101,9 @@ class RowBuilder:
         self.max_completion_length = max_completion_length
         self.padding_value = padding_value
         # By dataset name, the findings of prepare_dataset, for the report at the start.
-        self.overlength_counts: dict[str, int] = {}
+        self.notes: dict[str, RowNotes] = {}
+        # Whether the tokenizer does not take a list of texts.
+        self._one_by_one = False
 
     def build_tokenized_answer(self, prompt: str, answer: str) -> Side:
         """
@@ -210,7 +226,19 @@ class RowBuilder:
     def _encode(self, texts: list[str], add_special_tokens: bool = False) -> list[list[int]]:
         if not texts:
             return []
-        return self.processing_class(texts, add_special_tokens=add_special_tokens)["input_ids"]
+        if not self._one_by_one:
+            try:
+                encoded = self.processing_class(texts, add_special_tokens=add_special_tokens)
+                ids = encoded["input_ids"]
+                if len(ids) == len(texts) and not any(isinstance(row, int) for row in ids):
+                    return ids
+            except (TypeError, AttributeError):
+                pass  # a tokenizer in Python may take one text at a time
+            self._one_by_one = True
+        return [
+            self.processing_class(text, add_special_tokens=add_special_tokens)["input_ids"]
+            for text in texts
+        ]
 
     def _decoder_row(
         self, prompt: list[int], chosen: list[int], rejected: list[int], texts: list[str]
@@ -263,6 +291,7 @@ class RowBuilder:
                 row[f"{name}_{key}"] = tokens[f"prompt_{key}"] + tokens[key]
             masked = [self.label_pad_token_id] * len(tokens["prompt_input_ids"])
             row[f"{name}_labels"] = masked + tokens["input_ids"]
+        check_not_empty(row)
         row.update(alone)
         return self._pad_for_xla(row), overlength
 
@@ -299,7 +328,8 @@ class RowBuilder:
                 self._cut_prompt(tokens, most)
         for tokens in sides:
             if len(tokens["prompt_input_ids"]) > room:
-                _cut_answer(tokens, self.max_length - most)
+                before = most if most < self.max_length else len(tokens["prompt_input_ids"])
+                _cut_answer(tokens, self.max_length - before)
         return overlength
 
     def _cut_prompt(self, tokens: Side, most: int) -> None:
@@ -337,6 +367,28 @@ class RowBuilder:
             pad = pads[key.split("_", 1)[1]]
             row[key] = values + [pad] * (self.max_length - len(values))
         return row
+
+
+def check_not_empty(row: Mapping[str, Any]) -> None:
+    """
+    Check that both sequences of a row have a token.
+
+    Args:
+        row (`Mapping[str, Sequence[int]]`): From [`RowBuilder.tokenize_row`].
+
+    Raises:
+        ValueError: If one has none: prompt and answer are empty and the tokenizer adds nothing.
+    """
+    for side in ("chosen", "rejected"):
+        if len(row.get(f"{side}_input_ids", "-")) == 0:
+            raise ValueError(EMPTY_ROW.format(side))
+
+
+# Also raised by the fast rows.
+EMPTY_ROW = (
+    "prompt and {} are both empty, and the tokenizer adds neither BOS nor EOS, so the row has no "
+    "token; remove it"
+)
 
 
 def split_answer(prompt: list[int], full: list[int], answer_name: str) -> Side:

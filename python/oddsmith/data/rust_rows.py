@@ -14,7 +14,7 @@ from transformers.utils import logging
 from transformers.utils.import_utils import is_torch_xla_available
 
 from .. import _core
-from .rows import RowBuilder
+from .rows import EMPTY_ROW, RowBuilder
 
 __all__ = ["EMPTY", "OVERLENGTH", "FastRows", "fast_rows_for"]
 
@@ -101,6 +101,8 @@ class FastRows:
         columns = {}
         for part in ("chosen", "rejected", "prompt"):
             offsets = made[f"{part}_offsets"]
+            if part != "prompt":
+                _check_not_empty(offsets, part, name, first_row)
             ids = pa.Array.from_buffers(pa.int32(), *_words(made[f"{part}_input_ids"]))
             columns[f"{part}_input_ids"] = _lists(offsets, ids)
             columns[f"{part}_attention_mask"] = _lists(
@@ -219,6 +221,12 @@ def _buffers(texts: pa.Array | pa.ChunkedArray) -> tuple[bytes, bytes]:
     ends = np.frombuffer(offsets, np.int64)[texts.offset : texts.offset + len(texts) + 1]
     data = b"" if data is None else data[ends[0] : ends[-1]].to_pybytes()
     return data, (ends - ends[0]).tobytes()
+
+
+def _check_not_empty(offsets: bytes, part: str, name: str, first_row: int) -> None:
+    empty = np.flatnonzero(np.diff(np.frombuffer(offsets, np.int32)) == 0)
+    if len(empty):
+        raise ValueError(f"{name} row {first_row + int(empty[0])}: {EMPTY_ROW.format(part)}")
 
 
 def _words(data: bytes) -> tuple[int, list[pa.Buffer | None]]:

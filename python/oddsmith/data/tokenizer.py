@@ -1,11 +1,14 @@
 """Makes a tokenizer ready for training: a padding token, and a chat template for conversations."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from datasets import Dataset
 from transformers.utils import logging
 
 from .chat import is_messages
+from .layouts import Layout, find_layout, mapped_layout
+from .standard_rows import first_rows
 
 logger = logging.get_logger(__name__)
 
@@ -48,9 +51,28 @@ FALLBACK_CHAT_TEMPLATE = (
 )
 
 
-def ensure_chat_template(tokenizer: Any, dataset: Dataset) -> None:
-    """Sets the fallback template if the rows are conversations and the tokenizer has none."""
-    if tokenizer.chat_template is not None or not is_messages(dataset[0]["chosen"]):
+def ensure_chat_template(
+    tokenizer: Any, dataset: Dataset, column_mapping: Mapping[str, str] | None = None
+) -> None:
+    """
+    Set the fallback template if the rows are conversations and the tokenizer has none.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): Changed in place.
+        dataset (`Dataset`): Rows, not yet prepared.
+        column_mapping (`Mapping[str, str]`, *optional*): The user's names of columns.
+
+    Raises:
+        ValueError: If the columns of the pair are not clear.
+    """
+    if tokenizer.chat_template is not None:
+        return
+    rows = first_rows(dataset)
+    if column_mapping:
+        layout = mapped_layout(column_mapping, dataset.column_names, "the dataset")
+    else:
+        layout = find_layout(rows) or Layout()
+    if not is_messages(layout.row(rows[0])["chosen"]):
         return
     tokenizer.chat_template = FALLBACK_CHAT_TEMPLATE
     logger.warning(

@@ -9,6 +9,7 @@ from datasets import Dataset, IterableDataset
 
 from .arrow_rows import arrow_batches
 from .dataset import MAP_BATCH, PEEKED_ROWS
+from .rows import TOKEN_COLUMNS
 
 
 def check_vocabulary(rows: Any, vocab_size: int, *, name: str = "train_dataset") -> None:
@@ -44,7 +45,7 @@ def check_vocabulary(rows: Any, vocab_size: int, *, name: str = "train_dataset")
 
 
 def _is_ids(column: str) -> bool:
-    return column.endswith(("_input_ids", "_labels"))
+    return column in TOKEN_COLUMNS and not column.endswith("_attention_mask")
 
 
 def _out_of_range(column: pa.ChunkedArray, name: str, vocab_size: int) -> bool:

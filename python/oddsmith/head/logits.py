@@ -73,6 +73,8 @@ def concatenate(
         if not key.startswith("chosen_") or not torch.is_tensor(chosen):
             continue
         name = key.removeprefix("chosen_")
+        if not torch.is_tensor(batch.get(f"rejected_{name}")):
+            continue  # a column of the dataset that has such a name
         if is_encoder_decoder or name.endswith("labels"):
             value = -100
         else:

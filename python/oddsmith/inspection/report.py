@@ -1,5 +1,6 @@
 """DataReport: figures of a preference dataset in tokens, and likely mistakes."""
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -11,7 +12,12 @@ from datasets import Dataset
 
 from ..data.arrow_rows import arrow_batches
 from ..data.chat import TEXT_FIELDS, common_prefix_length
+from ..data.layouts import CONVERSATIONS, QUESTIONS, SYSTEMS
+from ..data.notes import RowNotes
 from .token_stats import Finding, Ragged, TokenRows, TokenStats, needed, padded_tokens, quantiles
+
+# Below transformers' logger, so that its verbosity shows and silences the figures.
+FIGURES = logging.getLogger("transformers.oddsmith")
 
 Row = Mapping[str, Any]
 
@@ -48,6 +54,10 @@ FINDINGS = {
         "have a prompt longer than max_length {}, which TRL's rule does not cut",
         "set max_prompt_length or overlength='drop'",
     ),
+    "no_context": (
+        "have an empty prompt and no BOS token, so the first token of their answers is not trained on",
+        "give them a prompt, or set tokenizer.bos_token",
+    ),
     "no_eos_token": ("", "the tokenizer has no EOS token; set tokenizer.eos_token"),
 }
 
@@ -66,6 +76,7 @@ class DataReport:
         overlength (`int`, *optional*): Rows that were too long; None if not counted.
         policy (`str`, *optional*): What happened to them: `"truncate"` or `"drop"`.
         partial (`bool`, *optional*): Whether these are only the first rows of a stream.
+        unused (`tuple[str, ...]`, *optional*): Columns with text that is not trained on.
         images (`Sequence[int]`, *optional*): Images of each row; None for rows of text.
     """
 
@@ -77,6 +88,7 @@ class DataReport:
     overlength: int | None = None
     policy: str = "truncate"
     partial: bool = False
+    unused: tuple[str, ...] = ()
     images: Sequence[int] | None = None
 
     @property
@@ -85,6 +97,12 @@ class DataReport:
         stats, lines = self.stats, []
         if stats.eos is None:
             lines.append(f"{self.name}: {FINDINGS['no_eos_token'][1]}.")
+        asked = [name for name in self.unused if name in (*QUESTIONS, *CONVERSATIONS, *SYSTEMS)]
+        if asked:
+            lines.append(
+                f"{self.name}: {_columns(asked)} text that is not trained on; column_mapping "
+                "makes it the prompt or the system message."
+            )
         for key, (what, fix) in FINDINGS.items():
             finding = self.text.get(key) or getattr(stats, key, None)
             if finding is None or not finding.count:
@@ -133,6 +151,7 @@ class DataReport:
             if self.images is None
             else {"rows": sum(count > 0 for count in self.images), "images": sum(self.images)},
             "sampled_texts": self.texts,
+            "unused_columns": list(self.unused),
             "findings": counted,
         }
 
@@ -173,11 +192,39 @@ class DataReport:
                 f"{self.batch_size} {'pair' if self.batch_size == 1 else 'pairs'}; prompts computed once instead of twice: "
                 f"{positions['sharing_factor']:.2f}x fewer tokens; both: {total:.2f}x"
             )
+        if self.unused:
+            lines.append(f"  not used: {_columns(self.unused)} text")
         start = len(self.name) + 2
         return lines + [f"  ! {line[start:]}" for line in self.findings]
 
     def __str__(self) -> str:
         return "\n".join(self.lines())
+
+
+def _columns(names: Sequence[str]) -> str:
+    if len(names) == 1:
+        return f"the column {names[0]} has"
+    return f"the columns {', '.join(names)} have"
+
+
+def log_report(logger: Any, reports: Sequence[DataReport], level: int | None = None) -> None:
+    """
+    Log reports: likely mistakes as warnings, all figures as one message at INFO.
+
+    Args:
+        logger (`logging.Logger`): For the warnings.
+        reports (`Sequence[DataReport]`): The reports.
+        level (`int`, *optional*): Level of the figures' logger; transformers' verbosity if not
+            given.
+    """
+    for report in reports:
+        for line in report.findings:
+            logger.warning(line)
+    if not reports:
+        return
+    if level is not None:
+        FIGURES.setLevel(level)
+    FIGURES.info("\n".join(map(str, reports)))
 
 
 def report_rows(
@@ -188,8 +235,9 @@ def report_rows(
     name: str = "train_dataset",
     sample: int = SAMPLE,
     batch_size: int = 1,
-    overlength: int | None = None,
+    notes: RowNotes | None = None,
     policy: str = "truncate",
+    max_prompt_length: int | None = None,
     images: Sequence[int] | None = None,
 ) -> DataReport:
     """
@@ -212,35 +260,47 @@ def report_rows(
             for all figures.
         batch_size (`int`, *optional*, defaults to `1`):
             Pairs of a batch.
-        overlength (`int`, *optional*):
-            Rows that were truncated or dropped, if known.
+        notes ([`~oddsmith.data.notes.RowNotes`], *optional*):
+            What the preparation found.
         policy (`str`, *optional*, defaults to `"truncate"`): `"truncate"` or `"drop"`.
+        max_prompt_length (`int`, *optional*): What prompts of pairs that are too long are cut to.
         images (`Sequence[int]`, *optional*): Images of each row, if rows have images.
 
     Returns:
         [`DataReport`]: The report; its `findings` are empty if nothing is wrong.
     """
-    whole = isinstance(rows, Dataset)
-    stats = TokenStats(processing_class.bos_token_id, processing_class.eos_token_id, max_length)
+    whole, notes = isinstance(rows, Dataset), notes or RowNotes()
+    stats = TokenStats(
+        processing_class.bos_token_id,
+        processing_class.eos_token_id,
+        max_length,
+        max_prompt_length=max_prompt_length,
+    )
     with closing(stats):
         if whole:
-            texts = _spread(rows, sample)
-            for chunk in _chunks(rows):
-                stats.add(chunk)
+            texts, start = _spread(cast(Dataset, rows), sample), 0
+            for chunk in _chunks(cast(Dataset, rows)):
+                end = start + len(chunk.chosen.lengths)
+                stats.add(chunk, cut=None if notes.cut is None else notes.cut[start:end])
+                start = end
         else:
             head = list(islice(iter(rows), sample))
             texts = list(enumerate(head))
             for start in range(0, len(head), CHUNK):
                 stats.add(TokenRows.of_rows(head[start : start + CHUNK]))
+    twice, of = count_texts(texts, repeats_prompt), len(texts)
+    if notes.repeated and len(notes.repeated) > twice.count:
+        twice, of = Finding(len(notes.repeated), notes.repeated[0]), notes.repeated_of
     return DataReport(
         name,
         stats,
         batch_size,
-        {"prompt_twice": count_texts(texts, repeats_prompt)},
-        len(texts),
-        overlength,
+        {"prompt_twice": twice},
+        of,
+        notes.overlength,
         policy,
         partial=not whole and len(texts) == sample,
+        unused=notes.unused,
         images=images,
     )
 

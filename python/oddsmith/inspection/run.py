@@ -1,7 +1,7 @@
 """`oddsmith inspect`: checks a dataset without training on it or loading it into memory."""
 
 import json
-from collections.abc import Generator
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
@@ -22,6 +22,7 @@ from ..errors import UserError, user_errors
 from ..sources.records import Record
 from ..sources.stream import RecordStream
 from .histogram import draw_bars, save_histogram
+from .pair_reader import PairReader
 from .path import find_path
 from .report import SAMPLE, DataReport, repeats_prompt
 from .token_stats import Finding, Ragged, TokenRows, TokenStats, needed
@@ -54,6 +55,7 @@ def run_inspect(
     trust_remote_code: bool = False,
     as_json: bool = False,
     histogram: str | None = None,
+    column_mapping: Mapping[str, str] | None = None,
 ) -> DataReport:
     """
     Prints the report of a dataset, with a histogram of its lengths, and how its batches would go
@@ -74,6 +76,8 @@ def run_inspect(
         trust_remote_code (`bool`, *optional*): Allow code from the tokenizer's repository.
         as_json (`bool`, *optional*): Print only the figures, as JSON.
         histogram (`str`, *optional*): Path of a plot to write.
+        column_mapping (`Mapping[str, str]`, *optional*): Names of columns, such as
+            `{"question": "prompt"}`.
 
     Returns:
         [`DataReport`]: The report.
@@ -89,7 +93,13 @@ def run_inspect(
         raise UserError(f"--histogram {histogram}: needs a suffix such as .png")
     stream = RecordStream(dataset, config, split)
     report = inspect_stream(
-        stream, tokenizer, builder, rows=rows, overlength=overlength, batch_size=batch_size
+        stream,
+        tokenizer,
+        builder,
+        rows=rows,
+        overlength=overlength,
+        batch_size=batch_size,
+        column_mapping=column_mapping,
     )
     shared, chosen, rejected = report.stats.lengths()
     if histogram is not None:
@@ -147,6 +157,7 @@ def inspect_stream(
     rows: int | None = None,
     overlength: str = "truncate",
     batch_size: int = 2,
+    column_mapping: Mapping[str, str] | None = None,
 ) -> DataReport:
     """
     Tokenises a dataset chunk by chunk and keeps figures, not tokens.
@@ -159,6 +170,7 @@ def inspect_stream(
         rows (`int`, *optional*): Most rows to read.
         overlength (`str`, *optional*): `"drop"` excludes rows that are too long.
         batch_size (`int`, *optional*): Pairs per batch.
+        column_mapping (`Mapping[str, str]`, *optional*): Names of columns.
 
     Returns:
         [`DataReport`]: The report.
@@ -167,33 +179,44 @@ def inspect_stream(
         UserError: If a row cannot be read or is not a pair; the message has file, line and field.
     """
     own = builder.processing_class
-    stats = TokenStats(own.bos_token_id, own.eos_token_id, builder.max_length)
+    stats = TokenStats(
+        own.bos_token_id,
+        own.eos_token_id,
+        builder.max_length,
+        max_prompt_length=builder.max_prompt_length,
+    )
+    reader = PairReader(column_mapping or {}, stream.name)
     twice, seen, too_long, sampled, fast = Finding(), 0, 0, 0, None
     image_rows: ImageRows | None = None
     images: list[int] = []
     with closing(stats), closing(_batches(stream, rows)) as batches:
         for batch in batches:
+            pairs = reader.read(batch)
             if seen == 0:
-                _ensure_template(template_source(tokenizer), batch[0])
-                if any((batch[0].fields or {}).get(name) is not None for name in IMAGE_COLUMNS):
+                _ensure_template(template_source(tokenizer), pairs[0])
+                if any(pairs[0].get(name) is not None for name in IMAGE_COLUMNS):
                     with user_errors(batch[0].where):
                         image_rows = ImageRows(tokenizer, builder)
+            reader.notes.look_for_repeats(enumerate(pairs, seen))
+            where = [record.where for record in batch]
             if image_rows is not None:
                 texts, columns, flags, counts = _image_tokens(
-                    image_rows, batch, overlength == "drop"
+                    image_rows, pairs, where, overlength == "drop"
                 )
                 images += counts
             else:
-                texts = [_text(record, tokenizer) for record in batch]
+                texts = [
+                    _text(pair, place, tokenizer) for pair, place in zip(pairs, where, strict=True)
+                ]
                 if seen == 0:
                     sample = texts[:: -(-len(texts) // _COMPARED)]
                     fast = fast_rows_for(builder, sample, stream.name)
-                columns, flags = _tokens(builder, fast, texts, batch)
+                columns, flags = _tokens(builder, fast, texts, where)
             too_long += int(flags.sum())
             kept = np.flatnonzero(~flags) if overlength == "drop" else np.arange(len(batch))
             if len(kept):
                 chosen = {name: Ragged.of_arrow(part.take(kept)) for name, part in columns.items()}
-                stats.add(TokenRows.of_columns(chosen), seen + kept)
+                stats.add(TokenRows.of_columns(chosen), seen + kept, cut=flags[kept])
             # Check texts of all rows up to the sample size, then of a few rows in each chunk.
             step = 1 if sampled < SAMPLE else 20
             for index in range(0, len(texts), step):
@@ -205,7 +228,9 @@ def inspect_stream(
             seen += len(batch)
     if not seen:
         raise UserError(f"dataset {stream.name} has no rows")
-    partial = rows is not None and seen == rows
+    repeated = reader.notes.repeated
+    if len(repeated) > twice.count:
+        twice, sampled = Finding(len(repeated), repeated[0]), reader.notes.repeated_of
     return DataReport(
         stream.name,
         stats,
@@ -214,29 +239,29 @@ def inspect_stream(
         sampled,
         too_long,
         overlength,
-        partial,
-        images if image_rows is not None else None,
+        partial=rows is not None and seen == rows,
+        unused=reader.notes.unused,
+        images=images if image_rows is not None else None,
     )
 
 
 def _image_tokens(
-    rows: ImageRows, batch: list[Record], drop: bool
+    rows: ImageRows, pairs: Sequence[Mapping[str, Any]], where: Sequence[str], drop: bool
 ) -> tuple[list[tuple[str, str, str]], dict[str, pa.Array], np.ndarray, list[int]]:
     """
     Texts, columns of tokens, which rows are too long, and images of each other row. With `drop`,
     those that are too long are empty.
     """
-    fields = [_pair_of(record) for record in batch]
     made: list[dict[str, Any]] = []
-    flags, images = np.zeros(len(batch), bool), []
+    flags, images = np.zeros(len(pairs), bool), []
     with user_errors(""):
         # A few at a time: their pixel values are in memory together.
-        for start in range(0, len(batch), _IMAGE_ROWS):
-            part = range(start, min(start + _IMAGE_ROWS, len(batch)))
+        for start in range(0, len(pairs), _IMAGE_ROWS):
+            part = range(start, min(start + _IMAGE_ROWS, len(pairs)))
             if drop:
-                flags[part] = [not rows.fits(fields[i], batch[i].where) for i in part]
+                flags[part] = [not rows.fits(pairs[i], where[i]) for i in part]
             kept = [i for i in part if not (drop and flags[i])]
-            built = rows.build([fields[i] for i in kept], [batch[i].where for i in kept])
+            built = rows.build([pairs[i] for i in kept], [where[i] for i in kept])
             images += built.images
             found = dict(zip(kept, zip(built.rows, built.overlength, strict=True), strict=True))
             for index in part:
@@ -255,7 +280,7 @@ def _tokens(
     builder: RowBuilder,
     fast: FastRows | None,
     texts: list[tuple[str, str, str]],
-    batch: list[Record],
+    where: Sequence[str],
 ) -> tuple[dict[str, pa.Array], np.ndarray]:
     """Columns of tokens for the figures, and which rows are too long."""
     prompts, chosen, rejected = zip(*texts, strict=True)
@@ -267,9 +292,7 @@ def _tokens(
         except ValueError:
             pass  # the builder reports the file and line of the row
     with user_errors(""):
-        rows, flags = builder.tokenize_batch(
-            prompts, chosen, rejected, [record.where for record in batch]
-        )
+        rows, flags = builder.tokenize_batch(prompts, chosen, rejected, where)
     columns = {name: pa.array([row[name] for row in rows]) for name in needed(rows[0])}
     return columns, np.array(flags, bool)
 
@@ -291,26 +314,12 @@ def _batches(stream: RecordStream, rows: int | None) -> Generator[list[Record], 
             bar.update((stream.done if known else count) - bar.n)
 
 
-def _ensure_template(tokenizer: Any, record: Record) -> None:
+def _ensure_template(tokenizer: Any, pair: Mapping[str, Any]) -> None:
     # As `oddsmith train` does for base models, so that the figures match its rows.
-    if record.fields is not None and is_messages(record.fields.get("chosen")):
-        if tokenizer.chat_template is None:
-            tokenizer.chat_template = FALLBACK_CHAT_TEMPLATE
+    if is_messages(pair["chosen"]) and tokenizer.chat_template is None:
+        tokenizer.chat_template = FALLBACK_CHAT_TEMPLATE
 
 
-def _pair_of(record: Record) -> dict[str, Any]:
-    if record.fields is None:
-        raise UserError(f"{record.where}: {record.problem}")
-    for side in ("chosen", "rejected"):
-        if side not in record.fields:
-            raise UserError(
-                f"{record.where}: no field {side}; its fields are "
-                f"{', '.join(map(str, record.fields))}; oddsmith prepare makes pairs from other data"
-            )
-    return record.fields
-
-
-def _text(record: Record, tokenizer: Any) -> tuple[str, str, str]:
-    fields = _pair_of(record)
+def _text(pair: Mapping[str, Any], where: str, tokenizer: Any) -> tuple[str, str, str]:
     with user_errors(""):
-        return row_text(fields, tokenizer, record.where)
+        return row_text(pair, tokenizer, where)

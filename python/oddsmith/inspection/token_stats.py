@@ -150,6 +150,7 @@ class TokenStats:
     Args:
         bos, eos (`int`, *optional*): Token ids of the tokenizer.
         max_length (`int`, *optional*): Longest sequence.
+        max_prompt_length (`int`, *optional*): What prompts of pairs that are too long are cut to.
         near_duplicates (`bool`, *optional*, defaults to `True`): Look for repeated prompts.
     """
 
@@ -157,12 +158,14 @@ class TokenStats:
     eos: int | None = None
     max_length: int | None = None
     near_duplicates: bool = True
+    max_prompt_length: int | None = None
     rows: int = 0
     identical: Finding = field(default_factory=Finding)
     empty: Finding = field(default_factory=Finding)
     double_bos: Finding = field(default_factory=Finding)
     missing_eos: Finding = field(default_factory=Finding)
     too_long: Finding = field(default_factory=Finding)
+    no_context: Finding = field(default_factory=Finding)
     repeated: Finding = field(default_factory=Finding)
     similar: Finding = field(default_factory=Finding)
 
@@ -171,13 +174,20 @@ class TokenStats:
         self._prompts = KeyIndex()
         self._near = NearDuplicates(NEAR) if self.near_duplicates else None
 
-    def add(self, rows: TokenRows, numbers: np.ndarray | None = None) -> None:
+    def add(
+        self,
+        rows: TokenRows,
+        numbers: np.ndarray | None = None,
+        cut: np.ndarray | None = None,
+    ) -> None:
         """
         Adds a chunk of rows.
 
         Args:
             rows ([`TokenRows`]): The rows, in order.
             numbers (`np.ndarray`, *optional*): Row numbers for findings; consecutive if not given.
+            cut (`np.ndarray`, *optional*): Which rows were cut to length, bool (n,); those of the
+                lengths that cut rows have if not given.
         """
         count = len(rows.chosen.lengths)
         if numbers is None:
@@ -198,7 +208,8 @@ class TokenStats:
         self.empty.add((texts[0] == 0) | (texts[1] == 0), numbers)
         if not rows.encoder_decoder:
             self.double_bos.add(self._second_bos(rows), numbers)
-            self.missing_eos.add(self._without_eos(rows, totals), numbers)
+            self.missing_eos.add(self._without_eos(rows, totals, cut), numbers)
+            self.no_context.add(shared == 0, numbers)
             if self.max_length is not None:
                 self.too_long.add(np.maximum(*totals) > self.max_length, numbers)
         if self._near is not None:
@@ -214,16 +225,25 @@ class TokenStats:
         ]
         return (counts[0] + counts[1] > 1) | (counts[0] + counts[2] > 1)
 
-    def _without_eos(self, rows: TokenRows, totals: list[np.ndarray]) -> np.ndarray:
+    def _without_eos(
+        self, rows: TokenRows, totals: list[np.ndarray], cut: np.ndarray | None
+    ) -> np.ndarray:
         missing = np.zeros(len(totals[0]), bool)
         if self.eos is None:
             return missing
         for answer, total in zip((rows.chosen, rows.rejected), totals, strict=True):
             last = answer.at(-1)
             last = np.where(answer.lengths > 0, last, rows.prompt.at(-1))
-            whole = True if self.max_length is None else total < self.max_length
-            missing |= (last != self.eos) & whole
-        return missing
+            missing |= (last != self.eos) & ~self._may_be_cut(answer.lengths, total)
+        return missing if cut is None else missing & ~cut
+
+    def _may_be_cut(self, answers: np.ndarray, totals: np.ndarray) -> np.ndarray:
+        if self.max_length is None:
+            return np.zeros(len(totals), bool)
+        cut = totals >= self.max_length
+        if self.max_prompt_length is not None:
+            cut |= answers == self.max_length - self.max_prompt_length
+        return cut
 
     def _look_for_repeats(self, prompt: Ragged, numbers: np.ndarray, near: NearDuplicates) -> None:
         keys = sequence_keys(prompt.values, prompt.lengths)

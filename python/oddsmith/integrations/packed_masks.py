@@ -65,12 +65,12 @@ def row_mask(segments: Segments, device: Any, by_sequence: bool = False) -> RowM
     Returns:
         `RowMask`: `(1, N)` `int64`.
     """
-    counts = [
-        count
-        for shared, chosen, rejected in segments
-        for count in [2 if by_sequence else 1] * shared + [1] * (chosen + rejected)
-    ]
-    return RowMask.of(torch.tensor([counts], device=device))
+    counts = torch.ones(1, sum(map(sum, segments)), dtype=torch.int64)
+    start = 0
+    for shared, chosen, rejected in segments if by_sequence else ():
+        counts[0, start : start + shared] = 2
+        start += shared + chosen + rejected
+    return RowMask.of(counts.to(device))
 
 
 def pattern_mask(theirs: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -104,6 +104,12 @@ class Rules:
             return "other language"
         return None
 
+    def lacks_scores(self, pair: Pair) -> bool:
+        """Whether a rule about scores finds none, so that it keeps the pair."""
+        if self.min_score is not None and pair.score_chosen is None:
+            return True
+        return self.min_gap > 0 and None in (pair.score_chosen, pair.score_rejected)
+
     def _disagree(self, pair: Pair) -> bool:
         if pair.votes is not None and sum(pair.votes):
             return pair.votes[0] < self.min_agreement * sum(pair.votes) - 1e-9
@@ -149,11 +155,13 @@ class Curator:
     Attributes:
         distinct (`int`): Different prompts among the kept pairs.
         near (`int`): Of these, those similar to an earlier one.
+        judged (`int`): Pairs.
+        unscored (`int`): Pairs without the scores that `min_score` or `min_gap` compares.
     """
 
     def __init__(self, rules: Rules, folder: Path | None = None):
         self.rules = rules
-        self.distinct = self.near = 0
+        self.distinct = self.near = self.judged = self.unscored = 0
         self._exact = KeyIndex(folder)
         self._similar = NearDuplicates(rules.near_duplicates or NEAR, folder)
         self._form: type | None = None
@@ -166,6 +174,9 @@ class Curator:
         duplicates of each other.
         """
         outcomes = [[self.rules.reject(pair) for pair in unit.pairs] for unit in units]
+        for unit in units:
+            self.judged += len(unit.pairs)
+            self.unscored += sum(map(self.rules.lacks_scores, unit.pairs))
         prompts = [
             [
                 normalise(content_of(pair.prompt)) if reason is None else ""

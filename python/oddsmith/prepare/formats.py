@@ -1,17 +1,20 @@
 """Formats of datasets, and the parser of each."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from ..data.layouts import find_sides
 from ..errors import UserError
 from ..sources.records import Record
+from .answer_columns import describe, find_columns
+from .comparisons import find_comparison, parse_comparison
 from .grouped import group_responses
-from .pair import Unit, per_record
-from .ready import is_dialogue, parse_hh, parse_pair
+from .pair import BadRow, Unit, per_record
+from .ready import is_dialogue, pair_layout, parse_hh, parse_pair
 from .scored import PAIRINGS, Columns, parse_scored, parse_ultrafeedback
 from .trees import read_flat_messages, read_ready_trees
 
@@ -19,6 +22,7 @@ from .trees import read_flat_messages, read_ready_trees
 FORMATS = {
     "pairs": "rows with chosen and rejected (such as UltraFeedback-binarized)",
     "hh": "rows with two dialogues (HH-RLHF)",
+    "comparisons": "two answers and a verdict (SHP, SafeRLHF, WebGPT, Chatbot Arena, ..)",
     "ultrafeedback": "prompts with completions and their ratings (UltraFeedback)",
     "oasst": "messages (OpenAssistant, flat)",
     "oasst_trees": "messages (OpenAssistant, ready trees)",
@@ -88,15 +92,21 @@ def detect_format(fields: Mapping[str, Any], columns: Columns, where: str) -> st
         return "scored"
     if columns.response:
         return "responses"
-    if "chosen" in fields and "rejected" in fields:
-        both = is_dialogue(fields["chosen"]) and is_dialogue(fields["rejected"])
-        return "hh" if both and fields.get("prompt") is None else "pairs"
+    if find_sides(fields):
+        both = is_dialogue(fields.get("chosen")) and is_dialogue(fields.get("rejected"))
+        named = columns.prompt != "prompt" or fields.get("prompt") is not None
+        return "hh" if both and not named else "pairs"
+    if find_comparison(fields):
+        return "comparisons"
     if "instruction" in fields and "completions" in fields:
         return "ultrafeedback"
     if "message_id" in fields and "role" in fields:
         return "oasst"
     if isinstance(fields.get("prompt"), Mapping) and "message_tree_id" in fields:
         return "oasst_trees"
+    found = find_columns(fields, columns)
+    if found is not None:
+        return "scored" if found.responses else "responses"
     raise UserError(
         f"{where}: the format cannot be detected from the columns {', '.join(map(str, fields))}; give "
         "--format, or name the columns of scored answers: --responses_column or "
@@ -119,12 +129,40 @@ def read_units(records: Iterable[Record], options: ReadOptions) -> tuple[str, It
             head.append(record)
             if record.fields is not None:
                 kind = detect_format(record.fields, options.columns, record.where)
+                options = _with_columns(kind, record.fields, options)
                 break
             if options.stop_at_bad_rows:
                 raise UserError(f"{record.where}: {record.problem}")
             if len(head) == 100:
                 raise UserError(f"{record.where}: none of the first 100 lines can be read")
     return kind, _read(kind, chain(head, records), options)
+
+
+def _with_columns(kind: str, fields: Mapping[str, Any], options: ReadOptions) -> ReadOptions:
+    columns = options.columns
+    if kind in ("scored", "responses") and not (columns.responses or columns.response):
+        return replace(options, columns=find_columns(fields, columns) or columns)
+    return options
+
+
+def columns_taken(kind: str, fields: Mapping[str, Any], options: ReadOptions) -> str:
+    """
+    What the columns of a row were taken for, in one line; empty if they have the format's names.
+
+    Args:
+        kind (`str`): One of `FORMATS`, from [`read_units`].
+        fields (`Mapping[str, Any]`): The row.
+        options ([`ReadOptions`]): As given to it.
+    """
+    if kind == "pairs":
+        try:
+            return str(pair_layout(fields, options.columns.prompt))
+        except BadRow:
+            return ""
+    if kind == "comparisons":
+        return str(find_comparison(fields) or "")
+    found = _with_columns(kind, fields, options).columns
+    return describe(found) if found != options.columns else ""
 
 
 def _read(kind: str, records: Iterator[Record], options: ReadOptions) -> Iterator[Unit]:
@@ -137,7 +175,8 @@ def _read(kind: str, records: Iterator[Record], options: ReadOptions) -> Iterato
         return group_responses(records, columns, pairing, stop, options.folder)
     parsers = {
         "hh": partial(parse_hh, lang_column=columns.lang),
-        "pairs": partial(parse_pair, lang_column=columns.lang),
+        "comparisons": partial(parse_comparison, lang_column=columns.lang),
+        "pairs": partial(parse_pair, lang_column=columns.lang, prompt_column=columns.prompt),
         "scored": partial(parse_scored, columns=columns, pairing=pairing),
         "ultrafeedback": partial(parse_ultrafeedback, pairing=pairing),
     }

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..sources.records import Record
 from .pair import BadRow, Unit, bad_unit, fields_of, required, text_of, text_or_messages
@@ -63,7 +64,7 @@ def group_responses(
                 prompt = text_or_messages(required(fields, columns.prompt), columns.prompt)
                 text = text_of(required(fields, response), response)
                 score, rank = (
-                    json.dumps(None if name is None else fields.get(name))
+                    json.dumps(None if name is None else _number(fields.get(name)))
                     for name in (columns.scores, columns.ranks)
                 )
                 make_answer(
@@ -112,3 +113,8 @@ def group_responses(
                 (row[0], answer is not None) for row, answer in zip(rows, answers, strict=True)
             ]
             yield unit
+
+
+def _number(score: Any) -> Any:
+    # KTO's labels are true for the better answers.
+    return int(score) if isinstance(score, bool) else score

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..data.pictures import IMAGE_COLUMNS
 from ..errors import UserError
 from ..sources.records import Record
 
@@ -104,8 +105,19 @@ def per_record(
 
 
 def fields_of(record: Record) -> dict[str, Any]:
+    """
+    The fields of a row, of whatever format.
+
+    Raises:
+        BadRow: If it cannot be read, or has images.
+    """
     if record.fields is None:
         raise BadRow(record.problem or "is not an object")
+    if any(record.fields.get(name) for name in IMAGE_COLUMNS):
+        raise BadRow(
+            "the row has images, which the pairs would not have; train on such rows as they are, or "
+            "remove the column"
+        )
     return record.fields
 
 

@@ -4,7 +4,7 @@ import gzip
 import io
 import json
 import os
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -107,9 +107,19 @@ class PairFile(AbstractContextManager):
         except OSError as failure:  # a full disk
             raise UserError(f"--output {self.path}: {failure}") from failure
         finally:
-            if not self._raw.closed:
-                self._raw.close()
+            self._discard()
             self._temporary.unlink(missing_ok=True)
+
+    def _discard(self) -> None:
+        """Closes what an error has left open."""
+        if self._raw.closed:
+            return
+        if self._text is not None and isinstance(self._text.buffer, gzip.GzipFile):
+            # From Python 3.12 on it has a buffer, which is written when it is collected: to nowhere.
+            self._text.buffer.fileobj = io.BytesIO()
+            self._text.close()
+        with suppress(OSError):  # of a full disk, again
+            self._raw.close()
 
     def _finish(self) -> None:
         if self._text is not None:

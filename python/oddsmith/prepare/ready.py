@@ -2,9 +2,11 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from ..data.chat import extract_prompt
+from ..data.layouts import SYSTEMS, Layout, as_messages, find_layout, mapped_layout
 from .pair import (
     BadRow,
     Messages,
@@ -21,6 +23,19 @@ from .pair import (
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _LANGUAGES = ("lang", "language")
+# Names of the scores of both answers.
+SCORES = (
+    ("score_chosen", "score_rejected"),
+    ("chosen_score", "rejected_score"),
+    ("rating_chosen", "rating_rejected"),
+    ("chosen_rating", "rejected_rating"),
+    ("chosen-rating", "rejected-rating"),
+    ("chosen_avg_rating", "rejected_avg_rating"),
+    ("reward_chosen", "reward_rejected"),
+    ("chosen_reward", "rejected_reward"),
+    ("chosen_rm_score", "rejected_rm_score"),
+    ("pm_score_j", "pm_score_k"),
+)
 
 
 def language_of(fields: Mapping[str, Any], column: str | None = None) -> str | None:
@@ -32,26 +47,49 @@ def language_of(fields: Mapping[str, Any], column: str | None = None) -> str | N
     return None
 
 
-def parse_pair(fields: Mapping[str, Any], lang_column: str | None = None) -> list[Pair] | Unit:
+def pair_layout(fields: Mapping[str, Any], prompt_column: str = "prompt") -> Layout:
     """
-    A row with `chosen`, `rejected` and usually `prompt`, each text or messages.
+    The columns of a row with two answers; a system message belongs to the prompt.
+
+    Args:
+        fields (`Mapping[str, Any]`): The row.
+        prompt_column (`str`, *optional*): The prompt, if the user has named it.
+
+    Raises:
+        BadRow: If that column is missing, or several could be the prompt.
+    """
+    try:
+        if prompt_column != "prompt":
+            layout = mapped_layout({prompt_column: "prompt"}, fields, "the row")
+            system = next((name for name in SYSTEMS if isinstance(fields.get(name), str)), None)
+            return replace(layout, system=system)
+        return find_layout([fields], what="the row", system=True) or Layout()
+    except ValueError as error:
+        raise BadRow(str(error)) from error
+
+
+def parse_pair(
+    fields: Mapping[str, Any], lang_column: str | None = None, prompt_column: str = "prompt"
+) -> list[Pair] | Unit:
+    """
+    A row with two answers and usually a prompt, each text or messages, in `chosen`, `rejected` and
+    `prompt` or columns of other names; see [`~oddsmith.data.layouts.find_layout`].
 
     UltraFeedback-binarized has this form: its `chosen` and `rejected` contain the question too,
-    which is removed. If `score_chosen` and `score_rejected` are lists, each entry is from one
-    annotator.
+    which is removed. If the scores are lists, each entry is from one annotator.
 
     Args:
         fields (`Mapping[str, Any]`): The row.
         lang_column (`str`, *optional*): Column with the language; `lang` or `language` if not given.
+        prompt_column (`str`, *optional*): The prompt, if it is another column than `prompt`.
 
     Raises:
-        BadRow: If a field is missing or of another type, or the row has images.
+        BadRow: If a field is missing or of another type.
     """
-    if fields.get("images") or fields.get("image"):
-        raise BadRow(
-            "the row has images, which the pairs would not have; train on such rows as they are, or "
-            "remove the column"
-        )
+    layout, scores = pair_layout(fields, prompt_column), fields
+    for side in (layout.chosen, layout.rejected):
+        text_or_messages(as_messages(required(fields, side)), side)
+    fields = {**fields, "prompt": None, **layout.row(fields)}
     chosen, rejected = (
         text_or_messages(required(fields, side), side) for side in ("chosen", "rejected")
     )
@@ -71,17 +109,18 @@ def parse_pair(fields: Mapping[str, Any], lang_column: str | None = None) -> lis
     ):
         # The conversations include the prompt.
         alone = user(prompt) if isinstance(prompt, str) else None
-        prompt, chosen, rejected = _extract_messages(chosen, rejected)
+        prompt, chosen, rejected = extract_messages(chosen, rejected)
         if not prompt and alone is not None and chosen[0]["role"] != "user":
             prompt = [alone]
     if not prompt or not (prompt if isinstance(prompt, str) else prompt[-1]["content"]).strip():
         return Unit("", reason="no prompt")
-    (better, worse), votes = _scores(fields)
+    (better, worse), votes = _scores(scores)
     lang = language_of(fields, lang_column)
     return [Pair(prompt, chosen, rejected, better, worse, votes, lang=lang)]
 
 
-def _extract_messages(chosen: Messages, rejected: Messages) -> tuple[Messages, Messages, Messages]:
+def extract_messages(chosen: Messages, rejected: Messages) -> tuple[Messages, Messages, Messages]:
+    """The common beginning of two conversations, and the rest of each."""
     cut = 0
     # The last message of each is its answer, even if they are equal.
     for mine, other in zip(chosen[:-1], rejected[:-1], strict=False):
@@ -94,9 +133,11 @@ def _extract_messages(chosen: Messages, rejected: Messages) -> tuple[Messages, M
 def _scores(
     fields: Mapping[str, Any],
 ) -> tuple[tuple[float | None, float | None], tuple[int, int] | None]:
+    names = next(
+        (each for each in SCORES if any(fields.get(name) is not None for name in each)), SCORES[0]
+    )
     lists = []
-    for side in ("chosen", "rejected"):
-        name = f"score_{side}"
+    for name in names:
         value = fields.get(name)
         values = value if isinstance(value, list) else [value]
         lists.append([number_of(each, name) for each in values])
@@ -104,7 +145,7 @@ def _scores(
     if max(map(len, lists)) > 1:
         if len(lists[0]) != len(lists[1]):
             raise BadRow(
-                f"score_chosen has {len(lists[0])} annotators and score_rejected {len(lists[1])}"
+                f"{names[0]} has {len(lists[0])} annotators and {names[1]} {len(lists[1])}"
             )
         votes = count_votes(lists[0], lists[1])
     return (mean(lists[0]), mean(lists[1])), votes

@@ -16,7 +16,7 @@ from ..sources.stream import RecordStream
 from ..temporary import new_file
 from .curation import REASONS, Curator, Rules
 from .diversity import Diversity
-from .formats import FORMATS, ReadOptions, read_units
+from .formats import FORMATS, ReadOptions, columns_taken, read_units
 from .pair import Unit
 from .pair_file import PairFile, format_of
 
@@ -76,6 +76,7 @@ class _Counted:
 
     def __init__(self, streams: list[RecordStream]):
         self.streams, self.rows = streams, 0
+        self.first: dict[str, Any] | None = None  # the first row that can be read
 
     def __iter__(self) -> Iterator[Any]:
         sizes = [stream.size for stream in self.streams if stream.size is not None]
@@ -89,6 +90,7 @@ class _Counted:
         ) as bar:
             for record in chain.from_iterable(self.streams):
                 self.rows += 1
+                self.first = self.first or record.fields
                 if self.rows % 256 == 0:
                     done = sum(stream.done for stream in self.streams) if known else self.rows
                     bar.update(done - bar.n)
@@ -162,6 +164,7 @@ def run_prepare(
             summary = {
                 "datasets": datasets,
                 "format": kind,
+                "columns": columns_taken(kind, counted.first or {}, options),
                 "rows": {
                     "read": ledger.rows,
                     "kept": ledger.kept,
@@ -169,6 +172,7 @@ def run_prepare(
                 },
                 "pairs": {"written": ledger.pairs, "dropped": in_order(ledger.pairs_dropped)},
                 "rules": {**asdict(rules), "languages": sorted(rules.languages)},
+                "without_scores": {"pairs": curator.unscored, "of": curator.judged},
                 "diversity": diversity.report(curator.distinct, curator.near),
                 "output": str(output),
             }
@@ -221,12 +225,19 @@ def format_summary(summary: dict[str, Any]) -> str:
     dropped = rows["read"] - rows["kept"]
     lines = [
         f"read     {rows['read']:>10,}  {FORMATS[summary['format']]}",
+        *([f"columns              {summary['columns']}"] if summary["columns"] else []),
         f"kept     {rows['kept']:>10,}  ({rows['kept'] / max(rows['read'], 1):.1%})",
         f"dropped  {dropped:>10,}",
     ]
     if dropped:
         lines.append(format_dropped(summary))
     lines.append(f"pairs    {pairs['written']:>10,}  written to {summary['output']}")
+    without = summary["without_scores"]
+    if without["pairs"]:
+        lines.append(
+            f"                     {without['pairs']:,} of {without['of']:,} pairs have no score: "
+            "--min_score and --min_gap cannot drop them"
+        )
     if sum(pairs["dropped"].values()):
         others = ", ".join(f"{count:,} {reason}" for reason, count in pairs["dropped"].items())
         lines.append(f"                     not written: {others}")

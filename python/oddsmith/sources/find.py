@@ -18,8 +18,6 @@ SUMMARY_SUFFIX = ".summary.json"
 # UltraFeedback's names first: its `train` split is for supervised training and has no pairs.
 TRAIN_SPLITS = ("train_prefs", "train")
 TEST_SPLITS = ("test_prefs", "test", "validation", "valid", "eval", "dev")
-# Columns of a preference row that the trainer uses.
-COLUMNS = ("prompt", "chosen", "rejected", "images", "image", "tools", "chat_template_kwargs")
 
 
 def file_kind(path: Path) -> str | None:
@@ -214,26 +212,16 @@ def pick_split(
     return None
 
 
-def check_pairs(dataset: Dataset, what: str) -> Dataset:
-    """Checks that a dataset has preference pairs, and keeps the columns that are used.
-
-    Args:
-        dataset (`Dataset`): Rows.
-        what (`str`): Names the dataset in errors.
+def check_rows(dataset: Dataset, what: str) -> Dataset:
+    """
+    Check that a dataset has rows; the trainer looks for the pairs in them.
 
     Raises:
-        UserError: If it is empty or has no chosen or no rejected column.
+        UserError: If it is empty.
     """
     if len(dataset) == 0:
         raise UserError(f"{what} has no rows")
-    missing = [name for name in ("chosen", "rejected") if name not in dataset.column_names]
-    if missing:
-        raise UserError(
-            f"{what} has no column {' and no column '.join(missing)}: its columns are "
-            f"{', '.join(dataset.column_names)}; preference pairs have chosen and rejected, and "
-            "prompt unless both begin with it"
-        )
-    return dataset.select_columns([name for name in COLUMNS if name in dataset.column_names])
+    return dataset
 
 
 def load_pairs(run: Any, evaluates: bool) -> tuple[Dataset, Dataset | None]:
@@ -259,7 +247,7 @@ def load_pairs(run: Any, evaluates: bool) -> tuple[Dataset, Dataset | None]:
             f"dataset {run.dataset_name} has the splits {', '.join(map(str, splits))}; name the one to "
             "train on with --dataset_train_split"
         )
-    train = check_pairs(train, f"dataset {run.dataset_name}")
+    train = check_rows(train, f"dataset {run.dataset_name}")
     if not (evaluates or run.eval_dataset_name or run.dataset_test_split):
         return train, None
     test_splits = TEST_SPLITS
@@ -274,4 +262,4 @@ def load_pairs(run: Any, evaluates: bool) -> tuple[Dataset, Dataset | None]:
             f"{', '.join(map(str, splits))}; give --eval_dataset or --dataset_test_split"
         )
     name = run.eval_dataset_name or run.dataset_name
-    return train, check_pairs(test, f"dataset {name} (evaluation)")
+    return train, check_rows(test, f"dataset {name} (evaluation)")

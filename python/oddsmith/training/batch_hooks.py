@@ -2,6 +2,7 @@
 
 from typing import Any, cast
 
+import torch
 from accelerate.data_loader import prepare_data_loader
 from datasets import Dataset
 from torch.utils.data import DataLoader, Sampler
@@ -27,6 +28,22 @@ class BatchHooks(TrainerParts):
             own = Dataset.from_dict({column: pair_lengths(own).sum(axis=1)})
             return super()._get_train_sampler(cast(Any, own))
         return super()._get_train_sampler(cast(Any, dataset))
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        # transformers looks for `input_ids`; these are the sequences of both sides.
+        if self.is_encoder_decoder:
+            parts = ["prompt_{}", "prompt_{}"]
+        else:
+            parts = ["chosen_{}", "rejected_{}"]
+        both = {
+            column: torch.cat([inputs[part.format(column)].flatten() for part in parts])
+            for column in ("input_ids", "attention_mask")
+            if all(part.format(column) in inputs for part in parts)
+        }
+        if "input_ids" in both:
+            name = getattr(self.model, "main_input_name", "input_ids")
+            inputs = {**both, name: both["input_ids"]}
+        super()._track_num_input_tokens(inputs)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """The training batches; by `max_tokens_per_batch` if that is set."""

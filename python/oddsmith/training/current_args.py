@@ -16,12 +16,14 @@ logger = logging.get_logger(__name__)
 
 # Arguments that the prepared rows depend on.
 ROW_ARGUMENTS = (
+    "column_mapping",
     "label_pad_token_id",
     "max_completion_length",
     "max_length",
     "max_prompt_length",
     "overlength",
     "padding_value",
+    "prompt_column",
     "truncation_mode",
 )
 # Arguments that decide how the model is run and what is changed in it.
@@ -224,6 +226,7 @@ class CurrentArgs(TrainerParts):
         logger.warning(f"{', '.join(changed)} changed: the rows are prepared again.")
         # In place, because other objects refer to it.
         vars(self._rows).update(vars(self._row_builder()))
+        self._last_given = None  # rows that evaluate or predict was given
         before = self._made
         made = self._prepare_given(*self._given)
         for name, old, new in zip(("train_dataset", "eval_dataset"), before, made, strict=True):
@@ -234,5 +237,4 @@ class CurrentArgs(TrainerParts):
     # ---- Set by the trainer ----
 
     _given: tuple[Any, Any]
-    _made: tuple[Any, Any]
     _made_with: dict[str, Any]

@@ -3,6 +3,7 @@
 from typing import Any, cast
 
 import torch
+from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
@@ -12,6 +13,7 @@ from ..data.image_collator import model_inputs
 from ..data.image_rows import TOKEN_TYPES
 from ..data.processor import tokenizer_of
 from . import completions
+from .arguments import check_single
 from .trainer_parts import TrainerParts
 
 logger = logging.get_logger(__name__)
@@ -19,6 +21,45 @@ logger = logging.get_logger(__name__)
 
 class EvaluationHooks(TrainerParts):
     """Part of [`~oddsmith.ORPOTrainer`]: evaluation of batches and datasets."""
+
+    # The last dataset that evaluate or predict was given, and its prepared rows.
+    _last_given: tuple[Any, Any] | None = None
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """See [`~transformers.Trainer.get_eval_dataloader`]; a dataset is prepared first."""
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = self._rows_of(eval_dataset, "eval_dataset")
+        return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
+        """See [`~transformers.Trainer.get_test_dataloader`]; the dataset is prepared first."""
+        check_single(test_dataset, "test_dataset")
+        return super().get_test_dataloader(cast(Any, self._rows_of(test_dataset, "test_dataset")))
+
+    def _rows_of(self, dataset: Any, name: str) -> Any:
+        """Prepared rows of a dataset that evaluate or predict was given."""
+        if not isinstance(dataset, (Dataset, IterableDataset)):
+            return dataset  # another class, with another collator
+        if self._is_prepared(dataset):
+            return dataset
+        if self._last_given is None or self._last_given[0] is not dataset:
+            prepared = self._prepare_rows(dataset, name)
+            self._check_given(prepared, name)
+            self._last_given = dataset, prepared
+        if isinstance(dataset, IterableDataset) and self.accelerator.dispatch_batches is None:
+            # As for the trainer's own streams: their batches cannot be sliced.
+            self.accelerator.dataloader_config.dispatch_batches = False
+        return self._last_given[1]
+
+    def _is_prepared(self, dataset: Any) -> bool:
+        if self._image_rows is not None:  # whose rows have no other columns then
+            _, own = self._made
+            parts = [*own.values()] if isinstance(own, dict) else [own]
+            return any(dataset is part for part in (self.train_dataset, *parts))
+        columns = dataset.column_names
+        if columns is None:
+            columns = next(iter(dataset), {})
+        return self._token_columns <= set(columns)
 
     def prediction_step(
         self,

@@ -136,7 +136,8 @@ class PairScores(NamedTuple):
 
 def pair_metrics(scores: PairScores, pairs: int) -> dict[str, torch.Tensor]:
     """
-    TRL's metrics of a batch, and the count of pairs with an empty completion.
+    TRL's metrics of a batch, the count of pairs with an empty completion and, of a mixture of
+    experts that has it, the auxiliary loss.
 
     Args:
         scores ([`PairScores`]): The batch.
@@ -151,7 +152,7 @@ def pair_metrics(scores: PairScores, pairs: int) -> dict[str, torch.Tensor]:
         return torch.where(whole, values[:pairs].float(), 0.0).sum() / count
 
     chosen, rejected = scores.chosen_rewards, scores.rejected_rewards
-    return {
+    metrics = {
         "rewards/chosen": mean(chosen),
         "rewards/rejected": mean(rejected),
         "rewards/accuracies": mean(chosen > rejected),
@@ -165,3 +166,6 @@ def pair_metrics(scores: PairScores, pairs: int) -> dict[str, torch.Tensor]:
         "log_odds_chosen": mean(scores.log_odds_chosen),
         EMPTY_COMPLETIONS: (~whole).sum(),
     }
+    if scores.aux_loss is not None:
+        metrics["aux_loss"] = scores.aux_loss.detach()
+    return metrics

@@ -13,7 +13,7 @@ from torch import nn
 from ..integrations.cpu_memory import pooled_memory
 from ..integrations.patch import Patch
 from ..optim.low_rank.layerwise import LayerwiseHooks
-from .models import run_patches
+from .models import check_trainable, run_patches
 from .trainer_parts import TrainerParts
 
 
@@ -33,7 +33,14 @@ class ModelLoan(TrainerParts):
     _running: int = 0
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """See [`~transformers.Trainer.train`]."""
+        """
+        See [`~transformers.Trainer.train`].
+
+        Raises:
+            ValueError: If no parameter of the model is trainable.
+        """
+        if self.model is not None:  # otherwise model_init makes it
+            check_trainable(self.model)
         with self._loan(), pooled_memory(self.args.device):
             return super().train(*args, **kwargs)
 

@@ -87,6 +87,22 @@ def check_model(model: Any) -> None:
         )
 
 
+def check_trainable(model: nn.Module) -> None:
+    """
+    Check that a model has something to train.
+
+    Raises:
+        ValueError: If no parameter requires a gradient.
+    """
+    if any(parameter.requires_grad for parameter in model.parameters()):
+        return
+    if hasattr(model, "get_base_model"):
+        fix = "load its adapter with PeftModel.from_pretrained(..., is_trainable=True)"
+    else:
+        fix = "set requires_grad, or pass a peft_config"
+    raise ValueError(f"no parameter of the {type(model).__name__} is trainable; {fix}")
+
+
 def vocabulary_size(model: Any) -> int:
     """Number of token ids in a model's embeddings and output head."""
     core = model.get_base_model() if hasattr(model, "get_base_model") else model

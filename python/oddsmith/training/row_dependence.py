@@ -53,12 +53,6 @@ def _compiled(model: Any, args: Any) -> str | None:
     return None
 
 
-def _router(model: Any, args: Any) -> str | None:
-    if getattr(model.config, "output_router_logits", False):
-        return "its auxiliary loss is computed on a padded batch"
-    return None
-
-
 def _activated(model: Any, args: Any) -> str | None:
     if any(getattr(each, "alora_invocation_tokens", None) for each in _adapters(model)):
         return "its adapter (activated LoRA) is active behind certain tokens of a row"
@@ -115,7 +109,6 @@ RULES: tuple[Rule, ...] = (
     Rule("plain", _encoder),
     Rule("plain", _virtual),
     Rule("padded", _compiled),
-    Rule("padded", _router),
     Rule("padded", _neftune),
     Rule("padded", _activated),
     Rule("padded", _adapter_of_rows),

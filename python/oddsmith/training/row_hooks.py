@@ -9,12 +9,15 @@ from transformers.utils import logging
 
 from ..data.dataset import prepare_dataset
 from ..data.image_dataset import PEEKED_IMAGE_ROWS, peek, prepare_image_dataset
-from ..data.image_rows import ImageRows
+from ..data.layouts import parse_column_mapping
+from ..data.pictures import has_pictures
 from ..data.processor import tokenizer_of
+from ..data.rows import TOKEN_COLUMNS
 from ..data.vocabulary import check_vocabulary
-from ..inspection.report import report_rows
+from ..inspection.report import SAMPLE, DataReport, log_report, report_rows
 from ..inspection.token_stats import needed
 from .batch_hooks import LENGTH_STRATEGIES
+from .models import vocabulary_size
 from .overrides import is_overridden
 from .trainer_parts import TrainerParts
 
@@ -26,6 +29,9 @@ ROW_HOOKS = ("tokenize_row", "build_tokenized_answer")
 
 class RowHooks(TrainerParts):
     """Part of [`~oddsmith.ORPOTrainer`]: how a pair becomes a row. Uses its `_rows`."""
+
+    # The columns that rows get from the tokenizer.
+    _token_columns: set[str] = set()
 
     def build_tokenized_answer(self, prompt: str, answer: str) -> dict[str, list[int]]:
         """Token ids of a prompt and an answer; see [`RowBuilder`]."""
@@ -40,26 +46,21 @@ class RowHooks(TrainerParts):
 
     def _prepare_rows(self, dataset: Any, name: str) -> Any:
         own = any(is_overridden(self, RowHooks, hook) for hook in ROW_HOOKS)
+        mapping = parse_column_mapping(self.args.column_mapping, self.args.prompt_column)
         if self._image_rows is not None:
-            if own:
-                raise ValueError(
-                    f"{type(self).__name__} overrides {' or '.join(ROW_HOOKS)}, which are not "
-                    "called for rows with images: the collator makes their tokens"
-                )
-            strategy = getattr(self.args, "train_sampling_strategy", "random")
-            by_length = strategy in LENGTH_STRATEGIES
-            if self.args.max_tokens_per_batch is not None or by_length:
-                named = strategy if by_length else "max_tokens_per_batch"
-                raise ValueError(
-                    f"{named} is set and rows have images, whose lengths are not known before "
-                    "the collator; remove it"
-                )
+            self._check_for_images(own)
             return prepare_image_dataset(
                 dataset,
                 self._image_rows,
                 num_proc=self.args.dataset_num_proc,
                 overlength=self.args.overlength,
                 name=name,
+                column_mapping=mapping,
+            )
+        if self.use_dpo_data_collator and has_pictures(dataset):  # one that comes later
+            raise ValueError(
+                f"{name} has images and the data that the trainer was created with has none; remove "
+                "the column, or create another trainer"
             )
         return prepare_dataset(
             dataset,
@@ -69,54 +70,79 @@ class RowHooks(TrainerParts):
             overlength=self.args.overlength,
             name=name,
             builder=self._rows,
+            column_mapping=mapping,
         )
+
+    def _check_for_images(self, own_rows: bool) -> None:
+        """What cannot be done with rows with images."""
+        if own_rows:
+            raise ValueError(
+                f"{type(self).__name__} overrides {' or '.join(ROW_HOOKS)}, which are not "
+                "called for rows with images: the collator makes their tokens"
+            )
+        strategy = getattr(self.args, "train_sampling_strategy", "random")
+        by_length = strategy in LENGTH_STRATEGIES
+        if self.args.max_tokens_per_batch is not None or by_length:
+            named = strategy if by_length else "max_tokens_per_batch"
+            raise ValueError(
+                f"{named} is set and rows have images, whose lengths are not known before "
+                "the collator; remove it"
+            )
+
+    def _check_given(self, rows: Any, name: str) -> None:
+        """The checks of a dataset that comes after the start."""
+        self._check_sets({name: rows}, vocabulary_size(self.model))
 
     def _check_rows(self, train_dataset: Any, eval_dataset: Any, vocabulary: int) -> None:
-        if self._image_rows is not None:
-            self._check_image_rows(train_dataset, eval_dataset, vocabulary)
-            return
-        check_vocabulary(train_dataset, vocabulary, name="train_dataset")
-        parts = eval_dataset if isinstance(eval_dataset, dict) else {None: eval_dataset}
-        for key, part in parts.items():
-            if part is not None:
-                name = "eval_dataset" if key is None else f"eval_dataset[{key!r}]"
-                check_vocabulary(part, vocabulary, name=name)
-        if PartialState().is_main_process and self.use_dpo_data_collator:
-            self._report_rows(train_dataset)
+        # What tells prepared rows from others.
+        made = train_dataset.column_names or next(iter(train_dataset), {})
+        own = set(TOKEN_COLUMNS) & set(made)
+        self._token_columns = own or set(made) - {"prompt", "chosen", "rejected"}
+        sets = {"train_dataset": train_dataset, **_named(eval_dataset)}
+        self._check_sets(
+            {name: part for name, part in sets.items() if part is not None}, vocabulary
+        )
 
-    def _check_image_rows(self, train_dataset: Any, eval_dataset: Any, vocabulary: int) -> None:
-        """Check the first rows of each dataset, and report those of the training data."""
-        rows: ImageRows = self._image_rows
-        parts = eval_dataset if isinstance(eval_dataset, dict) else {None: eval_dataset}
-        for key, part in parts.items():
-            if part is not None:
-                name = "eval_dataset" if key is None else f"eval_dataset[{key!r}]"
-                check_vocabulary(peek(part, rows, name).rows, vocabulary, name=name)
-        batch = peek(train_dataset, rows, "train_dataset")
-        check_vocabulary(batch.rows, vocabulary, name="train_dataset")
-        if PartialState().is_main_process:
-            report = report_rows(
-                batch.rows,
-                tokenizer_of(self.processing_class),
-                max_length=self.max_length,
-                sample=PEEKED_IMAGE_ROWS,
-                batch_size=self.args.per_device_train_batch_size,
-                overlength=self._rows.overlength_counts.get("train_dataset"),
-                policy=self.args.overlength,
-                images=batch.images,
-            )
-            logger.warning(str(report))
+    def _check_sets(self, sets: dict[str, Any], vocabulary: int) -> None:
+        """Check the ids of datasets, and report them: rows with images by the first ones."""
+        reports = []
+        for name, part in sets.items():
+            images = None
+            if self._image_rows is not None:
+                batch = peek(part, self._image_rows, name)
+                part, images = batch.rows, batch.images
+            check_vocabulary(part, vocabulary, name=name)
+            if PartialState().is_main_process and self.use_dpo_data_collator:
+                reports.append(self._report(part, name, images))
+        passive = self.args.log_level == "passive"
+        log_report(
+            logger,
+            [report for report in reports if report is not None],
+            None if passive else self.args.get_process_log_level(),
+        )
 
-    def _report_rows(self, train_dataset: Any) -> None:
-        columns = train_dataset.column_names
+    def _report(self, rows: Any, name: str, images: list[int] | None) -> DataReport | None:
+        columns = getattr(rows, "column_names", None)
         if columns is not None and not set(needed(columns)) <= set(columns):
-            return  # an overridden tokenize_row may use other names
-        report = report_rows(
-            train_dataset,
+            return None  # an overridden tokenize_row may use other names
+        args = self.args
+        training = name == "train_dataset"
+        return report_rows(
+            rows,
             tokenizer_of(self.processing_class),
             max_length=None if self.is_encoder_decoder else self.max_length,
-            batch_size=self.args.per_device_train_batch_size,
-            overlength=self._rows.overlength_counts.get("train_dataset"),
-            policy=self.args.overlength,
+            max_prompt_length=self.max_prompt_length,
+            name=name,
+            sample=SAMPLE if images is None else PEEKED_IMAGE_ROWS,
+            batch_size=args.train_batch_size if training else args.eval_batch_size,
+            notes=self._rows.notes.get(name),
+            policy=args.overlength,
+            images=images,
         )
-        logger.warning(str(report))
+
+
+def _named(eval_dataset: Any) -> dict[str, Any]:
+    """Evaluation sets by their names in the log."""
+    if isinstance(eval_dataset, dict):
+        return {f"eval_dataset[{key!r}]": part for key, part in eval_dataset.items()}
+    return {"eval_dataset": eval_dataset}

@@ -47,10 +47,14 @@ if TYPE_CHECKING:
         aux_loss_enabled: bool
         aux_loss_coef: float
         max_length: int
+        max_prompt_length: int | None
         generate_during_eval: bool
         use_dpo_data_collator: bool
         _rows: RowBuilder
+        _token_columns: set[str]
         _image_rows: Any
+        _made: tuple[Any, Any]
+        _last_given: tuple[Any, Any] | None
         _stored_metrics: MetricStore
         _metric_weight: float
         _scheduled_beta: float | None
@@ -67,6 +71,10 @@ if TYPE_CHECKING:
 
         def _take_metrics(self, split: Split) -> dict[str, float]: ...
 
+        def _prepare_rows(self, dataset: Any, name: str) -> Any: ...
+
+        def _check_given(self, rows: Any, name: str) -> None: ...
+
         def _borrow(self) -> None: ...
 
         def _lend(self, model: nn.Module) -> None: ...
@@ -76,8 +84,6 @@ if TYPE_CHECKING:
         def _choose_path(self, model: nn.Module) -> None: ...
 
         def _announce_path(self) -> None: ...
-
-        def _prepare_rows(self, dataset: Any, name: str) -> Any: ...
 
         def _check_rows(self, train_dataset: Any, eval_dataset: Any, vocabulary: int) -> None: ...
 

@@ -168,6 +168,13 @@ impl Args<'_> {
         Err(self.value(argument, "a positive finite number", value.to_string()))
     }
 
+    fn at_least_zero(&self, argument: &'static str, value: f64) -> Result<()> {
+        if value.is_finite() && value >= 0.0 {
+            return Ok(());
+        }
+        Err(self.value(argument, "a finite number of at least 0", value.to_string()))
+    }
+
     fn value(&self, argument: &'static str, expected: &str, got: String) -> Error {
         Error::Value { op: self.op, argument, expected: expected.into(), got }
     }
@@ -197,7 +204,7 @@ impl Pairs<'_> {
         check_devices(args.op, ("hidden", args.hidden), others)?;
         args.row_argument("sequence", self.sequence, rows, Kind::Int64)?;
         args.row_argument("completion", self.completion, rows, Kind::Bool)?;
-        args.positive("beta", objective.beta)?;
+        args.at_least_zero("beta", objective.beta)?;
         let pairs = match self.count {
             Some(count) if count > 0 => count,
             Some(count) => return Err(args.value("num_pairs", "a positive number", count.to_string())),

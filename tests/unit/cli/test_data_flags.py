@@ -81,7 +81,8 @@ def test_inspect_flags_reach_the_run(monkeypatch):
     argv = (
         "d --model m --model-revision v --dataset_config c --split s --rows 9 --max_length 77 "
         "--max-prompt-length 33 --overlength drop --batch_size 5 --chat_template t.jinja "
-        "--trust_remote_code --json --histogram h.png"
+        "--trust_remote_code --json --histogram h.png --prompt_column q "
+        '--column_mapping {"s":"system"}'
     )
     assert run_inspect(argv.split()) == 0
     assert run_inspect(["d", "--model", "m"]) == 0
@@ -89,12 +90,13 @@ def test_inspect_flags_reach_the_run(monkeypatch):
         "config": "c", "split": "s", "rows": 9, "max_length": 77, "max_prompt_length": 33,
         "overlength": "drop", "batch_size": 5, "chat_template": "t.jinja", "revision": "v",
         "trust_remote_code": True, "as_json": True, "histogram": "h.png",
+        "column_mapping": {"s": "system", "q": "prompt"},
     }  # fmt: skip
     plain = {
         "config": None, "split": None, "rows": None, "max_length": 1024,
         "max_prompt_length": None, "overlength": "truncate", "batch_size": 2,
         "chat_template": None, "revision": None, "trust_remote_code": False, "as_json": False,
-        "histogram": None,
+        "histogram": None, "column_mapping": {},
     }  # fmt: skip
     assert calls == [(("d", "m"), expected), (("d", "m"), plain)]
 

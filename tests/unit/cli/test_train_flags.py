@@ -69,12 +69,12 @@ def test_lora_flags_without_an_adapter_are_reported(capsys):
         (["--lora", "3"], "unknown argument --lora"),
         (["--max_steps", "3", "stray"], "unknown argument stray"),
         (["--max_steps", "abc"], "--max_steps"),
-        (["--beta", "0"], "beta is 0.0; must be positive and finite"),
-        (["--beta", "nan"], "beta is nan; must be positive and finite"),
+        (["--beta", "-1"], "beta is -1.0; must be at least 0 and finite"),
+        (["--beta", "nan"], "beta is nan; must be at least 0 and finite"),
         (["--dtype", "int8"], "invalid choice: 'int8'"),
         (["--share_prompt", "maybe"], "share_prompt is 'maybe'; must be True, False or 'auto'"),
         (["--beta_schedule", "linear"], "beta_schedule is 'linear'; needs beta_end"),
-        (["--max_length", "8", "--max_prompt_length", "8"], "max_prompt_length is 8"),
+        (["--max_length", "8", "--max_prompt_length", "9"], "max_prompt_length is 9"),
     ],
 )
 def test_wrong_flags(flags, reason, capsys):

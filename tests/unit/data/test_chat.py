@@ -105,3 +105,45 @@ def test_rows_of_the_wrong_kind(tokenizer, row, words):
     tokenizer.chat_template = TEMPLATE
     with pytest.raises(ValueError, match=words):
         row_text(row, tokenizer, "data row 1")
+
+
+TALK = {"prompt": [user("a")], "chosen": [bot("b")], "rejected": [bot("c")]}
+
+
+@pytest.mark.parametrize("tools", ["search, calculator", "5", '{"name": "search"}'])
+def test_tools_that_are_something_else_are_named(tokenizer, tools):
+    tokenizer.chat_template = TEMPLATE
+    with pytest.raises(ValueError, match="row 3: tools is .* must be a list of JSON schemas"):
+        row_text({**TALK, "tools": tools}, tokenizer, "row 3")
+    # Text rows have no template, and their tools are not read.
+    row_text({"prompt": "a", "chosen": "b", "rejected": "c", "tools": tools}, tokenizer, "row")
+
+
+@pytest.mark.parametrize("tools", [None, "", " ", "null", "[]", []])
+def test_no_tools(tokenizer, tools):
+    tokenizer.chat_template = "{% if tools is not none %}TOOLS{% endif %}" + TEMPLATE
+    assert "TOOLS" not in row_text({**TALK, "tools": tools}, tokenizer, "row")[0]
+
+
+def test_a_message_without_content_is_named(tokenizer):
+    tokenizer.chat_template = TEMPLATE
+    row = {**TALK, "rejected": [bot("x"), bot(None)]}
+    with pytest.raises(ValueError, match=r"row 3: rejected\[1\] is a message of role 'assistant'"):
+        row_text(row, tokenizer, "row 3")
+    calls = {"role": "assistant", "content": None, "tool_calls": [{"name": "search"}]}
+    assert row_text({**TALK, "rejected": [calls]}, tokenizer, "row 3")
+
+
+def test_a_prompt_of_text_before_answers_alone(tokenizer):
+    tokenizer.chat_template = TEMPLATE
+    assert row_text({**TALK, "prompt": "a"}, tokenizer, "row") == row_text(TALK, tokenizer, "row")
+
+
+def test_a_tokenizer_that_renders_without_a_template(tokenizer):
+    class Own(type(tokenizer)):
+        def apply_chat_template(self, *args, **kwargs):
+            raise RuntimeError("the last role is wrong")
+
+    tokenizer.__class__ = Own
+    with pytest.raises(ValueError, match="cannot render the row: the last role is wrong"):
+        row_text(TALK, tokenizer, "row")

@@ -5,8 +5,10 @@ import torch
 
 from oddsmith.data.collator import PreferenceCollator
 from oddsmith.data.rows import RowBuilder
+from oddsmith.head.logits import concatenate
 
 A, B, C, D, E, F = range(3, 9)
+COLUMNS = ("input_ids", "attention_mask", "labels")
 ROW = {"prompt": "a b c ", "chosen": "d e f", "rejected": "d"}
 
 
@@ -54,3 +56,20 @@ def test_a_packed_batch_is_there_until_a_column_changes(tokenizer):
     assert batch.packed() is None and moved.packed() is not None
     moved["chosen_labels"][0, -1] = -100
     assert moved.packed() is None
+
+
+def test_columns_of_the_user_with_such_names_stay_lists():
+    names = {
+        "annotator_labels": ["good", "bad"],
+        "chosen_labels_of": ["x"],
+        "human_labels": "text",
+        "packed": 7,
+        "chosen_votes_labels": [1, 2],
+    }
+    tokens = {f"{side}_{column}": [A, B] for side in ("chosen", "rejected") for column in COLUMNS}
+    batch = PreferenceCollator(0, packing=True)([{**tokens, **names}, {**tokens, **names}])
+    for name in ("annotator_labels", "chosen_labels_of", "human_labels", "packed"):
+        assert batch[name] == [names[name]] * 2
+    assert batch.packed() is not None
+    # Numbers are padded, but they are no input of the model.
+    assert set(concatenate(batch, False, 0, None)) == {f"concatenated_{name}" for name in COLUMNS}

@@ -171,3 +171,53 @@ def test_empty_datasets(tokenizer):
 def test_datasets_of_the_wrong_type(tokenizer):
     with pytest.raises(TypeError, match="train_dataset is a list; must be a datasets.Dataset"):
         validate(ROWS, tokenizer)
+
+
+# What a dataset shows, columns of other names, rows of different keys
+
+
+def test_a_transform_is_trained_on(tokenizer):
+    def swapped(batch):
+        return {**batch, "chosen": batch["rejected"], "rejected": batch["chosen"]}
+
+    shown = prepare(Dataset.from_list(ROWS).with_transform(swapped), tokenizer)
+    expected = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in ROWS]
+    assert shown.to_list() == prepare(expected, tokenizer).to_list()
+
+
+def test_other_names_of_columns(tokenizer, log):
+    rows = [{"question" if key == "prompt" else key: row[key] for key in row} for row in ROWS]
+    prepared = prepare(rows, tokenizer)
+    assert prepared.to_list() == prepare(ROWS, tokenizer).to_list()
+    assert log.text.count("train_dataset: question is the prompt;") == 1
+    named = [{"frage" if key == "prompt" else key: row[key] for key in row} for row in ROWS]
+    prepared = prepare(named, tokenizer, column_mapping={"frage": "prompt"})
+    assert prepared.to_list() == prepare(ROWS, tokenizer).to_list()
+
+
+def test_streams_of_rows_with_different_keys(tokenizer):
+    rows = [dict(row) for row in ROWS]
+    rows[0]["extra"] = "x"
+    del rows[1]["score"]
+    made = list(prepare(stream_of(rows), tokenizer))
+    assert [row["chosen_input_ids"] for row in made] == prepare(ROWS, tokenizer)[
+        "chosen_input_ids"
+    ][:]
+    del rows[2]["rejected"]
+    with pytest.raises(ValueError, match="train_dataset row 2: rejected is None"):
+        prepare(stream_of(rows), tokenizer)
+
+
+def test_columns_of_the_user_with_the_names_of_tokens(tokenizer, log):
+    rows = [{**row, "chosen_labels": "good", "prompt_input_ids": 3} for row in ROWS]
+    assert prepare(rows, tokenizer).to_list() == prepare(ROWS, tokenizer).to_list()
+    assert "columns chosen_labels, prompt_input_ids are made from the text" in log.text
+
+
+def test_notes_for_the_report(tokenizer):
+    builder = RowBuilder(tokenizer, 7)
+    rows = [{**row, "system": "be very brief"} for row in ROWS]
+    prepare_dataset(Dataset.from_list(rows), tokenizer, builder.tokenize_row, name="mine")
+    notes = builder.notes["mine"]
+    assert (notes.overlength, notes.cut.tolist()) == (1, [False, True, False])
+    assert notes.unused == ("system",)

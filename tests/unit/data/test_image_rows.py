@@ -159,3 +159,9 @@ def test_inputs_for_each_token_are_refused(monkeypatch):
     monkeypatch.setattr(type(rows.processor), "__call__", call)
     with pytest.raises(ValueError, match="returns cross_attention_mask, which is not supported"):
         one(rows, image=picture(1))
+
+
+def test_a_prompt_string_before_messages():
+    rows = rows_of()
+    given = one(rows, prompt="ab", images=[picture(1)])
+    assert given.rows == one(rows, images=[picture(1)]).rows

@@ -8,7 +8,13 @@ from datasets import Dataset, Features, Value
 
 pytest.importorskip("PIL", reason="rows with images need Pillow")
 
-from oddsmith.data.pictures import columns_of, has_pictures, open_picture, row_pictures
+from oddsmith.data.pictures import (
+    columns_of,
+    has_pictures,
+    open_picture,
+    picture_column,
+    row_pictures,
+)
 from support.image_models import image_pairs, picture
 
 TEXT = {"prompt": ["a"], "chosen": ["b"], "rejected": ["c"]}
@@ -85,3 +91,11 @@ def test_features_tell_without_reading(tmp_path):
     features = Features({name: Value("string") for name in ("chosen", "rejected", "image")})
     rows = Dataset.from_dict({"chosen": [], "rejected": [], "image": []}, features=features)
     assert has_pictures(rows)
+
+
+def test_columns_that_a_dataset_shows():
+    rows = Dataset.from_list([{"path": "a.png", "images": ["b.png"], "chosen": "c"}])
+    assert picture_column(rows.with_format("torch", columns=["chosen"])) is None
+    made = rows.with_transform(lambda batch: {"image": batch["path"]})
+    assert picture_column(made) == "image"
+    assert picture_column(rows.with_transform(lambda batch: {"chosen": batch["chosen"]})) is None

@@ -5,6 +5,7 @@ import torch
 
 from oddsmith.data import rows as rows_module
 from oddsmith.data.rows import RowBuilder
+from support.word_tokenizer import WORDS
 
 A, B, C, D, E, F = range(3, 9)
 ROW = {"prompt": "a b c ", "chosen": "d e f", "rejected": "d"}
@@ -161,7 +162,7 @@ def test_rows_have_one_length_on_xla(tokenizer, monkeypatch):
     "given, words",
     [
         ({"max_length": 0}, "max_length is 0"),
-        ({"max_length": 8, "max_prompt_length": 8}, "below max_length 8"),
+        ({"max_length": 8, "max_prompt_length": 9}, "at most max_length 8"),
         ({"max_prompt_length": 0}, "max_prompt_length is 0"),
         ({"truncation_mode": "middle"}, "truncation_mode is 'middle'"),
     ],
@@ -169,3 +170,31 @@ def test_rows_have_one_length_on_xla(tokenizer, monkeypatch):
 def test_bad_arguments(tokenizer, given, words):
     with pytest.raises(ValueError, match=words):
         RowBuilder(tokenizer, **given)
+
+
+def test_a_prompt_limit_of_max_length(tokenizer):
+    """TRL's rule leaves the answers nothing then; they get what their prompt leaves."""
+    builder = RowBuilder(tokenizer, 6, 6)
+    row = builder.tokenize_row(ROW)
+    assert row["chosen_input_ids"] == [1, A, B, C, D, E]
+    assert row["rejected_input_ids"] == [1, A, B, C, D, 2]
+    # 7 + 2 > 6: the prompt is cut to 6, and nothing is left.
+    row = builder.tokenize_row({"prompt": "a b c d e f ", "chosen": "a", "rejected": "b"})
+    assert row["chosen_input_ids"] == [A, B, C, D, E, F]
+
+
+def test_a_row_without_a_token_is_an_error(tokenizer):
+    tokenizer.bos_token = tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="row 1: prompt and rejected are both empty"):
+        RowBuilder(tokenizer).tokenize_batch(["a", ""], ["b", "c"], ["d", ""], ["row 0", "row 1"])
+
+
+def test_a_tokenizer_that_takes_one_text_at_a_time(tokenizer):
+    class Alone:
+        bos_token_id, eos_token_id = 1, 2
+
+        def __call__(self, text, add_special_tokens=True):
+            ids = [WORDS.index(word) for word in text.split()]  # a list has no split
+            return {"input_ids": ids, "attention_mask": [1] * len(ids)}
+
+    assert RowBuilder(Alone()).tokenize_row(ROW) == RowBuilder(tokenizer).tokenize_row(ROW)

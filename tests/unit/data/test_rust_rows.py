@@ -138,7 +138,9 @@ def test_the_first_row_with_a_fault_is_named(tokenizer):
     rows = [conversation(row) for row in ROWS * 100]
     for index in (250, 120, 290):
         rows[index]["chosen"][1]["content"] = None
-    with pytest.raises(ValueError, match="train_dataset row 120: .*cannot render"):
+    with pytest.raises(
+        ValueError, match=r"train_dataset row 120: chosen\[1\] is .* content is None"
+    ):
         prepare(rows, with_strict_template(tokenizer))
 
 
@@ -343,3 +345,11 @@ def test_encoder_decoders_are_not_remarked_on(tokenizer, log):
     assert fast_rows_for(builder, [("a", "b", "c")], "mine") is None
     assert fast_rows_for(None, [("a", "b", "c")], "mine") is None
     assert not log.records
+
+
+def test_a_row_without_a_token_is_named(tokenizer):
+    tokenizer.bos_token = tokenizer.eos_token = None
+    rows = [{"prompt": "a", "chosen": "b", "rejected": "c"} for _ in range(5)]
+    rows[3] = {"prompt": "", "chosen": "", "rejected": "c"}
+    with pytest.raises(ValueError, match="train_dataset row 3: prompt and chosen are both empty"):
+        prepare(rows, tokenizer)

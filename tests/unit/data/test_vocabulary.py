@@ -48,3 +48,8 @@ def test_vocabulary_beyond_the_first_batch_and_below_zero(tokenizer):
     with pytest.raises(ValueError, match="chosen_input_ids has token id -1"):
         check_vocabulary(Dataset.from_dict({"chosen_input_ids": [[3, -1]]}), 5)
     check_vocabulary(Dataset.from_dict({"text": ["a"]}), 5)
+
+
+def test_columns_of_the_user_are_not_ids(tokenizer):
+    rows = [{**row, "human_labels": "good", "other_labels": [99]} for row in ROWS]
+    check_vocabulary(prepare(rows, tokenizer), 12)

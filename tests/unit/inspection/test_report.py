@@ -1,12 +1,15 @@
 """The report on a dataset: figures compared with their definitions, findings one by one."""
 
+import logging
+
 import numpy as np
 import pytest
 from datasets import Dataset
 
 from oddsmith.data.dataset import prepare_dataset
+from oddsmith.data.notes import RowNotes
 from oddsmith.data.rows import RowBuilder
-from oddsmith.inspection.report import DataReport, report_rows
+from oddsmith.inspection.report import FIGURES, DataReport, log_report, report_rows
 from oddsmith.inspection.token_stats import TokenRows, TokenStats
 from support.word_tokenizer import WORDS
 
@@ -203,3 +206,58 @@ def test_rows_with_images(tokenizer):
     assert not any("prompts computed once" in line for line in report.lines())
     text = report_rows(rows, tokenizer, max_length=20, batch_size=2)
     assert text.figures()["images"] is None and "images:" not in str(text)
+
+
+def test_answers_that_were_cut_under_a_prompt_limit_need_no_eos(tokenizer):
+    builder = RowBuilder(tokenizer, 20, 6)
+    row = {"prompt": "a b c d e f g h ", "chosen": "f " * 30, "rejected": "g"}
+    short = {**CLEAN, "prompt": "a ", "chosen": "f " * 30}  # 2 + 14 tokens, fewer than 20
+    dataset = Dataset.from_list([CLEAN, row, short])
+    prepared = prepare_dataset(dataset, tokenizer, builder.tokenize_row, name="mine")
+    for rows, notes in ((prepared, builder.notes["mine"]), (list(prepared), None)):
+        made = report_rows(rows, tokenizer, max_length=20, notes=notes, max_prompt_length=6)
+        assert made.findings == []
+    # A row that was not cut still needs it.
+    notes = RowNotes(cut=np.array([False, True, False]))
+    (line,) = report_rows(
+        prepared, tokenizer, max_length=20, notes=notes, max_prompt_length=3
+    ).findings
+    assert "1 of 3 rows do not end in EOS (first: row 2)" in line
+
+
+def test_an_empty_prompt_without_bos(tokenizer):
+    tokenizer.bos_token = None
+    (line,) = findings({**CLEAN, "prompt": ""}, tokenizer)
+    assert "2 of 4 rows have an empty prompt and no BOS token" in line
+
+
+def test_columns_that_are_not_used(tokenizer):
+    notes = RowNotes(unused=("system", "explanation"))
+    report = report_rows(prepare([CLEAN], tokenizer), tokenizer, notes=notes)
+    (line,) = report.findings
+    assert line.startswith("train_dataset: the column system has text that is not trained on;")
+    assert "  not used: the columns system, explanation have text" in str(report)
+    assert report.figures()["unused_columns"] == ["system", "explanation"]
+
+
+def test_a_prompt_that_is_there_twice_as_messages(tokenizer):
+    notes = RowNotes(repeated=[3, 5], repeated_of=9)
+    (line,) = report_rows(prepare([CLEAN], tokenizer), tokenizer, notes=notes).findings
+    assert "2 of 9 rows have the prompt twice" in line and "(first: row 3)" in line
+
+
+def test_figures_are_one_message_that_verbosity_silences(tokenizer, log):
+    shown, handler = [], logging.Handler()
+    handler.emit = shown.append
+    FIGURES.addHandler(handler)
+    same = {**CLEAN, "rejected": CLEAN["chosen"]}
+    reports = [report_rows(prepare([same], tokenizer), tokenizer, name=name) for name in "ab"]
+    try:
+        for level in (logging.WARNING, logging.INFO):
+            log_report(logging.getLogger("oddsmith"), reports, level)
+    finally:
+        FIGURES.removeHandler(handler)
+        FIGURES.setLevel(logging.NOTSET)
+    assert [record.levelname for record in shown] == ["INFO"]
+    assert shown[0].getMessage() == "\n".join(map(str, reports))
+    assert log.text.count("a: 1 of 1 rows have the same chosen and rejected completion") == 2

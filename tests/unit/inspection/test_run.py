@@ -7,10 +7,12 @@ from datasets import Dataset
 
 from oddsmith import cli
 from oddsmith.data.dataset import prepare_dataset
+from oddsmith.data.notes import RowNotes
 from oddsmith.data.rows import RowBuilder
 from oddsmith.errors import UserError
 from oddsmith.inspection.report import report_rows
 from oddsmith.inspection.run import run_inspect
+from support.word_tokenizer import bot, user
 
 CLEAN = {"prompt": "a b c d e ", "chosen": "f g", "rejected": "h i"}
 
@@ -42,7 +44,12 @@ def test_inspect_says_what_the_trainer_says(folder, tokenizer, tmp_path, capsys)
     source = write(tmp_path / "rows.jsonl", rows)
     report = run_inspect(source, folder, max_length=20, batch_size=3)
     trainer = report_rows(
-        prepare(rows, tokenizer), tokenizer, max_length=20, name=source, batch_size=3, overlength=1
+        prepare(rows, tokenizer),
+        tokenizer,
+        max_length=20,
+        name=source,
+        batch_size=3,
+        notes=RowNotes(overlength=1),
     )
     assert report.figures() == trainer.figures()
     shown = capsys.readouterr().out
@@ -94,7 +101,7 @@ def test_inspect_needs_a_tokenizer_and_sane_lengths(folder, tmp_path, capsys):
     source = write(tmp_path / "rows.jsonl", [CLEAN])
     with pytest.raises(UserError, match="--model /no/such: no such folder"):
         run_inspect(source, "/no/such")
-    with pytest.raises(UserError, match="max_prompt_length is 30; must be positive and below"):
+    with pytest.raises(UserError, match="max_prompt_length is 30; must be positive and at most"):
         run_inspect(source, folder, max_length=20, max_prompt_length=30)
     with pytest.raises(UserError, match="--histogram x: needs a suffix"):
         run_inspect(source, folder, histogram="x")
@@ -124,3 +131,27 @@ def test_inspect_uses_the_templates_that_train_would(folder, tmp_path, capsys):
         2,
         3,
     ]
+
+
+def test_inspect_reads_images_beside_columns_of_other_names(tmp_path, capsys):
+    pytest.importorskip("PIL", reason="rows with images need Pillow")
+    from support.image_models import image_model, picture
+
+    model, processor = image_model("llava")
+    model.config.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    picture(1).save(tmp_path / "a.png")
+    row = {"chosen": [bot("c")], "rejected": [bot("d")], "image": str(tmp_path / "a.png")}
+    found = []
+    for name, argv in (
+        ("prompt", []),
+        ("question", []),
+        ("frage", ["--prompt_column", "frage"]),
+        ("q", ["--column_mapping", '{"q": "prompt"}']),
+    ):
+        source = write(tmp_path / "rows.jsonl", [{**row, name: [user("ab")]}] * 3)
+        command = ["inspect", source, "--model", str(tmp_path / "model"), "--json", *argv]
+        assert cli.main(command) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert found[0]["images"] == {"rows": 3, "images": 3} and found[0]["unused_columns"] == []
+    assert all(figures == found[0] for figures in found)

@@ -11,7 +11,7 @@ from oddsmith.sources.records import Record
 
 def test_formats_are_told_apart():
     assert set(FORMATS) == {"pairs", "hh", "ultrafeedback", "oasst", "oasst_trees", "scored",
-                            "responses"}  # fmt: skip
+                            "responses", "comparisons"}  # fmt: skip
     with pytest.raises(
         UserError, match="x line 3: the format cannot be detected from the columns a, b"
     ):

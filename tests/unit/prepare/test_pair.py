@@ -3,6 +3,7 @@
 import pytest
 
 from oddsmith.errors import UserError
+from oddsmith.prepare.formats import ReadOptions, read_units
 from oddsmith.prepare.pair import (
     BadRow,
     Pair,
@@ -115,3 +116,22 @@ def test_bad_rows_stop_or_are_counted():
     assert str(error.value) == (
         "f.jsonl line 2: not JSON (--bad_rows drop skips such rows and counts them)"
     )
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "q", "chosen": "a", "rejected": "b"},
+        {"question": "q", "chosen_response": "a", "rejected_response": "b"},
+        {"prompt": "q", "response_0": "a", "response_1": "b", "better_response_id": 0},
+        {"prompt": "q", "responses": ["a", "b"], "scores": [1, 2]},
+        {"prompt": "q", "completion": "a", "label": True},
+    ],
+)
+@pytest.mark.parametrize("images", [{"images": ["a.png"]}, {"image": "a.png"}])
+def test_rows_with_images_are_refused_in_every_format(row, images):
+    records = [Record({**row, **images}, "x", "line", 1), Record(row, "x", "line", 2)]
+    with pytest.raises(UserError, match="x line 1: the row has images"):
+        list(read_units(records, ReadOptions())[1])
+    _, units = read_units(records, ReadOptions(stop_at_bad_rows=False))
+    assert sum(unit.rows for unit in units if unit.reason == "bad row") == 1

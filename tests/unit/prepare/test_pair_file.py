@@ -1,5 +1,6 @@
 """Files of pairs: their columns; they appear complete or not at all."""
 
+import gc
 import gzip
 import json
 import os
@@ -104,3 +105,20 @@ def test_a_full_disk_is_a_user_error(tmp_path, monkeypatch):
     ):
         file.write(SCORED)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_what_a_full_disk_did_not_take_goes_nowhere(name, tmp_path, monkeypatch):
+    """Not into a file that is closed, when the rest is collected: that is a message without a cause."""
+
+    def full(folder, prefix):
+        return folder / "temporary", open("/dev/full", "wb")
+
+    monkeypatch.setattr("oddsmith.prepare.pair_file.new_file", full)
+    with (
+        pytest.raises(UserError, match=f"{name}: .*No space left"),
+        PairFile(tmp_path / name) as file,
+    ):
+        file.write(SCORED)
+    del file
+    gc.collect()

@@ -3,6 +3,7 @@
 import pytest
 
 from oddsmith.prepare.pair import assistant, user
+from oddsmith.prepare.ready import SCORES
 from support.prepared_units import TALK, bad, pairs_of, read
 
 
@@ -114,10 +115,6 @@ def test_scores_and_votes_of_pairs():
              "score_rejected": [1]},
             "score_chosen has 2 annotators and score_rejected 1",
         ),
-        (
-            {"prompt": "q", "chosen": "a", "rejected": "b", "images": ["a.png"]},
-            "the row has images, which the pairs would not have",
-        ),
         ({"prompt": "q", "chosen": "a\ud800", "rejected": "b"}, "half a surrogate pair"),
     ],
 )  # fmt: skip
@@ -150,3 +147,37 @@ def test_dialogues():
     assert "must begin with '\\n\\nHuman:'" in bad(
         {"chosen": "Assistant: x", "rejected": rows[0]["rejected"]}, format="hh"
     )
+
+
+# Columns of other names
+
+
+def test_the_prompt_of_another_column():
+    rows = [
+        {"instruction": f"Say {i}", "chosen": "b", "rejected": "c", "source": "x"} for i in range(2)
+    ]
+    expected = [[(f"Say {i}", "b", "c")] for i in range(2)]
+    assert pairs_of(rows)[1] == expected
+    # A name that nobody knows, given by the user.
+    rows = [{"frage" if key == "instruction" else key: row[key] for key in row} for row in rows]
+    assert pairs_of(rows, columns={"prompt": "frage"})[1] == expected
+    assert "the row has no column other" in bad(rows[0], columns={"prompt": "other"})
+
+
+def test_a_system_message_belongs_to_the_prompt():
+    row = {"system": "Be brief.", "prompt": "Hi", "chosen": "b", "rejected": "c"}
+    system = {"role": "system", "content": "Be brief."}
+    pair = ([system, user("Hi")], [assistant("b")], [assistant("c")])
+    assert pairs_of([row])[1] == [[pair]]
+    (alone,) = pairs_of([{**row, "system": ""}])[1][0]
+    assert alone == ([user("Hi")], *pair[1:])  # of the same kind as the others
+    row = {"question" if key == "prompt" else key: row[key] for key in row}
+    assert pairs_of([row])[1] == pairs_of([row], columns={"prompt": "question"})[1] == [[pair]]
+
+
+@pytest.mark.parametrize("names", SCORES)
+def test_scores_under_their_usual_names(names):
+    row = {"prompt": "a", "chosen": "b", "rejected": "c", names[0]: "4.5", names[1]: 2}
+    _, units = read([row])
+    (pair,) = next(iter(units)).pairs
+    assert (pair.score_chosen, pair.score_rejected) == (4.5, 2.0)

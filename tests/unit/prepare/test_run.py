@@ -218,3 +218,20 @@ def test_argparse_errors(capsys):
     assert "--output" in capsys.readouterr().err
     assert cli.main(["prepare", "--help"]) == 0
     assert "--near_duplicates" in capsys.readouterr().out
+
+
+def test_the_summary_says_what_was_taken_for_what_and_what_has_no_scores(tmp_path, capsys):
+    rows = [
+        {"question": f"Is there tea no {i}?", "chosen": "Yes.", "rejected": "No."} for i in range(3)
+    ]
+    rows[0].update({"chosen-rating": 4.0, "rejected-rating": 1.0})
+    source, out = write(tmp_path / "rows.jsonl", rows), tmp_path / "out.jsonl"
+    summary = run_prepare([source], out, rules=Rules(min_gap=1.0))
+    assert summary["columns"] == "question is the prompt"
+    assert summary["without_scores"] == {"pairs": 2, "of": 3}
+    assert [each["prompt"] for each in load(out)] == [each["question"] for each in rows]
+    shown = capsys.readouterr().out
+    assert "question is the prompt" in shown
+    assert "2 of 3 pairs have no score: --min_score and --min_gap cannot drop them" in shown
+    summary = run_prepare([source], out, overwrite=True)
+    assert summary["without_scores"]["pairs"] == 0  # no rule asks for them

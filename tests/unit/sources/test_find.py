@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from oddsmith.errors import UserError
-from oddsmith.sources.find import check_pairs, file_kind, is_path, load_pairs, load_source
+from oddsmith.sources.find import check_rows, file_kind, is_path, load_pairs, load_source
 
 ROWS = [{"prompt": f"q{i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(5)]
 TEST_ROWS = ROWS[:2]
@@ -195,15 +195,12 @@ def test_evaluation_rows_from_elsewhere(tmp_path):
         load_pairs(ask(train_file), evaluates=True)
 
 
-def test_rows_without_pairs_are_refused():
+def test_no_rows():
     with pytest.raises(UserError, match="x has no rows"):
-        check_pairs(Dataset.from_list([]), "x")
-    with pytest.raises(UserError, match="x has no column rejected: its columns are chosen, text;"):
-        check_pairs(Dataset.from_list([{"chosen": "a", "text": "b"}]), "x")
-    with pytest.raises(UserError, match="no column chosen and no column rejected"):
-        check_pairs(Dataset.from_list([{"question": "a"}]), "x")
+        check_rows(Dataset.from_list([]), "x")
 
 
-def test_other_columns_are_left_behind():
-    rows = Dataset.from_list([{**ROWS[0], "messages": [], "score_chosen": 3.0, "tools": "[]"}])
-    assert check_pairs(rows, "x").column_names == ["prompt", "chosen", "rejected", "tools"]
+def test_other_columns_stay():
+    """The trainer can take one for the prompt, and names those with text that it does not use."""
+    rows = Dataset.from_list([{**ROWS[0], "question": "a", "score_chosen": 3.0}])
+    assert check_rows(rows, "x") is rows

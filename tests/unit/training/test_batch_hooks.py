@@ -61,3 +61,16 @@ def test_a_stream_has_no_lengths(make):
     trainer = make(train_dataset=stream, config={"max_tokens_per_batch": 99})
     with pytest.raises(ValueError, match="max_tokens_per_batch is 99 and train_dataset a Iterable"):
         trainer.get_train_dataloader()
+
+
+@pytest.mark.parametrize("kind", ["all", "non_padding"])
+def test_tokens_seen_are_those_of_both_sides(make, kind):
+    trainer = make(config={"include_num_input_tokens_seen": kind, "max_steps": 1})
+    trainer.train()
+    batches = list(trainer.get_train_dataloader())
+    seen = trainer.state.num_input_tokens_seen
+    real = int(pair_lengths(trainer.train_dataset).sum())
+    sides = [batch[f"{side}_input_ids"] for batch in batches for side in ("chosen", "rejected")]
+    # One step has two of the three batches.
+    assert 0 < seen < (real if kind == "non_padding" else sum(side.numel() for side in sides))
+    assert trainer.state.log_history[0]["num_input_tokens_seen"] == seen

@@ -87,7 +87,7 @@ def test_a_trial_is_trained_with_its_own_values(trial, make):
 def test_every_field_that_something_is_made_from_is_tried():
     untried = {"activation_checkpointing", "activation_checkpointing_kwargs"}
     untried |= {"gradient_checkpointing_kwargs", "torch_compile", "use_liger_kernel"}
-    untried |= {"max_completion_length", "overlength"}
+    untried |= {"max_completion_length", "overlength", "column_mapping", "prompt_column"}
     assert {*MODEL_ARGUMENTS, *ROW_ARGUMENTS} - untried <= {*TRIALS}
 
 
@@ -142,7 +142,7 @@ def test_rows_of_the_users_are_not_replaced(make):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"beta": -1.0}, "beta is -1.0; must be positive"),
+        ({"beta": -1.0}, "beta is -1.0; must be at least 0 and finite"),
         ({"nll_scope": "all"}, "nll_scope is 'all'"),
         ({"fp16": True}, "fp16 was False when the trainer was created and is True"),
     ],

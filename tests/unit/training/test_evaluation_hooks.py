@@ -1,6 +1,9 @@
 """Evaluation of batches and datasets."""
 
-from support.trainer_runs import batch_of, pairs
+import pytest
+from datasets import Dataset, DatasetDict
+
+from support.trainer_runs import batch_of, long_pairs, pairs
 
 
 def test_prediction_step(make):
@@ -58,3 +61,57 @@ def test_the_mode_of_the_model_survives_completions(make, tmp_path):
         assert trainer.model.training is training
     (file,) = (tmp_path / "completions").iterdir()
     assert len(file.read_text().splitlines()) == 3  # a batch of evaluation
+
+
+def test_datasets_that_come_later_are_prepared(make, log):
+    rows = pairs(6, seed=5)  # two whole batches
+    trainer = make(eval_dataset=rows, config={"eval_strategy": "steps", "eval_steps": 1})
+    expected = trainer.evaluate()
+    names = [name for name in expected if name.startswith(("eval_loss", "eval_rew", "eval_logp"))]
+    for given in (rows, trainer.eval_dataset, rows.to_iterable_dataset()):
+        found = trainer.evaluate(given)
+        assert {name: found[name] for name in names} == {name: expected[name] for name in names}
+    several = trainer.evaluate({"a": rows, "b": rows})
+    assert several["eval_a_loss"] == several["eval_b_loss"] == expected["eval_loss"]
+    assert trainer.predict(rows).metrics["test_loss"] == expected["eval_loss"]
+
+
+def test_datasets_that_come_later_are_checked(make, log):
+    trainer = make()
+    with pytest.raises(ValueError, match="eval_dataset has no column rejected"):
+        trainer.evaluate(pairs(2).remove_columns("rejected"))
+    with pytest.raises(TypeError, match="test_dataset is a DatasetDict with the splits a; pass"):
+        trainer.predict(DatasetDict(a=pairs(2)))
+    same = Dataset.from_list([{"prompt": "Is it? ", "chosen": "Yes.", "rejected": "Yes."}] * 2)
+    trainer.predict(same)
+    assert "test_dataset: 2 of 2 rows have the same chosen and rejected" in log.text
+
+
+def test_datasets_with_images_that_come_later(make, log):
+    pytest.importorskip("PIL", reason="rows with images need Pillow")
+    from support.image_models import image_model, image_pairs
+
+    model, processor = image_model("llava")
+    rows, other = image_pairs(6), image_pairs(6, seed=9)
+    given = {"model": model, "processing_class": processor}
+    trainer = make(**given, train_dataset=rows, eval_dataset=other)
+    expected = trainer.evaluate()["eval_loss"]
+    named = other.rename_column("prompt", "question")
+    for each in (other, trainer.eval_dataset, named, other.to_iterable_dataset()):
+        assert trainer.evaluate(each)["eval_loss"] == pytest.approx(expected, rel=1e-6)
+    assert trainer.predict(named).metrics["test_loss"] == pytest.approx(expected, rel=1e-6)
+    with pytest.raises(ValueError, match="eval_dataset has no column rejected"):
+        trainer.evaluate(other.remove_columns("rejected"))
+    text = make(**given, train_dataset=rows.remove_columns("images"))
+    with pytest.raises(ValueError, match="eval_dataset has images and the data that the trainer"):
+        text.evaluate(other)
+
+
+def test_rows_that_came_later_follow_the_arguments(make):
+    rows = long_pairs(6)
+    trainer = make()
+    before = trainer.evaluate(rows)["eval_loss"]
+    trainer.args.max_length = 20
+    after = trainer.evaluate(rows)["eval_loss"]
+    assert after != before
+    assert after == make(config={"max_length": 20}).evaluate(rows)["eval_loss"]

@@ -144,6 +144,27 @@ def test_a_pair_with_an_empty_completion_stays_out(make, model):
     torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("path", ["packed", "padded", "plain"])
+def test_beta_of_zero_trains_on_the_chosen_answers(make, path):
+    options = {"packed": {}, "padded": {"padding_free": False}, "plain": {"use_fused_head": False}}
+    trainer = make(config={"beta": 0, "bf16": False, **options[path]})
+    loss, metrics = trainer.get_batch_loss_metrics(trainer.model, batch_of(trainer))
+    assert float(loss.detach()) == pytest.approx(float(metrics["nll_loss"]), rel=1e-6)
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in trainer.model.parameters() if p.grad is not None)
+    assert metrics["rewards/margins"] == 0 and metrics["log_odds_chosen"].isfinite()
+
+
+def test_the_auxiliary_loss_is_a_metric(make, tokenizer):
+    trainer = make(model=make_model("mixtral", tokenizer))
+    loss, metrics = trainer.get_batch_loss_metrics(trainer.model, batch_of(trainer))
+    parts = metrics["nll_loss"] - trainer.beta * metrics["log_odds_ratio"]
+    expected = float(parts + trainer.aux_loss_coef * metrics["aux_loss"])
+    assert float(loss.detach()) == pytest.approx(expected, rel=1e-5)
+    assert metrics["aux_loss"] > 0 and not metrics["aux_loss"].requires_grad
+    assert "aux_loss" not in make().get_batch_loss_metrics(make().model, batch_of(make()))[1]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_batches_beyond_the_limits_of_a_model_keep_their_padding(make, tokenizer, dtype, caplog):
     """Temperatures that rise with the place in the row."""

@@ -245,6 +245,9 @@ def test_merged_adapters_can_be_trained_again(tmp_path):
     model = make_model(lora=True)
     make_trainer(model, tmp_path).train()
     merged = model.merge_and_unload()
+    with pytest.raises(ValueError, match="no parameter of the LlamaForCausalLM is trainable"):
+        loss_of(merged, tmp_path)  # LoRA has frozen them
+    merged.requires_grad_(True)
     assert type(merged) is LlamaForCausalLM
     merged.requires_grad_(True)  # peft leaves the weights frozen
     assert loss_of(merged, tmp_path) > 0

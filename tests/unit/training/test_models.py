@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaForSequenceClassification, LlamaModel
 
 from oddsmith import ORPOConfig
-from oddsmith.training.models import load_model
+from oddsmith.training.models import check_trainable, load_model, vocabulary_size
 from support.trainer_runs import arguments, make_model, make_tokenizer
 
 # PEFT reads a deprecated name of transformers.
@@ -89,3 +89,30 @@ def test_gradients_reach_an_adapter_under_checkpointing(make):
     trainer.train()
     moved = [p.abs().max() for n, p in trainer.model.named_parameters() if "lora_B" in n]
     assert moved and min(moved) > 0
+
+
+def test_a_model_with_nothing_to_train():
+    layer = torch.nn.Linear(2, 2)
+    check_trainable(layer)
+    with pytest.raises(ValueError, match="no parameter of the Linear is trainable; set requires"):
+        check_trainable(layer.requires_grad_(False))
+
+
+def test_the_vocabulary_of_a_tied_head_that_is_trained_whole(make, tokenizer):
+    from peft import LoraConfig
+
+    # peft makes the layer that it trains with the two sizes of the head exchanged.
+    config = LoraConfig(
+        r=2, target_modules=["q_proj"], task_type="CAUSAL_LM",
+        modules_to_save=["embed_tokens"], ensure_weight_tying=True,
+    )  # fmt: skip
+    tied = make_model("qwen3_tied", tokenizer)
+    trainer = make(model=tied, peft_config=config)
+    assert vocabulary_size(trainer.model) == tied.config.vocab_size
+    assert not trainer.path.reasons
+    trainer.train()
+    core = trainer.model.get_base_model()
+    ends = (core.get_input_embeddings(), core.get_output_embeddings())
+    weights = [end.modules_to_save["default"].weight for end in ends]
+    assert weights[0] is weights[1]
+    assert not torch.equal(weights[0], ends[0].original_module.weight)
