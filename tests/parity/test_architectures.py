@@ -93,8 +93,10 @@ def compare(name):
         if not limits.allow(batch):
             continue
         truth = results(padded, model, pairs, batch)
-        for ours, true in zip(results(packed, model, pairs, batch), truth, strict=True):
-            assert error(ours, true) < 2e-5, case
+        # Attention is sharp, so that gradients take more of the rounding than logits do.
+        ours = results(packed, model, pairs, batch)
+        for mine, true, bound in zip(ours, truth, (1e-5, 5e-5), strict=True):
+            assert error(mine, true) < bound, case
         plain, ours = (results(run, half, pairs, batch) for run in (padded, packed))
         for theirs, mine, true in zip(plain, ours, truth, strict=True):
             assert error(mine, true) < 2.0 * error(theirs, true) + 1e-2, case

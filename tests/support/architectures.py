@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from oddsmith.integrations.small_model import NotSmall, small_model
+from oddsmith.integrations.small_model import small_model
 
 # Options that switch on what is off by default: windows that half of the layers have.
 _WINDOWED = {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 1}
@@ -55,26 +55,20 @@ def tiny_models(name: str) -> Iterator[tuple[str, Any]]:
         LookupError: If its default configuration makes no small model of a decoder.
     """
     kind, model = configurations()[name]
-    cases = [("default", {})]
-    if any(option in kind().to_dict() for option in ("use_sliding_window", "sliding_window")):
-        known = kind().to_dict()
-        cases.append(("windows", {k: v for k, v in _WINDOWED.items() if k in known}))
-    for case, options in cases:
-        try:
-            config = kind(**options)
-            if getattr(config, "is_encoder_decoder", False):
-                raise LookupError(f"{name} is an encoder-decoder")
+    yield "default", _tiny(name, kind, model)
+    known = kind().to_dict()
+    if "use_sliding_window" in known or "sliding_window" in known:
+        options = {key: value for key, value in _WINDOWED.items() if key in known}
+        yield "windows", _tiny(name, kind, model, **options)
+
+
+def _tiny(name: str, kind: Any, model: Any, **options: Any) -> Any:
+    try:
+        config = kind(**options)
+        if not getattr(config, "is_encoder_decoder", False):
             with torch.device("meta"):
                 core = model(config)
-            yield case, small_model(core, reach=7, spread=5)
-        except NotSmall as none:
-            raise LookupError(str(none)) from none
-        except (
-            AttributeError,
-            TypeError,
-            KeyError,
-            ValueError,
-            AssertionError,
-            ImportError,
-        ) as bad:
-            raise LookupError(f"{type(bad).__name__}: {bad}") from bad
+            return small_model(core, reach=7, spread=5)
+    except Exception as bad:  # many cannot be made of their defaults
+        raise LookupError(f"{name}: {type(bad).__name__}: {bad}") from bad
+    raise LookupError(f"{name} is an encoder-decoder")
