@@ -8,7 +8,7 @@ import transformers
 
 from oddsmith.integrations import model_attention, model_packing
 from oddsmith.packing.batch import PackedBatch
-from support.packed_models import padded, pairs_of
+from support.packed_models import SIZES, padded, pairs_of
 
 MODELS = {
     "Llama": {},
@@ -17,7 +17,7 @@ MODELS = {
     "Qwen2": {},
     "Qwen3": {"head_dim": 8, "tie_word_embeddings": True},
     "Gemma": {"head_dim": 8},
-    "Phi3": {"pad_token_id": 0},
+    "Phi3": {},
     "GPTNeoX": {},
     "Mixtral": {"num_local_experts": 4},
     "Cohere": {},
@@ -34,14 +34,7 @@ CASES = [(name, None) for name in MODELS] + [
 def tiny_model(name, attn_implementation="sdpa", **changes):
     family = name.split("-")[0]
     options = {
-        "vocab_size": 61,
-        "hidden_size": 32,
-        "intermediate_size": 40,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
+        **SIZES,
         "attn_implementation": attn_implementation,
         **MODELS.get(name, {}),
         **changes,

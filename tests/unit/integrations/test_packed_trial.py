@@ -88,6 +88,16 @@ def test_a_model_that_cannot_run_gives_its_error():
     assert "could not be tried out (AttributeError: " in try_out(model)
 
 
+def test_code_that_does_not_exist_is_a_reason_too(monkeypatch):
+    model = llama()
+
+    def forward(*args, **kwargs):
+        raise NotImplementedError("no such kernel")
+
+    monkeypatch.setattr(model.model, "forward", forward)
+    assert "(NotImplementedError: no such kernel)" in try_out(model)
+
+
 def test_results_that_prove_nothing():
     model = llama()
     with torch.no_grad():
