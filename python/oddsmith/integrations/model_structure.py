@@ -13,7 +13,7 @@ __all__ = ["in_memory", "is_exact", "is_sharded", "mixer", "strange"]
 
 # Parameters of recurrences, by their last name.
 _RECURRENT = ("A_log", "dt_bias", "time_decay", "recurrent_param", "igate_preact", "time_mix_key")
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.RNNBase)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 # Packages whose wrappers and hooks leave what a layer computes for a token to this token.
 _KNOWN = (
     "torch.",
@@ -35,8 +35,9 @@ def mixer(core: Any) -> str | None:
         for index, layer in enumerate(layers):
             for name, module in layer.named_modules():
                 own = {key for key, _ in module.named_parameters(recurse=False)}
-                kernel = getattr(module, "kernel_size", (1,))
-                wide = isinstance(module, _CONVOLUTIONS) and max(kernel) > 1
+                wide = isinstance(module, nn.RNNBase) or (
+                    isinstance(module, _CONVOLUTIONS) and max(module.kernel_size) > 1
+                )
                 if wide or own & set(_RECURRENT):
                     # Its parent's name says what it is.
                     parent = name.rpartition(".")[0] if wide else name

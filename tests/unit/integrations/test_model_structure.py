@@ -51,6 +51,13 @@ def test_attention_mixes_nothing_by_itself():
     assert mixer(model) == "layer 1 has a recurrence or convolution (LlamaMLP)"
 
 
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_of_torch(kind):
+    model = llama()
+    model.model.layers[1].mlp.up_proj = kind(64, 64, batch_first=True)
+    assert mixer(model) == "layer 1 has a recurrence or convolution (LlamaMLP)"
+
+
 class Own(nn.Module):
     def forward(self, x):
         return x
