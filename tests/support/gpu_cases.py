@@ -65,11 +65,14 @@ def loss_and_gradients(function, hidden, weight, rows, trained: bool, **options)
 
 
 def assert_no_further(ours, naive, truth, dtype, floor: float = 4.0) -> None:
-    """|ours - truth| <= |naive - truth| + a few roundings, in units of the largest true value."""
+    """|ours - truth| <= 2 |naive - truth| + a few roundings, in units of the largest true value.
+
+    Twice, as the sums of both depend on the processor and on where its threads split them.
+    """
     for mine, theirs, true in zip(ours, naive, truth, strict=True):
         scale = true.abs().max()
         error, naive_error = ((x - true).abs().max() / scale for x in (mine, theirs))
-        allowed = naive_error + floor * torch.finfo(dtype).eps
+        allowed = 2 * naive_error + floor * torch.finfo(dtype).eps
         assert error <= allowed, f"{error:.2e} from the truth, the naive form {naive_error:.2e}"
 
 
