@@ -138,8 +138,10 @@ bench: bench-build ## Measure beside TRL, Liger, bitsandbytes, torchao and galor
 bench-gpu: bench-build ## Measure steps and kernels on a GPU, beside the same peers; 8 minutes
 	$(ACTIVATE) && $(RUN) -m benches.gpu --record
 
-# zig links with an old C library, so that the wheel runs wherever torch's own does.
-ZIG = $(ACTIVATE) && maturin build --release --locked --zig --compatibility manylinux_2_28 --auditwheel check
+# zig links with an old C library, so that the wheel runs wherever torch's own does; TARGET=aarch64-unknown-linux-gnu
+# makes the wheel of another processor.
+ZIG = $(if $(TARGET),rustup target add $(TARGET) &&) $(ACTIVATE) && maturin build --release --locked --zig \
+	$(TARGET:%=--target %) --compatibility manylinux_2_28 --auditwheel check
 .PHONY: zig
 zig: $(BIN)/.tools
 	$(BIN)/pip install --quiet "ziglang>=0.15"
