@@ -279,7 +279,7 @@ class ORPOConfig(LegacyArguments, TrainingArguments):
         if self.use_cpu:
             # By default only if the CPU has the instructions: without them torch emulates bfloat16,
             # about a hundred times slower than fp32. An explicit bf16=True is kept.
-            missing = wanted and self.bf16 is None and not _cpu_has_bf16()
+            missing = wanted and self.bf16 is None and not cpu_has_bf16()
         else:
             missing = (wanted or self.bf16_full_eval) and not (
                 is_torch_bf16_gpu_available() or is_torch_xla_available()
@@ -420,7 +420,7 @@ def _check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} is {value!r}; must be one of {', '.join(map(repr, allowed))}")
 
 
-def _cpu_has_bf16() -> bool:
+def cpu_has_bf16() -> bool:
     # {"avx512_bf16": True, "amx_bf16": False, ...} on x86, "bf16" on ARM; absent from older torch.
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
     return any(name.endswith("bf16") and present is True for name, present in capabilities.items())

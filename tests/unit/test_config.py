@@ -101,7 +101,7 @@ def test_gradient_checkpointing_under_both_names_without_a_warning(given):
 def test_bf16_follows_the_hardware(monkeypatch, log, given, gpu, cpu, bf16, lines):
     monkeypatch.setattr(config_module, "is_torch_bf16_gpu_available", lambda: gpu)
     monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: gpu)
-    monkeypatch.setattr(config_module, "_cpu_has_bf16", lambda: cpu)
+    monkeypatch.setattr(config_module, "cpu_has_bf16", lambda: cpu)
     config = ORPOConfig(**given)
     ORPOConfig(**given)  # the second time logs nothing
     assert config.bf16 is bf16
@@ -110,7 +110,7 @@ def test_bf16_follows_the_hardware(monkeypatch, log, given, gpu, cpu, bf16, line
 
 
 def test_bf16_of_this_cpu_is_a_plain_answer():
-    assert config_module._cpu_has_bf16() in (True, False)
+    assert config_module.cpu_has_bf16() in (True, False)
 
 
 def test_fp16_and_bf16_exclude_each_other():

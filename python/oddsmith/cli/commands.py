@@ -23,6 +23,7 @@ oddsmith: ORPO preference tuning, a drop-in for TRL's ORPOTrainer.
   oddsmith inspect DATASET --model M       check a dataset: lengths, padding, likely mistakes
   oddsmith quantize MODEL OUT              write an NF4 checkpoint in the format of bitsandbytes
   oddsmith merge BASE ADAPTER OUT          merge a LoRA adapter into its base, 4-bit or not
+  oddsmith check                           whether what is installed can train, and what to do if not
   oddsmith COMMAND --help                  the flags of a command
   oddsmith --version
 """
@@ -153,6 +154,30 @@ def merge(argv: list[str]) -> int:
     return run_merge(argv)
 
 
+def check_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="oddsmith check",
+        description="Look at the packages, the processor, the GPUs and the folders that a run needs, "
+        "and try out every family of operations beside torch's.",
+        epilog="The exit code is 0 if what is installed can train, and 1 if not.",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON, for bug reports")
+    parser.add_argument(
+        "--train",
+        action="store_true",
+        help="also train a small model for a few steps in float32, bfloat16 and with QLoRA, packed "
+        "and padded, and compare",
+    )
+    return parser
+
+
+def check(argv: list[str]) -> int:
+    options = check_parser().parse_args(argv)
+    from ..check.run import run_check
+
+    return run_check(options.json, options.train)
+
+
 COMMANDS = {
     "demo": demo,
     "train": train,
@@ -160,6 +185,7 @@ COMMANDS = {
     "inspect": inspect,
     "quantize": quantize,
     "merge": merge,
+    "check": check,
 }
 
 

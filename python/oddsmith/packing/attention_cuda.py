@@ -72,6 +72,12 @@ def packed_varlen(
     return out.transpose(0, 1)[None]
 
 
+def kernel_name() -> str | None:
+    """The module whose kernel is used; None if there is none."""
+    kernel = _kernel()
+    return None if kernel is None else kernel.name
+
+
 class _Plan:
     """Bounds of the blocks for a kernel, on the device, computed once for all layers."""
 
@@ -101,6 +107,7 @@ def _plan(segments: Segments, device: torch.device) -> _Plan:
 class _Kernel(NamedTuple):
     """A variable-length kernel: `run(query, key, value, plan, scale, window, softcap)`."""
 
+    name: str
     run: Callable[..., Tensor]
     knows_softcap: bool
 
@@ -115,7 +122,7 @@ def _kernel() -> _Kernel | None:
             known = inspect.signature(function).parameters
         except (ImportError, AttributeError, ValueError):
             continue
-        return _Kernel(partial(_by_package, function), "softcap" in known)
+        return _Kernel(module, partial(_by_package, function), "softcap" in known)
     return _of_torch()
 
 
@@ -178,4 +185,4 @@ def _of_torch() -> _Kernel | None:
         # With the log-sum-exp only where it is asked for.
         return out if isinstance(out, Tensor) else out[0]
 
-    return _Kernel(run, knows_softcap=False)
+    return _Kernel("torch.nn.attention.varlen", run, knows_softcap=False)

@@ -51,7 +51,7 @@ def test_the_kernel_on_a_gpu(window):
         torch.testing.assert_close(mine.double().cpu(), true, rtol=3e-2, atol=3e-2)
 
 
-NAIVE = attention_cuda._Kernel(naive_varlen, knows_softcap=True)
+NAIVE = attention_cuda._Kernel("naive", naive_varlen, knows_softcap=True)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -1,0 +1,62 @@
+"""Folders that cannot be written, are full, or are open to others."""
+
+import pytest
+
+from oddsmith.check import folders
+from oddsmith.check.findings import Folder
+
+ROOM = 1 << 40
+
+
+def test_this_machine():
+    found = {folder.what: folder for folder in folders.folders()}
+    assert list(found) == ["kernels", "hub", "temporary", "current"]
+    assert found["temporary"].writable
+    assert found["current"].free > 0
+
+
+@pytest.mark.parametrize(
+    ("variables", "path"),
+    [
+        ({"ODDSMITH_CACHE_DIR": "/a"}, "/a"),
+        ({"ODDSMITH_CACHE_DIR": "", "XDG_CACHE_HOME": "/b"}, "/b/oddsmith/kernels"),
+        ({"XDG_CACHE_HOME": "", "HOME": "/c"}, "/c/.cache/oddsmith/kernels"),
+    ],
+)
+def test_the_folder_of_kernels(monkeypatch, variables, path):
+    monkeypatch.delenv("ODDSMITH_CACHE_DIR", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert str(folders.kernel_folder()) == path
+
+
+def test_a_folder_that_is_not_there_yet(tmp_path, monkeypatch):
+    monkeypatch.setenv("ODDSMITH_CACHE_DIR", str(tmp_path / "a" / "b"))
+    kernels = folders.folders()[0]
+    assert kernels.path == str(tmp_path / "a" / "b")
+    assert kernels.writable and kernels.private and kernels.free > 0
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_folder_that_others_can_write_to(tmp_path, monkeypatch):
+    monkeypatch.setenv("ODDSMITH_CACHE_DIR", str(tmp_path))
+    tmp_path.chmod(0o777)
+    kernels = folders.folders()[0]
+    assert not kernels.private
+    (problem,) = folders.folder_problems([Folder("kernels", "/k", ROOM, True, kernels.private)])
+    assert problem.remedy == "chmod go-w /k"
+
+
+@pytest.mark.parametrize(
+    ("folder", "what", "remedy"),
+    [
+        (Folder("hub", "/h", ROOM, False, True), "cannot be written to", "HF_HOME"),
+        (Folder("temporary", "/t", 1 << 30, True, False), "has 1.0 GB of free space", "TMPDIR"),
+    ],
+)
+def test_problems(folder, what, remedy):
+    (problem,) = folders.folder_problems([folder])
+    assert what in problem.what
+    assert remedy in problem.remedy
+    assert not problem.fatal
+    assert not folders.folder_problems([Folder("temporary", "/t", ROOM, True, False)])
