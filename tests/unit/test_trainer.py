@@ -184,6 +184,8 @@ def test_default_arguments(make, tmp_path, monkeypatch):
     assert json.dumps(trainer.args.to_dict())
 
 
+# The model has no folder to look in.
+@pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning")
 def test_an_adapter_that_is_not_trainable(make, model, tmp_path):
     peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig()).save_pretrained(
         tmp_path / "adapter"

@@ -11,6 +11,7 @@ from oddsmith.functional import dequantize_nf4
 from oddsmith.integrations.peft_dispatch import serve_peft
 from oddsmith.nn import Linear4bit
 from support.peft_methods import method_config
+from support.releases import release
 from support.trainer_runs import make_model, make_tokenizer
 
 # peft and some of its methods warn of their own matters.
@@ -67,6 +68,10 @@ def adapted(model, name):
 
 @pytest.mark.parametrize("name", MERGED)
 def test_the_merged_weight_is_that_of_the_full_layer_in_4_bits(twins, name):
+    if name == "BOFT" and release("peft") < (0, 21):
+        pytest.skip(
+            "peft before 0.21 reads the codes of a 4-bit layer as its weight in BOFT's forward"
+        )
     small, full = (adapted(model, name) for model in twins)
     torch.testing.assert_close(small(TOKENS).logits, full(TOKENS).logits, rtol=1e-4, atol=1e-4)
     small, full = small.merge_and_unload(), full.merge_and_unload()
