@@ -18,9 +18,7 @@ from .data.image_rows import NO_PACKING, ImageRows
 from .data.pictures import has_pictures
 from .data.processor import tokenizer_of
 from .data.tokenizer import ensure_pad_token
-from .integrations import model_head, model_packing
-from .integrations.model_core import core_of
-from .integrations.model_path import TrainingPath
+from .integrations.model_path import TrainingPath, path_of
 from .training.adamw_names import ADAMW_NAMES, adamw_optimizer
 from .training.arguments import check_arguments, own_config
 from .training.batch_hooks import BatchHooks
@@ -40,7 +38,6 @@ from .training.models import (
     prepare_model,
     vocabulary_size,
 )
-from .training.row_dependence import row_dependence
 from .training.row_hooks import RowHooks
 
 logger = logging.get_logger(__name__)
@@ -232,42 +229,16 @@ class ORPOTrainer(
         return model
 
     def _choose_path(self, model: nn.Module) -> None:
-        self._padded_because = None
-        self._plain_because = self._check_fused_head(model)
+        path = path_of(model, self.args, NO_PACKING if self._has_images else None)
+        self._plain_because, self._padded_because = path.plain_because, path.padded_because
+        self._row_limits = path.limits
         if self._own_collator is not None:
             self._own_collator.packing = self._packs()
-
-    def _check_fused_head(self, model: Any) -> str | None:
-        """Why the loss must be computed from logits, or None."""
-        if not self.args.use_fused_head:
-            return "use_fused_head is False"
-        if (because := row_dependence(model, self.args, "plain")) is not None:
-            return because
-        try:
-            model_head.check(model)
-        except model_head.HeadMismatch as mismatch:
-            return str(mismatch)
-        self._padded_because = self._check_packing(model)
-        return None
 
     def _packs(self) -> bool:
         """Whether batches are run as packed rows."""
         from_logits = self._plain_because is not None or bool(self._own_loss_hooks())
         return self._padded_because is None and not from_logits
-
-    def _check_packing(self, model: nn.Module) -> str | None:
-        """Why batches need padding, or None."""
-        if not self.args.padding_free:
-            return "padding_free is False"
-        if self._has_images:
-            return NO_PACKING
-        if (because := row_dependence(model, self.args, "padded")) is not None:
-            return because
-        try:
-            self._row_limits = model_packing.check(core_of(model))
-        except model_packing.CannotPack as cannot:
-            return str(cannot)
-        return None
 
     @property
     def path(self) -> TrainingPath:

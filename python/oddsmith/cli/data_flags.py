@@ -218,6 +218,13 @@ def inspect_parser() -> argparse.ArgumentParser:
         "would be computed is shown too",
     )
     add(parser, "model_revision", metavar="REV", help="branch, tag or commit of a hub model")
+    add(
+        parser,
+        "settings",
+        metavar="FILE",
+        help="settings file of oddsmith train, whose options and adapter decide how batches would be "
+        "computed (default: no adapter, default options)",
+    )
     add(parser, "dataset_config", metavar="NAME", help="configuration of a hub dataset")
     add(parser, "split", metavar="NAME", help="default: train_prefs or train, or the only split")
     add(parser, "rows", type=positive, metavar="N", help="read the first N rows (default: all)")
@@ -267,9 +274,12 @@ def run_inspect(argv: list[str]) -> int:
 
     with user_errors(""):
         mapping = parse_column_mapping(flags.column_mapping, flags.prompt_column)
+    args, peft_config = _settings(flags)
     run(
         flags.dataset,
         flags.model,
+        args=args,
+        peft_config=peft_config,
         config=flags.dataset_config,
         split=flags.split,
         rows=flags.rows,
@@ -285,3 +295,16 @@ def run_inspect(argv: list[str]) -> int:
         column_mapping=mapping,
     )
     return 0
+
+
+def _settings(flags: argparse.Namespace) -> tuple[Any, Any]:
+    """The arguments and the adapter of a run of `oddsmith train`, or None for both."""
+    if flags.settings is None:
+        return None, None
+    from .train import make_adapter, model_init_kwargs
+    from .train_flags import parse_train_arguments
+
+    names = ["--model", flags.model, "--dataset", flags.dataset]
+    run, adapter, config = parse_train_arguments([flags.settings, *names])
+    config.model_init_kwargs = model_init_kwargs(run, config)
+    return config, make_adapter(adapter)

@@ -56,6 +56,8 @@ def run_inspect(
     as_json: bool = False,
     histogram: str | None = None,
     column_mapping: Mapping[str, str] | None = None,
+    args: Any = None,
+    peft_config: Any = None,
 ) -> DataReport:
     """
     Prints the report of a dataset, with a histogram of its lengths, and how its batches would go
@@ -78,6 +80,8 @@ def run_inspect(
         histogram (`str`, *optional*): Path of a plot to write.
         column_mapping (`Mapping[str, str]`, *optional*): Names of columns, such as
             `{"question": "prompt"}`.
+        args ([`ORPOConfig`], *optional*): The arguments of a run, for its path.
+        peft_config (`PeftConfig`, *optional*): The adapter of a run, for its path.
 
     Returns:
         [`DataReport`]: The report.
@@ -106,7 +110,8 @@ def run_inspect(
         sides = {"prompt": shared, "prompt and chosen": chosen, "prompt and rejected": rejected}
         with user_errors(f"--histogram {histogram}"):
             save_histogram(sides, histogram, dataset, max_length)
-    path = find_path(_place(model), revision, trust_remote_code, report.images is not None)
+    images = report.images is not None
+    path = find_path(_place(model), revision, trust_remote_code, images, args, peft_config)
     if as_json:
         figures = report.figures()
         if path is not None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from .head_probe import HeadMismatch, probe_head
-from .model_packing import CannotPack, RowLimits, check
+from . import model_head, model_packing
+from .model_core import core_of
+from .model_packing import RowLimits
+from .row_dependence import row_dependence
 
 __all__ = ["TrainingPath", "path_of"]
 
@@ -54,20 +56,30 @@ class TrainingPath:
         return f"{line}, for {limits}; others keep their padding." if limits else f"{line}."
 
 
-def path_of(core: Any) -> TrainingPath:
+def path_of(model: Any, args: Any = None, padded_because: str | None = None) -> TrainingPath:
     """
-    The path of a model by itself, without adapters and with the default options.
+    The path of a model with its adapters and the arguments of a run.
 
     Args:
-        core (`PreTrainedModel`): The model; its weights are not needed.
+        model (`PreTrainedModel` or `PeftModel`): The model; its weights are not needed.
+        args ([`ORPOConfig`], *optional*): The arguments; None for the defaults.
+        padded_because (`str`, *optional*): Why rows cannot be packed, whatever the model is.
     """
-    if core.config.is_encoder_decoder:
-        return TrainingPath(plain_because="it is an encoder-decoder model")
+    if not getattr(args, "use_fused_head", True):
+        return TrainingPath(plain_because="use_fused_head is False")
+    plain_because = row_dependence(model, args, "plain")
+    if plain_because is not None:
+        return TrainingPath(plain_because=plain_because)
     try:
-        probe_head(core)
-    except HeadMismatch as mismatch:
+        model_head.check(model)
+    except model_head.HeadMismatch as mismatch:
         return TrainingPath(plain_because=str(mismatch))
+    if not getattr(args, "padding_free", True):
+        padded_because = "padding_free is False"
+    padded_because = padded_because or row_dependence(model, args, "padded")
+    if padded_because is not None:
+        return TrainingPath(padded_because)
     try:
-        return TrainingPath(limits=check(core))
-    except CannotPack as cannot:
+        return TrainingPath(limits=model_packing.check(core_of(model)))
+    except model_packing.CannotPack as cannot:
         return TrainingPath(str(cannot))

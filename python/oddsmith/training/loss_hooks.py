@@ -14,10 +14,10 @@ from ..data.image_collator import both_sides
 from ..head import logits as plain
 from ..integrations import model_attention, model_head
 from ..integrations.model_packing import RowLimits
+from ..integrations.row_dependence import virtual_tokens
 from ..packing.batch import PackedBatch
 from .metrics import PairScores, Split, batch_share, pair_metrics
 from .overrides import is_overridden
-from .row_dependence import virtual_tokens
 from .trainer_parts import TrainerParts
 
 logger = logging.get_logger(__name__)

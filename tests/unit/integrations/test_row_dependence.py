@@ -7,7 +7,7 @@ import torch
 from peft import get_peft_model
 
 from oddsmith import ORPOConfig, ORPOTrainer
-from oddsmith.training.row_dependence import RULES, TOKENWISE_METHODS, row_dependence
+from oddsmith.integrations.row_dependence import RULES, TOKENWISE_METHODS, row_dependence
 from support.peft_methods import METHODS, OWN_TASKS, UNAVAILABLE, method_config
 from support.trainer_runs import arguments, batch_of, make_model, make_tokenizer, pairs, train_logs
 

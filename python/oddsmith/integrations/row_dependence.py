@@ -42,13 +42,14 @@ class Rule:
 
 
 def _neftune(model: Any, args: Any) -> str | None:
-    if args.neftune_noise_alpha is None:
+    if getattr(args, "neftune_noise_alpha", None) is None:
         return None
     return "neftune_noise_alpha scales its noise by the length of a row"
 
 
 def _compiled(model: Any, args: Any) -> str | None:
-    if args.torch_compile or getattr(model, "_orig_mod", None) is not None:
+    asked = getattr(args, "torch_compile", False)
+    if asked or getattr(model, "_orig_mod", None) is not None:
         return "a compiled model would be compiled again for the lengths of every batch"
     return None
 
@@ -121,7 +122,7 @@ def row_dependence(model: nn.Module, args: Any, path: Path) -> str | None:
 
     Args:
         model (`PreTrainedModel` or `PeftModel`): The model.
-        args ([`ORPOConfig`]): The arguments.
+        args ([`ORPOConfig`], *optional*): The arguments; None for the defaults.
         path (`str`): `"padded"` or `"plain"`.
     """
     reasons = (rule.because(model, args) for rule in RULES if rule.path == path)
