@@ -134,15 +134,18 @@ class GaLoreAdamW:
         tall = weight.shape[0] >= weight.shape[1]
         self.right = {"std": tall, "reverse_std": not tall, "left": False}.get(proj_type, True)
         self.left = proj_type == "full" or not self.right
-        self.t, self.m, self.v = 0, 0.0, 0.0
+        self.t, self.m, self.v, self.due = 0, 0.0, 0.0, 0
 
     def step(self, grad, lr, betas, eps, decay):
-        if self.t % self.gap == 0:
+        if self.t >= self.due and grad.any():  # else there is nothing to make a basis of
+            self.due = self.t + self.gap
             u, _, vh = torch.linalg.svd(grad, full_matrices=False)
             self.bases = (
                 u[:, : self.rank] if self.left else None,
                 vh[: self.rank] if self.right else None,
             )
+        if self.due == 0:
+            return
         self.t += 1
         low = galore_project(grad, *self.bases)
         self.m = betas[0] * self.m + (1 - betas[0]) * low
@@ -151,6 +154,21 @@ class GaLoreAdamW:
         change = galore_project_back(self.m / (self.v**0.5 + eps), *self.bases)
         self.weight -= lr * correction * self.scale * change
         self.weight *= 1 - lr * decay
+
+
+class GaLoreStack:
+    """Experts `(count, rows, columns)`: each is a matrix of its own."""
+
+    def __init__(self, weight, *options):
+        self.experts = [GaLoreAdamW(each, *options) for each in weight]
+
+    def step(self, grad, **options):
+        for expert, each in zip(self.experts, grad):
+            expert.step(each, **options)
+
+    @property
+    def weight(self):
+        return torch.stack([each.weight for each in self.experts])
 
 
 class Apollo:

@@ -39,12 +39,14 @@ _DEFAULT_RANK = 128
 
 def target_parameters(model: nn.Module, targets: Any, where: str) -> dict[str, nn.Parameter]:
     """
-    Weights of the linear layers in `optim_target_modules`, by name.
+    Weights of the linear layers in `optim_target_modules`, and of experts that are kept in one
+    parameter `(experts, rows, columns)`, by name.
 
     Args:
         model (`nn.Module`): The model.
         targets (`str` or `list[str]`): `"all-linear"`; a regular expression that matches the full
-            name of a module; or a list of names, parts of names, or such expressions.
+            name of a module or of a parameter of experts; or a list of names, parts of names, or
+            such expressions.
         where (`str`): Name of the optimiser, for messages.
 
     Raises:
@@ -64,16 +66,20 @@ def target_parameters(model: nn.Module, targets: Any, where: str) -> dict[str, n
     from transformers.trainer_utils import check_target_module_exists  # not documented
 
     all_linear = isinstance(targets, str) and targets.replace("_", "-") == "all-linear"
-    names = set()
+    names: set[str] = set()
     for name, module in model.named_modules():
         try:
             matched = check_target_module_exists(targets, name, return_is_regex=True)
         except re.error as error:
             raise ValueError(f"optim_target_modules is {targets!r}: {error}") from None
         found, is_regex = cast(tuple[bool, bool], matched)
+        experts = _expert_weights(name, module)
         if isinstance(module, nn.Linear):
             if found or all_linear:
                 names.add(f"{name}.weight")
+        elif experts:
+            whole = found or all_linear
+            names |= {x for x in experts if whole or check_target_module_exists(targets, x)}
         elif found and not is_regex and next(module.parameters(recurse=False), None) is not None:
             logger.warning(f"{name} is in optim_target_modules but not linear: not projected.")
     # By name, so that a head with the embeddings' weight is grouped with the embeddings.
@@ -83,11 +89,21 @@ def target_parameters(model: nn.Module, targets: Any, where: str) -> dict[str, n
             f"optim_target_modules is {targets!r}; matches no linear layer of the model"
         )
     if isinstance(targets, list):
-        _say_unmatched(targets, [name.removesuffix(".weight") for name in found])
+        # The module's name; of experts, that of the parameter too.
+        names = {part for name in found for part in (name, name.rpartition(".")[0])}
+        _say_unmatched(targets, names)
     return found
 
 
-def _say_unmatched(targets: list[str], names: list[str]) -> None:
+def _expert_weights(name: str, module: nn.Module) -> list[str]:
+    """Names of the weights of experts that a module keeps, one matrix for each expert."""
+    if "expert" not in f"{name}.{type(module).__name__}".lower():
+        return []
+    own = module.named_parameters(recurse=False)
+    return [f"{name}.{key}" for key, each in own if each.dim() == 3 and each.is_floating_point()]
+
+
+def _say_unmatched(targets: list[str], names: set[str]) -> None:
     """Logs one line about entries of the list that match none of the linear layers."""
     from transformers.trainer_utils import check_target_module_exists  # not documented
 
@@ -104,20 +120,22 @@ def _say_unmatched(targets: list[str], names: list[str]) -> None:
 
 def _say_rest(model: nn.Module, projected: dict[str, nn.Parameter], where: str) -> None:
     """
-    Logs one line about weights of experts, which are not linear layers: transformers stores those
-    of a layer in one parameter of three dimensions.
+    Logs one line about weights of experts, and other parameters that are no matrices, that are not
+    projected.
     """
     trained = {name: each for name, each in model.named_parameters() if each.requires_grad}
-    experts = {name: each for name, each in trained.items() if each.dim() > 2}
+    experts = {
+        name: each for name, each in trained.items() if each.dim() > 2 and name not in projected
+    }
     if not experts:
         return
     total = sum(each.numel() for each in trained.values())
     share = sum(each.numel() for name, each in trained.items() if name not in projected) / total
     first, parameter = next(iter(experts.items()))
     logger.warning(
-        f"optim is {where!r}, which projects linear layers: {share:.0%} of the trained parameters "
-        f"are updated with full moments, among them {len(experts)} that are not matrices, such as "
-        f"{first} {tuple(parameter.shape)}."
+        f"optim is {where!r}: {share:.0%} of the trained parameters are updated with full moments, "
+        f"among them {len(experts)} that are not matrices, such as {first} "
+        f"{tuple(parameter.shape)}. optim_target_modules can name experts."
     )
 
 

@@ -165,14 +165,53 @@ def test_an_entry_that_matches_nothing_is_named(model, caplog):
     assert not caplog.messages
 
 
-def test_the_share_of_experts_is_said(config, tokenizer, caplog):
+EXPERTS = {"experts.gate_up_proj", "experts.down_proj"}
+
+
+@pytest.mark.parametrize(
+    ("targets", "names"),
+    [
+        ("all-linear", EXPERTS),
+        (ARTICLE, EXPERTS),
+        (["mlp.experts"], EXPERTS),
+        ([r".*\.experts"], EXPERTS),
+        (r".*\.experts", EXPERTS),
+        (["down_proj"], {"experts.down_proj"}),
+        (r".*\.down_proj", {"experts.down_proj"}),
+        (["q_proj"], set()),
+    ],
+)
+def test_experts_are_targets(targets, names, tokenizer, caplog):
     experts = make_model("mixtral", tokenizer)
-    low_rank_optimizer(config(optim="galore_adamw"), experts)
+    found = target_parameters(experts, targets, "galore_adamw")
+    assert {name.split("mlp.")[1] for name in found if "experts" in name} == names
+    assert not [line for line in caplog.messages if "match no linear" in line]
+
+
+@pytest.mark.parametrize(
+    "name", ["galore_adamw_8bit", "galore_adafactor_layerwise", "apollo_adamw"]
+)
+def test_experts_are_trained(name, config, tokenizer, caplog):
+    model = make_model("mixtral", tokenizer)
+    before = {name: each.detach().clone() for name, each in model.named_parameters()}
+    args = config(optim=name, max_steps=2, learning_rate=1e-2, gradient_checkpointing=False)
+    trainer = ORPOTrainer(model, args, train_dataset=pairs(4), processing_class=tokenizer)
+    trainer.train()
+    for key, each in model.named_parameters():
+        if "experts" in key:
+            assert [not torch.equal(a, b) for a, b in zip(each, before[key], strict=True)]
+            assert len(trainer.optimizer.state[each]["slices"]) == len(each)
+    assert not [line for line in caplog.messages if "full moments" in line]
+
+
+def test_the_share_of_experts_is_said(config, tokenizer, caplog):
+    experts, targets = make_model("mixtral", tokenizer), ["q_proj"]
+    low_rank_optimizer(config(optim="galore_adamw", optim_target_modules=targets), experts)
     projected = sum(
-        each.numel() for each in target_parameters(experts, ARTICLE, "galore_adamw").values()
+        each.numel() for each in target_parameters(experts, targets, "galore_adamw").values()
     )
     share = 1 - projected / experts.num_parameters()
-    (line,) = [each for each in caplog.messages if "projects linear layers" in each]
+    (line,) = [each for each in caplog.messages if "full moments" in each]
     assert f": {share:.0%} of the trained parameters are updated with full moments" in line
     assert "experts.gate_up_proj (" in line
 

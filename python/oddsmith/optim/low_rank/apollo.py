@@ -124,7 +124,7 @@ class APOLLOAdamW(LowRankOptimizer):
         """The random basis, drawn again."""
         grad = item.grad
         right = sides(item.group["proj_type"], *grad.shape)[1]
-        generator = generator_for(grad.device, self.seed, item.index, item.state["projection"])
+        generator = generator_for(grad.device, self.seed, *item.place, item.state["projection"])
         matrix = random_matrix(grad, item.rank, right, generator)
         return (None, matrix) if right else (matrix, None)
 

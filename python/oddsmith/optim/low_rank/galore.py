@@ -18,7 +18,7 @@ from ..checks import is_count, is_positive
 from .optimizer import GroupOptions, LowRankOptimizer
 from .projection import add_back, exact_bases, generator_for, overlap, random_bases, sides
 from .rules import AdafactorCore, AdamWCore, decay_parameter
-from .step import LowRankStep
+from .step import SLICES, LowRankStep
 
 SVD = ("random", "exact")
 REFRESH_ON = ("all", "first")
@@ -39,7 +39,7 @@ OPTIONS_DOC = """layerwise (`bool`, *optional*, defaults to `False`):
 
     Raises:
         ValueError: If an option is unknown or out of range, or a projected parameter is not a
-            matrix or is split over processes."""
+            matrix or a stack of them, or is split over processes."""
 
 
 class GaLoreOptimizer(LowRankOptimizer):
@@ -61,10 +61,17 @@ class GaLoreOptimizer(LowRankOptimizer):
     `overlap_patience` (5) consecutive refreshes: the mean squared cosine between old and new basis
     is at least `overlap_threshold` (0.4). After Q-GaLore (Zhang et al. 2024, arXiv 2407.08296).
 
+    A parameter `(count, rows, columns)`, such as the experts of a layer, is a stack of matrices: each
+    has its own basis, moments and steps. A matrix whose gradient is zero when its basis is due, such as
+    that of an expert without tokens, gets the basis with the next gradient that is not; until its first
+    one it is not updated.
+
     The state of a projected parameter is `basis_left` or `basis_right` or both (in the dtype of the
     parameter), `gap`, `next_refresh`, `stable`, and the state of the core; only tensors and
-    numbers.
+    numbers. That of a stack is `slices`, a list with the state of each matrix.
     """
+
+    needs_gradient = True
 
     group_options: GroupOptions = {
         **LowRankOptimizer.group_options,
@@ -98,7 +105,7 @@ class GaLoreOptimizer(LowRankOptimizer):
         if group["svd"] == "exact":
             left, right = exact_bases(grad, item.rank)
         else:
-            generator = generator_for(grad.device, self.seed, item.index, state["step"])
+            generator = generator_for(grad.device, self.seed, *item.place, state["step"])
             left, right = random_bases(grad, item.rank, generator, old_left, old_right)
         new = {"basis_left": left, "basis_right": right}
         wanted = self.basis_shapes(item)
@@ -252,10 +259,11 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
     For a matrix `(m, n)` with `m <= n` at rank `r`, GaLore has a basis of `m * r` and two moments
     of `n * r` each; AdamW has `2 * m * n`.
     """
+    states = [part for state in optimizer.state.values() for part in state.get(SLICES, [state])]
     # Count each address once: 8-bit moments share their map.
     tensors = {
         value.data_ptr(): value.numel() * value.element_size()
-        for state in optimizer.state.values()
+        for state in states
         for value in state.values()
         if isinstance(value, Tensor)
     }

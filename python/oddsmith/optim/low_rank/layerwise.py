@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -45,7 +46,7 @@ class LayerwiseHooks:
         self._accumulation_steps = accumulation_steps
         self._is_last_backward = is_last_backward
         self._passes: Counter[int] = Counter()
-        self._low: dict[int, Tensor] = {}
+        self._low: dict[tuple[int, ...], Tensor] = {}
         self.norms: list[Tensor] = []
         self._places: dict[int, tuple[dict[str, Any], int]] = {}
         self.attached = False
@@ -112,14 +113,17 @@ class LayerwiseHooks:
             return
         # load_state_dict replaces the groups' dictionaries.
         group, index = self._place(optimizer, parameter)
-        item = optimizer.item(parameter, group, index)
+        items = optimizer.items_of(parameter, group, index)
         if self._is_last(parameter):
             self._passes.pop(id(parameter), None)
-            item.low = self._low.pop(id(parameter), None)
-            optimizer.step_items([item])
+            for item in items:
+                item.low = self._low.pop(item.place, None)
+            optimizer.step_items(items)
             parameter.grad = None
-        elif optimizer.adds_up_projected and item.projected:
-            self._add_up(optimizer, item)
+        elif optimizer.adds_up_projected and items[0].projected:
+            done = [self._add_up(optimizer, item) for item in items]
+            if all(done):
+                parameter.grad = None
 
     def _place(self, optimizer: LowRankOptimizer, parameter: Tensor) -> tuple[dict[str, Any], int]:
         place = self._places.get(id(parameter))
@@ -132,20 +136,23 @@ class LayerwiseHooks:
             place = self._places[id(parameter)]
         return place
 
-    def _add_up(self, optimizer: LowRankOptimizer, item: LowRankStep) -> None:
+    def _add_up(self, optimizer: LowRankOptimizer, item: LowRankStep) -> bool:
+        """Whether the gradient of a matrix is no longer needed; it is then zero."""
         item.state.setdefault("step", 0)
         if optimizer.refresh_due(item):
-            finite = bool(item.grad.sum(dtype=torch.float32).isfinite())
-            if item.group["refresh_on"] == "all" or not finite:
-                return  # keep the gradient; autograd adds to it
+            largest = float(torch.linalg.vector_norm(item.grad, math.inf))
+            if item.group["refresh_on"] == "all" or not 0.0 < largest < math.inf:
+                return False  # keep the gradient; autograd adds to it
             optimizer.refresh(item)
         low = optimizer.project(item)
-        key = id(item.parameter)
+        key = item.place
         if key in self._low:
             self._low[key].add_(low)
         else:
             self._low[key] = low
-        item.parameter.grad = None
+        if len(key) > 1:  # of a stack, whose other matrices may still need theirs
+            item.grad.zero_()
+        return True
 
     def pop_norm(self) -> float:
         """Norm of all gradients since the last call."""

@@ -16,7 +16,7 @@ from ..checks import check_adam, is_count, is_positive
 from .layerwise import LayerwiseHooks
 from .projection import PROJ_TYPES, project, sides
 from .rules import update_parameter
-from .step import LowRankStep
+from .step import SLICES, LowRankStep, copied_state, is_stack, steps_of
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class LowRankOptimizer(Optimizer):
     of a group in `group_options`.
 
     If any element of a gradient is NaN or infinite, the step skips its parameter and state;
-    `skipped` counts such parameters.
+    `skipped` counts such parameters, and matrices of a stack by themselves.
 
     Args:
         params (`Iterable`): Parameters, or groups of them.
@@ -55,8 +55,11 @@ class LowRankOptimizer(Optimizer):
 
     Raises:
         ValueError: If an option is unknown or out of range, or a projected parameter is not a
-            matrix.
+            matrix or a stack of matrices.
     """
+
+    # Whether a basis is computed from a gradient, which must not be zero then.
+    needs_gradient = False
 
     # Whether layer-wise mode can accumulate projected gradients; otherwise full ones.
     adds_up_projected = True
@@ -159,7 +162,8 @@ class LowRankOptimizer(Optimizer):
     def _say_narrow(self, group: dict[str, Any]) -> None:
         """Logs one line about the matrices that are smaller than the rank."""
         params = [each[1] if isinstance(each, tuple) else each for each in group["params"]]
-        narrow = [tuple(each.shape) for each in params if min(each.shape) < group["rank"]]
+        shapes = [tuple(each.shape[-2:]) for each in params]
+        narrow = [shape for shape in shapes if min(shape) < group["rank"]]
         if narrow:
             logger.warning(
                 f"{type(self).__name__}: rank is {group['rank']}, more than a side of {len(narrow)} of "
@@ -173,14 +177,18 @@ class LowRankOptimizer(Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    yield self.item(parameter, group, index)
+                    yield from self.items_of(parameter, group, index)
                 index += 1
 
-    def item(self, parameter: Tensor, group: dict[str, Any], index: int) -> LowRankStep:
-        """The data for a step of a parameter with a gradient."""
-        if parameter.grad is None:
+    def items_of(self, parameter: Tensor, group: dict[str, Any], index: int) -> list[LowRankStep]:
+        """The data for a step of a parameter with a gradient: several for a stack of matrices."""
+        grad = parameter.grad
+        if grad is None:
             raise ValueError(f"the parameter {tuple(parameter.shape)} has no gradient")
-        return LowRankStep(parameter, group, index, self.state[parameter], parameter.grad)
+        if grad.is_sparse:
+            shape = tuple(parameter.shape)
+            raise ValueError(f"the gradient of a parameter {shape} is sparse; must be dense")
+        return steps_of(parameter, group, index, self.state[parameter], grad)
 
     # ---- Steps ----
 
@@ -199,10 +207,6 @@ class LowRankOptimizer(Optimizer):
         if self.layerwise:
             return loss
         items = list(self._items())
-        for item in items:
-            if item.grad.is_sparse:
-                shape = tuple(item.parameter.shape)
-                raise ValueError(f"the gradient of a parameter {shape} is sparse; must be dense")
         bucket: list[LowRankStep] = []
         waiting = 0
         for item in items:
@@ -231,17 +235,19 @@ class LowRankOptimizer(Optimizer):
         for item in items:
             item.state.setdefault("step", 0)
         refreshed = [item for item in items if item.projected and self.refresh_due(item)]
-        bad = self._not_finite(refreshed, [item.grad for item in refreshed])
+        left_out, zero = self._unfit(refreshed)
         for item in refreshed:
-            if id(item) not in bad:
+            if id(item) not in left_out | zero:
                 self.refresh(item)
-        items = [item for item in items if id(item) not in bad]
+            elif id(item) in zero and not self._has_moments(item):
+                left_out.add(id(item))  # no basis yet
+        items = [item for item in items if id(item) not in left_out]
         for item in items:
             if item.projected:
                 low = self.project(item)
                 # Layer-wise mode may have projected the gradients of earlier micro-batches.
                 item.low = low if item.low is None else item.low.add_(low)
-        bad = self._not_finite(items, [item.reduced for item in items])
+        bad = self._not_finite(items)
         items = [item for item in items if id(item) not in bad]
         if self._hooks is not None:
             self._clip(items, self._hooks)
@@ -263,15 +269,23 @@ class LowRankOptimizer(Optimizer):
     def _has_moments(self, item: LowRankStep) -> bool:
         return not set(self.core.names).isdisjoint(item.state)
 
-    def _not_finite(self, items: list[LowRankStep], grads: list[Tensor]) -> set[int]:
-        """Ids of the items with a NaN or infinity in the gradient; counts them and warns once."""
-        if not items:
-            return set()
-        # One wait for the device, not one per parameter. A sum is finite if all terms are.
-        sums = [grad.sum(dtype=torch.float32) for grad in grads]
-        first = sums[0].device
-        finite = torch.stack([each.to(first) for each in sums]).isfinite().tolist()
-        bad = {id(item) for item, fine in zip(items, finite) if not fine}
+    def _unfit(self, items: list[LowRankStep]) -> tuple[set[int], set[int]]:
+        """Ids of the items with a NaN or infinity in the gradient, and of those for whose basis it
+        must not be zero, but is.
+        """
+        largest = _values([torch.linalg.vector_norm(item.grad, math.inf) for item in items])
+        bad = {id(item) for item, value in zip(items, largest) if not math.isfinite(value)}
+        zero = {id(item) for item, value in zip(items, largest) if value == 0.0}
+        return self._counted(bad), zero if self.needs_gradient else set()
+
+    def _not_finite(self, items: list[LowRankStep]) -> set[int]:
+        """Ids of the items with a NaN or infinity in the gradient of their moments."""
+        # A sum is finite if all terms are.
+        sums = _values([item.reduced.sum(dtype=torch.float32) for item in items])
+        return self._counted({id(item) for item, x in zip(items, sums) if not math.isfinite(x)})
+
+    def _counted(self, bad: set[int]) -> set[int]:
+        """`bad`; counts them and warns once."""
         if bad and not self.skipped:
             logger.warning(
                 f"{type(self).__name__}: the gradient of {len(bad)} parameter(s) is NaN or "
@@ -343,11 +357,9 @@ class LowRankOptimizer(Optimizer):
         # torch would cast every tensor to the dtype of its parameter.
         super().load_state_dict({**state_dict, "state": {}})
         for parameter, state in states:
-            self.state[parameter] = state = {
-                key: value.to(parameter.device, copy=True) if isinstance(value, Tensor) else value
-                for key, value in state.items()
-            }
-            self.core.loaded(state)
+            self.state[parameter] = state = copied_state(state, parameter.device)
+            for part in state.get(SLICES, [state]):
+                self.core.loaded(part)
 
     def _checked_state(self, state_dict: dict[str, Any]) -> list[tuple[Tensor, dict[str, Any]]]:
         name = type(self).__name__
@@ -369,11 +381,16 @@ class LowRankOptimizer(Optimizer):
             for parameter, key in zip(group["params"], saved["params"]):
                 if key in state_dict["state"]:
                     state = dict(state_dict["state"][key])
-                    item = LowRankStep(
-                        parameter, group, 0, state, torch.empty_like(parameter, device="meta")
-                    )
-                    if state.get("step", 0):
-                        self._check_shapes(item, f"{name}: state of parameter {key}")
+                    here = len(parameter) if is_stack(parameter, group) else None
+                    there = len(state[SLICES]) if SLICES in state else None
+                    if state and here != there:
+                        raise ValueError(
+                            f"{name}: state of parameter {key} has {there} slices; must be {here}"
+                        )
+                    like = torch.empty_like(parameter, device="meta")
+                    for item in steps_of(like, group, 0, state, like):
+                        if item.state.get("step", 0):
+                            self._check_shapes(item, f"{name}: state of parameter {key}")
                     states.append((parameter, state))
         return states
 
@@ -394,11 +411,18 @@ class LowRankOptimizer(Optimizer):
         return {}
 
 
+def _values(tensors: list[Tensor]) -> list[float]:
+    """The values of tensors with one element: one wait for the device, not one for each."""
+    if not tensors:
+        return []
+    return torch.stack([each.float().to(tensors[0].device) for each in tensors]).tolist()
+
+
 def check_matrix(where: str, parameter: Tensor, name: str | None = None) -> None:
     """Refuses parameters that cannot be projected.
 
     Raises:
-        ValueError: If the parameter is sharded, or is not a matrix.
+        ValueError: If the parameter is sharded, or is not a matrix or a stack of matrices.
     """
     name = "a parameter" if name is None else name
     if hasattr(parameter, "device_mesh"):
@@ -406,10 +430,10 @@ def check_matrix(where: str, parameter: Tensor, name: str | None = None) -> None
             f"{where}: {name} is split over processes (FSDP2 or tensor parallel); a projection "
             "needs full matrices: use DDP, or an element-wise optimizer such as adamw_8bit"
         )
-    if parameter.dim() != 2:
+    if parameter.dim() not in (2, 3):
         raise ValueError(
-            f"{where}: {name} has shape {tuple(parameter.shape)}; only matrices can be projected "
-            "(FSDP flattens them: use DDP)"
+            f"{where}: {name} has shape {tuple(parameter.shape)}; only matrices, and stacks of them, "
+            "can be projected (FSDP flattens them: use DDP)"
         )
     if not parameter.is_floating_point():
         raise ValueError(f"{where}: {name} is {parameter.dtype}; must be floating point")

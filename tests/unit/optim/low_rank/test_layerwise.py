@@ -75,7 +75,7 @@ def test_layerwise_clips_each_parameter_by_itself(name):
             grad = p.grad
             if name == "adamw" and p.dim() == 2:
                 # Only the projected gradient is clipped.
-                item = plain.item(p, plain.param_groups[1], index)
+                (item,) = plain.items_of(p, plain.param_groups[1], index)
                 item.state.setdefault("step", 0)
                 if plain.refresh_due(item):
                     plain.refresh(item)

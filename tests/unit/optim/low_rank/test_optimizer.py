@@ -192,7 +192,7 @@ def test_other_bad_arguments():
     ]:
         with pytest.raises(ValueError, match=message):
             GaLoreAdamW(make_groups(model), **kwargs)
-    with pytest.raises(ValueError, match="only matrices can be projected"):
+    with pytest.raises(ValueError, match="only matrices, and stacks of them, can be projected"):
         GaLoreAdamW([{"params": list(model.parameters()), "rank": 4}])
     with pytest.raises(ValueError, match="update_proj_gap without rank"):
         GaLoreAdamW([{"params": list(model.parameters()), "update_proj_gap": 4}])
