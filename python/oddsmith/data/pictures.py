@@ -137,5 +137,7 @@ def _decode(file: Any, where: str) -> Any:
         picture = Image.open(file)
         picture.load()
     except (OSError, ValueError, SyntaxError) as error:
-        raise ValueError(f"{where} cannot be opened as a picture: {error}") from error
+        relative = isinstance(file, (str, Path)) and not Path(file).is_absolute()
+        start = f" (relative paths begin at {Path.cwd()})" if relative else ""
+        raise ValueError(f"{where} cannot be opened as a picture: {error}{start}") from error
     return picture

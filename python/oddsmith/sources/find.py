@@ -7,6 +7,7 @@ from typing import Any, cast
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
 from ..errors import UserError
+from .image_paths import LocatedPictures
 from .records import DECOMPRESSORS, find_damage
 
 # The `datasets` builder of each kind of file; it also decompresses .gz and similar files.
@@ -91,12 +92,16 @@ def load_local(path: Path) -> Dataset | DatasetDict:
     files = data_files(path)
     kind = file_kind(files[0]) or "json"
     if path.is_file():
-        return cast(DatasetDict, load_dataset(kind, data_files=str(path)))
+        loaded = cast(DatasetDict, load_dataset(kind, data_files=str(path)))
+        pictures = LocatedPictures({path.parent}, str(path))
+        return DatasetDict({split: pictures.of(part) for split, part in loaded.items()})
     # One by one: datasets requires the same columns in all splits of a call, but UltraFeedback's
     # supervised splits have other columns than its preference splits.
     return DatasetDict(
         {
-            split: load_dataset(kind, data_files=group, split="train")
+            split: LocatedPictures({file.parent for file in map(Path, group)}, str(path)).of(
+                cast(Dataset, load_dataset(kind, data_files=group, split="train"))
+            )
             for split, group in group_by_split(files).items()
         }
     )

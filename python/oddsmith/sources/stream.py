@@ -8,6 +8,7 @@ from datasets import load_dataset
 
 from ..errors import UserError
 from .find import TRAIN_SPLITS, is_path, local_splits, reason
+from .image_paths import COLUMNS, located
 from .records import FileRecords, Record
 
 
@@ -48,7 +49,14 @@ class RecordStream:
 
     def __iter__(self) -> Iterator[Record]:
         for file in self._files:
-            yield from file
+            folder = file.path.parent.absolute()
+            # The rows of a saved dataset came from other files.
+            saved = file.path.suffix == ".arrow"
+            for record in file:
+                fields = record.fields
+                if fields is not None and not saved and any(fields.get(x) for x in COLUMNS):
+                    record = record._replace(fields=located(fields, folder, record.where))
+                yield record
         if self._rows is not None:
             rows, number = iter(self._rows), 0
             while True:
