@@ -175,6 +175,27 @@ def test_lora_with_a_trained_head(tmp_path):
     assert not torch.equal(head.modules_to_save["default"].weight, head.original_module.weight)
 
 
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
+def test_adalora(fused, tmp_path):
+    """Neither loss has the regulariser of its orthogonality, which this weight would make the
+    largest term."""
+    from peft import AdaLoraConfig
+
+    tokenizer = make_tokenizer()
+    peft_config = AdaLoraConfig(
+        init_r=4, target_r=2, total_step=100, orth_reg_weight=100.0, target_modules=["v_proj"],
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
+    args, model = arguments(tmp_path, max_steps=3), make_model("mistral", tokenizer)
+    kwargs = {"peft_config": peft_config}
+    config = ORPOConfig(**args, use_fused_head=fused)
+    ours = train(ORPOTrainer, lambda: config, model, tokenizer, pairs(20), {}, **kwargs)
+    theirs = train(trl.ORPOTrainer, trl.ORPOConfig, model, tokenizer, pairs(20), args, **kwargs)
+    assert ours.path.head == ("fused" if fused else "plain")
+    assert_same_metrics(ours, theirs, padded=True)
+    assert_same_weights(ours, theirs)
+
+
 def test_through_logits(tmp_path):
     """The plain path has the same numbers."""
     tokenizer = make_tokenizer()

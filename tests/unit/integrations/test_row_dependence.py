@@ -143,6 +143,20 @@ def test_forms_of_lora(options, trainer, base, tokens):
         assert padded is None and plain is None
 
 
+def test_the_regulariser_of_adalora_is_in_no_loss(trainer, base):
+    # peft adds it to the loss of a model's output. As in TRL, the output has none.
+    first, second = (
+        adapted(base, method_config("ADALORA", orth_reg_weight=weight)) for weight in (0.0, 1e4)
+    )
+    for model in (first, second):
+        trainer._lend(model)
+    for path in PATHS:
+        expected, theirs = loss_and_gradients(trainer, first, path)
+        loss, grads = loss_and_gradients(trainer, second, path)
+        torch.testing.assert_close(loss, expected, rtol=0, atol=0)
+        torch.testing.assert_close(grads, theirs, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("options", TIED.values(), ids=TIED)
 def test_tied_embeddings(options, trainer, tokenizer):
     model = make_model("qwen3_tied", tokenizer)
@@ -191,13 +205,14 @@ def test_options_that_touch_the_model(options, tmp_path, tokenizer, base):
     assert (because is None) == (not {"neftune_noise_alpha", "torch_compile"} & options.keys())
 
 
-def test_a_compiled_model_is_taken(tmp_path, tokenizer, base):
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
+def test_a_compiled_model_is_taken(fused, tmp_path, tokenizer, base):
     compiled = torch.compile(copy.deepcopy(base), backend="eager")
-    args = ORPOConfig(
-        **arguments(tmp_path, max_steps=2, max_length=40, gradient_checkpointing=False)
-    )
+    options = {"max_steps": 2, "max_length": 40, "gradient_checkpointing": False}
+    args = ORPOConfig(**arguments(tmp_path, **options, use_fused_head=fused))
     trainer = ORPOTrainer(compiled, args, train_dataset=pairs(4), processing_class=tokenizer)
-    assert "compiled again for the lengths" in trainer._padded_because
+    (reason,) = trainer.path.reasons
+    assert ("compiled again for the lengths" if fused else "use_fused_head is False") in reason
     trainer.train()
     _, expected = logs(tmp_path, tokenizer, base, "plain", gradient_checkpointing=False)
     found = [entry["loss"] for entry in train_logs(trainer)]
