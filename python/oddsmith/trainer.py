@@ -32,6 +32,7 @@ from .training.metrics import EMPTY_COMPLETIONS, FIRST_NON_FINITE, NON_FINITE, M
 from .training.model_card import CITATION, model_card
 from .training.model_loan import ModelLoan
 from .training.models import (
+    check_adapter,
     check_model,
     load_model,
     load_processing_class,
@@ -221,6 +222,7 @@ class ORPOTrainer(
         check_model(model)
         model, casted = prepare_model(model, self.args, self._peft_config)
         self._peft_has_been_casted_to_bf16 = casted
+        check_adapter(model)
         self._lend(model)
         if self._has_images:
             check_image_model(model, self.args)

@@ -103,6 +103,23 @@ def check_trainable(model: nn.Module) -> None:
     raise ValueError(f"no parameter of the {type(model).__name__} is trainable; {fix}")
 
 
+def check_adapter(model: nn.Module) -> None:
+    """
+    Check that an adapter can be trained on the layers that it is on.
+
+    Raises:
+        ValueError: If peft has rounded what it scales its weights with to zero.
+    """
+    for name, buffer in model.named_buffers():
+        if "unilora_scales" in name and not buffer.is_floating_point():
+            raise ValueError(
+                f"the adapter is UniLoRA on quantised layers: peft stores its scales in the dtype of "
+                f"their weights ({buffer.dtype}), where they are zero, so it would not train; use "
+                "another adapter, such as peft.LoraConfig or peft.VeraConfig, or a model in 16 or 32 "
+                "bits"
+            )
+
+
 def vocabulary_size(model: Any) -> int:
     """Number of token ids in a model's embeddings and output head."""
     core = model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -116,3 +116,21 @@ def test_the_vocabulary_of_a_tied_head_that_is_trained_whole(make, tokenizer):
     weights = [end.modules_to_save["default"].weight for end in ends]
     assert weights[0] is weights[1]
     assert not torch.equal(weights[0], ends[0].original_module.weight)
+
+
+@pytest.mark.filterwarnings("ignore")  # of peft
+def test_unilora_on_quantised_layers_is_refused(make, model, tmp_path):
+    from peft import UniLoraConfig
+
+    from oddsmith.integrations.nf4_config import NF4Config
+
+    config = UniLoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", theta_d_length=64)
+    model.save_pretrained(tmp_path / "base")
+    quantised = type(model).from_pretrained(
+        tmp_path / "base", quantization_config=NF4Config(compute_dtype="float32")
+    )
+    with pytest.raises(ValueError, match="UniLoRA on quantised layers: .*torch.uint8.*are zero"):
+        make(model=quantised, peft_config=config)
+    trainer = make(model=model, peft_config=config)
+    trainer.train()
+    assert max(entry.get("grad_norm", 0.0) for entry in trainer.state.log_history) > 0
