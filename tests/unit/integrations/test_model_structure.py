@@ -1,11 +1,19 @@
 """What a model's layers are, and what somebody has changed in it."""
 
+import importlib.util
 import re
 
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Lfm2Config,
+    Lfm2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from oddsmith.integrations.model_structure import in_memory, is_exact, is_sharded, mixer, strange
 from oddsmith.nn import Linear4bit
@@ -31,14 +39,36 @@ def llama():
         ("recurrent_gemma", "RecurrentGemmaRecurrentBlock"),
         ("lfm2_moe", "Lfm2MoeShortConv"),
         ("falcon_h1", "FalconH1Mixer"),
+        ("lfm2", "Lfm2ShortConv"),
+        ("qwen3_5_text", "Qwen3_5GatedDeltaNet"),
+        ("nemotron_h", "NemotronHMamba2Mixer"),
+        ("granitemoehybrid", "GraniteMoeHybridMambaLayer"),
     ],
 )
 def test_recurrences_and_convolutions(name, part):
-    options = {"layer_types": ["conv", "full_attention"]} if name == "lfm2_moe" else {}
+    options = {
+        "lfm2": {"layer_types": ["conv", "full_attention"]},
+        "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+        "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+        "nemotron_h": {"layers_block_type": ["mamba", "attention"]},
+    }.get(name, {})
     config = AutoConfig.for_model(name, num_hidden_layers=2, **options)
     with torch.device("meta"):
         core = AutoModelForCausalLM.from_config(config)
     assert mixer(core) == f"layer 0 has a recurrence or convolution ({part})"
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("causal_conv1d") is not None, reason="the kernel is installed"
+)
+def test_transformers_has_no_packed_convolution_for_the_cpu():
+    """Why hybrids stay padded: only kernels for GPUs take the limits of the sequences of a row."""
+    pytest.importorskip("transformers", minversion="5.24")
+    config = Lfm2Config(**SIZES, layer_types=["conv", "full_attention"], num_key_value_heads=2)
+    ids = torch.arange(3, 11)[None]
+    limits = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1]], dtype=torch.int32)
+    with pytest.raises(ValueError, match="can't keep packed sequences apart"):
+        Lfm2ForCausalLM(config)(input_ids=ids, seq_idx=limits, use_cache=False)
 
 
 def test_attention_mixes_nothing_by_itself():
