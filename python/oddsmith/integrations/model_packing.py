@@ -8,14 +8,26 @@ from typing import Any, NamedTuple
 from ..packing.batch import PackedBatch
 from .attention_names import attention_name, plain_attention
 from .model_attention import CannotPack, PackedRow, why_not
-from .model_structure import in_memory, is_exact, mixer, strange
-from .packed_trial import DIFFERS, EXACT, FAILS, LONGEST, MOST, Blind, try_out
-from .small_model import NotSmall, reaches, small_model, spreads
+from .model_structure import in_memory, is_exact, is_foreign, mixer, strange
+from .packed_trial import (
+    DIFFERS,
+    EXACT,
+    FAILS,
+    LONGEST,
+    MOST,
+    Blind,
+    lengths_up_to,
+    tokens_of,
+    try_out,
+)
+from .small_model import NotSmall, longest_position, reaches, small_model, spreads
 
 __all__ = ["CannotPack", "RowLimits", "check"]
 
 # Of the coarsest dtype's precision, for a model that its small form has already shown to be right.
 _LOOSE = 16.0
+# Tokens of the longest sequence that a model with code of its own is tried with.
+_FOREIGN_LONGEST = 2048
 
 
 class RowLimits(NamedTuple):
@@ -38,6 +50,11 @@ class RowLimits(NamedTuple):
             self.row is None or tokens <= self.row
         )
 
+    def within(self, other: RowLimits) -> RowLimits:
+        """The stricter of two limits."""
+        both = zip(self, other)
+        return RowLimits(*(min((x for x in pair if x is not None), default=None) for pair in both))
+
     def __str__(self) -> str:
         parts = []
         if self.sequence is not None:
@@ -54,6 +71,9 @@ def check(core: Any) -> RowLimits:
 
     A small model of the same class and configuration decides, in `float32`. The model itself is run
     only if it has parts that its class has not, or if there is no small model.
+
+    What in transformers' models depends on a length has a known name in their configuration. A model with
+    code of its own is tried with long rows too, and packed for rows of up to this length.
 
     Args:
         core (`PreTrainedModel`): The model, without wrappers.
@@ -75,6 +95,8 @@ def check(core: Any) -> RowLimits:
         small, limits = _small(core)
     except NotSmall as none:
         return _check_alone(core, str(none))
+    if is_foreign(core):
+        limits = limits.within(_check_long(small))
     odd = strange(core, small)
     if odd is not None:
         _check_itself(core, odd)
@@ -106,6 +128,27 @@ def _small(core: Any) -> tuple[Any, RowLimits]:
     raise NotSmall(failure)
 
 
+def _check_long(small: Any) -> RowLimits:
+    """Of a small model that has passed a trial with short rows: the limits of trials with longer ones."""
+    longest = min(_FOREIGN_LONGEST, longest_position(small.config) or _FOREIGN_LONGEST)
+    limits = RowLimits(longest, tokens_of(lengths_up_to(longest)))
+    # A row is nearly seven times as long as its longest sequence. So each length at which the model could
+    # change is between those of the two in one of the trials.
+    while longest > LONGEST:
+        lengths = lengths_up_to(longest)
+        try:
+            reason = try_out(small, reference=plain_attention(small), lengths=lengths)
+        except Blind:
+            reason = "it gives no clear results"
+        if reason is not None:
+            raise CannotPack(
+                "its code is not transformers' own, and in a row of "
+                f"{tokens_of(lengths):,} tokens: {reason}"
+            )
+        longest //= 6
+    return limits
+
+
 def _attempts(core: Any) -> Iterator[tuple[RowLimits, dict[str, int]]]:
     """What to scale down in a small model, and what is known if it then passes."""
     windows, places = reaches(core.config), spreads(core.config)
@@ -133,6 +176,11 @@ def _check_alone(core: Any, why: str) -> RowLimits:
     """Of a model without a small form."""
     if not in_memory(core):
         raise CannotPack("its weights are not in memory, so a packed row cannot be tried out")
+    if is_foreign(core):
+        raise CannotPack(
+            "its code is not transformers' own, and it cannot be tried out with long rows: a small model "
+            f"of its class cannot be built ({why})"
+        )
     if not is_exact(core):
         raise CannotPack(
             f"a packed row cannot be tried out: in less than float32 it proves nothing, and a small "

@@ -9,7 +9,7 @@ from torch import nn
 
 from .small_model import class_of, layers_of
 
-__all__ = ["in_memory", "is_exact", "is_sharded", "mixer", "strange"]
+__all__ = ["in_memory", "is_exact", "is_foreign", "is_sharded", "mixer", "strange"]
 
 # Parameters of recurrences, by their last name.
 _RECURRENT = ("A_log", "dt_bias", "time_decay", "recurrent_param", "igate_preact", "time_mix_key")
@@ -64,6 +64,11 @@ def strange(core: nn.Module, small: nn.Module) -> str | None:
             if not _is_known(_module_of(hook)):
                 return f"{name or 'it'} has a hook"
     return None
+
+
+def is_foreign(core: nn.Module) -> bool:
+    """Whether the code of a model is not transformers' own, as with `trust_remote_code`."""
+    return not class_of(core).__module__.startswith("transformers.")
 
 
 def _is_known(module: str) -> bool:

@@ -14,7 +14,21 @@ from .attention_names import attention_named
 from .model_attention import CannotPack, packed_inputs, row_of
 from .model_core import observed
 
-__all__ = ["DIFFERS", "EXACT", "FAILS", "LONGEST", "MOST", "Blind", "try_out"]
+__all__ = [
+    "DIFFERS",
+    "EXACT",
+    "FAILS",
+    "LONGEST",
+    "MOST",
+    "Blind",
+    "Lengths",
+    "lengths_up_to",
+    "tokens_of",
+    "try_out",
+]
+
+#: Lengths of prompt, chosen and rejected answer of each pair.
+Lengths = tuple[tuple[int, int, int], ...]
 
 #: Room for rounding, in units of a dtype's precision times the largest logit.
 EXACT = 800.0
@@ -24,9 +38,8 @@ FAILS = "a packed row could not be tried out"
 #: Of a result that is not that of the padded batch.
 DIFFERS = "its results on a packed row differ from those on a padded batch"
 
-# Lengths of prompt, chosen and rejected answer of each pair: longer than the windows and chunks of
-# a small model. The last pair shares nothing.
-_LENGTHS = ((6, 7, 5), (9, 6, 8), (1, 6, 9))
+# Longer than the windows and chunks of a small model. The last pair shares nothing.
+_LENGTHS: Lengths = ((6, 7, 5), (9, 6, 8), (1, 6, 9))
 #: The longest sequence, and no fewer tokens than the packed row has.
 LONGEST = max(prompt + max(answers) for prompt, *answers in _LENGTHS)
 MOST = sum(2 * prompt + sum(answers) for prompt, *answers in _LENGTHS)
@@ -40,8 +53,27 @@ class Blind(Exception):
     """A model's results hardly depend on the tokens, so that a trial proves nothing."""
 
 
+def lengths_up_to(longest: int) -> Lengths:
+    """Four pairs with sequences of up to so many tokens."""
+    half, third, quarter = (longest // part for part in (2, 3, 4))
+    whole = (1, longest - 1, longest - 1)
+    return (
+        (half, longest - half, third),
+        whole,  # the one that is changed: near its start, where the effect is largest
+        (quarter, half, longest - quarter),
+        whole,
+    )
+
+
+def tokens_of(lengths: Lengths) -> int:
+    """Tokens of the packed row of pairs."""
+    return sum(map(sum, lengths))
+
+
 @torch.no_grad()
-def try_out(core: Any, room: float = EXACT, reference: str | None = None) -> str | None:
+def try_out(
+    core: Any, room: float = EXACT, reference: str | None = None, lengths: Lengths = _LENGTHS
+) -> str | None:
     """
     Compares pairs in a packed row with the same pairs in a padded batch, and checks that no sequence
     changes with a token of another one, to the bit. Nothing is changed.
@@ -52,6 +84,7 @@ def try_out(core: Any, room: float = EXACT, reference: str | None = None) -> str
             precision of the logits times the largest one.
         reference (`str`, *optional*): Name of the attention that computes the padded batch, for a
             small model; by default its own.
+        lengths (`tuple`, *optional*): Those of the pairs.
 
     Returns:
         `str`: What is wrong, or None.
@@ -60,7 +93,7 @@ def try_out(core: Any, room: float = EXACT, reference: str | None = None) -> str
         [`Blind`]: If the logits do not depend on earlier tokens, or are not finite.
     """
     device = core.get_input_embeddings().weight.device
-    pairs = _pairs(core)
+    pairs = _pairs(core, lengths)
     batch = PackedBatch.build(pairs, share_prompt=True).to(device)
     try:
         with observed(core), torch.autocast(device.type, enabled=False):
@@ -73,7 +106,7 @@ def try_out(core: Any, room: float = EXACT, reference: str | None = None) -> str
         return f"{FAILS} ({type(error).__name__}: {error})"
 
 
-def _pairs(core: Any) -> list[dict[str, list[int]]]:
+def _pairs(core: Any, lengths: Lengths) -> list[dict[str, list[int]]]:
     draw = Random(3)
     last = core.get_input_embeddings().weight.shape[0]
     count = max(2, min(_COUNT, last - _FIRST))
@@ -82,7 +115,7 @@ def _pairs(core: Any) -> list[dict[str, list[int]]]:
         return [_FIRST + draw.randrange(count) for _ in range(length)]
 
     pairs = []
-    for prompt, *answers in _LENGTHS:
+    for prompt, *answers in lengths:
         shared, pair = tokens(prompt), {}
         for side, length in zip(("chosen", "rejected"), answers, strict=True):
             answer = tokens(length)

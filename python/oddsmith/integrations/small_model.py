@@ -31,6 +31,7 @@ __all__ = [
     "NotSmall",
     "class_of",
     "layers_of",
+    "longest_position",
     "reaches",
     "small_model",
     "spreads",
@@ -205,6 +206,11 @@ def _number(config: Any, name: str) -> int | None:
     except Exception:  # one for each layer
         return None
     return value if _is_count(value) else None
+
+
+def longest_position(config: Any) -> int | None:
+    """How many positions a model has at most, if its configuration says so."""
+    return _number(text_config(config), "max_position_embeddings")
 
 
 def _is_count(value: Any) -> TypeGuard[int]:

@@ -224,6 +224,10 @@ class Needy(LlamaForCausalLM):
         super().__init__(config)
 
 
+# As if it were one of transformers': a class with code of its own needs a small model.
+Needy.__module__ = "transformers.models.needy"
+
+
 def needy(**options):
     torch.manual_seed(0)
     return Needy(LlamaConfig(**{**SIZES, **options}), 1)
@@ -241,6 +245,8 @@ def test_without_a_small_model_the_model_itself_decides_or_none():
 
 def test_without_a_small_model_windows_are_not_trusted():
     class NeedyMistral(transformers.MistralForCausalLM):
+        __module__ = "transformers.models.needy"
+
         def __init__(self, config, more):
             super().__init__(config)
 
@@ -248,6 +254,49 @@ def test_without_a_small_model_windows_are_not_trusted():
     model = NeedyMistral(transformers.MistralConfig(**sizes), 1)
     with pytest.raises(CannotPack, match="longer than a trial"):
         check(model)
+
+
+# ---- Code that is not transformers' own ----
+
+
+class Own(LlamaForCausalLM):
+    """A class as a model's repository has it; in rows longer than its span it attends otherwise."""
+
+    def forward(self, input_ids=None, **kwargs):
+        far = input_ids.shape[1] > getattr(self.config, "context_span", 1 << 30)
+        for layer in self.model.layers:
+            layer.self_attn.scaling = (0.5 if far else 1.0) * layer.self_attn.head_dim**-0.5
+        return super().forward(input_ids, **kwargs)
+
+
+def test_own_code_is_packed_up_to_what_it_was_tried_with():
+    limits = check(tiny("Llama", kind=Own))
+    assert limits == RowLimits(sequence=2048, row=13_992)
+    # Its padded sequences are not as long as a packed row.
+    limits = check(tiny("Llama", kind=Own, max_position_embeddings=100))
+    assert limits == RowLimits(sequence=100, row=681)
+
+
+@pytest.mark.parametrize(("span", "row"), [(72, 380), (500, 2327), (4000, 13_992)])
+def test_a_length_that_nobody_knows_is_found(span, row):
+    model = tiny("Llama", kind=Own, context_span=span)
+    reason = f"its code is not transformers' own, and in a row of {row:,} tokens: its results"
+    with pytest.raises(CannotPack, match=reason):
+        check(model)
+
+
+def test_a_length_beyond_the_limits_does_no_harm():
+    model = tiny("Llama", kind=Own, context_span=14_000)
+    assert check(model).row < 14_000
+
+
+def test_own_code_without_a_small_model():
+    class NeedyOwn(Own):
+        def __init__(self, config, more):
+            super().__init__(config)
+
+    with pytest.raises(CannotPack, match="it cannot be tried out with long rows"):
+        check(NeedyOwn(LlamaConfig(**SIZES), 1))
 
 
 def test_a_table_that_has_changed(monkeypatch):
