@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 from accelerate import PartialState
-from transformers.utils import logging
+from transformers.utils import is_liger_kernel_available, logging
 
 from ..data.collator import PreferenceCollator
 from ..data.rows import RowBuilder
@@ -173,6 +173,10 @@ class CurrentArgs(TrainerParts):
         args, losses = self.args, ("cross_entropy", "fused_linear_cross_entropy")
         if not args.use_liger_kernel:
             return
+        if args.device.type == "cpu" and is_liger_kernel_available():
+            raise ValueError(
+                "use_liger_kernel is True on a CPU: Liger's kernels run on GPUs only; remove it"
+            )
         given = args.liger_kernel_config or {}
         if any(given.get(name) for name in losses):
             logger.warning(

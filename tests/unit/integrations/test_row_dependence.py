@@ -230,6 +230,8 @@ def test_the_loss_kernels_of_liger_are_left_out(tmp_path, tokenizer, base, monke
             model.forward = lambda *args, **kwargs: 1 / 0
 
     monkeypatch.setattr("transformers.trainer.apply_liger_kernel", apply)
+    # Not installed, so that a CPU is no error.
+    monkeypatch.setattr("oddsmith.training.current_args.is_liger_kernel_available", lambda: False)
     options = {"use_liger_kernel": True, "liger_kernel_config": {"rope": False}}
     trainer, found = logs(tmp_path, tokenizer, base, "packed", **options)
     assert given == [{"rope": False, "cross_entropy": False, "fused_linear_cross_entropy": False}]
@@ -240,3 +242,9 @@ def test_the_loss_kernels_of_liger_are_left_out(tmp_path, tokenizer, base, monke
         liger_kernel_config={"fused_linear_cross_entropy": True},
     )  # fmt: skip
     assert any("the loss kernels are left out" in line for line in log.messages)
+
+
+def test_liger_on_a_cpu_is_one_sentence(tmp_path, tokenizer, base, monkeypatch):
+    monkeypatch.setattr("oddsmith.training.current_args.is_liger_kernel_available", lambda: True)
+    with pytest.raises(ValueError, match="use_liger_kernel is True on a CPU: Liger's kernels run"):
+        logs(tmp_path, tokenizer, base, "packed", use_liger_kernel=True)
