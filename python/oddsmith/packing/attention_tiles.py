@@ -42,7 +42,8 @@ class Rule(NamedTuple):
 class _Tile(NamedTuple):
     rows: slice  # of the queries in the packed row
     pieces: tuple[slice, ...]  # of the keys
-    seen: Tensor  # (queries, keys) bool
+    # Keys that some query does not see, and for which: (keys, (queries, keys) bool), up to two.
+    unseen: tuple[tuple[slice, Tensor], ...]
 
 
 def tiles(
@@ -64,9 +65,23 @@ def tiles(
             if prompt is not None and first < shared:
                 pieces.append(slice(prompt.start + first, prompt.start + min(shared, end)))
             pieces.append(slice(offset + max(first, shared), offset + end))
-            seen = pattern.mask(range(begin, end), range(first, end), device)
-            yield _Tile(slice(offset + begin, offset + end), tuple(pieces), seen)
+            unseen = tuple(_edges(pattern, range(begin, end), first, device))
+            yield _Tile(slice(offset + begin, offset + end), tuple(pieces), unseen)
             begin = end
+
+
+def _edges(
+    pattern: Pattern, queries: range, first: int, device: torch.device
+) -> Iterator[tuple[slice, Tensor]]:
+    """Where a tile needs a mask: before the window of its last query, and behind its first query."""
+    last = pattern.first_seen(queries.stop - 1)
+    edges = [range(first, last), range(queries.start + 1, queries.stop)]
+    if last > queries.start:  # a window narrower than the tile
+        edges = [range(first, queries.stop)]
+    for keys in edges:
+        if len(keys):
+            place = slice(keys.start - first, keys.stop - first)
+            yield place, ~pattern.mask(queries, keys, device)
 
 
 class PackedTiles(torch.autograd.Function):
@@ -111,15 +126,23 @@ class PackedTiles(torch.autograd.Function):
         for tile in tiles(segments, rule.pattern, heads, query.device):
             q, k, v = _taken(query, key, value, tile, wide)
             scores, _ = _scores(q, k, tile, rule)
-            total = scores.logsumexp(-1)
+            # Every query sees itself, so the largest score is finite.
+            largest = scores.amax(-1)
+            weights = scores.sub_(largest[..., None]).exp_()
+            total = weights.sum(-1)
             if sinks is not None:
-                total = torch.logaddexp(total, _of_heads(sinks.to(wide), total))
-            weights = scores.sub_(total[..., None]).exp_()
+                # A sink far above the scores would overflow here, without it they would not count.
+                sink = _of_heads(sinks.to(wide), largest) - largest
+                total = torch.logaddexp(total.log(), sink)
+            else:
+                total = total.log()
             kept = drop.factor(weights)
             if kept is not None:
                 weights = weights * kept
-            out[0, :, tile.rows] = _joined(_product(weights, v))
-            lse[:, tile.rows] = total.flatten(0, 1)
+            # Dividing the few sums is less than dividing all weights.
+            part = _product(weights, v).mul_((-total).exp_()[..., None])
+            out[0, :, tile.rows] = _joined(part)
+            lse[:, tile.rows] = (total + largest).flatten(0, 1)
         ctx.save_for_backward(query, key, value, sinks, out, lse)
         return out
 
@@ -156,9 +179,8 @@ class PackedTiles(torch.autograd.Function):
             d_scores = d_weights.sub_(mean[..., None]).mul_(weights)
             if slope is not None:
                 d_scores.mul_(slope)
-            d_scores.mul_(rule.scale)
-            d_query[0, :, tile.rows] = _joined(_product(d_scores, k))
-            _add(d_key, tile, _over_queries(d_scores, q))
+            d_query[0, :, tile.rows] = _joined(_product(d_scores, k, rule.scale))
+            _add(d_key, tile, _over_queries(d_scores, q).mul_(rule.scale))
         if d_sinks is not None and sinks is not None:
             d_sinks = d_sinks.flatten().view_as(sinks).to(sinks.dtype)
         d_key, d_value = d_key[None].to(key.dtype), d_value[None].to(value.dtype)
@@ -191,17 +213,24 @@ def _taken(
 
 def _scores(q: Tensor, k: Tensor, tile: _Tile, rule: Rule) -> tuple[Tensor, Tensor | None]:
     """Scores `(key heads, group, queries, keys)`, -inf where not seen, and the softcap's slope."""
-    scores, slope = _product(q, k.transpose(1, 2)).mul_(rule.scale), None
+    scores, slope = _product(q, k.transpose(1, 2), rule.scale / (rule.softcap or 1.0)), None
     if rule.softcap is not None:
-        scores = scores.div_(rule.softcap).tanh_()
-        slope = 1.0 - scores * scores
+        scores = scores.tanh_()
+        slope = torch.addcmul(scores.new_ones(()), scores, scores, value=-1.0)
         scores = scores.mul_(rule.softcap)
-    return scores.masked_fill_(~tile.seen, -torch.inf), slope
+    for keys, unseen in tile.unseen:
+        scores[..., keys].masked_fill_(unseen, -torch.inf)
+    return scores, slope
 
 
-def _product(x: Tensor, matrix: Tensor) -> Tensor:
-    """`x` `(key heads, group, queries, n)` times the matrix of its key head, `(key heads, n, m)`."""
-    return torch.bmm(x.flatten(1, 2), matrix).unflatten(1, x.shape[1:3])
+def _product(x: Tensor, matrix: Tensor, factor: float = 1.0) -> Tensor:
+    """
+    `x` `(key heads, group, queries, n)` times the matrix of its key head, `(key heads, n, m)`, times
+    a factor, which costs no pass over the result here.
+    """
+    flat = x.flatten(1, 2)
+    nothing = flat.new_empty(())
+    return torch.baddbmm(nothing, flat, matrix, beta=0.0, alpha=factor).unflatten(1, x.shape[1:3])
 
 
 def _over_queries(weights: Tensor, x: Tensor) -> Tensor:

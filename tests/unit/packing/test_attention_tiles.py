@@ -1,5 +1,6 @@
 """Attention in tiles of queries: softcap, sinks, windows, chunks, widths; values and gradients."""
 
+import math
 from itertools import product
 
 import pytest
@@ -12,6 +13,12 @@ from support.packed_attention import SEGMENTS, TOLERANCE, attention, tensors
 
 # Shorter than the prompts, ending within them and within the answers.
 PATTERNS = (CAUSAL, Pattern(window=1), Pattern(window=3), Pattern(chunk=2), Pattern(chunk=3))
+
+
+def size_of(tile):
+    """Queries and keys."""
+    rows, pieces = tile.rows, tile.pieces
+    return rows.stop - rows.start, sum(piece.stop - piece.start for piece in pieces)
 
 
 def close(mine, true, tolerance):
@@ -106,18 +113,22 @@ def test_each_query_is_in_one_tile_with_all_that_it_sees(pattern, queries):
     count = sum(map(sum, SEGMENTS))
     found = torch.zeros(count, count, dtype=torch.int64)
     for tile in tiles(SEGMENTS, pattern, 4, torch.device("cpu")):
+        seen = torch.ones(size_of(tile), dtype=torch.bool)
+        for keys, unseen in tile.unseen:
+            seen[:, keys] &= ~unseen
         places = [place for piece in tile.pieces for place in range(piece.start, piece.stop)]
         for (row, query), (column, place) in product(
             enumerate(range(tile.rows.start, tile.rows.stop)), enumerate(places)
         ):
-            found[query, place] += int(tile.seen[row, column])
+            found[query, place] += int(seen[row, column])
     assert torch.equal(found, mask(SEGMENTS, pattern.window, pattern.chunk).long())
 
 
 def test_memory_grows_with_the_row_and_not_with_its_square():
     # 16 pairs of 2 * 512 tokens: a mask of the row would have 16384 squared elements a head.
     segments = ((0, 512, 512),) * 16
-    largest = max(tile.seen.numel() * 4 for tile in tiles(segments, CAUSAL, 4, torch.device("cpu")))
+    found = tiles(segments, CAUSAL, 4, torch.device("cpu"))
+    largest = max(math.prod(size_of(tile)) * 4 for tile in found)
     assert largest <= attention_tiles._TILE_WEIGHTS
 
 
@@ -125,3 +136,19 @@ def test_low_precision_tolerances_are_those_of_the_flash_kernels():
     q, k, v = tensors(SEGMENTS, torch.bfloat16)
     out = PackedTiles.apply(q, k, v, None, SEGMENTS, Rule(CAUSAL, 0.6))
     close(out, attention(q, k, v, SEGMENTS, 0.6), TOLERANCE[torch.bfloat16])
+
+
+def test_scores_and_sinks_of_any_size():
+    """The sums of the weights neither overflow nor vanish."""
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.float64, 1e-12)):
+        for sink in (-1e4, 0.0, 1e4):
+            inputs = [x * 30.0 for x in tensors(SEGMENTS, dtype)]
+            inputs = [*inputs, torch.tensor([sink, 5.0, -sink, 1.0], dtype=dtype)]
+            inputs = [x.requires_grad_() for x in inputs]
+            exact = [x.detach().double().requires_grad_() for x in inputs]
+            out = PackedTiles.apply(*inputs, SEGMENTS, Rule(CAUSAL, 0.6))
+            truth = attention(*exact[:3], SEGMENTS, 0.6, None, None, None, exact[3])
+            close(out, truth, tolerance * 30)
+            (mine,) = torch.autograd.grad(out.sum(), inputs[2])
+            (true,) = torch.autograd.grad(truth.sum(), exact[2])
+            close(mine, true, tolerance)
