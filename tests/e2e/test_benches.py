@@ -27,6 +27,7 @@ RUNS = {
     ),
     "bench_checkpoint": ("--repeats 1", {"checkpoint_0.0b_merge_time"}),
     "bench_training": ("--repeats 1 --steps 2", {"step_tiny_generated_trl_memory"}),
+    "bench_packing": ("--repeats 2", {"packing_96x16_float32_flash_time"}),
     "bench_demo": ("", {"demo_all_accuracy_after"}),
 }
 
