@@ -204,6 +204,33 @@ def test_lora_trains_the_language_model(tmp_path):
     assert (tmp_path / "processor_config.json").is_file()
 
 
+@pytest.mark.parametrize("name", ["gemma3", "qwen2_5_vl"])
+@pytest.mark.filterwarnings("ignore")  # of peft
+def test_qlora_trains_on_images(tmp_path, name):
+    """The layers of the vision part have 4 bits too."""
+    from peft import LoraConfig
+
+    from oddsmith.integrations.nf4_config import NF4Config
+    from oddsmith.nn import Linear4bit
+
+    model, processor = image_model(name)
+    model.save_pretrained(tmp_path / "base")
+    four = type(model).from_pretrained(
+        tmp_path / "base", quantization_config=NF4Config(compute_dtype="float32")
+    )
+    layers = [key for key, each in four.named_modules() if isinstance(each, Linear4bit)]
+    assert any("vis" in key for key in layers) and any("language" in key for key in layers)
+    rows = image_pairs(4)
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    trainer = make(four, processor, rows, tmp_path, peft_config=config)
+    loss = trainer.compute_loss(trainer.model, trainer.data_collator(list(rows)))
+    expected = naive_loss(trainer.model, processor, rows).item()
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    loss.backward()
+    trained = [each for each in trainer.model.parameters() if each.requires_grad]
+    assert trained and all(each.grad.abs().max() > 0 for each in trained)
+
+
 def test_a_stream_gives_the_batches_of_its_rows(tmp_path):
     rows = image_pairs(12)
     stream = run(tmp_path, "gemma3", rows.to_iterable_dataset())
