@@ -175,7 +175,10 @@ def _check_itself(core: Any, odd: str) -> None:
 def _check_alone(core: Any, why: str) -> RowLimits:
     """Of a model without a small form."""
     if not in_memory(core):
-        raise CannotPack("its weights are not in memory, so a packed row cannot be tried out")
+        raise CannotPack(
+            f"a packed row cannot be tried out: its weights are not in memory, and a small model of "
+            f"its class cannot be built ({why})"
+        )
     if is_foreign(core):
         raise CannotPack(
             "its code is not transformers' own, and it cannot be tried out with long rows: a small model "

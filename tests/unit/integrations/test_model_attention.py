@@ -1,6 +1,6 @@
 """Packed rows: the same logits and gradients as a padded batch, model by model."""
 
-import functools
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -8,6 +8,7 @@ import transformers
 
 from oddsmith.integrations import model_attention, model_packing
 from oddsmith.packing.batch import PackedBatch
+from support.double import stay_in_double
 from support.packed_models import SIZES, padded, pairs_of
 
 MODELS = {
@@ -50,33 +51,21 @@ def tolerance(name):
     return 1e-5 if name == "Mixtral" else 1e-9
 
 
-def stay_in_double(monkeypatch):
-    """Norms and rotations stay in float64, which the models' code casts to float32, and positions join them."""
-    to, as_float = torch.Tensor.to, torch.Tensor.float
-
-    @functools.wraps(to)
-    def keep(x, *args, **kwargs):
-        wide = x.dtype == torch.float64 and torch.float32 in (*args, *kwargs.values())
-        return x if wide else to(x, *args, **kwargs)
-
-    def widen(x):
-        # transformers 5.17 multiplies positions and frequencies as matrices, which takes one dtype.
-        narrow = x.is_floating_point() and x.dtype != torch.float64
-        return as_float(x) if narrow else x.double()
-
-    monkeypatch.setattr(torch.Tensor, "to", keep)
-    monkeypatch.setattr(torch.Tensor, "float", widen)
+@pytest.fixture
+def double():
+    with ExitStack() as stack:
+        yield stack
 
 
 # Names that transformers 5.17 has; 5.23 prefers newer ones.
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 @pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize(("name", "checkpointing"), CASES)
-def test_packed_equals_padded(name, checkpointing, share, monkeypatch):
+def test_packed_equals_padded(name, checkpointing, share, double):
     model = tiny_model(name)
     model_packing.check(model)  # by a small model in float32
     if model.dtype == torch.float64:
-        stay_in_double(monkeypatch)
+        double.enter_context(stay_in_double())
     pairs = pairs_of(prompts="differ" if name == "Qwen2" else "same")
     ids, mask, rows = padded(pairs)
     batch = PackedBatch.build(pairs, share)
