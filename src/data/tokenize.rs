@@ -79,8 +79,10 @@ impl RowEncoder {
         let mut tokenizer = Tokenizer::from_str(json).map_err(|error| Error::Tokenizer(error.to_string()))?;
         let marked = [marks.bos, marks.eos];
         let highest = tokenizer.get_vocab(true).into_values().chain(marked.into_iter().flatten()).max();
-        if highest.is_some_and(|id| i32::try_from(id).is_err()) {
-            return Err(Error::Tokenizer(format!("token id {highest:?} is not a 32-bit integer")));
+        if let Some(id) = highest.filter(|&id| i32::try_from(id).is_err()) {
+            return Err(Error::Tokenizer(format!(
+                "the token id {id} is too large; must be below 2147483648"
+            )));
         }
         tokenizer.with_truncation(None).map_err(|error| Error::Tokenizer(error.to_string()))?;
         tokenizer.with_padding(None);

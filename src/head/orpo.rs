@@ -201,7 +201,9 @@ impl<T: Real> Run<'_, '_, T> {
         // The first block carries two more rows.
         let mut kept = Kept::new(elements + 2 * self.engine.head.vocab());
         let mut items: Vec<Vec<usize>> = (0..self.batch.pairs).map(|p| self.scores.layout.pair(p)).collect();
-        items.extend(self.scores.layout.prompt.chunks(limit.div_ceil(16)).map(<[usize]>::to_vec));
+        // Without a completion the limit can be 0.
+        let prompt_rows = limit.div_ceil(16).max(1);
+        items.extend(self.scores.layout.prompt.chunks(prompt_rows).map(<[usize]>::to_vec));
         let sizes: Vec<usize> = items.iter().map(Vec::len).collect();
         let mut first = 0;
         for end in plan::pack(&sizes, limit) {

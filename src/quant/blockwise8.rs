@@ -60,7 +60,7 @@ pub fn quantize<T: Float>(
     let grain = blocks * blocksize;
     let items = values.chunks(grain).zip(codes.chunks_mut(grain)).zip(absmax.chunks_mut(blocks));
     for_each(threads, items, |((values, codes), absmax)| {
-        let mut wide = vec![0.0; blocksize];
+        let mut wide = vec![0.0; blocksize.min(values.len())];
         let blocks = values.chunks(blocksize).zip(codes.chunks_mut(blocksize)).zip(absmax);
         for ((values, codes), absmax) in blocks {
             let wide = &mut wide[..values.len()];

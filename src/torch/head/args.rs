@@ -108,9 +108,19 @@ impl Args<'_> {
             &format!("tokens in 0..{vocab}, or {IGNORE} for none"),
             true,
         )?;
-        self.positive("softcap", self.softcap.unwrap_or(1.0))?;
-        if !self.logit_scale.is_finite() {
-            return Err(self.value("logit_scale", "a finite number", self.logit_scale.to_string()));
+        // A number that is 0 or infinite in the dtype of the computation makes every logit NaN.
+        let softcap = self.softcap.unwrap_or(1.0);
+        // Its reciprocal is used too, which is infinite for a subnormal number.
+        let computed = self.computed(softcap)?;
+        if !(computed.is_finite() && computed >= f64::from(f32::MIN_POSITIVE)) {
+            let expected = "a positive finite number, and a normal one in float32";
+            return Err(self.value("softcap", expected, softcap.to_string()));
+        }
+        let scale = self.logit_scale;
+        let computed = self.computed(scale)?;
+        if !computed.is_finite() || (scale != 0.0 && computed == 0.0) {
+            let expected = "a finite number, and neither infinite nor 0 in the dtype of the computation";
+            return Err(self.value("logit_scale", expected, scale.to_string()));
         }
         Ok(())
     }
@@ -161,18 +171,16 @@ impl Args<'_> {
         Ok(())
     }
 
-    fn positive(&self, argument: &'static str, value: f64) -> Result<()> {
-        if value.is_finite() && value > 0.0 {
+    fn at_least_zero(&self, argument: &'static str, value: f64) -> Result<()> {
+        if self.computed(value)?.is_finite() && value >= 0.0 {
             return Ok(());
         }
-        Err(self.value(argument, "a positive finite number", value.to_string()))
+        Err(self.value(argument, "at least 0, and finite in the dtype of the computation", value.to_string()))
     }
 
-    fn at_least_zero(&self, argument: &'static str, value: f64) -> Result<()> {
-        if value.is_finite() && value >= 0.0 {
-            return Ok(());
-        }
-        Err(self.value(argument, "a finite number of at least 0", value.to_string()))
+    /// A number as the computation has it: `float64` for `float64`, else `float32`.
+    fn computed(&self, value: f64) -> Result<f64> {
+        Ok(if self.hidden.f_kind()? == Kind::Double { value } else { f64::from(value as f32) })
     }
 
     fn value(&self, argument: &'static str, expected: &str, got: String) -> Error {
@@ -205,11 +213,22 @@ impl Pairs<'_> {
         args.row_argument("sequence", self.sequence, rows, Kind::Int64)?;
         args.row_argument("completion", self.completion, rows, Kind::Bool)?;
         args.at_least_zero("beta", objective.beta)?;
+        // Results are allocated by it: a pair without rows is for batches without any.
+        let most = rows.max(1);
         let pairs = match self.count {
-            Some(count) if count > 0 => count,
-            Some(count) => return Err(args.value("num_pairs", "a positive number", count.to_string())),
+            Some(count) if (1..=most).contains(&count) => count,
+            Some(count) => {
+                let expected = format!("in 1..={most}, at most the rows of hidden");
+                return Err(args.value("num_pairs", &expected, count.to_string()));
+            }
             None if rows == 0 => 0,
-            None => self.sequence.f_max()?.f_int64_value(&[])? / 2 + 1,
+            None => match self.sequence.f_max()?.f_int64_value(&[])? {
+                last if last < 2 * most => last / 2 + 1,
+                last => {
+                    let expected = format!("sequences in 0..{}, two for each row of hidden", 2 * most);
+                    return Err(args.value("sequence", &expected, last.to_string()));
+                }
+            },
         };
         args.range("sequence", self.sequence, 2 * pairs, &format!("sequences in 0..{}", 2 * pairs), false)?;
         self.check_scored(args, pairs, objective.scope)?;

@@ -219,6 +219,16 @@ def test_compiles_without_a_graph_break(num_pairs):
         (lambda a: a.update(sequence=a["sequence"] - 1), ValueError, "sequence is -1"),
         (lambda a: a.update(num_pairs=1), ValueError, "sequence is 2; must be sequences in 0..2"),
         (lambda a: a.update(num_pairs=0), ValueError, "num_pairs is 0"),
+        (
+            lambda a: a.update(num_pairs=2**40),
+            ValueError,
+            "num_pairs is 1099511627776; must be in 1",
+        ),
+        (
+            lambda a: a["sequence"].fill_(2**40),
+            ValueError,
+            "sequence is 1099511627776; .* two for each row of hidden",
+        ),
         (lambda a: a.update(completion=a["completion"].long()), TypeError, "completion has dtype"),
         (
             lambda a: a.update(bias=torch.zeros(7, dtype=torch.float64)),
