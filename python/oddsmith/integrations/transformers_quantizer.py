@@ -87,7 +87,7 @@ class NF4Quantizer(Bnb4BitHfQuantizer):
         left = [
             name
             for name, layer in model.named_modules()
-            if isinstance(layer, Linear4bit) and layer.weight.quant_state is None
+            if isinstance(layer, Linear4bit) and layer.quant_state is None
             if layer.weight.device.type != "meta"
         ]
         if left:
@@ -125,7 +125,7 @@ class NF4Quantizer(Bnb4BitHfQuantizer):
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> Any:
         wanted: torch.dtype | None = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         for name, layer in list(model.named_modules()):
-            state = layer.weight.quant_state if isinstance(layer, Linear4bit) else None
+            state = layer.quant_state if isinstance(layer, Linear4bit) else None
             if isinstance(layer, Linear4bit) and state is not None:
                 weight = dequantize_nf4(layer.weight, state, wanted)
                 size = layer.in_features, layer.out_features
