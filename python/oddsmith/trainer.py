@@ -42,6 +42,8 @@ from .training.models import (
 )
 from .training.row_dependence import row_dependence
 from .training.row_hooks import RowHooks
+from .training.save_hooks import SaveHooks
+from .training.split_codes import SplitCodes
 
 logger = logging.get_logger(__name__)
 
@@ -54,6 +56,8 @@ class ORPOTrainer(
     LossHooks,
     GradientHooks,
     EvaluationHooks,
+    SaveHooks,
+    SplitCodes,
     Trainer,
 ):
     r"""

@@ -44,7 +44,7 @@ FEATURES: dict[str, Feature] = {
     "full": Feature(),
     "LoRA": Feature(lora=_LORA),
     "NF4 + LoRA": Feature(nf4={}, lora=_LORA),
-    "NF4 in float32 + LoRA": Feature(nf4={"storage": torch.float32}, lora=_LORA),
+    "NF4 in float32 + LoRA": Feature(nf4={"bnb_4bit_quant_storage": torch.float32}, lora=_LORA),
     "checkpointing": Feature(arguments={"gradient_checkpointing": True}),
     "tied": Feature(model="qwen3_tied"),
     "max_tokens_per_batch": Feature(arguments={"max_tokens_per_batch": 200}),

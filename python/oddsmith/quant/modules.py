@@ -12,7 +12,15 @@ from torch import Tensor, nn
 
 from .linear import linear_nf4
 from .nf4 import quantize_nf4
-from .sharded import dtype_after, entry, give_state, is_part, keep_state, load_part
+from .sharded import (
+    dtype_after,
+    entries_are_saved,
+    entry,
+    give_state,
+    is_part,
+    keep_state,
+    load_part,
+)
 from .state import PACKED_KEY, QuantState, dtype_name, layout, nested_layout
 
 __all__ = ["Linear4bit", "Params4bit"]
@@ -371,7 +379,7 @@ class Linear4bit(nn.Linear):
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if (state := self.quant_state) is not None:
+        if (state := self.quant_state) is not None and entries_are_saved():
             for name, value in state.as_dict(packed=True).items():
                 destination[f"{prefix}weight.{name}"] = value
 

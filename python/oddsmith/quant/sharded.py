@@ -7,6 +7,9 @@ of a checkpoint, which torch's distributed checkpoints look up.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -14,10 +17,41 @@ from torch import Tensor
 
 from .state import PACKED_KEY, QuantState, dtype_name
 
-__all__ = ["dtype_after", "entry", "is_part", "give_state", "keep_state", "load_part"]
+__all__ = [
+    "dtype_after",
+    "entries_are_saved",
+    "entry",
+    "is_part",
+    "give_state",
+    "keep_state",
+    "load_part",
+    "without_entries",
+]
 
 # Entries of a state that are tensors of their own; the last two with double quantisation.
 _ENTRIES = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+
+_SAVED: ContextVar[bool] = ContextVar("entries_are_saved", default=True)
+
+
+@contextmanager
+def without_entries() -> Iterator[None]:
+    """
+    A context in which state dicts have the codes of 4-bit weights without their other entries.
+
+    For checkpoints of an adapter alone: torch leaves frozen parameters out of them, but it cannot load
+    a state dict with entries that are neither parameters nor buffers on several processes.
+    """
+    token = _SAVED.set(False)
+    try:
+        yield
+    finally:
+        _SAVED.reset(token)
+
+
+def entries_are_saved() -> bool:
+    """Whether state dicts have all entries of 4-bit weights, as outside of [`without_entries`]."""
+    return _SAVED.get()
 
 
 def is_part(weight: Any) -> bool:
