@@ -65,6 +65,12 @@ class NF4Quantizer(Bnb4BitHfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, device_map: Any = None, **kwargs: Any
     ) -> None:
+        spread = getattr(model.config, "distributed_config", None)
+        if spread is not None and max(spread.fsdp_size or 1, spread.tp_size or 1) > 1:
+            raise ValueError(
+                "distributed_config splits weights while they are loaded, before they can be quantised to 4 "
+                "bits: load the model without it and use FSDP2 (fsdp=True, or accelerate's configuration)"
+            )
         config = self.quantization_config
         self.modules_to_not_convert = self.get_modules_to_not_convert(
             model, config.llm_int8_skip_modules, list(model._keep_in_fp32_modules or ())

@@ -404,15 +404,30 @@ class Linear4bit(nn.Linear):
             return
         if name in missing_keys:
             missing_keys.remove(name)
+        if not parts and self._are_codes(data):
+            missing_keys.append(f"{name}.{PACKED_KEY}")
         try:
             self._load_weight(data, parts)
         except (ValueError, TypeError) as error:
             error_msgs.append(f"{name}: {error}")
 
+    def _are_codes(self, data: Tensor) -> bool:
+        weight = self.weight
+        codes = data.shape == weight.shape and data.dtype == weight.dtype
+        return self.quant_state is not None and codes and data.shape != self._full_shape
+
+    @property
+    def _full_shape(self) -> torch.Size:
+        return torch.Size([self.out_features, self.in_features])
+
     def _load_weight(self, data: Tensor, parts: dict[str, Any]) -> None:
-        weight, shape = self.weight, torch.Size([self.out_features, self.in_features])
+        weight, shape = self.weight, self._full_shape
         if is_part(weight):
             load_part(weight, data, parts, shape)
+            return
+        if not parts and self._are_codes(data):
+            # torch fills the rest of a part of a state dict with the model's own parameters.
+            self._replace_weight(data.detach().clone(), weight.quant_state)
             return
         device = None if weight.device.type == "meta" else weight.device
         if not parts:

@@ -112,7 +112,7 @@ def dtype_after(fn: Any, weight: Any) -> torch.dtype:
 @torch.no_grad()
 def load_part(weight: Any, data: Tensor, parts: dict[str, Any], shape: torch.Size) -> None:
     """
-    Loads codes, split or whole, and their state into a part.
+    Loads codes, split or whole, into a part; and their state, if it is there.
 
     Args:
         weight (`Tensor`): The layer's weight.
@@ -123,19 +123,18 @@ def load_part(weight: Any, data: Tensor, parts: dict[str, Any], shape: torch.Siz
     Raises:
         ValueError: If they do not fit the layer.
     """
-    if not any(key.endswith(PACKED_KEY) for key in parts):
-        raise ValueError(
-            f"has shape {tuple(data.shape)} without {PACKED_KEY}; a weight that is split over processes "
-            "can only take codes with their state"
-        )
     if data.shape != weight.shape or data.dtype != weight.dtype:
         raise ValueError(
             f"codes are {dtype_name(data.dtype)} {tuple(data.shape)}; must be "
             f"{dtype_name(weight.dtype)} {tuple(weight.shape)}, as they are split over processes"
         )
-    state = QuantState.from_dict(parts)
-    if state.shape != shape:
-        raise ValueError(f"quant_state: shape is {state.shape}; must be {tuple(shape)}")
+    state = weight.quant_state
+    if any(key.endswith(PACKED_KEY) for key in parts):
+        state = QuantState.from_dict(parts)
+        if state.shape != shape:
+            raise ValueError(
+                f"quant_state: shape is {tuple(state.shape or ())}; must be {tuple(shape)}"
+            )
     if not is_part(data):
         from torch.distributed.tensor import distribute_tensor
 

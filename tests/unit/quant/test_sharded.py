@@ -14,6 +14,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from oddsmith.integrations.peft_merge import in_full
 from oddsmith.nn import Linear4bit
+from oddsmith.quant.sharded import without_entries
 from support.gradients import randn
 
 ENTRIES = ["absmax", "quant_map", "nested_absmax", "nested_quant_map"]
@@ -100,7 +101,7 @@ def test_what_a_split_weight_cannot_load(mesh):
     found = make_model().state_dict()
     full = {**found, "0.weight": randn(48, 64)}
     plain = {name: value for name, value in full.items() if not name.startswith("0.weight.")}
-    with pytest.raises(RuntimeError, match="split over processes can only take codes"):
+    with pytest.raises(RuntimeError, match=r"codes are float32 \(48, 64\)"):
         model.load_state_dict(plain)
     with pytest.raises(
         RuntimeError, match=r"codes are float32 \(48, 64\); must be float32 \(384, 1\)"
@@ -110,6 +111,32 @@ def test_what_a_split_weight_cannot_load(mesh):
     wrong = {f"0.{name}": value for name, value in other.items() if name != "bias"}
     with pytest.raises(RuntimeError, match=r"shape is .*; must be \(48, 64\)"):
         model.load_state_dict(wrong, strict=False)
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, torch.float32])
+def test_codes_without_their_state(storage, mesh):
+    """torch fills what a partial state dict lacks with the model's own codes."""
+    model = make_model(storage)
+    if storage.is_floating_point:
+        split(model, mesh)
+    x = randn(3, 64, seed=1)
+    expected = model(x)
+    codes = {"0.weight": model.state_dict()["0.weight"]}
+    assert "0.weight.quant_state.bitsandbytes__nf4" in model.load_state_dict(codes, strict=False)[0]
+    assert torch.equal(model(x), expected)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        model.load_state_dict(codes)
+    bias = {"2.bias": randn(64, seed=9)}
+    options = StateDictOptions(full_state_dict=True, strict=False)
+    set_model_state_dict(model, dict(bias), options=options)
+    assert torch.allclose(model(x), expected - make_model()[2].bias + bias["2.bias"], atol=1e-5)
+
+
+def test_state_dicts_without_entries():
+    model = make_model()
+    with without_entries():
+        assert list(model.state_dict()) == ["0.weight", "2.weight", "2.bias"]
+    assert len(model.state_dict()) == 3 + 2 * 5
 
 
 def test_codes_are_not_cast(mesh):
