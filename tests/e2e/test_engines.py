@@ -18,22 +18,10 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from support.engine_runs import FEATURES, LORA, Feature, run, save_models
+from support.engine_cells import CELLS, REFUSED, ROUNDED, TO_THE_BIT
+from support.engine_runs import FEATURES, run, save_models
 from support.engines import ENGINES, Engine, under
 from support.processes import end, two_processes
-
-# What is the same for every engine is in float32 alone.
-_NF4_BFLOAT16 = {"bnb_4bit_quant_storage": torch.bfloat16, "compute_dtype": "bfloat16"}
-IN_BFLOAT16 = {
-    "full in bfloat16": Feature(arguments={"bf16": True}),
-    "NF4 in bfloat16 + LoRA": Feature(
-        dtype="bfloat16", nf4=_NF4_BFLOAT16, lora=LORA, arguments={"bf16": True}
-    ),
-    "NF4 in float32, computed in bfloat16": Feature(
-        nf4={"bnb_4bit_quant_storage": torch.float32}, lora=LORA, arguments={"bf16": True}
-    ),
-}
-CELLS = FEATURES | IN_BFLOAT16
 
 
 def main(models: str, folder: str, *engines: str) -> None:
@@ -61,23 +49,6 @@ def main(models: str, folder: str, *engines: str) -> None:
 LAUNCHES = [
     ["DDP", "FSDP2 by arguments", "FSDP2 by environment", "FSDP2 by DistributedConfig"],
 ]
-_FSDP2 = ("FSDP2 by arguments", "FSDP2 by environment")
-_LOADED = "FSDP2 by DistributedConfig"
-_QUANTISED = "splits weights while they are loaded, before they can be quantised to 4 bits"
-# (engine, cell) -> what is refused, in the words of the error.
-REFUSED: dict[tuple[str, str], str] = {
-    **{(name, "galore_adamw"): "a projection needs full matrices" for name in (*_FSDP2, _LOADED)},
-    **{(_LOADED, cell): _QUANTISED for cell in CELLS if cell.startswith("NF4")},
-    **{
-        (name, "NF4 in float32, computed in bfloat16"): "FSDP2 computes in bfloat16, to which it"
-        for name in _FSDP2
-    },
-}
-# Cells whose results may be rounded in another way, and by how much of what a weight has moved: where
-# an 8-bit block ends, and whether weights or inputs are cast to bfloat16.
-ROUNDED = {"adamw_8bit": 0.1, **dict.fromkeys(IN_BFLOAT16, 0.3)}
-# No reduction takes another order.
-TO_THE_BIT = ("DDP",)
 
 
 @pytest.fixture(scope="module")
