@@ -20,6 +20,7 @@ from .sharded import (
     is_part,
     keep_state,
     load_part,
+    why_no_state,
 )
 from .state import PACKED_KEY, QuantState, dtype_name, layout, nested_layout
 
@@ -320,18 +321,9 @@ class Linear4bit(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         state = self.quant_state
         if state is None:
-            raise RuntimeError(self._why_no_state())
+            raise RuntimeError(f"Linear4bit: the weight {why_no_state(self.weight)}")
         dtype = self.compute_dtype or input.dtype
         return linear_nf4(input.to(dtype), self.weight, state, self.bias).to(input.dtype)
-
-    def _why_no_state(self) -> str:
-        weight = self.weight
-        if isinstance(weight, Params4bit):
-            return "Linear4bit: the weight is not quantised yet; move the layer to a device first"
-        return (
-            f"Linear4bit: the weight is a {dtype_name(weight.dtype)} {tuple(weight.shape)} without a "
-            "quant_state; FSDP2 must not cast codes: its param_dtype must be quant_storage, or None"
-        )
 
     def _replace_weight(self, data: Tensor, state: QuantState | None, **settings: Any) -> None:
         """In place if possible, because optimizers and hooks refer to the parameter."""

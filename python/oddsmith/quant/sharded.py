@@ -25,6 +25,7 @@ __all__ = [
     "give_state",
     "keep_state",
     "load_part",
+    "why_no_state",
     "without_entries",
 ]
 
@@ -102,6 +103,16 @@ def give_state(weight: Any, state: QuantState) -> None:
             setattr(weight, name, entry(state, name))
         except AttributeError:
             vars(weight).pop(name, None)
+
+
+def why_no_state(weight: Any) -> str:
+    """Why a layer's weight has no state, as a predicate."""
+    if hasattr(weight, "quant_state"):
+        return "is not quantised yet; move the layer to a device first"
+    return (
+        f"is a {dtype_name(weight.dtype)} {tuple(weight.shape)} without a quant_state; FSDP2 must not "
+        "cast codes: its param_dtype must be quant_storage, or None"
+    )
 
 
 def dtype_after(fn: Any, weight: Any) -> torch.dtype:
