@@ -180,6 +180,8 @@ class LowRankOptimizer(Optimizer):
         """The data for a step of a parameter with a gradient."""
         if parameter.grad is None:
             raise ValueError(f"the parameter {tuple(parameter.shape)} has no gradient")
+        if hasattr(parameter, "device_mesh"):  # split after it was added
+            check_matrix(type(self).__name__, parameter)
         return LowRankStep(parameter, group, index, self.state[parameter], parameter.grad)
 
     # ---- Steps ----
