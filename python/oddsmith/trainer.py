@@ -40,6 +40,8 @@ from .training.models import (
     vocabulary_size,
 )
 from .training.row_hooks import RowHooks
+from .training.save_hooks import SaveHooks
+from .training.split_codes import SplitCodes
 
 logger = logging.get_logger(__name__)
 
@@ -52,6 +54,8 @@ class ORPOTrainer(
     LossHooks,
     GradientHooks,
     EvaluationHooks,
+    SaveHooks,
+    SplitCodes,
     Trainer,
 ):
     r"""

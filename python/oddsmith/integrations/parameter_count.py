@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..quant.modules import Params4bit
+from ..quant.state import QuantState
 from .patch import Patch, Unsupported, find
 
 __all__ = ["COUNT", "ParameterCount"]
@@ -70,4 +70,4 @@ COUNT = ParameterCount()
 
 
 def _is_ours(parameter: nn.Parameter) -> bool:
-    return isinstance(parameter, Params4bit) and parameter.quant_state is not None
+    return isinstance(getattr(parameter, "quant_state", None), QuantState)

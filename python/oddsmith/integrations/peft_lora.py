@@ -58,7 +58,7 @@ class LoraLinear4bit(peft_layer.Linear):
         if name is None or torch.is_autocast_enabled(x.device.type):
             return super().forward(x, *args, **kwargs)
         base = cast(Linear4bit, self.base_layer)
-        state = base.weight.quant_state
+        state = base.quant_state
         if state is None:
             return super().forward(x, *args, **kwargs)
         dtype = base.compute_dtype or x.dtype

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..quant.modules import Linear4bit, Params4bit
 from ..quant.nf4 import dequantize_nf4
+from ..quant.sharded import is_part
 from .patch import Patch, Unsupported, find
 
 __all__ = ["MERGING", "AdapterMerging", "in_full"]
@@ -28,9 +29,13 @@ def in_full(base: Linear4bit) -> Iterator[None]:
     unchanged after an error.
 
     Raises:
-        RuntimeError: If the weight is not quantised yet.
+        RuntimeError: If the weight is not quantised yet, or split over processes.
     """
     codes = base.weight
+    if is_part(codes):
+        raise RuntimeError(
+            "the weights are split over processes; save the adapter, and merge it with `oddsmith merge`"
+        )
     state = codes.quant_state
     if state is None:
         raise RuntimeError("the weight is not quantised yet; move the layer to a device first")

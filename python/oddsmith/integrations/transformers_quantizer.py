@@ -65,6 +65,12 @@ class NF4Quantizer(Bnb4BitHfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, device_map: Any = None, **kwargs: Any
     ) -> None:
+        spread = getattr(model.config, "distributed_config", None)
+        if spread is not None and max(spread.fsdp_size or 1, spread.tp_size or 1) > 1:
+            raise ValueError(
+                "distributed_config splits weights while they are loaded, before they can be quantised to 4 "
+                "bits: load the model without it and use FSDP2 (fsdp=True, or accelerate's configuration)"
+            )
         config = self.quantization_config
         self.modules_to_not_convert = self.get_modules_to_not_convert(
             model, config.llm_int8_skip_modules, list(model._keep_in_fp32_modules or ())
@@ -87,7 +93,7 @@ class NF4Quantizer(Bnb4BitHfQuantizer):
         left = [
             name
             for name, layer in model.named_modules()
-            if isinstance(layer, Linear4bit) and layer.weight.quant_state is None
+            if isinstance(layer, Linear4bit) and layer.quant_state is None
             if layer.weight.device.type != "meta"
         ]
         if left:
@@ -125,7 +131,7 @@ class NF4Quantizer(Bnb4BitHfQuantizer):
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> Any:
         wanted: torch.dtype | None = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         for name, layer in list(model.named_modules()):
-            state = layer.weight.quant_state if isinstance(layer, Linear4bit) else None
+            state = layer.quant_state if isinstance(layer, Linear4bit) else None
             if isinstance(layer, Linear4bit) and state is not None:
                 weight = dequantize_nf4(layer.weight, state, wanted)
                 size = layer.in_features, layer.out_features

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +12,16 @@ from torch import Tensor, nn
 
 from .linear import linear_nf4
 from .nf4 import quantize_nf4
+from .sharded import (
+    dtype_after,
+    entries_are_saved,
+    entry,
+    give_state,
+    is_part,
+    keep_state,
+    load_part,
+    why_no_state,
+)
 from .state import PACKED_KEY, QuantState, dtype_name, layout, nested_layout
 
 __all__ = ["Linear4bit", "Params4bit"]
@@ -26,6 +37,10 @@ def _check_options(quant_type: str, quant_storage: torch.dtype) -> None:
     if quant_storage not in _STORAGE:
         allowed = ", ".join(dtype_name(dtype) for dtype in _STORAGE)
         raise ValueError(f"Params4bit: quant_storage is {quant_storage}; must be one of {allowed}")
+
+
+def _entry(weight: Params4bit, name: str) -> Tensor:
+    return entry(weight.quant_state, name)
 
 
 class Params4bit(nn.Parameter):
@@ -86,6 +101,12 @@ class Params4bit(nn.Parameter):
     def bnb_quantized(self) -> bool:
         """True if the data are codes."""
         return self.quant_state is not None
+
+    # torch's distributed checkpoints look up each entry of a state dict.
+    absmax = property(partial(_entry, name="absmax"))
+    quant_map = property(partial(_entry, name="quant_map"))
+    nested_absmax = property(partial(_entry, name="nested_absmax"))
+    nested_quant_map = property(partial(_entry, name="nested_quant_map"))
 
     @classmethod
     def from_prequantized(
@@ -287,17 +308,20 @@ class Linear4bit(nn.Linear):
         layer.bias = linear.bias
         return layer.train(linear.training)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight" and isinstance(value, Tensor) and not isinstance(value, Params4bit):
+            keep_state(value, self._parameters.get(name))
+        super().__setattr__(name, value)
+
     @property
     def quant_state(self) -> QuantState | None:
         """State of the weight, `None` before it is quantised."""
-        return self.weight.quant_state
+        return getattr(self.weight, "quant_state", None)
 
     def forward(self, input: Tensor) -> Tensor:
-        state = self.weight.quant_state
+        state = self.quant_state
         if state is None:
-            raise RuntimeError(
-                "Linear4bit: the weight is not quantised yet; move the layer to a device first"
-            )
+            raise RuntimeError(f"Linear4bit: the weight {why_no_state(self.weight)}")
         dtype = self.compute_dtype or input.dtype
         return linear_nf4(input.to(dtype), self.weight, state, self.bias).to(input.dtype)
 
@@ -317,7 +341,14 @@ class Linear4bit(nn.Linear):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Linear4bit:
         weight = self.weight
-        if weight.quant_state is None:
+        if is_part(weight):
+            state = self.quant_state
+            if dtype_after(fn, weight) == weight.dtype:
+                super()._apply(fn, recurse)  # which may make another parameter
+                if state is not None:
+                    give_state(self.weight, state)
+                return self
+        elif weight.quant_state is None:
             applied = fn(weight)  # if this quantises, it returns the weight itself
             if applied is not weight:
                 self._replace_weight(applied.data, getattr(applied, "quant_state", None))
@@ -340,8 +371,8 @@ class Linear4bit(nn.Linear):
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.weight.quant_state is not None:
-            for name, value in self.weight.quant_state.as_dict(packed=True).items():
+        if (state := self.quant_state) is not None and entries_are_saved():
+            for name, value in state.as_dict(packed=True).items():
                 destination[f"{prefix}weight.{name}"] = value
 
     def _load_from_state_dict(
@@ -365,13 +396,31 @@ class Linear4bit(nn.Linear):
             return
         if name in missing_keys:
             missing_keys.remove(name)
+        if not parts and self._are_codes(data):
+            missing_keys.append(f"{name}.{PACKED_KEY}")
         try:
             self._load_weight(data, parts)
         except (ValueError, TypeError) as error:
             error_msgs.append(f"{name}: {error}")
 
+    def _are_codes(self, data: Tensor) -> bool:
+        weight = self.weight
+        codes = data.shape == weight.shape and data.dtype == weight.dtype
+        return self.quant_state is not None and codes and data.shape != self._full_shape
+
+    @property
+    def _full_shape(self) -> torch.Size:
+        return torch.Size([self.out_features, self.in_features])
+
     def _load_weight(self, data: Tensor, parts: dict[str, Any]) -> None:
-        weight, shape = self.weight, torch.Size([self.out_features, self.in_features])
+        weight, shape = self.weight, self._full_shape
+        if is_part(weight):
+            load_part(weight, data, parts, shape)
+            return
+        if not parts and self._are_codes(data):
+            # torch fills the rest of a part of a state dict with the model's own parameters.
+            self._replace_weight(data.detach().clone(), weight.quant_state)
+            return
         device = None if weight.device.type == "meta" else weight.device
         if not parts:
             if data.shape != shape:

@@ -84,6 +84,11 @@ class QuantState:
         """True with double quantisation."""
         return self.state2 is not None
 
+    @property
+    def bitsandbytes__nf4(self) -> Tensor:
+        """The entry of this name: the parts that are not tensors, as bytes."""
+        return self.as_dict(packed=True)[PACKED_KEY]
+
     def __repr__(self) -> str:
         return (
             f"QuantState(shape={self.shape}, dtype={self.dtype}, blocksize={self.blocksize}, "

@@ -185,6 +185,8 @@ class LowRankOptimizer(Optimizer):
         grad = parameter.grad
         if grad is None:
             raise ValueError(f"the parameter {tuple(parameter.shape)} has no gradient")
+        if hasattr(parameter, "device_mesh"):  # split after it was added
+            check_matrix(type(self).__name__, parameter)
         if grad.is_sparse:
             shape = tuple(parameter.shape)
             raise ValueError(f"the gradient of a parameter {shape} is sparse; must be dense")

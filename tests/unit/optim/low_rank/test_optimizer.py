@@ -205,3 +205,12 @@ def test_other_bad_arguments():
     model[0].weight.grad = torch.zeros(20, 12).to_sparse()
     with pytest.raises(ValueError, match="is sparse"):
         GaLoreAdamW(make_groups(model)).step()
+
+
+def test_parameters_that_are_split_after_they_were_added():
+    weight = torch.nn.Parameter(torch.ones(8, 8))
+    optimizer = GaLoreAdamW([{"params": [weight], "rank": 2}])
+    weight.grad = torch.ones(8, 8)
+    weight.device_mesh = "of FSDP2"
+    with pytest.raises(ValueError, match="split over processes.*a projection needs full matrices"):
+        optimizer.step()

@@ -1,0 +1,55 @@
+"""The files of a saved model's weights, and whether they are all there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+__all__ = ["check_written", "weight_files"]
+
+# Of models and adapters. Parts of an engine's own checkpoints cannot be loaded by their names alone.
+_WEIGHTS = ("model*.safetensors", "adapter_model*.safetensors", "pytorch_model*.bin")
+_WEIGHTS += ("adapter_model*.bin",)
+_ENGINE = "pytorch_model_fsdp"
+
+
+def weight_files(folder: Path) -> dict[Path, tuple[int, int]]:
+    """
+    The files with weights in a folder and its adapters' folders, each with its time and size.
+
+    Args:
+        folder (`Path`): The folder of a model or adapter; it may be missing.
+    """
+    found = {}
+    for pattern in _WEIGHTS:
+        for path in (*folder.glob(pattern), *folder.glob(f"*/{pattern}")):
+            # Checkpoints are beside the model.
+            if not path.name.startswith(_ENGINE) and not path.parent.name.startswith("checkpoint-"):
+                status = path.stat()
+                found[path] = status.st_mtime_ns, status.st_size
+    return found
+
+
+def check_written(folder: Path, before: dict[Path, tuple[int, int]]) -> None:
+    """
+    Checks that a model was saved.
+
+    Args:
+        folder (`Path`): Where it was saved.
+        before (`dict`): What [`weight_files`] found there before.
+
+    Raises:
+        RuntimeError: If no file with weights is new, or one that an index names is missing.
+    """
+    now = weight_files(folder)
+    if not any(status[1] and before.get(path) != status for path, status in now.items()):
+        raise RuntimeError(
+            f"the model was not saved: no weights were written to {folder}; the weights of the last "
+            "checkpoint, if there is one, are those of its step"
+        )
+    for index in folder.glob("*.index.json"):
+        named = set(json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values())
+        if missing := sorted(name for name in named if not (folder / name).is_file()):
+            raise RuntimeError(
+                f"the model was not saved: {index} names {', '.join(missing)}, which is not in {folder}"
+            )
