@@ -1,0 +1,138 @@
+"""DeepSpeed's ZeRO with every feature: as one process, or refused. `make engines` installs DeepSpeed.
+
+Two processes run all cells of an engine one after the other; run as a script this file is what they
+run.
+"""
+
+import dataclasses
+import os
+import sys
+import traceback
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from test_engines import FEATURES, differences, run, save_models
+
+from support.engines import Engine
+from support.processes import end, two_processes
+
+pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+
+# With 32-bit moments in all blocks it equals one process; with 8-bit ones, blocks differ, because
+# DeepSpeed makes one flat tensor of many parameters.
+_EXACT = {"optim": "adamw_8bit", "optim_args": "min_8bit_size=1000000"}
+CELLS = {
+    **FEATURES,
+    "adamw_8bit in 32 bits": dataclasses.replace(FEATURES["adamw_8bit"], arguments=_EXACT),
+}
+BLOCKS_DIFFER = ("adamw_8bit",)
+OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+# Name -> the stage of ZeRO, its options, and the cells that run.
+ENGINES = {
+    "ZeRO-1": (1, {}, ["adamw_8bit", "adamw_8bit in 32 bits"]),
+    "ZeRO-2": (2, {}, list(CELLS)),
+    "ZeRO-2 with offload": (2, OFFLOAD, ["adamw_8bit", "adamw_8bit in 32 bits"]),
+    "ZeRO-3": (3, {}, list(CELLS)),
+}
+REFUSED = {
+    "galore_adamw": "ValueError: optim is 'galore_adamw' with DeepSpeed ZeRO-",
+}
+
+
+def check_small_model() -> None:
+    """While DeepSpeed splits each new module, a small model is whole."""
+    import deepspeed
+    from transformers import MistralConfig, MistralForCausalLM
+
+    from oddsmith.integrations.small_model import small_model
+
+    config = MistralConfig(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, vocab_size=99)
+    core = MistralForCausalLM(config)
+    with deepspeed.zero.Init():
+        small = small_model(core)
+        assert all(p.numel() and not hasattr(p, "ds_id") for p in small.parameters())
+        assert hasattr(torch.nn.Linear(4, 4).weight, "ds_id")
+
+
+def main(models: str, folder: str, *engines: str) -> None:
+    from support.deepspeed_on_cpu import allow_cpus, end_deepspeed, zero
+
+    allow_cpus()
+    for name in engines:
+        stage, options, cells = ENGINES[name]
+        for cell in cells:
+            out = Path(folder) / name / cell
+            try:
+                engine = Engine(arguments=zero(stage, **options))
+                result = run(engine, CELLS[cell], Path(models), out)
+            except Exception as error:
+                traceback.print_exc()
+                result = {"error": f"{type(error).__name__}: {error}"}
+            end_deepspeed()
+            if os.environ["RANK"] == "0":
+                out.mkdir(parents=True, exist_ok=True)
+                torch.save(result, out / "result.pt")
+    check_small_model()
+
+
+# ---- Two processes against one ----
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    save_models(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def launch(request, models, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    two_processes(__file__, models, folder, request.param, timeout=900)
+    return folder / request.param
+
+
+@pytest.fixture(scope="module")
+def alone(models, tmp_path_factory):
+    @cache
+    def of_feature(cell):
+        folder = tmp_path_factory.mktemp("one")
+        return run(Engine(), CELLS[cell], models, folder, gradient_accumulation_steps=2)
+
+    return of_feature
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_feature(cell, launch, alone):
+    if cell not in ENGINES[launch.name][2]:
+        pytest.skip("not among the cells of this engine")
+    found = torch.load(launch / cell / "result.pt")
+    if cell in REFUSED:
+        assert REFUSED[cell] in found.get("error", "it ran")
+        return
+    expected = alone(cell)
+    if cell in BLOCKS_DIFFER:
+        assert "error" not in found, found["error"]
+        check_blocks(found, expected)
+    else:
+        assert not list(differences(launch.name, found, expected))
+    saved = {each.name for each in (launch / cell / "saved").iterdir()}
+    assert saved & {"model.safetensors", "adapter_model.safetensors"}
+
+
+def check_blocks(found, expected):
+    """Up to the rounding of 8-bit codes."""
+    assert found["weights"].keys() == expected["weights"].keys()
+    for name, weight in expected["weights"].items():
+        moved = (weight - expected["before"][name]).norm()
+        assert (found["weights"][name] - weight).norm() < 0.1 * moved, name
+        assert torch.equal(found["weights"][name], found["resumed"][name]), name
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
+    end()

@@ -1,0 +1,81 @@
+"""Tensor parallelism with every feature: as one process, or refused.
+
+Two processes share each layer, so they train on the rows of one process. Run as a script this file is
+what they run.
+"""
+
+import os
+import sys
+import traceback
+from functools import cache
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+from accelerate import ParallelismConfig
+from test_engines import FEATURES, differences, run, save_models
+
+from support.engines import Engine, under
+from support.processes import end, two_processes
+
+TENSOR = Engine(distributed={"tp_size": 2})
+REFUSED = {
+    "galore_adamw": "ValueError: optim is 'galore_adamw' with tensor parallelism",
+}
+
+
+def main(models: str, folder: str, *cells: str) -> None:
+    for cell in cells or FEATURES:
+        out = Path(folder) / cell
+        # accelerate refuses meshes of CPUs.
+        with under(TENSOR), patch.object(ParallelismConfig, "_validate_accelerator"):
+            try:
+                result = run(TENSOR, FEATURES[cell], Path(models), out)
+            except Exception as error:
+                traceback.print_exc()
+                result = {"error": f"{type(error).__name__}: {error}"}
+        if os.environ["RANK"] == "0":
+            out.mkdir(parents=True, exist_ok=True)
+            torch.save(result, out / "result.pt")
+
+
+# ---- Two processes against one ----
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    save_models(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def launch(models, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    two_processes(__file__, models, folder, timeout=900)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(models, tmp_path_factory):
+    @cache
+    def of_feature(cell):
+        return run(Engine(), FEATURES[cell], models, tmp_path_factory.mktemp("one"))
+
+    return of_feature
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+@pytest.mark.parametrize("cell", FEATURES)
+def test_a_feature(cell, launch, alone):
+    found = torch.load(launch / cell / "result.pt")
+    if cell in REFUSED:
+        assert REFUSED[cell] in found.get("error", "it ran")
+    else:
+        assert not list(differences("tensor parallelism", found, alone(cell)))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
+    end()
