@@ -83,15 +83,17 @@ def engine_of(args: Any, model: nn.Module | None = None) -> Engine:
     )
 
 
-def check_engine(engine: Engine) -> None:
+def check_engine(engine: Engine, model: nn.Module) -> None:
     """
     Checks whether a run can be spread in this way.
 
     Args:
         engine ([`Engine`]): The run's engine.
+        model (`nn.Module`): The model, with its adapter.
 
     Raises:
-        ValueError: If sequences would be split.
+        ValueError: If sequences would be split, or if an adapter is on a layer that tensor
+            parallelism splits in a way that peft cannot compute.
     """
     if engine.context > 1:
         raise ValueError(
@@ -99,6 +101,23 @@ def check_engine(engine: Engine) -> None:
             "but the loss compares whole ones: use a smaller max_length, gradient_checkpointing, "
             "FSDP2, ZeRO-3 or tensor parallelism"
         )
+    if engine.tensor > 1 and (layer := _split_adapter(model)) is not None:
+        raise ValueError(
+            f"tensor parallelism splits the columns of {layer}, or its logits, where peft's adapter "
+            "fails: leave it out of target_modules, such as ['q_proj', 'k_proj', 'v_proj', 'gate_proj', "
+            "'up_proj'], or use FSDP2"
+        )
+
+
+def _split_adapter(model: nn.Module) -> str | None:
+    """An adapted layer whose input is split, or that makes the logits."""
+    for name, module in model.named_modules():
+        base = getattr(module, "base_layer", None)
+        placements = getattr(getattr(base, "weight", None), "placements", ())
+        columns = any(place.is_shard(1) for place in placements)
+        if columns or (placements and name.rpartition(".")[2] == "lm_head"):
+            return name
+    return None
 
 
 def data_parallel(accelerator: Any) -> tuple[int, int]:

@@ -24,7 +24,7 @@ class EngineHooks(TrainerParts):
             ValueError: If a run would go on differently, or not at all.
         """
         engine = engine_of(self.args, self.model)
-        check_engine(engine)
+        check_engine(engine, self.model)
         if self.optimizer is None:
             name = str(getattr(self.args.optim, "value", self.args.optim))
             if name in ADAMW_NAMES:
