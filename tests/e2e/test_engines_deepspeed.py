@@ -16,7 +16,8 @@ import pytest
 import torch
 from test_engines import FEATURES, differences, run, save_models
 
-from support.engines import Engine
+from support.deepspeed_on_cpu import allow_cpus, end_deepspeed, zero
+from support.engines import Engine, under
 from support.processes import end, two_processes
 
 pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
@@ -30,12 +31,22 @@ CELLS = {
 }
 BLOCKS_DIFFER = ("adamw_8bit",)
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
-# Name -> the stage of ZeRO, its options, and the cells that run.
+# As `accelerate launch` sets them.
+ENVIRONMENT = {
+    "ACCELERATE_USE_DEEPSPEED": "true",
+    "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2",
+    "ACCELERATE_GRADIENT_CLIPPING": "1.0",
+}
+# Name -> how a run is spread, and the cells that run.
 ENGINES = {
-    "ZeRO-1": (1, {}, ["adamw_8bit", "adamw_8bit in 32 bits"]),
-    "ZeRO-2": (2, {}, list(CELLS)),
-    "ZeRO-2 with offload": (2, OFFLOAD, ["adamw_8bit", "adamw_8bit in 32 bits"]),
-    "ZeRO-3": (3, {}, list(CELLS)),
+    "ZeRO-1": (Engine(zero(1)), ["adamw_8bit", "adamw_8bit in 32 bits"]),
+    "ZeRO-2": (Engine(zero(2)), list(CELLS)),
+    "ZeRO-2 with offload": (Engine(zero(2, **OFFLOAD)), ["adamw_8bit", "adamw_8bit in 32 bits"]),
+    "ZeRO-2 by environment": (
+        Engine({"use_cpu": False}, ENVIRONMENT),
+        ["full", "adamw_8bit in 32 bits", "galore_adamw"],
+    ),
+    "ZeRO-3": (Engine(zero(3)), list(CELLS)),
 }
 REFUSED = {
     "galore_adamw": "ValueError: optim is 'galore_adamw' with DeepSpeed ZeRO-",
@@ -58,19 +69,17 @@ def check_small_model() -> None:
 
 
 def main(models: str, folder: str, *engines: str) -> None:
-    from support.deepspeed_on_cpu import allow_cpus, end_deepspeed, zero
-
     allow_cpus()
     for name in engines:
-        stage, options, cells = ENGINES[name]
+        engine, cells = ENGINES[name]
         for cell in cells:
             out = Path(folder) / name / cell
-            try:
-                engine = Engine(arguments=zero(stage, **options))
-                result = run(engine, CELLS[cell], Path(models), out)
-            except Exception as error:
-                traceback.print_exc()
-                result = {"error": f"{type(error).__name__}: {error}"}
+            with under(engine):
+                try:
+                    result = run(engine, CELLS[cell], Path(models), out)
+                except Exception as error:
+                    traceback.print_exc()
+                    result = {"error": f"{type(error).__name__}: {error}"}
             end_deepspeed()
             if os.environ["RANK"] == "0":
                 out.mkdir(parents=True, exist_ok=True)
@@ -108,7 +117,7 @@ def alone(models, tmp_path_factory):
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 @pytest.mark.parametrize("cell", CELLS)
 def test_a_feature(cell, launch, alone):
-    if cell not in ENGINES[launch.name][2]:
+    if cell not in ENGINES[launch.name][1]:
         pytest.skip("not among the cells of this engine")
     found = torch.load(launch / cell / "result.pt")
     if cell in REFUSED:

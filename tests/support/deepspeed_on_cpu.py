@@ -46,6 +46,5 @@ def zero(stage: int, **changed: Any) -> dict[str, Any]:
 
 
 def end_deepspeed() -> None:
-    """A model that is loaded next is whole; what DeepSpeed knows of the last run is forgotten."""
+    """What transformers knows of the last run is forgotten: a model that is loaded next is whole."""
     unset_hf_deepspeed_config()
-    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
