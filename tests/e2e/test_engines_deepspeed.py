@@ -60,7 +60,9 @@ def check_small_model() -> None:
 
     from oddsmith.integrations.small_model import small_model
 
-    config = MistralConfig(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, vocab_size=99)
+    config = MistralConfig(
+        hidden_size=32, num_attention_heads=4, num_hidden_layers=2, vocab_size=99
+    )
     core = MistralForCausalLM(config)
     with deepspeed.zero.Init():
         small = small_model(core)

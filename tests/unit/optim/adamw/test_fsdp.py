@@ -3,7 +3,14 @@
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor, init_device_mesh
+from torch.distributed.tensor import (
+    DTensor,
+    Partial,
+    Replicate,
+    Shard,
+    distribute_tensor,
+    init_device_mesh,
+)
 
 from oddsmith.optim.adamw.fsdp import gathered, local, local_grad, split
 from oddsmith.optim.adamw.moments import decode, encode
