@@ -141,7 +141,8 @@ def check_blocks(found, expected):
     for name, weight in expected["weights"].items():
         moved = (weight - expected["before"][name]).norm()
         assert (found["weights"][name] - weight).norm() < 0.1 * moved, name
-        assert torch.equal(found["weights"][name], found["resumed"][name]), name
+        if "resumed" in found:
+            assert torch.equal(found["weights"][name], found["resumed"][name]), name
 
 
 if __name__ == "__main__":

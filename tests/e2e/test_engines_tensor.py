@@ -14,25 +14,38 @@ from unittest.mock import patch
 import pytest
 import torch
 from accelerate import ParallelismConfig
-from test_engines import differences, run, save_models
-from test_engines_deepspeed import BLOCKS_DIFFER, CELLS, check_blocks
+from test_engines import Feature, differences, run, save_models
+from test_engines_deepspeed import BLOCKS_DIFFER, check_blocks
+from test_engines_deepspeed import CELLS as ZERO_CELLS
 
 from support.engines import Engine, under
 from support.processes import end, two_processes
 
 TENSOR = Engine(distributed={"tp_size": 2})
+CHECKPOINTS = "checkpoints"
+_ROWS = {"r": 4, "target_modules": ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"]}
+CELLS = {
+    # 4-bit models are refused in test_engines.py, whatever distributed_config has split them for.
+    **{name: cell for name, cell in ZERO_CELLS.items() if cell.nf4 is None},
+    "LoRA on layers whose rows are split": Feature(lora=_ROWS),
+    CHECKPOINTS: Feature(),
+}
 REFUSED = {
     "galore_adamw": "ValueError: optim is 'galore_adamw' with tensor parallelism",
+    "LoRA": "ValueError: tensor parallelism splits the columns of base_model.model.model.layers.0.",
+    # By transformers.
+    CHECKPOINTS: "ValueError: Resuming is not supported for models sharded at load time",
 }
 
 
 def main(models: str, folder: str, *cells: str) -> None:
     for cell in cells or CELLS:
         out = Path(folder) / cell
+        changed = {"save_strategy": "steps"} if cell == CHECKPOINTS else {}
         # accelerate refuses meshes of CPUs.
         with under(TENSOR), patch.object(ParallelismConfig, "_validate_accelerator"):
             try:
-                result = run(TENSOR, CELLS[cell], Path(models), out, save_strategy="steps")
+                result = run(TENSOR, CELLS[cell], Path(models), out, **changed)
             except Exception as error:
                 traceback.print_exc()
                 result = {"error": f"{type(error).__name__}: {error}"}
