@@ -150,7 +150,7 @@ def _deepspeed_config(args: Any, state: Any) -> dict[str, Any]:
 
 def _fsdp_version(args: Any, state: Any) -> int:
     if state is not None and state.distributed_type == DistributedType.FSDP:
-        return int(state.fsdp_plugin.fsdp_version)
+        return int(getattr(state.fsdp_plugin, "fsdp_version", 1))
     if not args.fsdp:
         return 0
     return int((getattr(args, "fsdp_plugin_args", None) or {}).get("fsdp_version", 1))
