@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 from accelerate import DistributedType
@@ -128,14 +129,11 @@ def data_parallel(accelerator: Any) -> tuple[int, int]:
     Args:
         accelerator (`Accelerator`): The trainer's.
     """
-    mesh = accelerator.torch_device_mesh
+    mesh: Any = accelerator.torch_device_mesh
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         mesh = getattr(accelerator.state, "ds_device_mesh", None)
-    names = (mesh.mesh_dim_names or ()) if mesh is not None else ()
-    shared = 1
-    for name in _SAME_ROWS:
-        if name in names:
-            shared *= mesh[name].size()
+    names = getattr(mesh, "mesh_dim_names", None) or ()
+    shared = prod(mesh[name].size() for name in _SAME_ROWS if name in names)
     # These are the innermost dimensions, as accelerate's own loaders take them to be.
     return accelerator.num_processes // shared, accelerator.process_index // shared
 
