@@ -23,6 +23,7 @@ from .training.adamw_names import ADAMW_NAMES, adamw_optimizer
 from .training.arguments import check_arguments, own_config
 from .training.batch_hooks import BatchHooks
 from .training.current_args import CurrentArgs
+from .training.engine_hooks import EngineHooks
 from .training.evaluation_hooks import EvaluationHooks
 from .training.gradient_hooks import GradientHooks
 from .training.image_models import allow_unused_parameters, check_image_model
@@ -56,6 +57,7 @@ class ORPOTrainer(
     EvaluationHooks,
     SaveHooks,
     SplitCodes,
+    EngineHooks,
     Trainer,
 ):
     r"""
@@ -199,6 +201,7 @@ class ORPOTrainer(
         )
         # The form of loss_is_scaled_for_ga before transformers 5.19.
         self.model_accepts_loss_kwargs = False
+        self._check_engine()
         if callable(add_tags := getattr(self.model, "add_model_tags", None)):
             add_tags(self._tag_names)
         self._announce_path()

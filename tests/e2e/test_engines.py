@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from support.engine_cells import CELLS, REFUSED, ROUNDED, TO_THE_BIT
+from support.engine_cells import CELLS, REFUSED, ROUNDED, TO_THE_BIT, differences
 from support.engine_runs import FEATURES, run, save_models
 from support.engines import ENGINES, Engine, under
 from support.processes import end, two_processes
@@ -90,35 +90,6 @@ def test_a_feature(cell, launch, alone):
         each += unsaved(folder / cell / "saved", found)
         problems += [f"{folder.name}: {line}" for line in each]
     assert not problems
-
-
-def differences(
-    engine: str, found: dict[str, Any], expected: dict[str, Any], rounded: float | None = None
-) -> Iterator[str]:
-    """What differs from one process; `rounded` is allowed, as a share of a weight's movement."""
-    if "error" in found:
-        yield found["error"]
-        return
-    room = 0.0 if engine in TO_THE_BIT else 1e-4
-    for mine, other in zip(found["losses"], expected["losses"], strict=True):
-        if abs(mine - other) > (room if rounded is None else 2e-2):
-            yield f"loss {mine} for {other}"
-    assert found["weights"].keys() == expected["weights"].keys()
-    for name, weight in found["weights"].items():
-        before, wanted = expected["before"][name], expected["weights"][name]
-        if torch.equal(weight, found["before"][name]):
-            yield f"{name} has not moved"
-        if rounded is not None:
-            share = ((weight - wanted).norm() / (wanted - before).norm()).item()
-            # The gradients of A are products with B, which begins at zero.
-            if share > rounded * (5 if "lora_A" in name else 1):
-                yield f"{name} is {share:.1%} of its movement off"
-        elif (error := (weight - wanted).abs().max().item()) > room:
-            yield f"{name} is {error:.1e} off"
-        if "resumed" in found and not torch.equal(weight, found["resumed"][name]):
-            yield f"{name} differs in a resumed run"
-    if found["path"] != expected["path"]:
-        yield found["path"]
 
 
 def unsaved(folder: Path, found: dict[str, Any]) -> Iterator[str]:

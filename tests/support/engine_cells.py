@@ -1,5 +1,9 @@
 """The cells of the table of engines and features: what they train, what is refused, how exact it is."""
 
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 
 from .engine_runs import FEATURES, LORA, Feature
@@ -21,6 +25,14 @@ CELLS = {
     **FEATURES,
     "galore_adamw_8bit": Feature(arguments={**_GALORE, "optim": "galore_adamw_8bit"}),
     **IN_BFLOAT16,
+}
+
+# For engines that make other blocks of 8-bit moments: without blocks they equal one process.
+IN_32_BITS = {
+    "adamw_8bit in 32 bits": dataclasses.replace(
+        FEATURES["adamw_8bit"],
+        arguments={"optim": "adamw_8bit", "optim_args": "min_8bit_size=1000000"},
+    )
 }
 
 _FSDP2 = ("FSDP2 by arguments", "FSDP2 by environment")
@@ -64,3 +76,32 @@ def table() -> str:
         refused = [any((name, cell) in REFUSED for cell in cells) for cells in _COLUMNS.values()]
         rows.append([name, *("refused" if each else "works" for each in refused)])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def differences(
+    engine: str, found: dict[str, Any], expected: dict[str, Any], rounded: float | None = None
+) -> Iterator[str]:
+    """What differs from one process; `rounded` is allowed, as a share of a weight's movement."""
+    if "error" in found:
+        yield found["error"]
+        return
+    room = 0.0 if engine in TO_THE_BIT else 1e-4
+    for mine, other in zip(found["losses"], expected["losses"], strict=True):
+        if abs(mine - other) > (room if rounded is None else 2e-2):
+            yield f"loss {mine} for {other}"
+    assert found["weights"].keys() == expected["weights"].keys()
+    for name, weight in found["weights"].items():
+        before, wanted = expected["before"][name], expected["weights"][name]
+        if torch.equal(weight, found["before"][name]):
+            yield f"{name} has not moved"
+        if rounded is not None:
+            share = ((weight - wanted).norm() / (wanted - before).norm()).item()
+            # The gradients of A are products with B, which begins at zero.
+            if share > rounded * (5 if "lora_A" in name else 1):
+                yield f"{name} is {share:.1%} of its movement off"
+        elif (error := (weight - wanted).abs().max().item()) > room:
+            yield f"{name} is {error:.1e} off"
+        if "resumed" in found and not torch.equal(weight, found["resumed"][name]):
+            yield f"{name} differs in a resumed run"
+    if found["path"] != expected["path"]:
+        yield found["path"]

@@ -83,6 +83,11 @@ def under(engine: Engine) -> Iterator[Engine]:
 
 def whole(tensor: Any) -> torch.Tensor:
     """A copy of a tensor, gathered from all processes."""
+    if hasattr(tensor, "ds_id"):  # split by ZeRO-3
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([tensor]):
+            return tensor.detach().clone()
     tensor = tensor.detach()
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).clone()
 

@@ -81,13 +81,12 @@ def _module_of(hook: Any) -> str:
 
 
 def is_sharded(core: nn.Module) -> bool:
-    """Whether weights are split over processes, as FSDP2 and tensor parallelism do."""
-    return any(hasattr(p, "device_mesh") for p in core.parameters())
+    """Whether weights are split over processes, as FSDP2, ZeRO-3 and tensor parallelism do."""
+    return any(hasattr(p, "device_mesh") or hasattr(p, "ds_id") for p in core.parameters())
 
 
 def in_memory(core: nn.Module) -> bool:
     """Whether all weights are whole and in memory, so that the model can run as it is."""
-    # ZeRO-3 leaves empty ones.
     gone = any(p.device.type == "meta" or p.numel() == 0 for p in core.parameters())
     return not gone and not is_sharded(core)
 

@@ -24,6 +24,7 @@ from .attention_names import (
     plain_attention,
     text_config,
 )
+from .zero3 import outside_zero3
 
 __all__ = [
     "REACH",
@@ -125,11 +126,11 @@ def small_model(
     """
     try:
         config = _small_config(core, reach, spread, deep)
-        with _quiet(), torch.random.fork_rng(devices=[]), torch.device("meta"):
+        with _apart(), torch.device("meta"):
             size = sum(p.numel() for p in _build(core, config).parameters())
         if size > _MOST:
             raise NotSmall(f"its smallest form has {size:,} parameters")
-        with _quiet(), torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        with _apart(), torch.device("cpu"):
             torch.manual_seed(0)
             model = _build(core, config).float()
             _draw(model)
@@ -160,11 +161,13 @@ def _build(core: Any, config: Any) -> nn.Module:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _apart() -> Iterator[None]:
+    """A context that nobody sees: without messages, random numbers of its own, whole weights."""
     before = logging.get_verbosity()
     logging.set_verbosity(50)  # CRITICAL
     try:
-        yield
+        with torch.random.fork_rng(devices=[]), outside_zero3():
+            yield
     finally:
         logging.set_verbosity(before)
 

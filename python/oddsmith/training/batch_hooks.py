@@ -8,6 +8,7 @@ from datasets import Dataset
 from torch.utils.data import DataLoader, Sampler
 
 from ..data.token_batches import TokenBatches, pair_lengths
+from .engine import data_parallel
 from .trainer_parts import TrainerParts
 
 # Of `train_sampling_strategy`: those that need the length of each row.
@@ -61,8 +62,7 @@ class BatchHooks(TrainerParts):
             pair_lengths(self.train_dataset).sum(axis=1),
             args.max_tokens_per_batch,
             args.seed if args.data_seed is None else args.data_seed,
-            accelerator.num_processes,
-            accelerator.process_index,
+            *data_parallel(accelerator),
         )
         workers: dict[str, Any] = {}
         if args.dataloader_num_workers:

@@ -19,7 +19,10 @@ class GradientHooks(TrainerParts):
 
     def _own_optimizer(self) -> Any:
         optimizer = getattr(self, "optimizer", None)
-        return getattr(optimizer, "optimizer", optimizer)  # without accelerate's wrapper
+        # Within accelerate's wrapper and DeepSpeed's.
+        while (inner := getattr(optimizer, "optimizer", None)) is not None:
+            optimizer = inner
+        return optimizer
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         optimizer = self._own_optimizer()

@@ -14,6 +14,7 @@ from ..optim.low_rank.apollo import APOLLOAdamW
 from ..optim.low_rank.galore import GaLoreAdafactor, GaLoreAdamW
 from ..optim.low_rank.galore_8bit import GaLoreAdamW8bit
 from ..optim.low_rank.optimizer import LowRankOptimizer, check_matrix
+from .engine import Engine, engine_of
 from .optim_args import decayed_names, parse_optim_args, readers
 
 logger = logging.get_logger(__name__)
@@ -232,12 +233,7 @@ def _check_setting(args: Any, model: nn.Module, name: str, layerwise: bool) -> N
             f"optim is {name!r} on a model with an adapter: its matrices already have a low rank. "
             "Train the full model (no peft_config), or use another optim, such as adamw_8bit"
         )
-    if args.fsdp or getattr(args, "deepspeed", None):
-        split = "fsdp" if args.fsdp else "deepspeed"
-        raise ValueError(
-            f"optim is {name!r} with {split}: a projection needs full matrices. Use DDP, or an "
-            "element-wise optim, such as adamw_8bit"
-        )
+    check_low_rank_engine(engine_of(args, model), name)
     if not layerwise:
         return
     if args.parallel_mode == ParallelMode.DISTRIBUTED:
@@ -249,4 +245,22 @@ def _check_setting(args: Any, model: nn.Module, name: str, layerwise: bool) -> N
         raise ValueError(
             f"optim is {name!r} with fp16: the gradients are still scaled when a layer-wise update uses "
             f"them. Use bf16, or {name.removesuffix(_LAYERWISE)!r}"
+        )
+
+
+def check_low_rank_engine(engine: Engine, name: str) -> None:
+    """
+    Checks whether an engine leaves whole matrices to a low-rank optimizer.
+
+    Args:
+        engine ([`Engine`]): The run's engine.
+        name (`str`): Name of the optimizer, for messages.
+
+    Raises:
+        ValueError: If it splits or joins them.
+    """
+    if engine.splits is not None:
+        raise ValueError(
+            f"optim is {name!r} with {engine.splits}: a projection needs full matrices. Use DDP, or an "
+            "element-wise optim, such as adamw_8bit"
         )

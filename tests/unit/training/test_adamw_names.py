@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from transformers.training_args import OptimizerNames
 
 from oddsmith import ORPOConfig, ORPOTrainer
 from oddsmith.optim import AdamW8bit, PagedAdamW8bit, PagedAdamW32bit
-from oddsmith.training.adamw_names import ADAMW_NAMES, adamw_optimizer
+from oddsmith.training.adamw_names import ADAMW_NAMES, adamw_optimizer, check_adamw_engine
+from oddsmith.training.engine import Engine
 from support.trainer_runs import arguments, make_model, make_tokenizer, pairs
 
 # PEFT reads a name that transformers 5.2x deprecates.
@@ -163,7 +165,7 @@ def test_bad_optim_args(name, text, message, config, model):
         kind(**kwargs)
 
 
-def test_fsdp1_and_deepspeed_are_refused(config, model, monkeypatch):
+def test_fsdp1_is_refused(config, model, monkeypatch):
     args = config(optim="adamw_8bit")
     monkeypatch.setattr(args, "fsdp", ["full_shard"])
     for plugin in (None, {}, {"fsdp_version": 1}):
@@ -172,9 +174,57 @@ def test_fsdp1_and_deepspeed_are_refused(config, model, monkeypatch):
             adamw_optimizer(args, model)
     monkeypatch.setattr(args, "fsdp_plugin_args", {"fsdp_version": 2}, raising=False)
     assert adamw_optimizer(args, model)[0] is AdamW8bit
-    monkeypatch.setattr(args, "deepspeed", "zero2.json")
-    with pytest.raises(ValueError, match="'adamw_8bit' with deepspeed"):
-        adamw_optimizer(args, model)
+
+
+@pytest.mark.parametrize(
+    "engine, message",
+    [
+        (Engine(zero=2, optimizer=True), "'adamw_8bit', but DeepSpeed's configuration has an opti"),
+        (Engine(zero=3, offload="nvme"), "'adamw_8bit', but DeepSpeed offloads .* to NVMe"),
+        (Engine(zero=3, offload="cpu", offloaded=0.5), "'adamw_8bit', but DeepSpeed .* in part"),
+    ],
+)
+def test_what_deepspeed_keeps_to_itself_is_refused(engine, message):
+    with pytest.raises(ValueError, match=message):
+        check_adamw_engine(engine, "adamw_8bit")
+
+
+def test_offloading_to_the_cpu_is_not_refused():
+    check_adamw_engine(Engine(zero=2, offload="cpu"), "adamw_8bit")
+
+
+def test_deepspeed_joins_parameters_of_the_same_bits_only(config, model, monkeypatch):
+    args = config(optim="adamw_8bit", optim_args="min_8bit_size=4000")
+    alone = AdamW8bit(**adamw_optimizer(args, model)[1])
+    plugin = SimpleNamespace(deepspeed_config={"zero_optimization": {"stage": 2}})
+    monkeypatch.setattr(args, "deepspeed_plugin", plugin, raising=False)
+    joined = AdamW8bit(**adamw_optimizer(args, model)[1])
+
+    def bits(optimizer):
+        return {
+            each: (optimizer._bits(each, group), group["weight_decay"])
+            for group in optimizer.param_groups
+            for each in group["params"]
+        }
+
+    assert bits(joined) == bits(alone)
+    assert {bits for bits, _ in bits(alone).values()} == {8, 32}
+    for group in joined.param_groups:
+        assert group["params"] and not group["full_precision"]
+        assert len({joined._bits(each, group) for each in group["params"]}) == 1
+
+
+def test_sizes_are_those_before_zero_3_has_split_them(config, tokenizer, monkeypatch):
+    model = make_model("mistral", tokenizer)
+    args = config(optim="adamw_8bit", optim_args="min_8bit_size=4000")
+    plugin = SimpleNamespace(deepspeed_config={"zero_optimization": {"stage": 3}})
+    monkeypatch.setattr(args, "deepspeed_plugin", plugin, raising=False)
+    expected = [len(group["params"]) for group in adamw_optimizer(args, model)[1]["params"]]
+    for parameter in model.parameters():
+        parameter.ds_numel = parameter.numel()
+        parameter.data = torch.empty(0)
+    found = adamw_optimizer(args, model)[1]["params"]
+    assert [len(group["params"]) for group in found] == expected
 
 
 def test_the_version_of_fsdp_is_read_where_transformers_writes_it(config, model):

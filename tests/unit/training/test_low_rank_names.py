@@ -252,7 +252,7 @@ def test_all_frozen_is_refused(config, tokenizer):
 def test_sharded_models_and_many_processes_are_refused(config, model, monkeypatch):
     args = config(optim="galore_adamw_layerwise")
     monkeypatch.setattr(args, "fsdp", ["full_shard"])
-    with pytest.raises(ValueError, match="with fsdp: a projection needs full matrices"):
+    with pytest.raises(ValueError, match="with FSDP1: a projection needs full matrices"):
         low_rank_optimizer(args, model)
     monkeypatch.setattr(args, "fsdp", [])
     monkeypatch.setattr(args, "fp16", True)

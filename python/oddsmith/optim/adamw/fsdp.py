@@ -1,4 +1,4 @@
-"""Parameters that FSDP2 has split over processes, and their moments."""
+"""Parameters that FSDP2 or tensor parallelism has split over processes, and their moments."""
 
 from __future__ import annotations
 
@@ -10,8 +10,22 @@ from .moments import decode
 
 
 def local(tensor: Any) -> Tensor:
-    """The local part of a tensor that FSDP2 has split, or the tensor itself."""
+    """The local part of a tensor that is split, or the tensor itself."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def local_grad(parameter: Any) -> Tensor:
+    """
+    The part of a gradient that belongs to the local part of its parameter.
+
+    Tensor parallelism leaves some gradients split in another way, or summed over processes only in
+    part: an embedding's over the vocabulary, a norm's that each process has of its own activations.
+    """
+    grad = parameter.grad
+    if hasattr(grad, "placements") and hasattr(parameter, "placements"):
+        if grad.placements != parameter.placements:
+            grad = grad.redistribute(parameter.device_mesh, parameter.placements)
+    return local(grad)
 
 
 def gathered(parameter: Any, state: dict[str, Any]) -> dict[str, Any] | None:

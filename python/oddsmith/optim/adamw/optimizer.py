@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from ..checks import check_adam, is_count
 from . import saved_state
-from .fsdp import gathered, local, split
+from .fsdp import gathered, local, local_grad, split
 from .moments import is_8bit, layout, maps
 from .pages import FilePages, PinnedPages
 from .staging import Staged, slot_capacity
@@ -160,7 +160,7 @@ class BlockAdamW(Optimizer):
         for parameter, group, index in found:
             state = self.state[parameter]
             state["step"] += 1
-            value, grad = local(parameter), local(parameter.grad)
+            value, grad = local(parameter), local_grad(parameter)
             if not value.is_contiguous():
                 copies.append((value, value.contiguous()))
                 value = copies[-1][1]

@@ -3,9 +3,16 @@
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
+from torch.distributed.tensor import (
+    DTensor,
+    Partial,
+    Replicate,
+    Shard,
+    distribute_tensor,
+    init_device_mesh,
+)
 
-from oddsmith.optim.adamw.fsdp import gathered, local, split
+from oddsmith.optim.adamw.fsdp import gathered, local, local_grad, split
 from oddsmith.optim.adamw.moments import decode, encode
 from support.gradients import randn
 
@@ -47,3 +54,17 @@ def test_moments_are_split_as_their_parameter(mesh, bits):
     other = torch.ones(256)
     assert split(weight, other) is other
     assert torch.equal(local(weight), randn(6, 64))
+
+
+def test_gradients_split_in_another_way_are_split_as_their_parameter(mesh):
+    values = randn(6, 64, seed=1)
+    for other in (Replicate(), Shard(1), Partial()):
+        weight = torch.nn.Parameter(distribute_tensor(randn(6, 64), mesh, [Shard(0)]))
+        weight.grad = DTensor.from_local(values, mesh, [other], run_check=False)
+        # torch's setter and optimizers accept another placement, which local parts would hide.
+        assert weight.grad.placements != weight.placements
+        found = local_grad(weight)
+        assert not isinstance(found, DTensor) and torch.equal(found, values)
+    whole = torch.nn.Parameter(randn(3, 4))
+    whole.grad = randn(3, 4, seed=2)
+    assert local_grad(whole) is whole.grad
