@@ -43,6 +43,7 @@ from .training.models import (
 from .training.row_hooks import RowHooks
 from .training.save_hooks import SaveHooks
 from .training.split_codes import SplitCodes
+from .training.stop_hooks import StopHooks
 
 logger = logging.get_logger(__name__)
 
@@ -50,6 +51,7 @@ logger = logging.get_logger(__name__)
 class ORPOTrainer(
     CurrentArgs,
     ModelLoan,
+    StopHooks,
     RowHooks,
     BatchHooks,
     LossHooks,
@@ -186,6 +188,8 @@ class ORPOTrainer(
         self._warned_of_non_finite: set[str] = set()
         # Trainer calls model_init itself; give it the model from above.
         self._first_model = model if model_init is not None else None
+        # transformers' callback for it is replaced by ours.
+        stops, args.enable_jit_checkpoint = args.enable_jit_checkpoint, False
         super().__init__(
             model=model if model_init is None else None,
             args=args,
@@ -202,6 +206,9 @@ class ORPOTrainer(
         # The form of loss_is_scaled_for_ga before transformers 5.19.
         self.model_accepts_loss_kwargs = False
         self._check_engine()
+        args.enable_jit_checkpoint = stops
+        if stops:
+            self._stop_on_signal()
         if callable(add_tags := getattr(self.model, "add_model_tags", None)):
             add_tags(self._tag_names)
         self._announce_path()
@@ -318,7 +325,8 @@ class ORPOTrainer(
 
     def store_metrics(self, metrics: dict[str, Any], train_eval: Split = "train") -> None:
         """Keep metrics for the next log; tensors stay on the device until then."""
-        self._stored_metrics.add(train_eval, metrics, self._metric_weight)
+        weights = self._batch_weights
+        self._stored_metrics.add(train_eval, metrics, weights.pairs, weights.others)
 
     def _take_metrics(self, split: Split) -> dict[str, float]:
         """Averages since the last call; warns if a loss was not finite."""
@@ -346,7 +354,9 @@ class ORPOTrainer(
         elif "train_runtime" in logs:
             self._take_metrics("train")  # of steps after the last log
         elif any(key.startswith("eval_") for key in logs):
-            logs.update(self._take_metrics("eval"))  # of an overridden evaluation_loop
+            # Of an overridden evaluation_loop; parts of the loss are used by ours only.
+            metrics = self._take_metrics("eval")
+            logs.update((name, metrics[name]) for name in metrics if not name.startswith("_"))
         if hasattr(optimizer := self._own_optimizer(), "report"):
             optimizer.report()
         super().log(logs, start_time)
@@ -399,3 +409,4 @@ class ORPOTrainer(
             hub.split("/")[-1] if hub else Path(self.args.output_dir or ".").name
         )
         super()._save_checkpoint(model, trial)
+        self._end_if_stopped(trial)
