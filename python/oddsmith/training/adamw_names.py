@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from ..optim.adamw.adamw_8bit import MIN_8BIT_SIZE, AdamW8bit
+from ..optim.adamw.adamw_8bit import AdamW8bit
+from ..optim.adamw.moments import MIN_8BIT_SIZE
 from ..optim.adamw.optimizer import BlockAdamW
 from ..optim.adamw.paged import PagedAdamW8bit, PagedAdamW32bit
 from .engine import Engine, engine_of

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-from transformers.utils import is_liger_kernel_available, logging
+from transformers.utils import logging
+from transformers.utils.import_utils import is_liger_kernel_available
 
 from ..data.collator import PreferenceCollator
 from ..data.rows import RowBuilder
