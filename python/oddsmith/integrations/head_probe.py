@@ -98,20 +98,7 @@ def probe_head(core: Any) -> LogitMap:
     if is_sharded(core):
         core = _small(core)
         head = find_head(core)
-    device = head.weight.device if head.weight.device.type != "meta" else torch.device("cpu")
-    steps = _POSITIONS * head_size(head)[0]
-    known = torch.linspace(-150.0, 150.0, steps, device=device).view(1, _POSITIONS, -1)
-    failure: Exception | None = None
-    for stubbed in (True, False):
-        try:
-            logits = _logits_for(core, head, known, stubbed)
-            break
-        except HeadMismatch:
-            raise
-        except Exception as error:  # the code of a model can raise anything
-            failure = error
-    else:
-        raise HeadMismatch(f"it could not be probed ({type(failure).__name__}: {failure})")
+    known, logits = _probed(core, head)
     if logits.shape != known.shape:
         raise HeadMismatch(
             f"it makes logits of shape {tuple(logits.shape)} from {tuple(known.shape)}"
@@ -124,16 +111,35 @@ def probe_head(core: Any) -> LogitMap:
     raise HeadMismatch("it changes its head's output by more than the known softcap or scale")
 
 
-def _small(core: Any) -> Any:
+def _probed(core: Any, head: nn.Linear) -> tuple[Tensor, Tensor]:
+    """A known output of a head, and the logits that its model makes of it."""
+    device = head.weight.device if head.weight.device.type != "meta" else torch.device("cpu")
+    steps = _POSITIONS * head_size(head)[0]
+    known = torch.linspace(-150.0, 150.0, steps, device=device).view(1, _POSITIONS, -1)
+    failure: Exception | None = None
+    for stubbed in (True, False):
+        try:
+            return known, _logits_for(core, head, known, stubbed)
+        except HeadMismatch:
+            raise
+        except Exception as error:  # the code of a model can raise anything
+            failure = error
+    if all(p.device.type == "meta" for p in core.parameters()):  # no weights, so it cannot run
+        small = _small(core, "its weights are not loaded")
+        return _probed(small, find_head(small))
+    raise HeadMismatch(f"it could not be probed ({type(failure).__name__}: {failure})")
+
+
+def _small(core: Any, why: str = "its weights are sharded") -> Any:
     try:
         small = small_model(core)
     except NotSmall as none:
         raise HeadMismatch(
-            f"its weights are sharded, and a small model of its class cannot be built ({none})"
+            f"{why}, and a small model of its class cannot be built ({none})"
         ) from none
     odd = strange(core, small)
     if odd is not None:
-        raise HeadMismatch(f"its weights are sharded, and {odd}")
+        raise HeadMismatch(f"{why}, and {odd}")
     return small
 
 

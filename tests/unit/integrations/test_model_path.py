@@ -4,6 +4,8 @@ import torch
 from transformers import (
     FalconConfig,
     FalconForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
@@ -60,3 +62,19 @@ def test_of_a_head_that_does_more():
 
     (reason,) = path_of(Doubled(LlamaConfig(**SIZES))).reasons
     assert "more than the known softcap or scale" in reason
+
+
+def test_a_model_without_weights_whose_body_cannot_be_replaced():
+    config = Llama4TextConfig(
+        **SIZES,
+        num_local_experts=2,
+        intermediate_size=48,
+        intermediate_size_mlp=48,
+        head_dim=12,
+        num_key_value_heads=2,
+    )
+    with torch.device("meta"):
+        core = Llama4ForCausalLM(config)
+    found = path_of(core)
+    assert found.head == "fused", found
+    assert found == path_of(Llama4ForCausalLM(config))
