@@ -1,13 +1,12 @@
 """Packed rows: the same logits and gradients as a padded batch, model by model."""
 
-import functools
-
 import pytest
 import torch
 import transformers
 
 from oddsmith.integrations import model_attention, model_packing
 from oddsmith.packing.batch import PackedBatch
+from support.double import stay_in_double
 from support.packed_models import SIZES, padded, pairs_of
 
 MODELS = {
@@ -48,24 +47,6 @@ def tiny_model(name, attn_implementation="sdpa", **changes):
 
 def tolerance(name):
     return 1e-5 if name == "Mixtral" else 1e-9
-
-
-def stay_in_double(monkeypatch):
-    """Norms and rotations stay in float64, which the models' code casts to float32, and positions join them."""
-    to, as_float = torch.Tensor.to, torch.Tensor.float
-
-    @functools.wraps(to)
-    def keep(x, *args, **kwargs):
-        wide = x.dtype == torch.float64 and torch.float32 in (*args, *kwargs.values())
-        return x if wide else to(x, *args, **kwargs)
-
-    def widen(x):
-        # transformers 5.17 multiplies positions and frequencies as matrices, which takes one dtype.
-        narrow = x.is_floating_point() and x.dtype != torch.float64
-        return as_float(x) if narrow else x.double()
-
-    monkeypatch.setattr(torch.Tensor, "to", keep)
-    monkeypatch.setattr(torch.Tensor, "float", widen)
 
 
 # Names that transformers 5.17 has; 5.23 prefers newer ones.
