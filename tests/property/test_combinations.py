@@ -1,0 +1,102 @@
+"""No accepted combination differs silently: random ones, on the path that oddsmith picks and on the plain path.
+
+Losses and gradients of two steps are compared in `float32` and `float64`, and in `bfloat16` by distance from the
+truth. A combination may be refused, with one sentence. A few run in CI, all of them with `pytest -m slow`.
+"""
+
+import math
+import traceback
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+
+import oddsmith
+from support.combinations import combination, make_model, make_rows, make_tokenizer
+from support.double import stay_in_double
+from support.model_trial import path_name
+from support.steps import distance, steps
+
+# transformers, peft and their models warn of their own matters.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+COUNT = 500
+SAMPLE = range(12)
+PACKAGE = Path(oddsmith.__file__).parent
+
+BOUNDS = {"float32": 1e-5, "float64": 1e-9}
+# Optimizers that divide by the size of a gradient make steps of its rounding where it is zero.
+AFTER_A_STEP = {"sgd": 1.0, "adamw_torch": 1e3}
+
+
+def trained(case, true=False, **changed):
+    arguments = {**case.arguments, "bf16": case.dtype == "autocast" and not true, **changed}
+    model = make_model(case, true)
+    wide = any(p.dtype == torch.float64 for p in model.parameters())
+    with pytest.MonkeyPatch.context() if wide else nullcontext() as patch:
+        if patch is not None:
+            stay_in_double(patch)
+        return steps(model, make_rows(case), make_tokenizer(), **arguments)
+
+
+def is_refusal(error):
+    """Whether oddsmith has raised an error that the user can understand."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    ours = Path(last.filename).is_relative_to(PACKAGE)
+    message = str(error)
+    return ours and isinstance(error, (ValueError, TypeError)) and message and "\n" not in message
+
+
+def apart(one, other):
+    """For each step, the distances of loss and gradients."""
+    assert len(one.losses) == len(other.losses) == len(one.gradients) == len(other.gradients)
+    for mine, theirs, grads, their_grads in zip(
+        one.losses, other.losses, one.gradients, other.gradients, strict=True
+    ):
+        yield abs(mine - theirs) / max(abs(theirs), 1e-3), distance(grads, their_grads)
+
+
+def compare(seed):
+    """The path of a combination, or `"refused"`."""
+    case = combination(seed)
+    try:
+        ours = trained(case)
+    except Exception as error:
+        if not is_refusal(error):
+            raise
+        return "refused"
+    plain = trained(case, use_fused_head=False)
+    assert any(each.abs().max() > 0 for each in plain.gradients[0].values())
+    later = AFTER_A_STEP.get(case.arguments.get("optim", "sgd"), math.inf)
+    rooms = (1.0, later)
+    if case.is_exact:
+        double = all(p.dtype == torch.float64 for p in ours.weights.values())
+        bound = BOUNDS["float64" if double else "float32"]
+        for (loss, grads), room in zip(apart(ours, plain), rooms):
+            assert loss <= room * bound and grads <= room * bound, (case, loss, grads)
+    else:
+        truth = trained(case, true=True, use_fused_head=False)
+        for mine, theirs, room in zip(apart(ours, truth), apart(plain, truth), rooms):
+            for our, their in zip(mine, theirs, strict=True):
+                assert our <= room * (2.0 * their + 1e-2), (case, mine, theirs)
+    return path_name(ours.path)
+
+
+@pytest.mark.parametrize("seed", SAMPLE)
+def test_sample(seed):
+    compare(seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [seed for seed in range(COUNT) if seed not in SAMPLE])
+def test_others(seed):
+    compare(seed)
+
+
+def test_the_sample_takes_every_path():
+    cases = [combination(seed) for seed in range(COUNT)]
+    assert all(combination(seed) == cases[seed] for seed in SAMPLE)
+    assert len({case.family for case in cases}) > 25
+    for name in ("dtype", "adapter", "four_bit", "attention", "implicit"):
+        assert len({getattr(case, name) for case in cases}) > 1, name
