@@ -164,6 +164,11 @@ matrix-wheel: $(BIN)/.tools
 matrix: matrix-wheel ## Tests with every torch from 2.10, Pythons, and both ends of the libraries; the table of docs/compatibility.md
 	$(ACTIVATE) && python tests/support/matrix.py $(MATRIX)/dist/*.whl $(CELLS:%=--only "%") $(DISCARD:%=--discard)
 
+# Interrupted, it goes on where it was: what is known is in the cache folder. MODELS=Llama tries some, AGAIN=1 tries again.
+.PHONY: models
+models: test-build ## Try every architecture of the installed transformers; docs/models.md; about half an hour
+	$(ACTIVATE) && PYTHONPATH=tests python -W ignore -m support.model_table $(MODELS:%=--only "%") $(AGAIN:%=--again)
+
 .PHONY: newest
 newest: matrix-wheel ## Tests with the newest torch, and another Python where there is one
 	$(ACTIVATE) && python tests/support/matrix.py $(MATRIX)/dist/*.whl --newest

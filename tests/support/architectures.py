@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from oddsmith.integrations.small_model import small_model
+from oddsmith.integrations.small_model import reaches, small_model
 
 # Options that switch on what is off by default: windows that half of the layers have.
 _WINDOWED = {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 1}
@@ -35,6 +35,60 @@ SAMPLE = (
     "Lfm2Config",
     "OlmoConfig",
 )
+
+
+# Options of released checkpoints that a configuration has not by default: its layers are of other kinds.
+_RELEASED: dict[str, dict[str, dict[str, Any]]] = {
+    "Lfm2Config": {"convolutions": {"layer_types": ["conv", "full_attention"] * 16}},
+    "Lfm2MoeConfig": {"convolutions": {"layer_types": ["conv", "full_attention"] * 16}},
+    "BambaConfig": {"attention": {"attn_layer_indices": [9, 18, 27]}},
+    "GraniteMoeHybridConfig": {
+        "attention only": {"layer_types": ["full_attention"] * 32},
+        "hybrid": {"layer_types": ["linear_attention", "full_attention"] * 16},
+    },
+    "FalconConfig": {"ALiBi": {"alibi": True}},
+    "OPTConfig": {"350m": {"word_embed_proj_dim": 512, "do_layer_norm_before": False}},
+    "GPTJConfig": {"no rotation": {"rotary_dim": None}},
+}
+
+
+def cases(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """
+    What an architecture is tried with: its name, and options of its configuration. The default first,
+    then windows and other kinds of layers that it has not by default.
+    """
+    kind: Any = configurations()[name][0]
+    config = kind()
+    yield "default", _DECODER if getattr(config, "is_encoder_decoder", False) else _causal(config)
+    known = config.to_dict()
+    if "use_sliding_window" in known and not reaches(config):
+        yield "windows", {key: value for key, value in _WINDOWED.items() if key in known}
+    yield from _RELEASED.get(name, {}).items()
+
+
+# An encoder-decoder's decoder is a model of its own.
+_DECODER: dict[str, Any] = {"is_encoder_decoder": False, "is_decoder": True}
+
+
+def _causal(config: Any) -> dict[str, Any]:
+    """Options with which a model that is an encoder by default is a decoder."""
+    encoder = vars(config).get("is_decoder") is False
+    return {"is_decoder": True} if encoder else {}
+
+
+def core(name: str, options: dict[str, Any]) -> Any:
+    """
+    A model of a configuration with some options, on the meta device.
+
+    Raises:
+        LookupError: If it cannot be built, with the reason.
+    """
+    kind, model = configurations()[name]
+    try:
+        with torch.device("meta"):
+            return model(kind(**options))
+    except Exception as bad:  # whatever the code of a model may raise
+        raise LookupError(f"{type(bad).__name__}: {bad}".splitlines()[0]) from bad
 
 
 def configurations() -> dict[str, tuple[type, type]]:
