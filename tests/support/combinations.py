@@ -151,7 +151,8 @@ def combination(seed: int) -> Combination:
         adapter = pick(sorted(_ADAPTERS))
     if family in _EXPERT_FAMILIES and adapter == "VeRA":
         adapter = "LoRA"
-    attention = pick(["sdpa", "sdpa", "eager"])
+    # The eager function takes its softmax in float32.
+    attention = "sdpa" if dtype == "float64" else pick(["sdpa", "sdpa", "eager"])
     batch, accumulation = pick([1, 2, 3, 4, 5]), pick([1, 1, 2])
     arguments = _arguments(draw, batch, accumulation, adapter)
     rows = 2 * batch * accumulation + pick([0, 0, 1])
@@ -192,9 +193,6 @@ def _arguments(
         {"disable_dropout": False},
         {"beta_schedule": pick(["linear", "cosine"]), "beta_end": 0.4},
         {"train_sampling_strategy": "group_by_length"},
-        {"neftune_noise_alpha": 4.0},
-        {"padding_free": False},
-        {"label_smoothing_factor": 0.1},
         {"weight_decay": 0.1},
         {"optim": "adamw_torch", "learning_rate": 1e-3, "adam_epsilon": 1e-6},
         {"optim": "adamw_8bit", "learning_rate": 1e-3, "adam_epsilon": 1e-6},
@@ -205,6 +203,14 @@ def _arguments(
             rare.append({"optim": name, "optim_args": "rank=4, update_proj_gap=1", **low_rank})
     for options in rare:
         if chance() < 0.09:
+            found |= options
+    # Other paths than the packed one, and a refusal.
+    for options in (
+        {"neftune_noise_alpha": 4.0},
+        {"padding_free": False},
+        {"label_smoothing_factor": 0.1},
+    ):
+        if chance() < 0.02:
             found |= options
     return found
 

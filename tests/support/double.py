@@ -1,15 +1,18 @@
 """Models of transformers in `float64` throughout."""
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
-import pytest
 import torch
 
 __all__ = ["stay_in_double"]
 
 
-def stay_in_double(monkeypatch: pytest.MonkeyPatch) -> None:
+@contextmanager
+def stay_in_double() -> Iterator[None]:
     """Norms and rotations stay in float64, which the models' code casts to float32, and positions join them."""
     to, as_float = torch.Tensor.to, torch.Tensor.float
 
@@ -23,5 +26,8 @@ def stay_in_double(monkeypatch: pytest.MonkeyPatch) -> None:
         narrow = x.is_floating_point() and x.dtype != torch.float64
         return as_float(x) if narrow else x.double()
 
-    monkeypatch.setattr(torch.Tensor, "to", keep)
-    monkeypatch.setattr(torch.Tensor, "float", widen)
+    with (
+        mock.patch.object(torch.Tensor, "to", keep),
+        mock.patch.object(torch.Tensor, "float", widen),
+    ):
+        yield

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import tempfile
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,7 +51,13 @@ class _Recorder(TrainerCallback):
         self.gradients.append({n: p.grad.detach().clone() for n, p in named if p.grad is not None})
 
 
-def steps(model: Any, rows: Dataset, tokenizer: Any, **changed: Any) -> Steps:
+def steps(
+    model: Any,
+    rows: Dataset,
+    tokenizer: Any,
+    around: AbstractContextManager[Any] | None = None,
+    **changed: Any,
+) -> Steps:
     """
     Train a copy of a model.
 
@@ -58,6 +65,7 @@ def steps(model: Any, rows: Dataset, tokenizer: Any, **changed: Any) -> Steps:
         model (`PreTrainedModel` or `PeftModel`): The model.
         rows (`Dataset`): Its pairs, in the order of the batches.
         tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
+        around (context manager, *optional*): Entered for the time of the training.
         changed: Arguments of the run other than the usual: two steps of plain gradient descent.
     """
     recorder = _Recorder()
@@ -92,7 +100,8 @@ def steps(model: Any, rows: Dataset, tokenizer: Any, **changed: Any) -> Steps:
             callbacks=[recorder],
         )
         path = trainer.path
-        trainer.train()
+        with around or nullcontext():
+            trainer.train()
     named: Any = trainer.model
     return Steps(
         path,

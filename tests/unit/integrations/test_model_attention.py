@@ -1,5 +1,7 @@
 """Packed rows: the same logits and gradients as a padded batch, model by model."""
 
+from contextlib import ExitStack
+
 import pytest
 import torch
 import transformers
@@ -49,15 +51,21 @@ def tolerance(name):
     return 1e-5 if name == "Mixtral" else 1e-9
 
 
+@pytest.fixture
+def double():
+    with ExitStack() as stack:
+        yield stack
+
+
 # Names that transformers 5.17 has; 5.23 prefers newer ones.
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 @pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize(("name", "checkpointing"), CASES)
-def test_packed_equals_padded(name, checkpointing, share, monkeypatch):
+def test_packed_equals_padded(name, checkpointing, share, double):
     model = tiny_model(name)
     model_packing.check(model)  # by a small model in float32
     if model.dtype == torch.float64:
-        stay_in_double(monkeypatch)
+        double.enter_context(stay_in_double())
     pairs = pairs_of(prompts="differ" if name == "Qwen2" else "same")
     ids, mask, rows = padded(pairs)
     batch = PackedBatch.build(pairs, share)
