@@ -6,6 +6,7 @@ truth. A combination may be refused, with one sentence. A few run in CI, all of 
 
 import math
 import traceback
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ def trained(case, true=False, **changed):
     arguments = {**case.arguments, "bf16": case.dtype == "autocast" and not true, **changed}
     model = make_model(case, true)
     wide = any(p.dtype == torch.float64 for p in model.parameters())
-    around = stay_in_double() if wide else None
+    around = stay_in_double if wide else nullcontext
     return steps(model, make_rows(case), make_tokenizer(), around, **arguments)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import tempfile
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -55,7 +56,7 @@ def steps(
     model: Any,
     rows: Dataset,
     tokenizer: Any,
-    around: AbstractContextManager[Any] | None = None,
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext,
     **changed: Any,
 ) -> Steps:
     """
@@ -65,10 +66,16 @@ def steps(
         model (`PreTrainedModel` or `PeftModel`): The model.
         rows (`Dataset`): Its pairs, in the order of the batches.
         tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
-        around (context manager, *optional*): Entered for the time of the training.
+        around (`Callable`, *optional*): Makes a context for each forward and backward pass.
         changed: Arguments of the run other than the usual: two steps of plain gradient descent.
     """
     recorder = _Recorder()
+
+    class Trainer(ORPOTrainer):
+        def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+            with around():
+                return super().training_step(*args, **kwargs)
+
     with tempfile.TemporaryDirectory() as folder:
         options = {
             "output_dir": folder,
@@ -92,7 +99,7 @@ def steps(
             "seed": 7,
             **changed,
         }
-        trainer = ORPOTrainer(
+        trainer = Trainer(
             model=copy.deepcopy(model),
             args=ORPOConfig(**options),
             train_dataset=rows,
@@ -100,8 +107,7 @@ def steps(
             callbacks=[recorder],
         )
         path = trainer.path
-        with around or nullcontext():
-            trainer.train()
+        trainer.train()
     named: Any = trainer.model
     return Steps(
         path,
