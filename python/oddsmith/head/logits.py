@@ -97,6 +97,11 @@ def shift_right(labels: Tensor, start: int | None, pad: int | None) -> Tensor:
     return shifted.masked_fill(shifted < 0, pad)
 
 
+def wide(tensor: Tensor) -> Tensor:
+    """A tensor in `float32`, or as it is in `float64`."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
 def sequence_logps(logits: Tensor, labels: Tensor, average: bool) -> Tensor:
     """
     Log-probability of each sequence's labels, without those below 0; 0 if there are none.
@@ -107,8 +112,8 @@ def sequence_logps(logits: Tensor, labels: Tensor, average: bool) -> Tensor:
         average (`bool`): Per token instead of in total.
     """
     counted = labels >= 0
-    picked = logits.gather(2, labels.clamp(min=0)[:, :, None])[:, :, 0].float()
-    logps = picked - torch.logsumexp(logits.float(), dim=-1)
+    picked = wide(logits.gather(2, labels.clamp(min=0)[:, :, None])[:, :, 0])
+    logps = picked - torch.logsumexp(wide(logits), dim=-1)
     total = torch.where(counted, logps, 0.0).sum(-1)
     return total / counted.sum(-1).clamp(min=1) if average else total
 
@@ -116,5 +121,5 @@ def sequence_logps(logits: Tensor, labels: Tensor, average: bool) -> Tensor:
 def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
     """Negative log-likelihood per token, without labels below 0; 0 if there are none."""
     flat = torch.where(labels < 0, -100, labels).flatten()
-    total = F.cross_entropy(logits.flatten(0, 1).float(), flat, ignore_index=-100, reduction="sum")
+    total = F.cross_entropy(wide(logits.flatten(0, 1)), flat, ignore_index=-100, reduction="sum")
     return total / (flat != -100).sum().clamp(min=1)

@@ -90,11 +90,13 @@ class LossHooks(TrainerParts):
         ratio = F.logsigmoid(log_odds)
         linked = ratio if self.args.odds_ratio_link == "logsigmoid" else log_odds
         chosen, rejected = (
-            self.beta * logps.detach().float().to(self.accelerator.device)
+            self.beta * plain.wide(logps.detach()).to(self.accelerator.device)
             for logps in (policy_chosen_logps, policy_rejected_logps)
         )
-        means = ratio.mean().float(), log_odds.mean().float()
-        return (self.beta * linked).float(), chosen, rejected, *means
+        # Evaluated in float64; a loss in float32 stays one.
+        dtype = plain.wide(policy_chosen_logps).dtype
+        means = ratio.mean().to(dtype), log_odds.mean().to(dtype)
+        return (self.beta * linked).to(dtype), chosen, rejected, *means
 
     @staticmethod
     def get_batch_logps(
@@ -295,7 +297,7 @@ class LossHooks(TrainerParts):
             term, rewards, means = zero, (zero, zero), (zero, zero)
         else:
             terms, *rewards_and_means = self.odds_ratio_loss(chosen[kept], rejected[kept])
-            term = terms.mean() * (whole.sum() / pairs)
+            term = terms.mean() * whole.to(terms.dtype).mean()
             rewards, means = rewards_and_means[:2], rewards_and_means[2:]
         return PairScores(
             loss=nll - term,

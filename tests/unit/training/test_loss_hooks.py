@@ -212,3 +212,30 @@ def test_batches_beyond_the_limits_of_a_model_keep_their_padding(make, tokenizer
         f"A batch keeps its padding: the model is packed for batches of up to {most} tokens "
         "only. This is logged once."
     ]
+
+
+def test_a_model_in_double_keeps_its_digits(make):
+    """From logits as in the head: a third of a pair, and a beta, have no float32 in between."""
+    trainer = make()
+    draw = torch.Generator().manual_seed(2)
+    logits = torch.randn(6, 5, 9, generator=draw, dtype=torch.float64)
+    labels = torch.randint(0, 9, (6, 5), generator=draw)
+    labels[1] = -100  # no completion: its pair is left out
+    found = trainer.get_batch_logps(logits, labels, average_log_prob=True)
+    kept = labels[:, 1:] >= 0
+    picked = logits[:, :-1].log_softmax(-1).gather(2, labels[:, 1:, None].clamp(min=0))[:, :, 0]
+    expected = (picked * kept).sum(-1) / kept.sum(-1).clamp(min=1)
+    torch.testing.assert_close(found, expected, rtol=1e-13, atol=0)
+    terms, *rewards, _, _ = trainer.odds_ratio_loss(found[[0, 2]], found[[3, 5]])
+    odds = [logps - torch.log1p(-logps.exp()) for logps in (found[[0, 2]], found[[3, 5]])]
+    linked = 0.3 * torch.nn.functional.logsigmoid(odds[0] - odds[1])
+    torch.testing.assert_close(terms, linked, rtol=1e-12, atol=0)
+    torch.testing.assert_close(rewards[0], 0.3 * found[[0, 2]], rtol=1e-13, atol=0)
+    scores = (found[:3], found[3:], logits[:3], logits[3:], torch.zeros((), dtype=torch.float64))
+    trainer.concatenated_forward = lambda *inputs: scores
+    sides = {"chosen": labels[:3], "rejected": labels[3:]}
+    batch = {f"{side}_labels": each for side, each in sides.items()}
+    batch |= {f"{side}_input_ids": each.clamp(min=0) for side, each in sides.items()}
+    batch |= {f"{side}_attention_mask": torch.ones_like(each) for side, each in sides.items()}
+    loss = trainer._plain_scores(trainer.model, batch).loss
+    torch.testing.assert_close(loss, -linked.sum() / 3, rtol=1e-12, atol=0)
