@@ -46,12 +46,14 @@ def is_refusal(error):
 
 
 def apart(one, other):
-    """For each step, the distances of loss and gradients."""
-    assert len(one.losses) == len(other.losses) == len(one.gradients) == len(other.gradients)
-    for mine, theirs, grads, their_grads in zip(
-        one.losses, other.losses, one.gradients, other.gradients, strict=True
-    ):
-        yield abs(mine - theirs) / max(abs(theirs), 1e-3), distance(grads, their_grads)
+    """For each step, the distances of losses and gradients."""
+    count = len(other.gradients)
+    assert len(one.losses) == len(other.losses) and len(one.gradients) == count
+    for step, (grads, theirs) in enumerate(zip(one.gradients, other.gradients)):
+        batches = slice(step * len(one.losses) // count, (step + 1) * len(one.losses) // count)
+        losses = zip(one.losses[batches], other.losses[batches], strict=True)
+        loss = max(abs(mine - their) / max(abs(their), 1e-3) for mine, their in losses)
+        yield loss, distance(grads, theirs)
 
 
 def compare(seed):

@@ -61,6 +61,7 @@ _DECODERS: dict[str, dict[str, Any]] = {
 _EXPERT_FAMILIES = {
     "Qwen3Moe", "Mixtral", "GptOss", "DeepseekV2", "DeepseekV3", "Glm4MoeLite", "Llama4Text", "Qwen2Moe", "Phimoe",
 }  # fmt: skip
+_EAGER = {"GptOss", "Gemma2"}  # softcaps and sinks, which libtorch's function has not
 # Those whose configuration asks for the auxiliary loss, and whose model computes it.
 _ROUTERS = {"Qwen3Moe", "Mixtral", "GptOss", "Qwen2Moe", "Phimoe"}
 _TIED = {"Llama", "Qwen2", "Qwen3", "Mistral", "SmolLM3", "Granite", "Phi3", "Olmo2"}
@@ -153,6 +154,8 @@ def combination(seed: int) -> Combination:
         adapter = "LoRA"
     # The eager function takes its softmax in float32.
     attention = "sdpa" if dtype == "float64" else pick(["sdpa", "sdpa", "eager"])
+    if family in _EAGER:
+        attention, dtype = "eager", "float32" if dtype == "float64" else dtype
     batch, accumulation = pick([1, 2, 3, 4, 5]), pick([1, 1, 2])
     arguments = _arguments(draw, batch, accumulation, adapter)
     rows = 2 * batch * accumulation + pick([0, 0, 1])
@@ -250,10 +253,13 @@ def make_model(case: Combination, true: bool = False) -> Any:
 
     Args:
         case ([`Combination`]): What to make.
-        true (`bool`, *optional*): The same weights in `float64`, and no 4-bit layers.
+        true (`bool`, *optional*): The same weights in `float64`, or `float32` where the family knows
+            no other, and no 4-bit layers.
     """
     torch.manual_seed(case.seed)
-    model = _base(case)
+    narrow = case.family in _EXPERT_FAMILIES | _EAGER
+    # The eager function takes its softmax in float32, in which float64's mask is infinite.
+    model = _base(case, "sdpa" if true and not narrow else case.attention)
     if case.dtype == "bfloat16":
         for parameter in model.parameters():
             parameter.data = parameter.data.bfloat16()
@@ -264,15 +270,13 @@ def make_model(case: Combination, true: bool = False) -> Any:
     if case.adapter is not None:
         model = _adapted(model, case)
     wide = true or case.dtype == "float64"
-    return model.double() if wide and case.family not in _EXPERT_FAMILIES else model
+    return model.double() if wide and not narrow else model
 
 
-def _base(case: Combination) -> Any:
+def _base(case: Combination, attention: str) -> Any:
     options = {**SIZES, **FAMILIES.get(case.family, {}), **case.config}
-    kind = "Llama4" if case.family == "Llama4Text" else case.family
-    config = getattr(transformers, f"{case.family}Config")(
-        **options, attn_implementation=case.attention
-    )
+    kind = case.family.removesuffix("Text")
+    config = getattr(transformers, f"{case.family}Config")(**options, attn_implementation=attention)
     model = getattr(transformers, f"{kind}ForCausalLM")(config)
     tables = {id(each.weight) for each in model.modules() if isinstance(each, nn.Embedding)}
     for name, parameter in model.named_parameters():

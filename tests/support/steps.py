@@ -30,7 +30,7 @@ class Steps:
 
     Args:
         path ([`TrainingPath`]): The path that its batches took.
-        losses (`list[float]`): The loss of each step.
+        losses (`list[float]`): The loss of each batch, divided by the batches of a step.
         gradients (`list[dict[str, Tensor]]`): The gradients of each step, clipped.
         weights (`dict[str, Tensor]`): The trained weights after the last step.
     """
@@ -70,11 +70,14 @@ def steps(
         changed: Arguments of the run other than the usual: two steps of plain gradient descent.
     """
     recorder = _Recorder()
+    losses: list[float] = []
 
     class Trainer(ORPOTrainer):
         def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
             with around():
-                return super().training_step(*args, **kwargs)
+                loss = super().training_step(*args, **kwargs)
+            losses.append(loss.item())
+            return loss
 
     with tempfile.TemporaryDirectory() as folder:
         options = {
@@ -111,7 +114,7 @@ def steps(
     named: Any = trainer.model
     return Steps(
         path,
-        [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        losses,
         recorder.gradients,
         {n: p.detach().clone() for n, p in named.named_parameters() if p.requires_grad},
     )
