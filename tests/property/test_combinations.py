@@ -31,6 +31,9 @@ AFTER_A_STEP = {"sgd": 1.0, "adamw_torch": 1e3}
 
 def trained(case, true=False, **changed):
     arguments = {**case.arguments, "bf16": case.dtype == "autocast" and not true, **changed}
+    if true and arguments.get("optim", "sgd") not in AFTER_A_STEP:  # they take no float64
+        own = {"optim", "optim_args", "optim_target_modules"}
+        arguments = {key: each for key, each in arguments.items() if key not in own}
     model = make_model(case, true)
     wide = any(p.dtype == torch.float64 for p in model.parameters())
     around = stay_in_double if wide else nullcontext

@@ -61,7 +61,7 @@ _DECODERS: dict[str, dict[str, Any]] = {
 _EXPERT_FAMILIES = {
     "Qwen3Moe", "Mixtral", "GptOss", "DeepseekV2", "DeepseekV3", "Glm4MoeLite", "Llama4Text", "Qwen2Moe", "Phimoe",
 }  # fmt: skip
-_EAGER = {"GptOss", "Gemma2"}  # softcaps and sinks, which libtorch's function has not
+_EAGER = {"Bloom", "GptOss", "Gemma2"}  # what libtorch's function has not: softcaps, sinks, ALiBi
 # Those whose configuration asks for the auxiliary loss, and whose model computes it.
 _ROUTERS = {"Qwen3Moe", "Mixtral", "GptOss", "Qwen2Moe", "Phimoe"}
 _TIED = {"Llama", "Qwen2", "Qwen3", "Mistral", "SmolLM3", "Granite", "Phi3", "Olmo2"}

@@ -132,7 +132,10 @@ def _check_itself(core: Any, odd: str) -> None:
 def _check_alone(core: Any, why: str) -> RowLimits:
     """Of a model without a small form."""
     if not in_memory(core):
-        raise CannotPack("its weights are not in memory, so a packed row cannot be tried out")
+        raise CannotPack(
+            f"a packed row cannot be tried out: its weights are not in memory, and a small model of "
+            f"its class cannot be built ({why})"
+        )
     if not is_exact(core):
         raise CannotPack(
             f"a packed row cannot be tried out: in less than float32 it proves nothing, and a small "
