@@ -200,7 +200,10 @@ def page(records: list[Record], version: str) -> str:
     known = {(each["name"], each["case"]): each for each in built}
     bases = [(base, known[key]) for base, *key_ in BASES for key in [tuple(key_)] if key in known]
     wrong = [title(each) for each in built if differs(each)]
-    said = "No model's results differ by more than rounding."
+    trained = sum(bool(each.get("float32")) for each in built)
+    said = f"{trained} of the {len(built)} were trained, and none differs by more than rounding."
+    if not trained:
+        said = "None was trained yet, so the distances are missing."
     if wrong:
         said = f"More than rounding apart: {', '.join(wrong)}."
     return TEXT.format(
