@@ -53,7 +53,7 @@ REFUSED: dict[tuple[str, str], str] = {
 }
 # Cells whose results may be rounded in another way, and by how much of what a weight has moved: where
 # an 8-bit block ends, and whether weights or inputs are cast to bfloat16.
-ROUNDED = {"adamw_8bit": 0.1, **dict.fromkeys(IN_BFLOAT16, 0.1)}
+ROUNDED = {"adamw_8bit": 0.1, **dict.fromkeys(IN_BFLOAT16, 0.15)}
 # No reduction takes another order.
 TO_THE_BIT = ("DDP",)
 

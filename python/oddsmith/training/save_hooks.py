@@ -27,7 +27,7 @@ class SaveHooks(TrainerParts):
             super().save_model(output_dir, _internal_call)
             return
         folder = Path(output_dir or self.args.output_dir or ".")
-        before = weight_files(folder)
+        before = weight_files(folder, before=True)
         with _gathered(self):
             super().save_model(output_dir, _internal_call)
         if self.args.should_save:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 __all__ = ["check_written", "weight_files"]
@@ -11,22 +12,27 @@ __all__ = ["check_written", "weight_files"]
 _WEIGHTS = ("model*.safetensors", "adapter_model*.safetensors", "pytorch_model*.bin")
 _WEIGHTS += ("adapter_model*.bin",)
 _ENGINE = "pytorch_model_fsdp"
+# Nanoseconds within which a file that is written twice may keep its time.
+_TICK = 100_000_000
 
 
-def weight_files(folder: Path) -> dict[Path, tuple[int, int]]:
+def weight_files(folder: Path, before: bool = False) -> dict[Path, tuple[int, int]]:
     """
     The files with weights in a folder and its adapters' folders, each with its time and size.
 
     Args:
         folder (`Path`): The folder of a model or adapter; it may be missing.
+        before (`bool`, *optional*): Leave out files so new that their time would not tell whether
+            they are written again.
     """
-    found = {}
+    found, now = {}, time.time_ns()
     for pattern in _WEIGHTS:
         for path in (*folder.glob(pattern), *folder.glob(f"*/{pattern}")):
             # Checkpoints are beside the model.
             if not path.name.startswith(_ENGINE) and not path.parent.name.startswith("checkpoint-"):
                 status = path.stat()
-                found[path] = status.st_mtime_ns, status.st_size
+                if status.st_mtime_ns + _TICK < now or not before:
+                    found[path] = status.st_mtime_ns, status.st_size
     return found
 
 
