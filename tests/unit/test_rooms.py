@@ -64,10 +64,6 @@ ELSEWHERE = {
         "unit/test_package.py",
         "parts of docstrings that several classes share",
     ),
-    "optim/low_rank/step.py": (
-        "unit/optim/low_rank/test_optimizer.py",
-        "a dataclass that a step is made of",
-    ),
 }
 
 

@@ -33,7 +33,7 @@ def packages() -> dict[str, str | None]:
     """The releases of oddsmith, of what it needs, and of its peers; None where one is missing."""
     needed = [requirement.name for requirement in _needed()]
     names = dict.fromkeys(["oddsmith", *needed, "tokenizers", "numpy", *PEERS])
-    return {name: _version(name) for name in names}
+    return {name: _release_of(name) for name in names}
 
 
 def package_problems(found: dict[str, str | None]) -> list[Problem]:
@@ -61,7 +61,7 @@ def _needed() -> list[Requirement]:
     return [one for one in found if one.marker is None or one.marker.evaluate({"extra": ""})]
 
 
-def _version(name: str) -> str | None:
+def _release_of(name: str) -> str | None:
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
