@@ -1,5 +1,6 @@
 """Which pairs form a batch: grouped by length, or as many as fit a token budget."""
 
+import heapq
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -39,7 +40,7 @@ class TokenBatches(Sampler[list[int]]):
     one process.
 
     Args:
-        lengths (`Sequence[int]`): Tokens of each pair.
+        lengths (`Sequence[int]` or `np.ndarray`): Tokens of each pair.
         max_tokens (`int`): Most tokens of a batch; a longer pair is a batch alone.
         seed (`int`): Seed of the shuffling; the same on all processes.
         num_processes (`int`, *optional*, defaults to 1): Processes that share the batches.
@@ -51,7 +52,7 @@ class TokenBatches(Sampler[list[int]]):
 
     def __init__(
         self,
-        lengths: Sequence[int],
+        lengths: Sequence[int] | np.ndarray,
         max_tokens: int,
         seed: int,
         num_processes: int = 1,
@@ -65,18 +66,13 @@ class TokenBatches(Sampler[list[int]]):
         self.epoch: int = 0
         self.num_processes: int = num_processes
         self.process_index: int = process_index
-        order = torch.randperm(len(lengths), generator=self._generator()).tolist()
-        self.batches: list[list[int]] = _filled(order, lengths, max_tokens)
-        # Every process takes the same number of steps: the longest lists are halved until they do.
-        while len(self.batches) % num_processes:
-            longest = max(range(len(self.batches)), key=lambda index: len(self.batches[index]))
-            batch = self.batches[longest]
-            if len(batch) == 1:  # cannot be halved: some pairs come twice, as usual under DDP
-                missing = -len(self.batches) % num_processes
-                self.batches += self.batches[:missing]
-                break
-            half = len(batch) // 2
-            self.batches[longest : longest + 1] = [batch[:half], batch[half:]]
+        order = torch.randperm(len(lengths), generator=self._generator()).numpy()
+        ends = _ends(np.asarray(lengths, dtype=np.int64)[order], max_tokens)
+        # Batch i is `order[starts[i]:ends[i]]`.
+        self._order: np.ndarray = order
+        self._starts: np.ndarray
+        self._ends: np.ndarray
+        self._starts, self._ends = _evened(ends, num_processes)
 
     def _generator(self) -> torch.Generator:
         return torch.Generator().manual_seed(self.seed + self.epoch)
@@ -86,20 +82,45 @@ class TokenBatches(Sampler[list[int]]):
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = torch.randperm(len(self.batches), generator=self._generator()).tolist()
+        order = torch.randperm(len(self._starts), generator=self._generator()).numpy()
         for index in order[self.process_index :: self.num_processes]:
-            yield self.batches[index]
+            yield self._order[self._starts[index] : self._ends[index]].tolist()
 
     def __len__(self) -> int:
-        return len(self.batches) // self.num_processes
+        return len(self._starts) // self.num_processes
 
 
-def _filled(order: list[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    batches, left = [], -1
-    for index in order:
-        left -= int(lengths[index])
-        if left < 0 or not batches:
-            batches.append([])
-            left = max_tokens - int(lengths[index])
-        batches[-1].append(index)
-    return batches
+def _ends(lengths: np.ndarray, max_tokens: int) -> np.ndarray:
+    """Ends of batches that are filled with pairs one after the other."""
+    total = np.cumsum(lengths)
+    # Where a batch ends that begins with pair i: before the first pair that exceeds the budget.
+    following = np.searchsorted(total, total - lengths + max_tokens, side="right")
+    following = np.maximum(following, np.arange(1, len(lengths) + 1)).tolist()
+    ends, end, pairs = [], 0, len(lengths)
+    while end < pairs:
+        end = following[end]
+        ends.append(end)
+    return np.array(ends)
+
+
+def _evened(ends: np.ndarray, num_processes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Starts and ends of a multiple of `num_processes` batches."""
+    starts = np.concatenate([[0], ends[:-1]])
+    missing = -len(ends) % num_processes
+    # Every process takes the same number of steps: the longest batches are halved until they do.
+    # Only the `missing` longest can be halved, or their halves; the first of equal ones goes first.
+    longest = np.argsort(starts - ends, kind="stable")[:missing]
+    heap = [(int(starts[i] - ends[i]), int(starts[i])) for i in longest]
+    heapq.heapify(heap)
+    halved = []
+    while missing and heap[0][0] < -1:
+        size, start = heap[0]
+        half = -size // 2
+        heapq.heapreplace(heap, (-half, start))
+        heapq.heappush(heap, (size + half, start + half))
+        halved.append(start + half)
+        missing -= 1
+    starts = np.sort(np.concatenate([starts, np.array(halved, dtype=starts.dtype)]))
+    ends = np.append(starts[1:], ends[-1:])
+    # What cannot be halved: some pairs come twice, as usual under DDP.
+    return np.append(starts, starts[:missing]), np.append(ends, ends[:missing])
