@@ -338,7 +338,8 @@ class ORPOTrainer(
 
     def store_metrics(self, metrics: dict[str, Any], train_eval: Split = "train") -> None:
         """Keep metrics for the next log; tensors stay on the device until then."""
-        self._stored_metrics.add(train_eval, metrics, self._metric_weight)
+        weights = self._batch_weights
+        self._stored_metrics.add(train_eval, metrics, weights.pairs, weights.others)
 
     def _take_metrics(self, split: Split) -> dict[str, float]:
         """Averages since the last call; warns if a loss was not finite."""
@@ -366,7 +367,9 @@ class ORPOTrainer(
         elif "train_runtime" in logs:
             self._take_metrics("train")  # of steps after the last log
         elif any(key.startswith("eval_") for key in logs):
-            logs.update(self._take_metrics("eval"))  # of an overridden evaluation_loop
+            # Of an overridden evaluation_loop; parts of the loss are used by ours only.
+            metrics = self._take_metrics("eval")
+            logs.update((name, metrics[name]) for name in metrics if not name.startswith("_"))
         if hasattr(optimizer := self._own_optimizer(), "report"):
             optimizer.report()
         super().log(logs, start_time)

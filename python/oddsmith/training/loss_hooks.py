@@ -15,7 +15,14 @@ from ..head import logits as plain
 from ..integrations import model_attention, model_head
 from ..integrations.model_packing import RowLimits
 from ..packing.batch import PackedBatch
-from .metrics import PairScores, Split, batch_share, pair_metrics
+from .metrics import (
+    BatchWeights,
+    PairScores,
+    Split,
+    batch_share,
+    evaluation_weights,
+    pair_metrics,
+)
 from .overrides import is_overridden
 from .row_dependence import virtual_tokens
 from .trainer_parts import TrainerParts
@@ -43,8 +50,12 @@ class LossHooks(TrainerParts):
     # The packed rows that the model computes as it does a padded batch.
     _row_limits: RowLimits = RowLimits()
     _said_of_limits = False
-    # Weight of the last batch in the logged averages.
-    _metric_weight: float = 1.0
+    # Weights of the last batch in the logged averages.
+    _batch_weights: BatchWeights = BatchWeights()
+    # Whether the batch of an evaluation step only repeats pairs, because others have one.
+    _fills_up = False
+    # The last loss, and its mean over tokens.
+    _own_loss: tuple[Tensor, Tensor] | None = None
 
     def _own_loss_hooks(self) -> list[str]:
         """The hooks that a subclass overrides."""
@@ -140,7 +151,7 @@ class LossHooks(TrainerParts):
         """
         self._borrow()
         inputs = self._concatenated(batch)
-        labels, mask = inputs["concatenated_labels"], inputs["concatenated_attention_mask"]
+        labels = inputs["concatenated_labels"]
         extra: dict[str, Any] = both_sides(batch, inputs)
         if self.is_encoder_decoder:
             extra["decoder_input_ids"] = plain.shift_right(
@@ -154,13 +165,9 @@ class LossHooks(TrainerParts):
         logps = self.get_batch_logps(
             logits, labels, average_log_prob=True, is_encoder_decoder=self.is_encoder_decoder
         )
+        labels = self._likelihood_labels(inputs)
         if not self.is_encoder_decoder:
-            if self.args.nll_scope == "full":
-                ids = inputs["concatenated_input_ids"]
-                labels = torch.where(mask == 1, ids, -100)
-                if (images := self._image_tokens(ids)) is not None:
-                    labels = labels.masked_fill(images, -100)
-            logits, labels = logits[:, :-1], labels[:, 1:]
+            logits = logits[:, :-1]
         pairs = labels.shape[0] // 2
         nll = plain.token_nll(logits[:pairs], labels[:pairs].to(logits.device))
         scores = (logps[:pairs], logps[pairs:], logits[:pairs], logits[pairs:], nll)
@@ -181,18 +188,32 @@ class LossHooks(TrainerParts):
             self._scheduled_beta = self.args.beta_at(self.state.global_step, self.state.max_steps)
         uses_logits = self._plain_because is not None or bool(self._own_loss_hooks())
         scores = (self._plain_scores if uses_logits else self._fused_scores)(model, batch)
-        pairs, self._metric_weight = scores.whole.shape[0], 1.0
-        if train_eval == "eval":
-            pairs, self._metric_weight = batch_share(self.accelerator, pairs)
-        metrics = pair_metrics(scores, pairs)
+        pairs, self._batch_weights = scores.whole.shape[0], BatchWeights()
         prefix = "eval_" if train_eval == "eval" else ""
+        if train_eval == "eval":
+            pairs = 0 if self._fills_up else batch_share(self.accelerator, pairs)
+            self._batch_weights = evaluation_weights(scores, pairs, prefix)
+        metrics = pair_metrics(scores, pairs)
         loss = scores.loss
         if self.aux_loss_enabled:
             aux_loss = torch.as_tensor(scores.aux_loss, device=loss.device)
             loss = loss + self.aux_loss_coef * aux_loss
+        self._own_loss = loss, scores.nll_loss
         return loss, {f"{prefix}{name}": value for name, value in metrics.items()}
 
     # ---- Scores: fused head or logits ----
+
+    def _likelihood_labels(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Targets of the likelihood term, aligned with the logits that are used for it."""
+        labels = inputs["concatenated_labels"]
+        if self.is_encoder_decoder:
+            return labels
+        if self.args.nll_scope == "full":
+            ids = inputs["concatenated_input_ids"]
+            labels = torch.where(inputs["concatenated_attention_mask"] == 1, ids, -100)
+            if (images := self._image_tokens(ids)) is not None:
+                labels = labels.masked_fill(images, -100)
+        return labels[:, 1:]
 
     def _concatenated(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         inputs = self.concatenated_inputs(
@@ -258,6 +279,9 @@ class LossHooks(TrainerParts):
             rejected_logits=out.rejected_logits,
             whole=rows.whole_pairs(),
             aux_loss=out.aux_loss,
+            nll_tokens=((rows.targets >= 0) & (rows.sequence < rows.num_pairs)).sum(),
+            chosen_tokens=(rows.sequence < rows.num_pairs).sum(),
+            rejected_tokens=(rows.sequence >= rows.num_pairs).sum(),
         )
 
     def _packed(self, batch: dict[str, Any]) -> PackedBatch | None:
@@ -310,6 +334,9 @@ class LossHooks(TrainerParts):
             rejected_logits=_mean_logit(rejected_logits, counted[pairs:]),
             whole=whole,
             aux_loss=aux[0] if aux else None,
+            nll_tokens=self._likelihood_labels(inputs)[:pairs].ge(0).sum(),
+            chosen_tokens=counted[:pairs].sum(),
+            rejected_tokens=counted[pairs:].sum(),
         )
 
 

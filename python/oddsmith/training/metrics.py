@@ -1,16 +1,19 @@
 """MetricStore: averages metrics of micro-batches on their device and reads them once per log."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
 
 Split = Literal["train", "eval"]
 
-# Keys that are not averages. The two private ones track the loss and are not logged.
+# Keys that are not averages. The private ones track the loss and are not logged.
 EMPTY_COMPLETIONS = "empty_completions"
 NON_FINITE, FIRST_NON_FINITE = "_non_finite", "_first_non_finite"
-_SUMS = (EMPTY_COMPLETIONS, NON_FINITE)
+# Pairs of an evaluation, and the two parts of its loss: means over tokens and over pairs.
+PAIRS, TOKEN_LOSS, PAIR_LOSS = "_pairs", "_token_loss", "_pair_loss"
+_SUMS = (EMPTY_COMPLETIONS, NON_FINITE, PAIRS)
 _MINIMA = (FIRST_NON_FINITE,)
 
 
@@ -26,7 +29,13 @@ class MetricStore:
         self._tensors: dict[str, dict[str, list[torch.Tensor]]] = {}
         self._numbers: dict[str, dict[str, list[float]]] = {}
 
-    def add(self, split: str, metrics: Mapping[str, Any], weight: float = 1.0) -> None:
+    def add(
+        self,
+        split: str,
+        metrics: Mapping[str, Any],
+        weight: float = 1.0,
+        weights: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
         """
         Add the metrics of a micro-batch.
 
@@ -34,13 +43,15 @@ class MetricStore:
             split (`str`): `"train"` or `"eval"`.
             metrics (`Mapping[str, Tensor or float]`): 0-dim tensors or numbers.
             weight (`float`, *optional*, defaults to 1.0): Weight of this micro-batch.
+            weights (`Mapping[str, Tensor]`, *optional*):
+                Weights of single metrics, 0-dim, instead of `weight`.
         """
         tensors = self._tensors.setdefault(split, {})
         numbers = self._numbers.setdefault(split, {})
         for key, value in metrics.items():
             if not torch.is_tensor(value):
                 total = numbers.setdefault(key, [0.0, 0.0])
-                total[0] += float(value) * weight
+                total[0] += float(value) * weight if weight else 0.0
                 total[1] += weight
                 continue
             # MPS has no float64; the error over a few hundred terms is not visible in a log.
@@ -51,9 +62,11 @@ class MetricStore:
                 state[0] = torch.minimum(state[0], value)
             else:
                 state = tensors.setdefault(key, [torch.zeros_like(value) for _ in range(2)])
+                own = (weights or {}).get(key, weight)
+                own = torch.as_tensor(own, dtype=dtype, device=value.device)
                 # A micro-batch with weight 0 may have no pairs, and so NaN metrics.
-                state[0] = state[0] + (value * weight if weight else 0.0)
-                state[1] = state[1] + weight
+                state[0] = state[0] + torch.where(own > 0, value * own, 0.0)
+                state[1] = state[1] + own
 
     def watch(self, split: str, loss: torch.Tensor, step: int) -> None:
         """Count a loss that is NaN or infinite, without waiting for the device."""
@@ -90,26 +103,21 @@ class MetricStore:
         return out
 
 
-def batch_share(accelerator: Any, pairs: int) -> tuple[int, float]:
+def batch_share(accelerator: Any, pairs: int) -> int:
     """
-    Number of this process's pairs in an evaluation batch that are not repeats, and the batch's
-    weight.
+    Number of leading pairs of this process's evaluation batch that are not repeats.
 
-    The last batch is filled up with pairs from the beginning, so that all processes have one.
+    A data loader of accelerate's fills its last batch up with pairs from the beginning, so that all
+    processes have one. Those of the trainer do not.
 
     Args:
         accelerator (`Accelerator`): Knows the state of the data loader.
         pairs (`int`): Pairs in this process's batch.
-
-    Returns:
-        `tuple[int, float]`: Count of leading pairs to average over, and the weight with which all
-            global batches count equally.
     """
-    state, processes = accelerator.gradient_state, accelerator.num_processes
-    if processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
-        return pairs, 1.0
-    own = min(max(state.remainder - accelerator.process_index * pairs, 0), pairs)
-    return own, processes * own / state.remainder
+    state = accelerator.gradient_state
+    if accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+        return pairs
+    return min(max(state.remainder - accelerator.process_index * pairs, 0), pairs)
 
 
 class PairScores(NamedTuple):
@@ -132,6 +140,59 @@ class PairScores(NamedTuple):
     rejected_logits: torch.Tensor
     whole: torch.Tensor  # (B,) bool: neither completion is empty
     aux_loss: torch.Tensor | None
+    # What the means over tokens are over: targets of the likelihood, rows of the two sides.
+    nll_tokens: torch.Tensor
+    chosen_tokens: torch.Tensor
+    rejected_tokens: torch.Tensor
+
+
+@dataclass
+class BatchWeights:
+    """
+    How much a batch counts in the averages of its split.
+
+    Args:
+        pairs (`float`, *optional*, defaults to 1.0): Weight of what has no other.
+        others (`dict[str, Tensor]`, *optional*): Weights of single metrics, 0-dim.
+    """
+
+    pairs: float = 1.0
+    others: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def evaluation_weights(scores: PairScores, pairs: int, prefix: str) -> BatchWeights:
+    """
+    Weights with which the averages over batches are those of all pairs in one batch.
+
+    Args:
+        scores ([`PairScores`]): The batch.
+        pairs (`int`): Its leading pairs that count; 0 if it only fills up a step.
+        prefix (`str`): Prefix of the names.
+    """
+    tokens = {
+        "nll_loss": scores.nll_tokens,
+        "logits/chosen": scores.chosen_tokens,
+        "logits/rejected": scores.rejected_tokens,
+    }
+    whole = scores.whole[:pairs].sum()
+    means = dict.fromkeys(_MEANS_OVER_PAIRS, whole)
+    if not pairs:
+        tokens = {name: torch.zeros_like(count) for name, count in tokens.items()}
+    others = {f"{prefix}{name}": count for name, count in {**means, **tokens}.items()}
+    return BatchWeights(float(pairs), others)
+
+
+# Metrics that leave pairs with an empty completion out.
+_MEANS_OVER_PAIRS = (
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/rejected",
+    "logps/chosen",
+    "log_odds_ratio",
+    "log_odds_chosen",
+)
 
 
 def pair_metrics(scores: PairScores, pairs: int) -> dict[str, torch.Tensor]:

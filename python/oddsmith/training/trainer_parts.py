@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from ..config import ORPOConfig
     from ..data.rows import RowBuilder
-    from .metrics import MetricStore, Split
+    from .metrics import BatchWeights, MetricStore, Split
 
     class TrainerParts(Trainer):
         """
@@ -56,7 +56,9 @@ if TYPE_CHECKING:
         _made: tuple[Any, Any]
         _last_given: tuple[Any, Any] | None
         _stored_metrics: MetricStore
-        _metric_weight: float
+        _batch_weights: BatchWeights
+        _own_loss: tuple[Tensor, Tensor] | None
+        _fills_up: bool
         _scheduled_beta: float | None
         _last_loss: Any
         _run_with: dict[str, Any]

@@ -5,7 +5,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from oddsmith.training.metrics import MetricStore, PairScores, batch_share, pair_metrics
+from oddsmith.training.metrics import (
+    MetricStore,
+    PairScores,
+    batch_share,
+    evaluation_weights,
+    pair_metrics,
+)
 
 
 class Processes:
@@ -63,6 +69,16 @@ def test_weights():
     assert store.pop("eval", Processes())["a"] == pytest.approx((1.0 + 2.0) / 1.5)
 
 
+def test_weights_of_single_metrics():
+    store = MetricStore()
+    for value, tokens in ((1.0, 3), (5.0, 1), (float("nan"), 0)):
+        metrics = {"mean": torch.tensor(value), "pair": torch.tensor(1.0), "number": value}
+        weights = {"mean": torch.tensor(tokens)}
+        store.add("eval", metrics, weight=float(tokens > 0), weights=weights)
+    found = store.pop("eval", Processes())
+    assert found == {"mean": (3 * 1.0 + 5.0) / 4, "pair": 1.0, "number": pytest.approx(3.0)}
+
+
 def test_keeps_digits_over_many_micro_batches():
     store = MetricStore()
     for _ in range(3000):
@@ -88,18 +104,16 @@ def state(processes, rank, end, remainder):
     )
 
 
-@pytest.mark.parametrize(
-    ("rank", "expected"), [(0, (4, 3 * 4 / 6)), (1, (2, 3 * 2 / 6)), (2, (0, 0.0))]
-)
+@pytest.mark.parametrize(("rank", "expected"), [(0, 4), (1, 2), (2, 0)])
 def test_share_of_a_filled_up_batch(rank, expected):
     # Three processes with four pairs each; six of the twelve are real.
     assert batch_share(state(3, rank, True, 6), 4) == expected
 
 
 def test_share_of_a_full_batch():
-    assert batch_share(state(3, 1, False, 6), 4) == (4, 1.0)
-    assert batch_share(state(3, 1, True, 0), 4) == (4, 1.0)
-    assert batch_share(state(1, 0, True, 2), 4) == (4, 1.0)
+    assert batch_share(state(3, 1, False, 6), 4) == 4
+    assert batch_share(state(3, 1, True, 0), 4) == 4
+    assert batch_share(state(1, 0, True, 2), 4) == 4
 
 
 def scores(whole):
@@ -118,6 +132,9 @@ def scores(whole):
         rejected_logits=zero,
         whole=torch.tensor(whole),
         aux_loss=None,
+        nll_tokens=torch.tensor(11),
+        chosen_tokens=torch.tensor(12),
+        rejected_tokens=torch.tensor(13),
     )
 
 
@@ -137,3 +154,14 @@ def test_pair_metrics_exclude_empty_and_repeated_pairs():
     metrics = pair_metrics(scores([True, False, True]), 2)
     assert metrics["logps/rejected"] == pytest.approx(-2.0)
     assert pair_metrics(scores([True, True, True]), 0)["rewards/chosen"] == 0.0
+
+
+def test_an_evaluation_counts_tokens_and_whole_pairs():
+    weights = evaluation_weights(scores([True, False, True]), 3, "eval_")
+    assert weights.pairs == 3.0
+    assert weights.others["eval_rewards/chosen"] == weights.others["eval_log_odds_ratio"] == 2
+    names = ("nll_loss", "logits/chosen", "logits/rejected")
+    assert [int(weights.others[f"eval_{name}"]) for name in names] == [11, 12, 13]
+    # A batch that only fills a step up.
+    weights = evaluation_weights(scores([True, True, True]), 0, "eval_")
+    assert weights.pairs == 0.0 and not any(weights.others.values())
