@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-from accelerate import PartialState
 from transformers.utils import logging
 
 from ..data.collator import PreferenceCollator
@@ -152,10 +151,9 @@ class CurrentArgs(TrainerParts):
     def _prepare_given(self, train_dataset: Any, eval_dataset: Any) -> tuple[Any, Any]:
         """The prepared rows of the given datasets, which are kept for other arguments."""
         self._given = (train_dataset, eval_dataset)
-        with PartialState().local_main_process_first():
-            train_dataset = self._prepare_rows(train_dataset, "train_dataset")
-            if eval_dataset is not None:
-                eval_dataset = self._prepare_rows(eval_dataset, "eval_dataset")
+        train_dataset = self._prepare_rows(train_dataset, "train_dataset")
+        if eval_dataset is not None:
+            eval_dataset = self._prepare_rows(eval_dataset, "eval_dataset")
         self._made = (train_dataset, eval_dataset)
         self._made_with = self._values(ROW_ARGUMENTS)
         return self._made

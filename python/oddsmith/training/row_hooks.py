@@ -1,8 +1,10 @@
 """Rows of a training run: TRL's hooks, and the checks before training starts."""
 
+from functools import partial
 from typing import Any
 
 from accelerate import PartialState
+from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
@@ -13,12 +15,14 @@ from ..data.layouts import parse_column_mapping
 from ..data.pictures import has_pictures
 from ..data.processor import tokenizer_of
 from ..data.rows import TOKEN_COLUMNS
+from ..data.standard_rows import has_transform
 from ..data.vocabulary import check_vocabulary
 from ..inspection.report import SAMPLE, DataReport, log_report, report_rows
 from ..inspection.token_stats import needed
 from .batch_hooks import LENGTH_STRATEGIES
 from .models import vocabulary_size
 from .overrides import is_overridden
+from .shared_rows import once_per_node
 from .trainer_parts import TrainerParts
 
 logger = logging.get_logger(__name__)
@@ -45,6 +49,17 @@ class RowHooks(TrainerParts):
         return self._rows.tokenize_row(feature, model, self.build_tokenized_answer if own else None)
 
     def _prepare_rows(self, dataset: Any, name: str) -> Any:
+        if isinstance(dataset, dict):
+            parts = ((key, part, f"{name}[{key!r}]") for key, part in dataset.items())
+            made = {key: self._prepare_rows(part, within) for key, part, within in parts}
+            return type(dataset)(made)
+        prepare = partial(self._prepare_own_rows, dataset, name)
+        images = self._image_rows is not None
+        # Rows with images are made in the collator, unless the long ones are looked for.
+        lasts = not images or (self.args.overlength == "drop" and not has_transform(dataset))
+        return once_per_node(prepare) if lasts and isinstance(dataset, Dataset) else prepare()
+
+    def _prepare_own_rows(self, dataset: Any, name: str) -> Any:
         own = any(is_overridden(self, RowHooks, hook) for hook in ROW_HOOKS)
         mapping = parse_column_mapping(self.args.column_mapping, self.args.prompt_column)
         if self._image_rows is not None:
