@@ -42,6 +42,7 @@ from .training.models import (
 )
 from .training.row_dependence import row_dependence
 from .training.row_hooks import RowHooks
+from .training.stop_hooks import StopHooks
 
 logger = logging.get_logger(__name__)
 
@@ -49,6 +50,7 @@ logger = logging.get_logger(__name__)
 class ORPOTrainer(
     CurrentArgs,
     ModelLoan,
+    StopHooks,
     RowHooks,
     BatchHooks,
     LossHooks,
@@ -182,6 +184,8 @@ class ORPOTrainer(
         self._warned_of_non_finite: set[str] = set()
         # Trainer calls model_init itself; give it the model from above.
         self._first_model = model if model_init is not None else None
+        # transformers' callback for it is replaced by ours.
+        stops, args.enable_jit_checkpoint = args.enable_jit_checkpoint, False
         super().__init__(
             model=model if model_init is None else None,
             args=args,
@@ -197,6 +201,9 @@ class ORPOTrainer(
         )
         # The form of loss_is_scaled_for_ga before transformers 5.19.
         self.model_accepts_loss_kwargs = False
+        args.enable_jit_checkpoint = stops
+        if stops:
+            self._stop_on_signal()
         if callable(add_tags := getattr(self.model, "add_model_tags", None)):
             add_tags(self._tag_names)
         self._announce_path()
@@ -422,3 +429,4 @@ class ORPOTrainer(
             hub.split("/")[-1] if hub else Path(self.args.output_dir or ".").name
         )
         super()._save_checkpoint(model, trial)
+        self._end_if_stopped(trial)
