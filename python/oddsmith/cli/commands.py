@@ -6,11 +6,14 @@ a mistyped command answer at once, without torch and transformers.
 
 import argparse
 import os
+import shlex
 import sys
+import traceback
 from importlib.metadata import version
 
 from ..errors import UserError
 from ..torch_version import missing
+from . import once
 from .flags import positive
 
 USAGE = """\
@@ -64,6 +67,13 @@ run (every argument of transformers.TrainingArguments is a flag, and those of ol
   --warmup_ratio 0.1  --logging_steps 10  --eval_strategy steps --eval_steps 50
   --save_strategy steps --save_steps 100  --report_to tensorboard
   --resume_from_checkpoint true   continue from the newest checkpoint in --output_dir
+  --resume_from_checkpoint auto   the same if there is one, else start from the beginning
+processes (names of accelerate launch and torchrun)
+  --num_processes N            start N processes, as a rule one for each GPU
+  --accelerate_config NAME     ddp (default), fsdp2, zero2, zero3, or a file of accelerate config
+  --num_machines M --machine_rank I --main_process_ip HOST --main_process_port PORT
+                               the same command on each of M machines; N is the sum
+  --max_restarts K             start again from the last checkpoint after a process has failed
 
   --help_all                   every flag with its default
 Errors are shown in one line; set ODDSMITH_TRACEBACK=1 for the traceback.
@@ -121,13 +131,27 @@ def train(argv: list[str]) -> int:
         print(TRAIN_USAGE, end="", file=sys.stdout if argv else sys.stderr)
         return 0 if argv else 2
     _look_at_torch()
-    from .train_flags import parse_train_arguments
+    from . import launch
+    from .train_flags import parse_launch_arguments, parse_train_arguments
 
+    processes = parse_launch_arguments(argv)
+    if launch.wants_processes(processes):
+        return launch.start(processes, argv)
+    once.quieten()
     arguments = parse_train_arguments(argv)
     from .train import run_train  # PEFT and datasets are slow to import: check the arguments first
 
-    run_train(*arguments)
+    once.quieten()  # what these have of loggers
+    run_train(*arguments, how_to_go_on=_again(argv))
     return 0
+
+
+def _again(argv: list[str]) -> str:
+    """The command that goes on with a stopped run."""
+    resume = ["--resume_from_checkpoint", "auto"]
+    # Of two values of a flag the last one counts.
+    given = argv[-2:] == resume
+    return shlex.join(["oddsmith", "train", *argv, *([] if given else resume)])
 
 
 def prepare(argv: list[str]) -> int:
@@ -212,8 +236,14 @@ def main(argv: list[str] | None = None) -> int:
         no_torch = isinstance(error, ModuleNotFoundError) and error.name == "torch"
         if os.environ.get("ODDSMITH_TRACEBACK") or not (no_torch or isinstance(error, UserError)):
             raise
-        print(f"oddsmith {name}: error: {missing() if no_torch else error}", file=sys.stderr)
+        once.say(f"oddsmith {name}: error: {missing() if no_torch else error}")
+        return 1
+    except Exception as error:
+        if once.shared_folder() is None or os.environ.get("ODDSMITH_TRACEBACK"):
+            raise
+        if once.is_ours(f"{type(error).__name__}: {error}"):
+            traceback.print_exc()
         return 1
     except KeyboardInterrupt:
-        print(f"\noddsmith {name}: interrupted", file=sys.stderr)
+        once.say(f"\noddsmith {name}: interrupted")
         return 130

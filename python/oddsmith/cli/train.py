@@ -1,9 +1,14 @@
 """`oddsmith train`: trains a model from checked arguments and saves it."""
 
 import logging
+import os
+import platform
+import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
+from accelerate.utils import broadcast_object_list
 from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
     get_available_reporting_integrations,
@@ -17,7 +22,9 @@ from ..errors import UserError, user_errors
 from ..inspection.report import FIGURES
 from ..sources.find import load_pairs
 from ..trainer import ORPOTrainer
+from ..training.checkpoints import newest_whole
 from ..training.curves import save_curves
+from .launch import STARTED
 from .train_flags import AdapterArguments, RunArguments
 
 logger = logging.getLogger("oddsmith")
@@ -94,17 +101,52 @@ def make_adapter(adapter: AdapterArguments) -> Any:
 
 def checkpoint_to_resume(config: ORPOConfig) -> str | bool | None:
     """`--resume_from_checkpoint`: a folder, or true for the newest in the output folder."""
-    wanted = config.resume_from_checkpoint
-    if isinstance(wanted, str) and wanted.lower() in ("true", "false"):
-        wanted = wanted.lower() == "true"
+    wanted, folder = config.resume_from_checkpoint, output_folder(config)
+    if isinstance(wanted, str) and wanted.lower() in ("true", "false", "auto"):
+        wanted = {"true": True, "false": False}.get(wanted.lower(), "auto")
+    if wanted == "auto":
+        return _chosen_by_one(config, newest_whole(folder))
     if isinstance(wanted, str) and not Path(wanted).is_dir():
         raise UserError(f"--resume_from_checkpoint {wanted}: no such folder")
-    if wanted is True and not list(output_folder(config).glob("checkpoint-*")):
-        raise UserError(
-            f"--resume_from_checkpoint true: {config.output_dir} has no checkpoint; remove the "
-            "flag to start from the beginning"
-        )
+    if wanted is True:
+        found = newest_whole(folder)
+        if found is None:
+            raise UserError(
+                f"--resume_from_checkpoint true: {config.output_dir} has no checkpoint; remove the "
+                "flag to start from the beginning"
+            )
+        return _chosen_by_one(config, found)
+    if wanted is None and (started := restarted_since()) is not None:
+        return _chosen_by_one(config, newest_whole(folder, started))
     return wanted or None
+
+
+def restarted_since() -> float | None:
+    """
+    When the launcher has started the run, in seconds since the epoch, if this is not its first
+    start: only checkpoints from then on are of this run.
+    """
+    if not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
+        return None
+    if STARTED in os.environ:
+        return float(os.environ[STARTED])
+    return psutil.Process(os.getppid()).create_time()
+
+
+def _chosen_by_one(config: ORPOConfig, found: Path | None) -> str | None:
+    """The checkpoint that the first process has found, on all processes."""
+    chosen = found
+    if config.world_size > 1:  # which has set up the processes
+        (chosen,) = broadcast_object_list([found], from_process=0)
+    if chosen is not None and not chosen.is_dir():
+        raise UserError(
+            f"checkpoint {chosen} is not on machine {platform.node()}; --output_dir must be a folder "
+            "that all machines share"
+        )
+    if config.process_index == 0:
+        where = "the beginning" if chosen is None else chosen
+        print(f"Goes on from {where}", file=sys.stderr)
+    return None if chosen is None else str(chosen)
 
 
 def output_folder(config: ORPOConfig) -> Path:
@@ -126,7 +168,12 @@ def check_reporting(config: ORPOConfig) -> None:
             raise UserError(f"--report_to {name}: needs the package {name}, which is not installed")
 
 
-def run_train(run: RunArguments, adapter: AdapterArguments, config: ORPOConfig) -> None:
+def run_train(
+    run: RunArguments,
+    adapter: AdapterArguments,
+    config: ORPOConfig,
+    how_to_go_on: str | None = None,
+) -> None:
     """Trains a model and saves it.
 
     Writes the model and its tokenizer, `trainer_state.json`, the metrics as JSON and, if matplotlib
@@ -136,9 +183,11 @@ def run_train(run: RunArguments, adapter: AdapterArguments, config: ORPOConfig) 
         run (`RunArguments`): Model and data.
         adapter (`AdapterArguments`): The LoRA adapter.
         config (`ORPOConfig`): Everything else.
+        how_to_go_on (`str`, *optional*): The command for a run that was stopped, for its message.
 
     Raises:
         UserError: If the model, the data or the arguments are wrong; nothing is trained then.
+        Stopped: After SIGTERM, with a checkpoint.
     """
     if run.load_in_4bit and not adapter.use_peft:
         raise UserError("--load_in_4bit needs --use_peft: 4-bit weights cannot be trained")
@@ -146,9 +195,9 @@ def run_train(run: RunArguments, adapter: AdapterArguments, config: ORPOConfig) 
     checkpoint = checkpoint_to_resume(config)
     evaluates = config.eval_strategy != "no" or config.do_eval
     tokenizer = load_tokenizer(run, config)
-    # One process reads and caches the data, the others of a launcher find the cache.
-    with config.main_process_first(desc="loading the dataset"):
-        train_dataset, eval_dataset = load_pairs(run, evaluates)
+    # One of several processes reads and caches the data, while the others wait for the library's
+    # lock: not for a collective, whose timeout would end the run.
+    train_dataset, eval_dataset = load_pairs(run, evaluates)
     FIGURES.setLevel(logging.INFO)  # the report of the data is part of the command's output
     with user_errors(""):
         mapping = parse_column_mapping(config.column_mapping, config.prompt_column)
@@ -163,6 +212,7 @@ def run_train(run: RunArguments, adapter: AdapterArguments, config: ORPOConfig) 
             processing_class=tokenizer,
             peft_config=make_adapter(adapter),
         )
+    trainer.how_to_go_on = how_to_go_on or trainer.how_to_go_on
     result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_metrics("train", result.metrics)
     if eval_dataset is not None:

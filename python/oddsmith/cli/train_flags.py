@@ -2,7 +2,7 @@
 
 import difflib
 import json
-import sys
+import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -11,6 +11,8 @@ import yaml
 from transformers import HfArgumentParser
 
 from ..config import ORPOConfig
+from . import once
+from .launch import LaunchArguments
 
 FILE_SUFFIXES = (".yaml", ".yml", ".json")
 
@@ -144,7 +146,7 @@ class TrainParser(HfArgumentParser):
 
     def __init__(self) -> None:
         super().__init__(
-            cast(Any, (RunArguments, AdapterArguments, ORPOConfig)),
+            cast(Any, (LaunchArguments, RunArguments, AdapterArguments, ORPOConfig)),
             prog="oddsmith train",
             usage="oddsmith train [SETTINGS.yaml|.json] [--flag value ...]",
             # Accepting "--lora" for "--lora_r" would hide a mistyped flag.
@@ -152,9 +154,12 @@ class TrainParser(HfArgumentParser):
             add_help=False,
         )
         self.add_argument("--help_all", "--help-all", action="help", help="Show this and exit.")
+        # A command has nothing of its own to do when it is to end; a script may.
+        self.set_defaults(enable_jit_checkpoint=True)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"oddsmith train: error: {message}\nSee oddsmith train --help\n")
+        once.say(f"oddsmith train: error: {message}\nSee oddsmith train --help")
+        self.exit(2)
 
     def names(self) -> dict[str, str]:
         """All names that a settings file can use, aliases included, with their field names."""
@@ -216,19 +221,27 @@ def settings_to_flags(parser: TrainParser, settings: dict[str, Any]) -> list[str
     return flags
 
 
-def parse_train_arguments(
-    argv: list[str],
-) -> tuple[RunArguments, AdapterArguments, ORPOConfig]:
-    """Parses the command line of `oddsmith train`.
+def parse_launch_arguments(argv: list[str]) -> LaunchArguments:
+    """
+    Parses the part of the command line that is about processes, and checks the names in the rest.
+
+    Nothing that needs a device is made, as in the process that only starts others.
 
     Args:
-        argv (`list[str]`): Flags; the first argument can be a settings file, which the flags
-            override.
+        argv (`list[str]`): As for [`parse_train_arguments`].
 
     Raises:
         SystemExit: With code 2, after a message on stderr, if an argument is wrong.
     """
     parser = TrainParser()
+    given = vars(parser.parse_args(checked_flags(parser, argv)))
+    if not given["model_name_or_path"] or not given["dataset_name"]:
+        return LaunchArguments()  # said by the other function
+    return LaunchArguments(**{each.name: given[each.name] for each in fields(LaunchArguments)})
+
+
+def checked_flags(parser: TrainParser, argv: list[str]) -> list[str]:
+    """The flags of a command line, with those of its settings file first; their names are known."""
     try:
         if argv and not argv[0].startswith("-"):
             path = Path(argv[0]).expanduser()
@@ -243,7 +256,31 @@ def parse_train_arguments(
         if unknown:
             name = unknown[0].partition("=")[0]
             parser.error(f"unknown argument {name}{parser.suggest(name)}")
-        run, adapter, config = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    except (ValueError, TypeError) as error:
+        parser.error(str(error))
+    return argv
+
+
+def parse_train_arguments(
+    argv: list[str],
+) -> tuple[RunArguments, AdapterArguments, ORPOConfig]:
+    """Parses the command line of `oddsmith train`.
+
+    Args:
+        argv (`list[str]`): Flags; the first argument can be a settings file, which the flags
+            override.
+
+    Raises:
+        SystemExit: With code 2, after a message on stderr, if an argument is wrong.
+    """
+    parser = TrainParser()
+    flags = checked_flags(parser, argv)
+    if os.environ.get("WORLD_SIZE", "1") != "1" and parser.parse_args(flags).use_cpu:
+        parser.set_defaults(ddp_backend="gloo")  # the only one for CPUs that torch always has
+    try:
+        _, run, adapter, config = parser.parse_args_into_dataclasses(
+            flags, look_for_args_file=False
+        )
     except (ValueError, TypeError) as error:
         parser.error(str(error))
     if not run.model_name_or_path:
@@ -252,8 +289,7 @@ def parse_train_arguments(
         parser.error("--dataset is missing: a hub id, a file or a folder with preference pairs")
     ignored = adapter.changed()
     if ignored and not adapter.use_peft:
-        print(
-            f"oddsmith train: {', '.join(ignored)} without use_peft: no adapter, all weights are trained",
-            file=sys.stderr,
+        once.say(
+            f"oddsmith train: {', '.join(ignored)} without use_peft: no adapter, all weights are trained"
         )
     return run, adapter, config

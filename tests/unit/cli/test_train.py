@@ -1,5 +1,7 @@
 """From checked arguments to a run: model arguments, adapter, checkpoint; tests/e2e/test_cli.py trains."""
 
+import json
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -59,14 +61,49 @@ def test_the_adapter_is_pefts():
 
 @pytest.mark.parametrize(
     ("given", "found"),
-    [(None, None), ("false", None), ("False", None), ("true", True), ("folder", "folder")],
+    [
+        (None, None),
+        ("false", None),
+        ("False", None),
+        ("true", "out/checkpoint-4"),
+        ("auto", "out/checkpoint-4"),
+        ("folder", "folder"),
+    ],
 )
 def test_the_checkpoint_to_go_on_from(given, found, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("out/checkpoint-4", "folder"):
         (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "out/checkpoint-4/trainer_state.json").write_text('{"global_step": 4}')
+    (tmp_path / "out/checkpoint-6").mkdir()  # written in part
     args = config(tmp_path, resume_from_checkpoint=given)
-    assert train.checkpoint_to_resume(args) == found
+    expected = str(tmp_path / found) if found and found.startswith("out") else found
+    assert train.checkpoint_to_resume(args) == expected
+
+
+def test_nothing_to_go_on_from_is_the_beginning(tmp_path, capsys):
+    args = config(tmp_path, resume_from_checkpoint="auto")
+    assert train.checkpoint_to_resume(args) is None
+    assert capsys.readouterr().err == "Goes on from the beginning\n"
+
+
+def test_a_restarted_run_goes_on_from_its_own_checkpoints(tmp_path, monkeypatch, capsys):
+    args = config(tmp_path)
+    for step, written in ((2, 100.0), (4, 200.0)):
+        (folder := tmp_path / f"out/checkpoint-{step}").mkdir(parents=True)
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+        os.utime(folder / "trainer_state.json", (written, written))
+    monkeypatch.setenv("ODDSMITH_STARTED", "150.5")
+    assert train.checkpoint_to_resume(args) is None  # its first start
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert train.checkpoint_to_resume(args) == str(tmp_path / "out/checkpoint-4")
+    monkeypatch.setenv("ODDSMITH_STARTED", "250.5")  # both are of another run
+    assert train.checkpoint_to_resume(args) is None
+    assert "Goes on from the beginning" in capsys.readouterr().err
+    monkeypatch.delenv("ODDSMITH_STARTED")
+    assert train.checkpoint_to_resume(args) is None  # by the start of the launcher, the parent
+    args.resume_from_checkpoint = "false"
+    assert train.checkpoint_to_resume(args) is None
 
 
 @pytest.mark.parametrize(
