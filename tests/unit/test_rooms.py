@@ -16,6 +16,14 @@ ELSEWHERE = {
         "unit/test_private_names.py",
         "declarations for the type checker, which say what the trainer's parts may reach",
     ),
+    "training/shared_rows.py": (
+        "e2e/test_shared_rows.py",
+        "it needs two processes",
+    ),
+    "training/stop_hooks.py": (
+        "e2e/test_stop.py",
+        "whole runs are stopped, with one process and with two",
+    ),
     "checkpoint/rules.py": (
         "unit/checkpoint/test_write.py",
         "dataclasses without code: the compiled core reads them",
