@@ -144,6 +144,7 @@ def test_mistral_with_evaluation(lora, checkpointing, tmp_path):
         gradient_checkpointing=checkpointing,
         eval_strategy="steps",
         eval_steps=5,
+        per_device_eval_batch_size=7,  # TRL averages over batches, of which each has its token mean
         max_grad_norm=0.4,  # clips
         learning_rate=2e-3,
         lr_scheduler_type="cosine",
