@@ -106,9 +106,12 @@ def test_an_error_of_all_is_said_once(tiny_mistral, data, tmp_path):
     run = start(*arguments(tiny_mistral, tmp_path / "none.jsonl", tmp_path / "out"))
     _, errors = run.communicate(timeout=LIMIT)
     assert run.returncode == 1
-    assert [line for line in errors.splitlines() if line.strip()] == [
+    lines = [line for line in errors.splitlines() if line.strip()]
+    assert [line for line in lines if "error" in line.lower()] == [
         f"oddsmith train: error: dataset {tmp_path / 'none.jsonl'}: no such file or folder"
     ]
+    # What a library says when it is imported comes from the launcher and from one process.
+    assert "Traceback" not in errors and max(map(lines.count, lines)) <= 2, errors
     # A faulty row is met by the process that makes the rows.
     bad = tmp_path / "bad.jsonl"
     rows = [json.loads(line) for line in data.read_text().splitlines()]

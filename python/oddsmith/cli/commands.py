@@ -130,6 +130,7 @@ def train(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(TRAIN_USAGE, end="", file=sys.stdout if argv else sys.stderr)
         return 0 if argv else 2
+    once.quieten()  # what libraries say when they are imported
     _look_at_torch()
     from . import launch
     from .train_flags import parse_launch_arguments, parse_train_arguments
