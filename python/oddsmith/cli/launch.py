@@ -136,7 +136,7 @@ def config_file(name: str) -> Path:
         UserError: If there is none.
     """
     if name in SHIPPED:
-        return Path(str(files(__package__) / "accelerate_configs" / f"{name}.yaml"))
+        return Path(str(files("oddsmith.cli") / "accelerate_configs" / f"{name}.yaml"))
     path = Path(name).expanduser()
     if not path.is_file():
         raise UserError(

@@ -73,7 +73,7 @@ class EvaluationHooks(TrainerParts):
             # The same order on all processes, whatever their random states are.
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(args.seed)
-                sampler = self._get_eval_sampler(shown)
+                sampler = self._get_eval_sampler(cast(Any, shown))
                 order = list(range(len(shown)) if sampler is None else sampler)
         workers: dict[str, Any] = {}
         if args.dataloader_num_workers:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import datasets
+import datasets.config
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
