@@ -129,7 +129,7 @@ def data_parallel(accelerator: Any) -> tuple[int, int]:
     Args:
         accelerator (`Accelerator`): The trainer's.
     """
-    mesh: Any = accelerator.torch_device_mesh
+    mesh: Any = getattr(accelerator, "torch_device_mesh", None)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         mesh = getattr(accelerator.state, "ds_device_mesh", None)
     names = getattr(mesh, "mesh_dim_names", None) or ()

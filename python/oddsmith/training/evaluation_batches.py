@@ -8,27 +8,11 @@ from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
+from .engine import data_parallel
+
 # Key of a batch that only repeats a row, because other processes still have a batch and a split
 # model needs all of them.
 FILLS_UP = "_oddsmith_fills_up"
-
-
-def data_share(accelerator: Accelerator) -> tuple[int, int]:
-    """
-    Number of processes that have different batches, and the index of this one among them.
-
-    Processes of one group of tensor or context parallelism have the same batches.
-
-    Args:
-        accelerator (`Accelerator`): Knows the device mesh.
-    """
-    size, index = accelerator.num_processes, accelerator.process_index
-    mesh = getattr(accelerator, "torch_device_mesh", None)
-    for name in ("tp", "cp", "sp"):
-        if mesh is not None and name in (mesh.mesh_dim_names or ()):
-            same = mesh[name].size()
-            size, index = size // same, index // same
-    return size, index
 
 
 def shares(rows: int, processes: int) -> list[tuple[int, int]]:
@@ -60,7 +44,7 @@ def evaluation_loader(
         collate_fn (`Callable`): Makes a batch of rows.
         options (`Any`): Further arguments of the `DataLoader`.
     """
-    size, index = data_share(accelerator)
+    size, index = data_parallel(accelerator)
     collate = _Collate(collate_fn)
     if order is None:
         stream = _StreamShare(rows, batch_size, size, index)

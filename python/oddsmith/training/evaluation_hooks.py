@@ -16,7 +16,8 @@ from ..data.image_rows import TOKEN_TYPES
 from ..data.processor import tokenizer_of
 from . import completions
 from .arguments import check_single
-from .evaluation_batches import FILLS_UP, data_share, evaluation_loader
+from .engine import data_parallel
+from .evaluation_batches import FILLS_UP, evaluation_loader
 from .metrics import PAIR_LOSS, PAIRS, TOKEN_LOSS
 from .trainer_parts import TrainerParts
 
@@ -38,7 +39,7 @@ class EvaluationHooks(TrainerParts):
         """See [`~transformers.Trainer.get_eval_dataloader`]; a dataset is prepared first."""
         if eval_dataset is not None and not isinstance(eval_dataset, str):
             eval_dataset = self._rows_of(eval_dataset, "eval_dataset")
-        if (size := data_share(self.accelerator)[0]) == 1:
+        if (size := data_parallel(self.accelerator)[0]) == 1:
             return super().get_eval_dataloader(eval_dataset)
         given = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(eval_dataset, str):
@@ -51,7 +52,7 @@ class EvaluationHooks(TrainerParts):
         """See [`~transformers.Trainer.get_test_dataloader`]; the dataset is prepared first."""
         check_single(test_dataset, "test_dataset")
         rows = self._rows_of(test_dataset, "test_dataset")
-        if (size := data_share(self.accelerator)[0]) == 1:
+        if (size := data_parallel(self.accelerator)[0]) == 1:
             return super().get_test_dataloader(cast(Any, rows))
         return self._shared_loader(rows, size)
 
@@ -169,7 +170,7 @@ class EvaluationHooks(TrainerParts):
             metrics["loss"] = sum(parts)
         pairs = int(metrics.pop(PAIRS, 0))
         if pairs and not has_length(dataloader.dataset):
-            size, _ = data_share(self.accelerator)
+            size, _ = data_parallel(self.accelerator)
             pairs = pairs * size // self.accelerator.num_processes
             output = output._replace(num_samples=pairs)
         own = {

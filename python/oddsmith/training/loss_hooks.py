@@ -54,7 +54,7 @@ class LossHooks(TrainerParts):
     _batch_weights: BatchWeights = BatchWeights()
     # Whether the batch of an evaluation step only repeats pairs, because others have one.
     _fills_up = False
-    # The last loss, and its mean over tokens.
+    # The last loss of an evaluation, and its mean over tokens.
     _own_loss: tuple[Tensor, Tensor] | None = None
 
     def _own_loss_hooks(self) -> list[str]:
@@ -200,7 +200,8 @@ class LossHooks(TrainerParts):
         if self.aux_loss_enabled:
             aux_loss = torch.as_tensor(scores.aux_loss, device=loss.device)
             loss = loss + self.aux_loss_coef * aux_loss
-        self._own_loss = loss, scores.nll_loss
+        # Not in training, where it would keep the graph of a step until the next one.
+        self._own_loss = (loss, scores.nll_loss) if train_eval == "eval" else None
         return loss, {f"{prefix}{name}": value for name, value in metrics.items()}
 
     # ---- Scores: fused head or logits ----

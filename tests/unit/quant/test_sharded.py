@@ -73,7 +73,7 @@ def test_the_same_results_and_gradients(mesh, storage):
     split(model[0], mesh)
     split(model, mesh)
     assert all(hasattr(layer.weight, "device_mesh") for layer in (model[0], model[2]))
-    for _ in range(2):  # gathered anew
+    for _ in range(2):  # gathered again
         x, y = (randn(3, 64, seed=1).requires_grad_() for _ in range(2))
         model(x).square().sum().backward()
         whole(y).square().sum().backward()

@@ -8,14 +8,15 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oddsmith.training.evaluation_batches import FILLS_UP, data_share, evaluation_loader, shares
+from oddsmith.training.evaluation_batches import FILLS_UP, evaluation_loader, shares
 
 
-def accelerator(processes, index, mesh=None):
+def accelerator(processes, index):
     return SimpleNamespace(
         num_processes=processes,
         process_index=index,
-        torch_device_mesh=mesh,
+        distributed_type=None,
+        torch_device_mesh=None,
         device=torch.device("cpu"),
     )
 
@@ -75,16 +76,3 @@ def test_streams_in_workers(shards):
 def test_parts_are_as_equal_as_possible():
     assert shares(7, 3) == [(0, 2), (2, 4), (4, 7)]
     assert shares(1, 3) == [(0, 0), (0, 0), (0, 1)]
-
-
-def test_processes_of_one_tensor_parallel_group_have_the_same_rows():
-    class Mesh(dict):
-        mesh_dim_names = ("dp_shard", "tp")
-
-    mesh = Mesh(tp=SimpleNamespace(size=lambda: 3))
-    assert [data_share(accelerator(6, index, mesh)) for index in (0, 2, 3)] == [
-        (2, 0),
-        (2, 0),
-        (2, 1),
-    ]
-    assert data_share(accelerator(6, 5)) == (6, 5)
