@@ -19,9 +19,9 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from support.engine_cells import CELLS, REFUSED, ROUNDED, TO_THE_BIT, differences
-from support.engine_runs import FEATURES, run, save_models
+from support.engine_runs import run, save_models
 from support.engines import ENGINES, Engine, under
-from support.processes import end, two_processes
+from support.processes import end, one_thread, two_processes
 
 
 def main(models: str, folder: str, *engines: str) -> None:
@@ -70,7 +70,8 @@ def alone(models, tmp_path_factory):
     @cache
     def of_feature(cell: str) -> dict[str, Any]:
         folder = tmp_path_factory.mktemp("one")
-        return run(Engine(), FEATURES[cell], models, folder, gradient_accumulation_steps=2)
+        with one_thread():
+            return run(Engine(), CELLS[cell], models, folder, gradient_accumulation_steps=2)
 
     return of_feature
 

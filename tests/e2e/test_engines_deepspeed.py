@@ -18,7 +18,7 @@ from support.deepspeed_on_cpu import allow_cpus, end_deepspeed, zero
 from support.engine_cells import IN_32_BITS, ROUNDED, differences
 from support.engine_runs import FEATURES, run, save_models
 from support.engines import Engine, under
-from support.processes import end, two_processes
+from support.processes import end, one_thread, two_processes
 
 pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 
@@ -105,7 +105,8 @@ def alone(models, tmp_path_factory):
     @cache
     def of_feature(cell):
         folder = tmp_path_factory.mktemp("one")
-        return run(Engine(), CELLS[cell], models, folder, gradient_accumulation_steps=2)
+        with one_thread():
+            return run(Engine(), CELLS[cell], models, folder, gradient_accumulation_steps=2)
 
     return of_feature
 

@@ -18,7 +18,7 @@ from accelerate import ParallelismConfig
 from support.engine_cells import IN_32_BITS, ROUNDED, differences
 from support.engine_runs import FEATURES, Feature, run, save_models
 from support.engines import Engine, under
-from support.processes import end, two_processes
+from support.processes import end, one_thread, two_processes
 
 TENSOR = Engine(distributed={"tp_size": 2})
 ADAPTER, CHECKPOINTS = "LoRA on layers whose rows are split", "checkpoints"
@@ -74,7 +74,8 @@ def launch(models, tmp_path_factory):
 def alone(models, tmp_path_factory):
     @cache
     def of_feature(cell):
-        return run(Engine(), CELLS[cell], models, tmp_path_factory.mktemp("one"))
+        with one_thread():
+            return run(Engine(), CELLS[cell], models, tmp_path_factory.mktemp("one"))
 
     return of_feature
 

@@ -90,13 +90,13 @@ def test_inspect_flags_reach_the_run(monkeypatch):
         "config": "c", "split": "s", "rows": 9, "max_length": 77, "max_prompt_length": 33,
         "overlength": "drop", "batch_size": 5, "chat_template": "t.jinja", "revision": "v",
         "trust_remote_code": True, "as_json": True, "histogram": "h.png",
-        "column_mapping": {"s": "system", "q": "prompt"},
+        "column_mapping": {"s": "system", "q": "prompt"}, "args": None, "peft_config": None,
     }  # fmt: skip
     plain = {
         "config": None, "split": None, "rows": None, "max_length": 1024,
         "max_prompt_length": None, "overlength": "truncate", "batch_size": 2,
         "chat_template": None, "revision": None, "trust_remote_code": False, "as_json": False,
-        "histogram": None, "column_mapping": {},
+        "histogram": None, "column_mapping": {}, "args": None, "peft_config": None,
     }  # fmt: skip
     assert calls == [(("d", "m"), expected), (("d", "m"), plain)]
 
