@@ -40,7 +40,7 @@ SELECTION = (
     "parity/test_head.py",
     "parity/test_trainer_parity.py",
 )
-# Of all tests, which run with one torch in CI, not those that have nothing to do with torch, and not the longest,
+# Of all tests, not those that have nothing to do with torch, and not the longest,
 # which go through it as others do.
 APART_FROM = (
     "docs",
@@ -138,7 +138,7 @@ def newest() -> Cell:
     """The newest torch, and a Python other than this one where there is one."""
     others = (version for version in ("3.13", "3.12", "3.14") if version != THIS)
     python = next(filter(interpreter, others), THIS)
-    return Cell(None, python, "newest", "2", WHOLE, APART_FROM)
+    return Cell(None, python, "newest", "2")
 
 
 def oldest() -> dict[str, str]:
