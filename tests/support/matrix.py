@@ -40,18 +40,6 @@ SELECTION = (
     "parity/test_head.py",
     "parity/test_trainer_parity.py",
 )
-# Of all tests, not those that have nothing to do with torch, and not the longest,
-# which go through it as others do.
-APART_FROM = (
-    "docs",
-    "e2e/test_benches.py",
-    "e2e/test_prepare.py",
-    "property/test_prepare.py",
-    "unit/cli",
-    "unit/inspection",
-    "unit/prepare",
-    "unit/sources",
-)
 LIBRARIES = ("transformers", "peft", "accelerate", "datasets")
 COLUMNS = ("torch", "Python", *LIBRARIES, "numpy", "trl", "passed", "skipped", "failed")
 
@@ -66,7 +54,6 @@ class Cell:
     end: str
     numpy: str
     tests: tuple[str, ...] = SELECTION
-    without: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         torch = f"torch {self.torch or 'newest'}"
@@ -86,7 +73,7 @@ CELLS = (
     Cell("2.13", "3.13", "oldest", "2"),
     Cell("2.14", "3.10", "newest", "2"),
     Cell("2.15", "3.12", "oldest", "1.26"),
-    Cell("2.15", "3.13", "newest", "2", WHOLE, APART_FROM),
+    Cell("2.15", "3.13", "newest", "2", WHOLE),
     Cell("2.15", "3.14", "newest", "2"),
 )
 
@@ -185,7 +172,6 @@ def try_out(cell: Cell, python: Path) -> dict[str, int]:
     report = cell.folder / "tests.xml"
     report.unlink(missing_ok=True)
     tests = [f"tests/{name}" for name in cell.tests]
-    tests += [f"--ignore=tests/{name}" for name in cell.without]
     processes = ("-n", "auto", "--maxprocesses", "8", "--dist", "loadfile")
     options = (*processes, "-p", "no:cacheprovider", f"--junit-xml={report}")
     try:

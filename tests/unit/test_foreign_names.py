@@ -9,6 +9,8 @@ import pytest
 import oddsmith
 
 PACKAGE = Path(oddsmith.__file__).parent
+# What is made for it: the environment of a process, and Python's hook for what it warns of.
+MADE_FOR_IT = ("os.environ[", "warnings.showwarning")
 FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path.parent.name != "integrations"]
 
 
@@ -48,7 +50,8 @@ def changed(source: str) -> list[str]:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_nothing_foreign_is_changed(path):
-    assert not changed(path.read_text(encoding="utf-8"))
+    found = changed(path.read_text(encoding="utf-8"))
+    assert not [each for each in found if not each.startswith(MADE_FOR_IT)]
 
 
 @pytest.mark.parametrize(
