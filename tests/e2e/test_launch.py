@@ -67,6 +67,7 @@ def wait_for_checkpoint(run, folder, since):
         time.sleep(0.02)
 
 
+@pytest.mark.slow  # four starts of two processes
 def test_killed_started_again_stopped_and_resumed(tiny_mistral, data, tmp_path):
     whole = start(*arguments(tiny_mistral, data, tmp_path / "whole"))
     shown, errors = whole.communicate(timeout=LIMIT)
