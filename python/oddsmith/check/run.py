@@ -48,6 +48,8 @@ def look(train: bool = False) -> Findings:
         found.problems.append(_no_torch(found, error))
     if found.ready:
         _look_at_devices(found, train)
+    # What keeps a run from starting comes first.
+    found.problems.sort(key=lambda problem: not problem.fatal)
     return found
 
 
