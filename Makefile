@@ -179,7 +179,7 @@ models: test-build ## Try every architecture of the installed transformers; docs
 
 .PHONY: newest
 newest: matrix-wheel ## Tests with the newest torch, and another Python where there is one
-	$(ACTIVATE) && python tests/support/matrix.py $(MATRIX)/dist/*.whl --newest
+	$(ACTIVATE) && python tests/support/matrix.py $(MATRIX)/dist/*.whl --newest $(DISCARD:%=--discard)
 
 .PHONY: test-wheel
 test-wheel: zig ## The same with what tests need, for machines without Rust
