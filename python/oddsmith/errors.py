@@ -8,6 +8,10 @@ class UserError(Exception):
     """A failure that the command line shows as one line, without a traceback."""
 
 
+class CheckpointError(UserError, OSError):
+    """A checkpoint could not be written; those before it are as they were."""
+
+
 class TorchError(UserError, ImportError):
     """The torch that is installed is missing, too old, incomplete or one of two."""
 

@@ -19,9 +19,11 @@ from .data.pictures import has_pictures
 from .data.processor import tokenizer_of
 from .data.tokenizer import ensure_pad_token
 from .integrations.model_path import TrainingPath, path_of
+from .stage import staged_file
 from .training.adamw_names import ADAMW_NAMES, adamw_optimizer
 from .training.arguments import check_arguments, own_config
 from .training.batch_hooks import BatchHooks
+from .training.checkpoint_hooks import CheckpointHooks
 from .training.current_args import CurrentArgs
 from .training.engine_hooks import EngineHooks
 from .training.evaluation_hooks import EvaluationHooks
@@ -58,6 +60,7 @@ class ORPOTrainer(
     GradientHooks,
     EvaluationHooks,
     SaveHooks,
+    CheckpointHooks,
     SplitCodes,
     EngineHooks,
     Trainer,
@@ -400,8 +403,8 @@ class ORPOTrainer(
         tags = [tags] if isinstance(tags, str) else tags or []
         text = model_card(self.args, model_name, base, dataset_name, {*tags, *self._tag_names})
         path = Path(self.args.output_dir or ".") / "README.md"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        with staged_file(path) as file:
+            file.write(text.encode())
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         hub = self.args.hub_model_id

@@ -11,8 +11,29 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..temporary import new_folder
+from ..stage import new_folder, sync
 from .folder import INDEX, SHARD, WEIGHT_FILE, WEIGHTS, file_errors
+
+# What a model has besides its weights. Files of the old one would be taken for the new one's.
+_OF_A_MODEL = {
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "merges.txt",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "sentencepiece.bpe.model",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tekken.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "video_preprocessor_config.json",
+    "vocab.json",
+    "vocab.txt",
+}
 
 
 def copy_others(files: list[Path], base: Path, target: Path) -> None:
@@ -47,7 +68,8 @@ def staged(out: Path, overwrite: bool) -> Iterator[Path]:
     A temporary folder whose files move to `out` when the context ends without an error.
 
     A new `out` appears with one rename. In an existing one, after all files are on disk, they are
-    replaced one by one, the configuration last; until then it is unchanged.
+    replaced one by one, the configuration last; until then it is unchanged. Files of the old model
+    that the new one does not have are removed; all others stay.
 
     Args:
         out (`Path`): Output folder.
@@ -68,13 +90,9 @@ def staged(out: Path, overwrite: bool) -> Iterator[Path]:
             if there:
                 raise UserError(f"{out}: has {sorted(there)[0]} already; --overwrite replaces it")
         out.parent.mkdir(parents=True, exist_ok=True)
-        stage = new_folder(out if out.is_dir() else out.parent, ".oddsmith-")
-    try:
-        with file_errors():
+        with new_folder(out if out.is_dir() else out.parent) as stage:
             yield stage
             _publish(stage, out)
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
 
 
 def _publish(stage: Path, out: Path) -> None:
@@ -84,10 +102,10 @@ def _publish(stage: Path, out: Path) -> None:
         key=lambda path: (path.name == "config.json", path.name == INDEX, path.name),
     )
     for file in files:
-        _sync(file)
+        sync(file)
     if not out.is_dir():
         os.rename(stage, out)
-        _sync(out.parent)
+        sync(out.parent)
         return
     written = set()
     for file in files:
@@ -96,17 +114,7 @@ def _publish(stage: Path, out: Path) -> None:
         os.replace(file, place)
         written.add(place.name)
     for old in out.iterdir():
-        ours = old.name in (WEIGHTS, INDEX) or SHARD.fullmatch(old.name)
-        if ours and old.name not in written:
+        weights = old.name in (WEIGHTS, INDEX) or SHARD.fullmatch(old.name)
+        if (weights or old.name in _OF_A_MODEL) and old.name not in written:
             old.unlink()
-    _sync(out)
-
-
-def _sync(path: Path) -> None:
-    if os.name != "posix" and path.is_dir():
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync(out)

@@ -16,6 +16,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainerState, set_see
 
 from ..config import ORPOConfig
 from ..integrations.progress_bars import NoProgressBars
+from ..stage import staged_file
 from ..trainer import ORPOTrainer
 from ..training.curves import save_curves
 from .model import build_model, train_tokenizer
@@ -102,10 +103,9 @@ def make_config(output_dir: Path, steps: int, seed: int) -> ORPOConfig:
 
 
 def write_rows(rows: list[dict], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
+    with staged_file(path) as file:
         for row in rows:
-            file.write(json.dumps({name: row[name] for name in COLUMNS}) + "\n")
+            file.write((json.dumps({name: row[name] for name in COLUMNS}) + "\n").encode())
 
 
 def format_table(before: dict[str, dict], after: dict[str, dict]) -> str:
@@ -202,7 +202,8 @@ def run_demo(output_dir: str | Path, steps: int = STEPS, seed: int = 0) -> dict[
         "seconds": round(time.monotonic() - started, 1),
         "history": trainer.state.log_history,
     }
-    (output_dir / "metrics.json").write_text(json.dumps(results, indent=2) + "\n")
+    with staged_file(output_dir / "metrics.json") as file:
+        file.write((json.dumps(results, indent=2) + "\n").encode())
     save_curves(trainer.state.log_history, output_dir / "curves.png", "oddsmith demo")
     print(f"\n{format_table(before, after)}\n")
     print(f"sample answers\n{format_samples(model, tokenizer, test_rows)}\n")

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ..stage import staged_file
+
 _BAR = 40
 
 
@@ -103,6 +105,6 @@ def save_histogram(
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    with staged_file(path) as file:
+        figure.savefig(file, dpi=120, format=path.suffix[1:] or None)
     return path

@@ -3,7 +3,6 @@
 import gzip
 import io
 import json
-import os
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..errors import UserError
-from ..temporary import new_file
+from ..stage import new_file, publish
 from .pair import Pair
 
 FORMATS = (".jsonl", ".jsonl.gz", ".parquet")
@@ -62,7 +61,7 @@ class PairFile(AbstractContextManager):
         self._rows: list[dict[str, Any]] = []
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._temporary, self._raw = new_file(path.parent, f".{path.name}.")
+            self._stage, self._raw = new_file(path.parent)
         except OSError as error:
             raise UserError(f"--output {path}: {error}") from error
         self._text: io.TextIOWrapper | None = None
@@ -108,7 +107,7 @@ class PairFile(AbstractContextManager):
             raise UserError(f"--output {self.path}: {failure}") from failure
         finally:
             self._discard()
-            self._temporary.unlink(missing_ok=True)
+            self._stage.unlink(missing_ok=True)
 
     def _discard(self) -> None:
         """Closes what an error has left open."""
@@ -130,6 +129,4 @@ class PairFile(AbstractContextManager):
             self._flush()
             self._writer().close()
         self._raw.flush()
-        os.fsync(self._raw.fileno())
-        self._raw.close()
-        os.replace(self._temporary, self.path)
+        publish(self._stage, self.path, self._raw)

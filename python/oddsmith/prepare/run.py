@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from ..errors import UserError
 from ..sources.stream import RecordStream
-from ..temporary import new_file
+from ..stage import staged_file
 from .curation import REASONS, Curator, Rules
 from .diversity import Diversity
 from .formats import FORMATS, ReadOptions, columns_taken, read_units
@@ -206,10 +206,8 @@ def in_order(dropped: Counter) -> dict[str, int]:
 
 def write_json(content: dict[str, Any], path: Path) -> None:
     """Writes a JSON file, which appears when it is complete."""
-    temporary, file = new_file(path.parent, f".{path.name}.")
-    with file:
+    with staged_file(path) as file:
         file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
-    os.replace(temporary, path)
 
 
 def format_dropped(summary: dict[str, Any]) -> str:

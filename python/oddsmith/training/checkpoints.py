@@ -9,8 +9,8 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 _NAME = re.compile(r"checkpoint-(\d+)")
-# Written after everything else in a checkpoint.
-_LAST_FILE = "trainer_state.json"
+# Written after everything else by a trainer that gives a checkpoint its name before it is whole.
+STATE_FILE = "trainer_state.json"
 
 
 def checkpoints(folder: str | Path) -> list[Path]:
@@ -26,7 +26,7 @@ def checkpoints(folder: str | Path) -> list[Path]:
 def is_whole(checkpoint: Path) -> bool:
     """Whether a checkpoint was written to its end."""
     try:
-        return "global_step" in json.loads((checkpoint / _LAST_FILE).read_text(encoding="utf-8"))
+        return "global_step" in json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError):
         return False
 
@@ -43,6 +43,6 @@ def newest_whole(folder: str | Path, since: float = 0.0) -> Path | None:
     for checkpoint in checkpoints(folder):
         if not is_whole(checkpoint):
             logger.warning_once(f"{checkpoint} was not written to its end and is not used.")
-        elif (checkpoint / _LAST_FILE).stat().st_mtime >= since:
+        elif (checkpoint / STATE_FILE).stat().st_mtime >= since:
             return checkpoint
     return None

@@ -12,6 +12,8 @@ import torch
 from transformers import is_comet_available, is_wandb_available
 from transformers.utils import logging
 
+from ..stage import staged_file
+
 logger = logging.get_logger(__name__)
 
 COLUMNS = ("Prompt", "Policy")
@@ -57,10 +59,11 @@ def log_completions(
         `Path`: The file.
     """
     path = Path(output_dir) / "completions" / f"{prefix}_{step:06d}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
+    with staged_file(path) as file:
         for row in rows:
-            file.write(json.dumps(dict(zip(COLUMNS, row, strict=True)), ensure_ascii=False) + "\n")
+            line = json.dumps(dict(zip(COLUMNS, row, strict=True)), ensure_ascii=False) + "\n"
+            # A completion may be half of a character that UTF-16 writes in two.
+            file.write(line.encode("utf-8", "replace"))
 
     lines = [f"{_short(prompt)} -> {_short(completion)}" for prompt, completion in rows]
     # The user asked for these by a flag, so log them at a level that is shown by default.

@@ -4,6 +4,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..stage import staged_file
+
 # Panel title and its metric; metrics of evaluations have the prefix "eval_".
 PANELS = (
     ("loss", "loss"),
@@ -75,6 +77,6 @@ def save_curves(history: Iterable[Mapping[str, Any]], path: str | Path, title: s
         if train_steps or eval_steps:
             axes.legend(fontsize=8)
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    with staged_file(path) as file:
+        figure.savefig(file, dpi=120, format=path.suffix[1:] or None)
     return path

@@ -114,9 +114,6 @@ class StopOnSignal(TrainerCallback):
 class StopHooks(TrainerParts):
     """Part of [`~oddsmith.ORPOTrainer`]: stops on SIGTERM, and goes on from whole checkpoints."""
 
-    # How to go on after a stop, for its message.
-    how_to_go_on = "trainer.train(resume_from_checkpoint=True)"
-
     _stop: StopOnSignal | None = None
 
     def _stop_on_signal(self) -> None:
@@ -146,12 +143,6 @@ class StopHooks(TrainerParts):
             return super().train(resume, trial, ignore_keys_for_eval)
         with self._stop.listening():
             return super().train(resume, trial, ignore_keys_for_eval)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        # What is written now by one process alone says that the checkpoint is whole, and older ones
-        # may be removed after it: all have written their parts.
-        self.accelerator.wait_for_everyone()
 
     def _end_if_stopped(self, trial: Any) -> None:
         """Ends the run after a checkpoint that a signal has asked for."""

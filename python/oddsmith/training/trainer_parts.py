@@ -62,6 +62,7 @@ if TYPE_CHECKING:
         _scheduled_beta: float | None
         _last_loss: Any
         _run_with: dict[str, Any]
+        how_to_go_on: str
 
         # ---- Used by other parts ----
 

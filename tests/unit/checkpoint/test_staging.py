@@ -21,7 +21,9 @@ def test_overwriting_is_asked_for(base, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "notes.txt").write_text("mine")
-    for name in ("model-00001-of-00002.safetensors", "model.safetensors.index.json", "config.json"):
+    old = ("model-00001-of-00002.safetensors", "model.safetensors.index.json", "config.json")
+    old += ("tokenizer.model", "special_tokens_map.json", "chat_template.jinja", "vocab.json")
+    for name in old:
         (out / name).write_text("old")
     with pytest.raises(UserError, match="out: has config.json already; --overwrite"):
         quantize_checkpoint(base, out)

@@ -111,7 +111,7 @@ def test_a_full_disk_is_a_user_error(tmp_path, monkeypatch):
 def test_what_a_full_disk_did_not_take_goes_nowhere(name, tmp_path, monkeypatch):
     """Not into a file that is closed, when the rest is collected: that is a message without a cause."""
 
-    def full(folder, prefix):
+    def full(folder):
         return folder / "temporary", open("/dev/full", "wb")
 
     monkeypatch.setattr("oddsmith.prepare.pair_file.new_file", full)
