@@ -41,7 +41,7 @@ def new_file(folder: Path) -> tuple[Path, BinaryIO]:
     """
     remove_stale(folder)
     path = folder / f"{PREFIX}{secrets.token_hex(8)}"
-    file = open(path, "xb")
+    file = open(path, "xb")  # noqa: SIM115  # it is given away
     _lock(file.fileno())
     return path, file
 

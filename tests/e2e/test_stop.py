@@ -4,12 +4,13 @@ run this file as a script."""
 import hashlib
 import os
 import signal
+import subprocess
 import sys
 import threading
 from pathlib import Path
 
 import pytest
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from oddsmith import ORPOConfig, ORPOTrainer
 from oddsmith.training.checkpoints import is_whole
@@ -125,6 +126,31 @@ def test_another_thread_cannot_listen(tmp_path, caplog, capfd):
     assert "SIGTERM saves no checkpoint: training does not run in the main thread" in said
 
 
+def killed_while_it_saves(folder):
+    """A process that is killed when half of the checkpoint of a step has been written."""
+    save = Trainer._save_rng_state
+
+    def killed(self, output_dir):
+        if self.state.global_step == ASKED_AFTER:
+            os.kill(os.getpid(), signal.SIGKILL)
+        save(self, output_dir)
+
+    Trainer._save_rng_state = killed
+    trainer_for(Path(folder), save_strategy="steps", save_steps=1).train()
+
+
+def test_killed_while_it_saves(tmp_path):
+    folder = tmp_path / "a"
+    process = subprocess.run([sys.executable, __file__, "killed", folder], capture_output=True)
+    assert process.returncode == -signal.SIGKILL
+    left = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    assert left == ["_unfinished", f"checkpoint-{ASKED_AFTER - 1}"]
+    trainer = trainer_for(folder, save_strategy="steps", save_steps=1)
+    trainer.train(resume_from_checkpoint=True)
+    assert (digest(trainer), losses(trainer)) == whole(tmp_path / "b")
+    assert not (folder / "_unfinished").exists()
+
+
 def main(folder):
     # The process that does not write the checkpoint is asked.
     step, code, weights, logged = stopped_and_resumed(Path(folder) / "a", process=1)
@@ -143,5 +169,7 @@ def test_two_processes(tmp_path):
 
 
 if __name__ == "__main__":
+    if sys.argv[1] == "killed":
+        killed_while_it_saves(sys.argv[2])
     main(*sys.argv[1:])
     end()

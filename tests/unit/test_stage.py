@@ -2,12 +2,15 @@
 
 import errno
 import os
+import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
+import oddsmith
 from oddsmith import stage
 from oddsmith.stage import new_file, new_folder, publish, staged_file
 
@@ -147,3 +150,26 @@ def test_a_file_is_published_by_its_name(tmp_path):
     made.write_bytes(b"new")
     publish(made, tmp_path / "a.txt")
     assert names(tmp_path) == ["a.txt"]
+
+
+@pytest.fixture(params=[0o022, 0o077, 0o002])
+def umask(request):
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
+def test_modes_are_those_of_the_umask(tmp_path, umask):
+    path, file = new_file(tmp_path)
+    file.close()
+    assert path.stat().st_mode & 0o777 == 0o666 & ~umask
+    with new_folder(tmp_path) as folder:
+        assert folder.stat().st_mode & 0o777 == 0o777 & ~umask
+
+
+def test_the_umask_is_never_set():
+    """It belongs to the process: another thread's files would get it meanwhile."""
+    package = Path(oddsmith.__file__).parent
+    texts = {path: path.read_text(encoding="utf-8") for path in package.rglob("*.py")}
+    assert len(texts) > 50
+    assert not [path for path, text in texts.items() if re.search(r"\bumask\(", text)]

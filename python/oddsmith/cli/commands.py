@@ -13,7 +13,7 @@ from importlib.metadata import version
 
 from ..errors import UserError
 from ..torch_version import missing
-from . import once
+from . import once, signals
 from .flags import positive
 
 USAGE = """\
@@ -215,7 +215,10 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs `oddsmith` and returns its exit code: 0, 1 (failed run), 2 (bad arguments), 130 (^C)."""
+    """
+    Runs `oddsmith` and returns its exit code: 0, 1 (failed run), 2 (bad arguments), 130 (^C), 143
+    (SIGTERM).
+    """
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] in (["-h"], ["--help"]):
         print(USAGE, end="")
@@ -230,7 +233,11 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     name, arguments = argv[0], argv[1:]
     try:
-        return COMMANDS[name](arguments)
+        with signals.ended_by_sigterm():
+            return COMMANDS[name](arguments)
+    except signals.Ended:
+        once.say(f"oddsmith {name}: ended by SIGTERM")
+        return signals.CODE
     except SystemExit as request:  # argparse, after its error message or --help
         return request.code if isinstance(request.code, int) else 2
     except (UserError, ModuleNotFoundError) as error:
@@ -245,6 +252,6 @@ def main(argv: list[str] | None = None) -> int:
         if once.is_ours(f"{type(error).__name__}: {error}"):
             traceback.print_exc()
         return 1
-    except KeyboardInterrupt:
-        once.say(f"\noddsmith {name}: interrupted")
+    except KeyboardInterrupt as stop:
+        once.say(f"\noddsmith {name}: interrupted" + (f"; {stop}" if stop.args else ""))
         return 130

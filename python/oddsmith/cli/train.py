@@ -213,7 +213,10 @@ def run_train(
             peft_config=make_adapter(adapter),
         )
     trainer.how_to_go_on = how_to_go_on or trainer.how_to_go_on
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_left(config, trainer.how_to_go_on)) from None
     trainer.save_metrics("train", result.metrics)
     if eval_dataset is not None:
         metrics = last_evaluation(trainer.state) or trainer.evaluate()
@@ -225,6 +228,12 @@ def run_train(
         draw_curves(trainer.state.log_history, output_folder(config))
         what = "adapter" if adapter.use_peft else "model"
         print(f"Saved the {what} and its tokenizer to {config.output_dir}")
+
+
+def _left(config: ORPOConfig, how_to_go_on: str) -> str:
+    """What an interrupted run has left."""
+    whole = newest_whole(output_folder(config))
+    return f"{whole} is whole. To go on: {how_to_go_on}" if whole else "there is no checkpoint yet"
 
 
 def last_evaluation(state: Any) -> dict[str, Any] | None:

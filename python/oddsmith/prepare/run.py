@@ -1,7 +1,6 @@
 """`oddsmith prepare`: makes curated pairs for training from other preference data."""
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass

@@ -151,3 +151,12 @@ def test_a_run_without_curves_is_no_failure(tmp_path, caplog):
     assert "No curves: " in caplog.text and not list(tmp_path.iterdir())
     train.draw_curves([{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}], tmp_path)
     assert (tmp_path / "curves.png").is_file()
+
+
+def test_an_interrupted_run_says_what_it_has_left(tmp_path):
+    args = config(tmp_path)
+    assert train._left(args, "again") == "there is no checkpoint yet"
+    folder = tmp_path / "out" / "checkpoint-7"
+    folder.mkdir(parents=True)
+    (folder / "trainer_state.json").write_text('{"global_step": 7}')
+    assert train._left(args, "oddsmith train") == f"{folder} is whole. To go on: oddsmith train"

@@ -21,7 +21,7 @@ class Look(TrainerCallback):
         self.seen = []
 
     def on_save(self, args, state, control, **kwargs):
-        folder = Path(args.output_dir)
+        folder = Path(args.output_dir or "")
         assert is_whole(folder / f"checkpoint-{state.global_step}")
         self.seen.append(sorted(path.name for path in folder.iterdir() if path.is_dir()))
 
@@ -92,7 +92,10 @@ def test_the_best_one_has_its_own_name(tokenizer, tmp_path):
     [
         ("_save_rng_state", OSError(errno.ENOSPC, "No space left on device")),
         ("save_model", OSError(errno.EDQUOT, "Disk quota exceeded")),
-        ("_save_optimizer_and_scheduler", RuntimeError("[enforce fail] PytorchStreamWriter failed")),
+        (
+            "_save_optimizer_and_scheduler",
+            RuntimeError("[enforce fail] PytorchStreamWriter failed"),
+        ),
     ],
 )
 def test_a_full_disk_ends_the_run_in_a_sentence(where, error, tokenizer, tmp_path, monkeypatch):
@@ -146,6 +149,6 @@ def test_what_is_uploaded_is_in_its_place(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "init_hf_repo", lambda *args, **kwargs: None)
     trainer = trainer_for(tmp_path, tokenizer, max_steps=2)
     trainer.args.push_to_hub = True
-    trainer.push_to_hub = lambda **kwargs: None
+    monkeypatch.setattr(trainer, "push_to_hub", lambda **kwargs: None)
     trainer.train()
     assert pushed == [tmp_path / "checkpoint-1", tmp_path / "checkpoint-2"]
