@@ -106,7 +106,7 @@ class CheckpointHooks(TrainerParts):
         if first_here and not first and stage.is_dir():
             _rename(stage, place)
 
-    def _not_saved(self, place: Path, error: Exception) -> str:
+    def _not_saved(self, place: Path, error: BaseException) -> str:
         whole = newest_whole(place.parent)
         kept = f"{whole} is whole; to go on from there: {self.how_to_go_on}"
         return f"{place} was not saved: {error}. " + (kept if whole else "There is none before it.")
