@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from peft import LoraConfig, PeftConfig
-from peft.utils.other import get_pattern_key
+from pyarrow.compute import match_substring_regex
 
 from ..errors import UserError
 from .folder import Tensor, read_tensors
@@ -90,7 +91,7 @@ class Adapter:
     def _read_config(self) -> LoraConfig:
         try:
             config = PeftConfig.from_pretrained(str(self.folder))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except Exception as error:  # a configuration can be wrong in every way
             raise UserError(f"{self.folder / 'adapter_config.json'}: {error}") from error
         kind = getattr(config.peft_type, "value", config.peft_type)
         if kind != "LORA" or not isinstance(config, LoraConfig):
@@ -103,6 +104,7 @@ class Adapter:
                     f"{self.folder}: uses {field.name}, which cannot be merged here"
                     f"{f' ({why})' if why else ''}; peft's merge_and_unload may support it"
                 )
+        self._check_numbers(config)
         start = config.init_lora_weights
         if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
             raise UserError(
@@ -110,6 +112,22 @@ class Adapter:
                 "the adapter with path_initial_model_for_weight_conversion first"
             )
         return config
+
+    def _check_numbers(self, config: LoraConfig) -> None:
+        """What a factor is computed from; peft takes any value."""
+        given: dict[str, Any] = {"r": config.r, "lora_alpha": config.lora_alpha}
+        for name in ("rank_pattern", "alpha_pattern"):
+            pattern = getattr(config, name) or {}
+            if not isinstance(pattern, dict):
+                raise UserError(f"{self.folder}: {name} is {pattern!r}; must be a JSON object")
+            given |= {f"{name}, {key}": value for key, value in pattern.items()}
+        for name, value in given.items():
+            rank = name.startswith("r")
+            kinds = int if rank else (int, float)
+            good = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
+            if not good or (rank and value < 1):
+                what = "a whole number above 0" if rank else "a finite number"
+                raise UserError(f"{self.folder}: {name} is {value!r}; must be {what}")
 
     def _sort_in(self, key: str) -> None:
         if not key.startswith(_PREFIX):
@@ -154,14 +172,32 @@ class Adapter:
             UserError: If the rank is not the one in `adapter_config.json`.
         """
         config, parts = self.config, self.modules[module]
-        ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
-        rank = ranks.get(get_pattern_key(list(ranks), module), config.r)
-        alpha = alphas.get(get_pattern_key(list(alphas), module), config.lora_alpha)
+        rank = self._by_pattern(config.rank_pattern or {}, module, config.r)
+        alpha = self._by_pattern(config.alpha_pattern or {}, module, config.lora_alpha)
         key = parts.get("lora_A") or parts.get("lora_embedding_A")
         if key is not None and self.tensors[key].shape[:1] != (rank,):
             shape = self.tensors[key].shape
             raise UserError(f"{self.file}: {key} has shape {shape}; the rank must be {rank}")
         return alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
+
+    def _by_pattern(self, values: dict[str, Any], module: str, default: Any) -> Any:
+        """
+        The value of the first pattern that a module's name ends with, as peft finds it.
+
+        By RE2, whose time is linear in the name: the patterns are those of whoever made the adapter,
+        and Python's engine can be made to need years.
+        """
+        for pattern, value in values.items():
+            try:
+                found = match_substring_regex(pa.scalar(module), rf"^(.*\.)?({pattern})$").as_py()
+            except pa.ArrowInvalid as error:
+                raise UserError(
+                    f"{self.folder}: {pattern!r} of rank_pattern or alpha_pattern is no pattern that can be "
+                    f"used here: {error}"
+                ) from error
+            if found:
+                return value
+        return values.get(module, default)
 
     def updates(self, module: str, kind: str, stored: str) -> Iterator[tuple[str, MergeUpdate]]:
         """

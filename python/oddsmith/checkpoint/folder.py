@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from error
-    except ValueError as error:  # not UTF-8, not JSON
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, too deep
         raise UserError(f"{path}: is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: is {type(value).__name__}; must be a JSON object")
@@ -117,6 +118,7 @@ class Checkpoint:
         self.path = path
         if not path.is_dir():
             raise UserError(f"{path}: no such folder")
+        _refuse_links(path)
         self.config: dict[str, Any] = read_json(path / "config.json")
         self.index: dict[str, Any] | None = None
         if (path / WEIGHTS).is_file():
@@ -140,10 +142,12 @@ class Checkpoint:
             raise UserError(
                 f"{self.path / INDEX}: weight_map is {map_!r}; must give a file for each tensor"
             )
-        names = set(map_.values())
-        for name in names:
+        for name in map_.values():
             if not isinstance(name, str) or Path(name).name != name:
                 raise UserError(f"{self.path / INDEX}: {name!r} is not a file name")
+        names = set(map_.values())
+        if not isinstance(index.get("metadata", {}), dict):
+            raise UserError(f"{self.path / INDEX}: metadata must be a JSON object")
         return [self.path / name for name in sorted(names)]
 
     def _check_index(self, shard: Path, tensors: dict[str, Tensor]) -> None:
@@ -166,3 +170,22 @@ class Checkpoint:
         if (self.path / _TEMPLATES).is_dir():
             files += [file for file in (self.path / _TEMPLATES).iterdir() if file.is_file()]
         return sorted(files)
+
+
+def _refuse_links(folder: Path) -> None:
+    """
+    Checks that the links in a folder stay in it: what they lead to is read, and copied to the output.
+
+    The hub's cache has links from `snapshots/<revision>` to `blobs` beside it.
+
+    Raises:
+        UserError: If one leads elsewhere.
+    """
+    real = folder.resolve()
+    tree = real.parents[1] if real.parent.name == "snapshots" else real
+    for path in (*folder.iterdir(), *(folder / _TEMPLATES).glob("*")):
+        if path.is_symlink() and not path.resolve().is_relative_to(tree):
+            raise UserError(
+                f"{path}: is a link to {os.readlink(path)}, outside the folder of the model; put the file "
+                "itself there"
+            )

@@ -291,7 +291,7 @@ def merge_adapter(
     if blocksize is not None:
         check_blocksize(blocksize)
     source, lora = Checkpoint(local_folder(base)), Adapter(local_folder(adapter))
-    names = Names(empty_model(source.path, trust_remote_code), source.tensors)
+    names = Names(empty_model(source.path, trust_remote_code, len(source.tensors)), source.tensors)
     merge = Merge(source, lora, names, dtype)
     config = with_dtype(source.config, dtype)
     before = config.pop("quantization_config", None) or {}

@@ -110,7 +110,7 @@ def quantize_checkpoint(
     check_dtype("dtype", dtype)
     source = Checkpoint(local_folder(model_dir))
     refuse_quantized(source)
-    names = Names(empty_model(source.path, trust_remote_code), source.tensors)
+    names = Names(empty_model(source.path, trust_remote_code, len(source.tensors)), source.tensors)
     skip = list(skip)
     names.check_skip(skip)
     weights, skipped = names.quantized(skip)

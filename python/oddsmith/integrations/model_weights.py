@@ -21,10 +21,17 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ..errors import UserError
 
+_LAYERS = re.compile(r"n_layers?|num_layers|num_hidden_layers|(encoder|decoder)_layers")
 
-def empty_model(folder: Path, trust_remote_code: bool) -> PreTrainedModel:
+
+def empty_model(folder: Path, trust_remote_code: bool, tensors: int) -> PreTrainedModel:
     """
     The model of a folder without its weights.
+
+    Args:
+        folder (`Path`): Has its configuration.
+        trust_remote_code (`bool`): Allow code from the model's repository.
+        tensors (`int`): Number of tensors in the folder; there is at least one in each layer.
 
     Raises:
         UserError: If transformers cannot build it.
@@ -33,6 +40,7 @@ def empty_model(folder: Path, trust_remote_code: bool) -> PreTrainedModel:
         config: Any = cast(
             Any, AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         )
+        _check_layers(config.to_dict(), tensors)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         names = config.architectures or [""]
@@ -41,8 +49,19 @@ def empty_model(folder: Path, trust_remote_code: bool) -> PreTrainedModel:
             if isinstance(kind, type) and issubclass(kind, PreTrainedModel):
                 return kind._from_config(config)
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except (ImportError, OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
-        raise UserError(f"{folder}: transformers cannot build the model: {error}") from error
+    except Exception as error:  # a configuration can be wrong in every way
+        plain = isinstance(error, (ImportError, OSError, ValueError))
+        what = str(error) if plain else repr(error)
+        raise UserError(f"{folder}: transformers cannot build the model: {what}") from error
+
+
+def _check_layers(config: dict[Any, Any], tensors: int) -> None:
+    """Before a module is built for each of a number of layers that nothing has checked."""
+    for name, value in config.items():
+        if isinstance(value, dict):
+            _check_layers(value, tensors)
+        elif isinstance(value, int) and value > tensors and _LAYERS.fullmatch(str(name)):
+            raise ValueError(f"{name} is {value}, and there are {tensors} tensors")
 
 
 class Names:

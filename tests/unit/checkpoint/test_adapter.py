@@ -1,9 +1,11 @@
 """LoRA adapters on disk: their parts, scales and updates, and what is refused."""
 
 import json
+import math
 
 import pytest
 import torch
+from peft.utils.other import get_pattern_key
 
 from oddsmith.checkpoint.adapter import Adapter
 from oddsmith.checkpoint.merge import merge_adapter
@@ -117,3 +119,48 @@ def test_dora_needs_linear_layers(tmp_path):
     assert update.magnitude == "base_model.model.q_proj.lora_magnitude_vector"
     with pytest.raises(UserError, match="is of kind conv1d; DoRA is merged in linear layers"):
         list(adapter.updates("q_proj", "conv1d", "conv1d"))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"lora_alpha": "16"}, "lora_alpha is '16'; must be a finite number"),
+        ({"lora_alpha": None}, "lora_alpha is None; must be"),
+        ({"lora_alpha": math.inf}, "lora_alpha is inf; must be"),
+        ({"r": 0}, "r is 0; must be a whole number above 0"),
+        ({"r": 1.5}, "r is 1.5; must be"),
+        ({"alpha_pattern": {"q_proj": math.nan}}, "alpha_pattern, q_proj is nan; must be"),
+        ({"rank_pattern": {"q_proj": True}}, "rank_pattern, q_proj is True; must be"),
+        ({"rank_pattern": [2]}, r"rank_pattern is \[2\]; must be a JSON object"),
+        ({"rank_pattern": {"(?=q)q_proj": 4}}, "is no pattern that can be used here"),
+    ],
+)
+def test_numbers_that_are_none(options, words, base, tmp_path):
+    adapter = make_adapter(tmp_path)
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **options}))
+    with pytest.raises(UserError, match=words):
+        merge_adapter(base, adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pattern_takes_no_time_whatever_it_is(tmp_path):
+    """Python's engine would need longer than there is for this one."""
+    module = "a" * 64 + ".q_proj"
+    pattern = r"((a+)+\.)*b"
+    adapter = Adapter(make_adapter(tmp_path, parts(module), rank_pattern={pattern: 7}))
+    assert adapter.scale(module) == adapter.config.lora_alpha / 2
+
+
+@pytest.mark.parametrize(
+    ("pattern", "found"),
+    [
+        ("q_proj", True), ("layers.0.q_proj", True), (r"layers\.\d\.q_proj", True), ("proj", False),
+        ("q_proj|k_proj", True), ("model", False), ("q_pro", False), (r".*\.0\..*", True),
+    ],
+)  # fmt: skip
+def test_patterns_are_found_as_peft_finds_them(pattern, found, tmp_path):
+    module = "model.layers.0.q_proj"
+    assert (get_pattern_key([pattern], module) == pattern) == found
+    adapter = Adapter(make_adapter(tmp_path, parts(module), alpha_pattern={pattern: 10}, r=2))
+    assert adapter.scale(module) == (5.0 if found else adapter.config.lora_alpha / 2)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 from pathlib import Path
 
@@ -124,3 +125,69 @@ def test_errors_of_files_are_user_errors():
         raise ValueError("odd")
     with pytest.raises(KeyError), file_errors():
         raise KeyError("a bug stays one")
+
+
+def test_links_stay_in_the_folder(base, tmp_path):
+    secret = tmp_path / "secret.json"
+    secret.write_text("{}")
+    (base / "inside.json").symlink_to("tokenizer.json")
+    Checkpoint(base)
+    (base / "notes.json").symlink_to(secret)
+    with pytest.raises(
+        UserError, match=r"notes.json: is a link to .*secret.json, outside the folder"
+    ):
+        quantize_checkpoint(base, tmp_path / "out")
+    (base / "notes.json").unlink()
+    templates = base / "additional_chat_templates"
+    templates.mkdir()
+    (templates / "tools.jinja").symlink_to(secret)
+    with pytest.raises(UserError, match="tools.jinja: is a link"):
+        quantize_checkpoint(base, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_cache_of_the_hub_has_links(base, tmp_path):
+    blobs, snapshot = tmp_path / "models--a" / "blobs", tmp_path / "models--a" / "snapshots" / "1"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for number, file in enumerate(sorted(base.iterdir())):
+        file.rename(blobs / str(number))
+        (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+    quantize_checkpoint(snapshot, tmp_path / "out")
+    assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
+    (tmp_path / "elsewhere.json").write_text("{}")
+    (snapshot / "x.json").symlink_to(tmp_path / "elsewhere.json")
+    with pytest.raises(UserError, match="x.json: is a link"):
+        quantize_checkpoint(snapshot, tmp_path / "out", overwrite=True)
+
+
+def test_json_of_ten_thousand_levels(base, tmp_path):
+    (base / "config.json").write_text('{"a":' * 10_000 + "1" + "}" * 10_000)
+    with pytest.raises(UserError, match="config.json: is not JSON"):
+        Checkpoint(base)
+
+
+def test_layers_that_no_tensor_has_are_not_built(base, tmp_path):
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 10**9}))
+    with pytest.raises(
+        UserError, match=r"num_hidden_layers is 1000000000, and there are 21 tensors"
+    ):
+        quantize_checkpoint(base, tmp_path / "out")
+
+
+WRONG = (None, "x", -1, 0, 1.5, 2**63, [], [None], {}, {"a": []}, True)
+
+
+def test_a_configuration_can_be_wrong_in_every_way(base, tmp_path):
+    """Each value in turn is of another kind: the result is a model, or one sentence."""
+    config = json.loads((base / "config.json").read_text())
+    cases = [(name, value) for name in config for value in WRONG if value != config[name]]
+    said = 0
+    for name, value in random.Random(0).sample(cases, 60):
+        (base / "config.json").write_text(json.dumps({**config, name: value}))
+        try:
+            quantize_checkpoint(base, tmp_path / "out", overwrite=True)
+        except UserError:
+            said += 1
+    assert 10 < said < 50

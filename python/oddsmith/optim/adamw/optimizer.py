@@ -135,7 +135,12 @@ class BlockAdamW(Optimizer):
 
         Args:
             closure (`Callable`, *optional*): Computes the loss again and returns it.
+
+        Raises:
+            RuntimeError: If the state is paged, in a process that was forked after it was made.
         """
+        if self._pages is not None:
+            self._pages.check_process()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -293,6 +298,8 @@ class BlockAdamW(Optimizer):
             ValueError: If groups or shapes differ; nothing is changed then.
             OSError: If the state is paged and the disk is full; nothing is changed then.
         """
+        if self._pages is not None:
+            self._pages.check_process()
         name = type(self).__name__
         groups, saved_groups = self.param_groups, state_dict["param_groups"]
         if len(groups) != len(saved_groups):

@@ -19,6 +19,18 @@ ALIGNMENT = 256
 
 Entry = tuple[tuple[int, ...], torch.dtype]
 
+# How often this process was made by a fork of one that had imported this. A forked process shares the pages of its parent.
+_forks = 0
+
+
+def _count_fork() -> None:
+    global _forks
+    _forks += 1
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_count_fork)
+
 
 def carve(storage: torch.UntypedStorage, entries: list[Entry]) -> list[Tensor]:
     """Consecutive tensors in one storage."""
@@ -73,6 +85,20 @@ class FilePages:
                 f"page_dir is {str(self.folder)!r}; must be a folder that can be written to: "
                 f"{error.strerror}"
             ) from None
+        self._made_after: int = _forks
+
+    def check_process(self) -> None:
+        """
+        Checks that the pages belong to this process.
+
+        Raises:
+            RuntimeError: If they are those of the process that this one was forked from.
+        """
+        if self._made_after != _forks:
+            raise RuntimeError(
+                "this process was forked from the one that made the paged optimizer, and a step would "
+                "change the state of both; make the optimizer in the process that uses it"
+            )
 
     def allocate(self, entries: list[Entry]) -> list[Tensor]:
         """

@@ -1,9 +1,11 @@
 """Pages: a mapped file without a name, or pinned memory; tensors in them."""
 
+import copy
 import gc
 import os
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
@@ -57,3 +59,32 @@ def test_tensors_of_pages_are_zeros_that_do_not_meet(tmp_path):
         assert all((each == number + 1).all() for number, each in enumerate(tensors))
         assert pages.allocate([]) == []
         assert pages.allocate([((0, 4), torch.float32)])[0].shape == (0, 4)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_forked_process_cannot_change_the_state_of_its_parent(tmp_path):
+    weight = torch.nn.Parameter(torch.ones(5000))
+    optimizer = PagedAdamW8bit([weight], page_dir=tmp_path)
+    weight.grad = torch.ones(5000)
+    optimizer.step()
+    before = copy.deepcopy(optimizer.state[weight])
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        said = []
+        for call in (optimizer.step, lambda: optimizer.load_state_dict(optimizer.state_dict())):
+            try:
+                call()
+                said.append("went on")
+            except RuntimeError as error:
+                said.append(str(error))
+        os.write(writer, "\n".join(said).encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    said = os.read(reader, 4096).decode().splitlines()
+    assert len(said) == 2 and all("was forked from the one that made" in each for each in said)
+    assert before.keys() == optimizer.state[weight].keys()
+    for name, value in optimizer.state[weight].items():
+        assert torch.equal(torch.as_tensor(value), torch.as_tensor(before[name]))
+    optimizer.step()
+    copy.deepcopy(optimizer).step()
