@@ -43,6 +43,14 @@ def prepare_parser() -> argparse.ArgumentParser:
     add(parser, "overwrite", action="store_true", help="replace FILE if it exists")
     add(parser, "dataset_config", metavar="NAME", help="configuration of a hub dataset")
     add(parser, "split", metavar="NAME", help="default: train_prefs or train, or the only split")
+    add(
+        parser,
+        "max_line_mb",
+        type=positive,
+        default=64,
+        metavar="N",
+        help="longest row of a JSON file, in megabytes (default: %(default)s)",
+    )
     add(parser, "temp_dir", metavar="DIR", help="for temporary files, up to the size of the input")
     _add_input(parser.add_argument_group("input"))
     _add_rules(parser.add_argument_group("rules"))
@@ -194,6 +202,7 @@ def run_prepare(argv: list[str]) -> int:
         split=flags.split,
         overwrite=flags.overwrite,
         temp_dir=flags.temp_dir,
+        longest=flags.max_line_mb << 20,
     )
     return 0
 
@@ -227,6 +236,14 @@ def inspect_parser() -> argparse.ArgumentParser:
     )
     add(parser, "dataset_config", metavar="NAME", help="configuration of a hub dataset")
     add(parser, "split", metavar="NAME", help="default: train_prefs or train, or the only split")
+    add(
+        parser,
+        "max_line_mb",
+        type=positive,
+        default=64,
+        metavar="N",
+        help="longest row of a JSON file, in megabytes (default: %(default)s)",
+    )
     add(parser, "rows", type=positive, metavar="N", help="read the first N rows (default: all)")
     add(parser, "max_length", type=positive, default=1024, metavar="N", help="default: %(default)s")
     add(parser, "max_prompt_length", type=positive, metavar="N", help="as for train")
@@ -293,6 +310,7 @@ def run_inspect(argv: list[str]) -> int:
         as_json=flags.json,
         histogram=flags.histogram,
         column_mapping=mapping,
+        longest=flags.max_line_mb << 20,
     )
     return 0
 

@@ -29,6 +29,7 @@ class RunArguments:
         dataset_config (`str`, *optional*): Configuration of a hub dataset.
         dataset_train_split (`str`, *optional*): Split to train on; detected if `None`.
         dataset_test_split (`str`, *optional*): Split to evaluate on; detected if `None`.
+        max_line_mb (`int`, *optional*, defaults to 64): Longest row of a JSON file, in megabytes.
         model_revision (`str`, *optional*): Branch, tag or commit of a hub model.
         dtype (`str`, *optional*): Type of the weights. Alias: `torch_dtype`.
         attn_implementation (`str`, *optional*): Attention of transformers.
@@ -61,6 +62,9 @@ class RunArguments:
     )
     dataset_test_split: str | None = field(
         default=None, metadata={"help": "Split to evaluate on. Default: detected, if any."}
+    )
+    max_line_mb: int = field(
+        default=64, metadata={"help": "Longest row of a JSON file, in megabytes."}
     )
     model_revision: str | None = field(
         default=None, metadata={"help": "Branch, tag or commit of a hub model."}

@@ -19,6 +19,7 @@ from ..data.rows import RowBuilder
 from ..data.rust_rows import OVERLENGTH, FastRows, fast_rows_for
 from ..data.tokenizer import FALLBACK_CHAT_TEMPLATE, ensure_pad_token
 from ..errors import UserError, user_errors
+from ..sources.json_records import LONGEST
 from ..sources.records import Record
 from ..sources.stream import RecordStream
 from .histogram import draw_bars, save_histogram
@@ -58,6 +59,7 @@ def run_inspect(
     column_mapping: Mapping[str, str] | None = None,
     args: Any = None,
     peft_config: Any = None,
+    longest: int = LONGEST,
 ) -> DataReport:
     """
     Prints the report of a dataset, with a histogram of its lengths, and how its batches would go
@@ -82,6 +84,7 @@ def run_inspect(
             `{"question": "prompt"}`.
         args ([`ORPOConfig`], *optional*): The arguments of a run, for its path.
         peft_config (`PeftConfig`, *optional*): The adapter of a run, for its path.
+        longest (`int`, *optional*, defaults to 64 MB): Most bytes of a row of a JSON file.
 
     Returns:
         [`DataReport`]: The report.
@@ -95,7 +98,7 @@ def run_inspect(
         builder = RowBuilder(tokenizer_of(tokenizer), max_length, max_prompt_length)
     if histogram is not None and not Path(histogram).suffix:
         raise UserError(f"--histogram {histogram}: needs a suffix such as .png")
-    stream = RecordStream(dataset, config, split)
+    stream = RecordStream(dataset, config, split, longest)
     report = inspect_stream(
         stream,
         tokenizer,

@@ -11,6 +11,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from ..errors import UserError
+from ..sources.json_records import LONGEST
 from ..sources.stream import RecordStream
 from ..stage import staged_file
 from .curation import REASONS, Curator, Rules
@@ -107,6 +108,7 @@ def run_prepare(
     split: str | None = None,
     overwrite: bool = False,
     temp_dir: str | Path | None = None,
+    longest: int = LONGEST,
 ) -> dict[str, Any]:
     """
     Reads preference data, drops rows that are not useful, and writes the rest as pairs.
@@ -126,6 +128,7 @@ def run_prepare(
         overwrite (`bool`, *optional*): Replace an existing file.
         temp_dir (`str` or `Path`, *optional*): Folder of temporary files; the system's if not
             given.
+        longest (`int`, *optional*, defaults to 64 MB): Most bytes of a row of a JSON file.
 
     Returns:
         `dict[str, Any]`: The summary, as in the file.
@@ -140,7 +143,7 @@ def run_prepare(
     for path in (output, summary_path):
         if path.exists() and not overwrite:
             raise UserError(f"--output {output}: {path} exists; --overwrite replaces it")
-    streams = [RecordStream(name, config, split) for name in datasets]
+    streams = [RecordStream(name, config, split, longest) for name in datasets]
     folder = None if temp_dir is None else Path(temp_dir)
     if folder is not None and not folder.is_dir():
         raise UserError(f"--temp_dir {folder}: no such folder")

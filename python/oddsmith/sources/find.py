@@ -8,7 +8,9 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
 from ..errors import UserError
 from .image_paths import LocatedPictures
+from .json_records import LONGEST
 from .records import DECOMPRESSORS, find_damage
+from .row_count import count_rows
 
 # The `datasets` builder of each kind of file; it also decompresses .gz and similar files.
 BUILDERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet"}
@@ -39,7 +41,7 @@ def is_path(name: str) -> bool:
     )
 
 
-def load_source(name: str, config: str | None = None) -> DatasetDict:
+def load_source(name: str, config: str | None = None, longest: int = LONGEST) -> DatasetDict:
     """Loads a dataset with all its splits.
 
     Args:
@@ -48,6 +50,8 @@ def load_source(name: str, config: str | None = None) -> DatasetDict:
             files, of a folder that `save_to_disk` wrote, or id of a dataset on the hub.
         config (`str`, *optional*):
             Configuration of a hub dataset.
+        longest (`int`, *optional*, defaults to 64 MB):
+            Most bytes of a row of a JSON file.
 
     Returns:
         `DatasetDict`: The splits; a single file or saved dataset is the split `train`.
@@ -58,7 +62,7 @@ def load_source(name: str, config: str | None = None) -> DatasetDict:
     path = Path(name).expanduser()
     if path.exists():
         try:
-            loaded = load_local(path)
+            loaded = load_local(path, longest)
         except UserError:
             raise
         except Exception as error:  # pyarrow, json, datasets: no common exception type
@@ -86,25 +90,36 @@ def reason(error: BaseException) -> str:
     return text[0] if text else type(error).__name__
 
 
-def load_local(path: Path) -> Dataset | DatasetDict:
+def load_local(path: Path, longest: int = LONGEST) -> Dataset | DatasetDict:
     if path.is_dir() and is_saved(path):
         return load_from_disk(str(path))
     files = data_files(path)
-    kind = file_kind(files[0]) or "json"
     if path.is_file():
-        loaded = cast(DatasetDict, load_dataset(kind, data_files=str(path)))
-        pictures = LocatedPictures({path.parent}, str(path))
-        return DatasetDict({split: pictures.of(part) for split, part in loaded.items()})
+        return DatasetDict({"train": _load_files([str(path)], path, longest)})
     # One by one: datasets requires the same columns in all splits of a call, but UltraFeedback's
     # supervised splits have other columns than its preference splits.
     return DatasetDict(
-        {
-            split: LocatedPictures({file.parent for file in map(Path, group)}, str(path)).of(
-                cast(Dataset, load_dataset(kind, data_files=group, split="train"))
-            )
-            for split, group in group_by_split(files).items()
-        }
+        {split: _load_files(group, path, longest) for split, group in group_by_split(files).items()}
     )
+
+
+def _load_files(names: list[str], path: Path, longest: int) -> Dataset:
+    """The rows of data files of one kind, all of them."""
+    files = [Path(name) for name in names]
+    kind = file_kind(files[0]) or "json"
+    rows = None
+    if kind == "json":
+        try:
+            rows = count_rows(files, longest)
+        except UserError as error:
+            raise UserError(f"dataset {path} cannot be read: {error}") from error
+    loaded = cast(Dataset, load_dataset(kind, data_files=names, split="train"))
+    if rows is not None and len(loaded) != rows:
+        raise UserError(
+            f"dataset {path} cannot be read: it has {rows:,} rows, of which datasets reads {len(loaded):,}; "
+            "oddsmith prepare writes a file that it reads"
+        )
+    return LocatedPictures({file.parent for file in files}, str(path)).of(loaded)
 
 
 def data_files(path: Path) -> list[Path]:
@@ -242,7 +257,8 @@ def load_pairs(run: Any, evaluates: bool) -> tuple[Dataset, Dataset | None]:
     Raises:
         UserError: If anything is missing.
     """
-    splits = load_source(run.dataset_name, run.dataset_config)
+    longest = run.max_line_mb << 20
+    splits = load_source(run.dataset_name, run.dataset_config, longest)
     single = tuple(map(str, splits)) if len(splits) == 1 else ()
     train = pick_split(
         splits, run.dataset_train_split, TRAIN_SPLITS + single, "--dataset_train_split"
@@ -257,7 +273,7 @@ def load_pairs(run: Any, evaluates: bool) -> tuple[Dataset, Dataset | None]:
         return train, None
     test_splits = TEST_SPLITS
     if run.eval_dataset_name:
-        splits = load_source(run.eval_dataset_name)
+        splits = load_source(run.eval_dataset_name, longest=longest)
         # A separate dataset: any split is for evaluation, even the `train` of a single file.
         test_splits += TRAIN_SPLITS + tuple(map(str, splits))
     test = pick_split(splits, run.dataset_test_split, test_splits, "--dataset_test_split")

@@ -3,7 +3,6 @@
 import bz2
 import gzip
 import io
-import json
 import lzma
 import zlib
 from collections.abc import Callable, Iterator
@@ -14,9 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..errors import UserError
+from .json_records import LONGEST, Array, NotARow, is_json, lines, row_of_line
 
-# Characters of a JSON array that are decoded at a time.
-_CHUNK = 1 << 20
 _PARQUET_BATCH = 256
 # Exceptions of the standard library's decompressors and Arrow on damaged or truncated data.
 _DAMAGE = (EOFError, OSError, zlib.error, lzma.LZMAError, pa.ArrowException)
@@ -49,13 +47,14 @@ def _open_zstd(raw: BinaryIO) -> BinaryIO:
     return io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(raw, "r"), "zstd"))
 
 
-# By the last suffix of the name.
 DECOMPRESSORS: dict[str, Callable[[BinaryIO], Any]] = {
     ".gz": lambda raw: gzip.GzipFile(fileobj=raw),
     ".bz2": bz2.BZ2File,
     ".xz": lzma.LZMAFile,
     ".zst": _open_zstd,
 }
+# How such files begin, which counts: their names may not say it.
+_MAGIC = {b"\x1f\x8b": ".gz", b"BZh": ".bz2", b"\xfd7zXZ\0": ".xz", b"\x28\xb5\x2f\xfd": ".zst"}
 
 
 class FileRecords:
@@ -64,16 +63,17 @@ class FileRecords:
 
     Args:
         path (`Path`):
-            A `.jsonl`, `.json` (lines, or one array) or `.parquet` file, compressed or not, or an
+            A `.jsonl` or `.json` (lines, or one array) or `.parquet` file, compressed or not, or an
             `.arrow` stream of `save_to_disk`.
+        longest (`int`, *optional*, defaults to 64 MB): Most bytes of a line, or item of an array.
 
     Attributes:
         size (`int`): Bytes of the file.
         done (`int`): Bytes of it that have been read, for progress.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, longest: int = LONGEST):
+        self.path, self.longest = path, longest
         self.size: int = path.stat().st_size
         self.done: int = 0
 
@@ -82,9 +82,9 @@ class FileRecords:
         Reads the file.
 
         Raises:
-            UserError: If the file is damaged or truncated; the message has the line or rows. A line
-                that is not a JSON object becomes a record with a `problem`, because the next line
-                can be read.
+            UserError: If the file is damaged or truncated, or has a line that is too long; the message
+                has the line or rows. A line that is not a JSON object becomes a record with a `problem`,
+                because the next line can be read.
         """
         suffixes = [suffix.lower() for suffix in self.path.suffixes]
         if suffixes[-1] in DECOMPRESSORS:
@@ -93,88 +93,78 @@ class FileRecords:
             yield from self._parquet()
         elif suffixes[-1] == ".arrow":
             yield from self._arrow()
-        elif suffixes[-1] == ".json" and self._starts_with_bracket():
+        elif self._is_array(suffixes[-1] == ".json"):
             yield from self._array()
         else:
             yield from self._lines()
         self.done = self.size
 
-    def _open(self) -> tuple[BinaryIO, BinaryIO]:
+    def _open(self) -> tuple[BinaryIO, Any]:
         """The raw file, whose position is the progress, and the decompressed stream."""
         raw = self.path.open("rb")
-        decompress = DECOMPRESSORS.get(self.path.suffix.lower())
-        return raw, decompress(raw) if decompress else raw
+        start = raw.read(6)
+        raw.seek(0)
+        for magic, kind in _MAGIC.items():
+            if start.startswith(magic):
+                return raw, DECOMPRESSORS[kind](raw)
+        return raw, raw
 
-    def _starts_with_bracket(self) -> bool:
+    def _is_array(self, by_name: bool) -> bool:
+        """Whether the file is one array; of lines that are arrays, each is a bad row."""
         raw, stream = self._open()
         with raw:
             try:
-                return stream.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+                start = stream.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
             except _DAMAGE:
                 return False
+        if by_name or not start.startswith(b"["):
+            return start.startswith(b"[")
+        raw, stream = self._open()
+        with raw:
+            try:
+                given = (line for line in lines(stream, self.longest) if line.strip())
+                return not is_json(next(given)) or next(given, None) is None
+            except (NotARow, *_DAMAGE):  # what is wrong is found when it is read
+                return True
 
     def _lines(self) -> Iterator[Record]:
         raw, stream = self._open()
         number = 0
         with raw:
             try:
-                for number, line in enumerate(stream, 1):
-                    self.done = raw.tell()
+                for number, line in enumerate(lines(stream, self.longest), 1):
                     if line.strip():
-                        fields, problem = _parse_line(line)
-                        yield Record(fields, str(self.path), "line", number, problem)
+                        yield self._record(line, number)
+                    self.done = raw.tell()
+            except NotARow as problem:
+                raise UserError(f"{self.path} line {number + 1}: {problem}") from problem
             except _DAMAGE as error:
                 raise UserError(
                     f"{self.path} line {number + 1}: the file is damaged or cut off here: {error}"
                 ) from error
 
+    def _record(self, line: bytes, number: int) -> Record:
+        fields, problem = None, None
+        try:
+            fields = row_of_line(line, number == 1)
+        except NotARow as error:
+            problem = str(error)
+        return Record(fields, str(self.path), "line", number, problem)
+
     def _array(self) -> Iterator[Record]:
         raw, stream = self._open()
-        line = 1
         with raw:
-            text = io.TextIOWrapper(stream, encoding="utf-8-sig")
-            buffer, ended = "", False
-            decoder, opened, size = json.JSONDecoder(), False, _CHUNK
-            while True:
-                stripped = buffer.lstrip(" \t\r\n," if opened else " \t\r\n")
-                line += buffer.count("\n", 0, len(buffer) - len(stripped))
-                buffer = stripped
-                if buffer.startswith("]") and opened:
-                    return
-                if buffer.startswith("[") and not opened:
-                    buffer, opened = buffer[1:], True
-                    continue
-                if buffer:
-                    try:
-                        item, end = decoder.raw_decode(buffer)
-                    except json.JSONDecodeError as error:
-                        if ended or not _may_go_on(error, len(buffer)):
-                            at = line + error.lineno - 1
-                            cut = ": the file is cut off" if ended else ""
-                            raise UserError(
-                                f"{self.path} line {at}: not JSON{cut}: {error.msg}"
-                            ) from error
-                    else:
-                        fields, problem = _as_fields(item)
-                        yield Record(fields, str(self.path), "line", line, problem)
-                        line += buffer.count("\n", 0, end)
-                        buffer, size = buffer[end:], _CHUNK
-                        continue
-                elif ended:
-                    raise UserError(
-                        f"{self.path} line {line}: the file is cut off: the array has no end"
-                    )
-                try:
-                    more = text.read(size)
-                except (UnicodeDecodeError, *_DAMAGE) as error:
-                    raise UserError(
-                        f"{self.path} after line {line + buffer.count(chr(10))}: the file is "
-                        f"damaged or cut off: {error}"
-                    ) from error
-                # Twice as much each time, so that a long item is not scanned too often.
-                size *= 2
-                self.done = raw.tell()
-                buffer, ended = buffer + more, not more
+            array = Array(io.TextIOWrapper(stream, encoding="utf-8-sig"), self.longest)
+            try:
+                for fields, problem in array:
+                    yield Record(fields, str(self.path), "line", array.line, problem)
+                    self.done = raw.tell()
+            except NotARow as problem:
+                raise UserError(f"{self.path} line {array.line}: {problem}") from problem
+            except (UnicodeDecodeError, *_DAMAGE) as error:
+                raise UserError(
+                    f"{self.path} after line {array.line}: the file is damaged or cut off: {error}"
+                ) from error
 
     def _parquet(self) -> Iterator[Record]:
         raw, stream = self._open()
@@ -226,30 +216,6 @@ class FileRecords:
                 self.done = raw.tell()
                 if not rows and number == 0:
                     return
-
-
-def _parse_line(line: bytes) -> tuple[dict | None, str | None]:
-    try:
-        item = json.loads(line)
-    except json.JSONDecodeError as error:
-        cut = "" if line.endswith(b"\n") else "; the file ends in the middle of it"
-        return None, f"not JSON: {error.msg} at column {error.colno}{cut}"
-    except UnicodeDecodeError as error:
-        return None, f"not UTF-8: {error.reason} at byte {error.start + 1}"
-    except RecursionError:
-        return None, "not JSON: nested too deeply"
-    return _as_fields(item)
-
-
-def _as_fields(item: Any) -> tuple[dict | None, str | None]:
-    if isinstance(item, dict):
-        return item, None
-    return None, f"a {type(item).__name__}; must be a JSON object"
-
-
-def _may_go_on(error: json.JSONDecodeError, length: int) -> bool:
-    # An unfinished string is reported at its beginning, anything else at the end of the text.
-    return error.msg.startswith("Unterminated string") or error.pos >= length - 10
 
 
 def _first_line(error: BaseException) -> str:

@@ -9,6 +9,7 @@ from datasets import load_dataset
 from ..errors import UserError
 from .find import TRAIN_SPLITS, is_path, local_splits, reason
 from .image_paths import COLUMNS, located
+from .json_records import LONGEST
 from .records import FileRecords, Record
 
 
@@ -20,6 +21,7 @@ class RecordStream:
         name (`str`): As in [`load_source`].
         config (`str`, *optional*): Configuration of a hub dataset.
         split (`str`, *optional*): Split to read; by default the training split, or the only one.
+        longest (`int`, *optional*, defaults to 64 MB): Most bytes of a row of a JSON file.
 
     Attributes:
         size (`int` or `None`): Bytes to read, for progress; `None` from the hub.
@@ -28,14 +30,21 @@ class RecordStream:
         UserError: If there is no such dataset or split.
     """
 
-    def __init__(self, name: str, config: str | None = None, split: str | None = None):
+    def __init__(
+        self,
+        name: str,
+        config: str | None = None,
+        split: str | None = None,
+        longest: int = LONGEST,
+    ):
         self.name = name
         self._files: list[FileRecords] = []
         self._rows: Iterable[dict[str, Any]] | None = None
         path = Path(name).expanduser()
         if path.exists():
             groups = local_splits(path)
-            self._files = [FileRecords(file) for file in groups[choose_split(name, groups, split)]]
+            chosen = groups[choose_split(name, groups, split)]
+            self._files = [FileRecords(file, longest) for file in chosen]
         elif is_path(name):
             raise UserError(f"dataset {name}: no such file or folder")
         else:

@@ -9,6 +9,7 @@ from oddsmith.errors import UserError
 from oddsmith.prepare.curation import Rules
 from oddsmith.prepare.formats import ReadOptions
 from oddsmith.prepare.scored import Columns
+from oddsmith.sources.json_records import LONGEST
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def test_prepare_flags_reach_their_options(prepared, tmp_path):
         "--responses-column answers --scores_column s --ranks-column r "
         "--text_key t --score_key k --rank_key p --lang_column l --bad_rows drop --min_score 2.5 "
         "--min-gap 0.5 --keep_ties --min_agreement 0.75 --languages EN de --keep_duplicates "
-        "--near_duplicates 0.9"
+        "--near_duplicates 0.9 --max_line_mb 3"
     )
     assert run_prepare(argv.split()) == 0
     ((datasets, output, options, rules, others),) = prepared
@@ -42,7 +43,8 @@ def test_prepare_flags_reach_their_options(prepared, tmp_path):
     assert options == ReadOptions("scored", "all", False, columns, str(tmp_path))
     assert rules == Rules(2.5, 0.5, True, 0.75, frozenset({"en", "de"}), True, 0.9)
     assert others == {
-        "config": "en", "split": "test", "overwrite": True, "temp_dir": str(tmp_path)
+        "config": "en", "split": "test", "overwrite": True, "temp_dir": str(tmp_path),
+        "longest": 3 << 20,
     }  # fmt: skip
 
 
@@ -51,7 +53,9 @@ def test_prepare_defaults_are_those_of_the_options(prepared):
     ((_, _, options, rules, others),) = prepared
     assert rules == Rules()
     assert options == ReadOptions("auto", "best_worst", True, Columns(), None)
-    assert others == {"config": None, "split": None, "overwrite": False, "temp_dir": None}
+    assert others == {
+        "config": None, "split": None, "overwrite": False, "temp_dir": None, "longest": LONGEST
+    }  # fmt: skip
 
 
 def test_one_answer_per_row_is_another_column(prepared):
@@ -82,7 +86,7 @@ def test_inspect_flags_reach_the_run(monkeypatch):
         "d --model m --model-revision v --dataset_config c --split s --rows 9 --max_length 77 "
         "--max-prompt-length 33 --overlength drop --batch_size 5 --chat_template t.jinja "
         "--trust_remote_code --json --histogram h.png --prompt_column q "
-        '--column_mapping {"s":"system"}'
+        '--column_mapping {"s":"system"} --max_line_mb 5'
     )
     assert run_inspect(argv.split()) == 0
     assert run_inspect(["d", "--model", "m"]) == 0
@@ -91,12 +95,14 @@ def test_inspect_flags_reach_the_run(monkeypatch):
         "overlength": "drop", "batch_size": 5, "chat_template": "t.jinja", "revision": "v",
         "trust_remote_code": True, "as_json": True, "histogram": "h.png",
         "column_mapping": {"s": "system", "q": "prompt"}, "args": None, "peft_config": None,
+        "longest": 5 << 20,
     }  # fmt: skip
     plain = {
         "config": None, "split": None, "rows": None, "max_length": 1024,
         "max_prompt_length": None, "overlength": "truncate", "batch_size": 2,
         "chat_template": None, "revision": None, "trust_remote_code": False, "as_json": False,
         "histogram": None, "column_mapping": {}, "args": None, "peft_config": None,
+        "longest": LONGEST,
     }  # fmt: skip
     assert calls == [(("d", "m"), expected), (("d", "m"), plain)]
 

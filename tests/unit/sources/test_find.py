@@ -31,7 +31,7 @@ def ask(dataset, **names):
     absent = dict.fromkeys(
         ("dataset_config", "dataset_train_split", "dataset_test_split", "eval_dataset_name")
     )
-    return SimpleNamespace(dataset_name=str(dataset), **{**absent, **names})
+    return SimpleNamespace(dataset_name=str(dataset), max_line_mb=64, **{**absent, **names})
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.ndjson", "rows.jsonl.gz", "rows.JSON"])

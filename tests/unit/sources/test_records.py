@@ -72,7 +72,7 @@ def test_lines_are_numbered_as_in_an_editor(tmp_path):
 
 
 def test_a_long_array_is_read_piece_by_piece(tmp_path, monkeypatch):
-    monkeypatch.setattr("oddsmith.sources.records._CHUNK", 5)
+    monkeypatch.setattr("oddsmith.sources.json_records._CHUNK", 5)
     rows = [{"text": "x" * size, "list": [1.25, [], {"k": "\\ué"}]} for size in (0, 3, 400, 1)]
     path = tmp_path / "a.json"
     path.write_text(json.dumps(rows, indent=2, ensure_ascii=False), encoding="utf-8")
@@ -104,7 +104,7 @@ def test_parquet_and_saved_datasets(tmp_path):
         (b'{"a": 1}\n[1]\n', 2, "a list; must be a JSON object"),
         (b'{"a": 1}\nnull\n', 2, "a NoneType; must be a JSON object"),
         (b'{"a": 1}\n{"a": "\xff"}\n', 2, "not UTF-8: invalid start byte at byte 8"),
-        (b"[" * 100_000 + b"\n", 1, "nested too deeply"),
+        (b'{"a":' + b"[" * 100_000 + b"\n", 1, "nested too deeply"),
     ],
 )
 def test_a_bad_line_is_named_and_the_others_are_read(content, number, problem, tmp_path):
