@@ -1,5 +1,6 @@
 """`oddsmith train` from the command line to its output folder, on a tiny local model."""
 
+import errno
 import gzip
 import json
 import subprocess
@@ -7,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from oddsmith import cli
 from oddsmith.demo.tasks import make_pairs
@@ -201,3 +202,54 @@ def test_reporting_to_what_is_not_installed(tiny_mistral, tmp_path, capsys, monk
     error = error_of(capsys, *arguments, "--report_to", "trackio", *QUICK)
     assert error.endswith("--report_to trackio: needs the package trackio, which is not installed")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (
+            ("--optim", "paged_adamw_8bit", "--optim_args", "page_dir=/none"),
+            "page_dir is '/none'; must be",
+        ),
+        (
+            (
+                "--optim",
+                "galore_adamw",
+                "--optim_args",
+                "rank=x",
+                "--optim_target_modules",
+                "all-linear",
+            ),
+            "rank",
+        ),
+        (
+            ("--optim", "galore_adamw", "--optim_target_modules", "none", "such"),
+            "--optim and its arguments: ",
+        ),
+        (("--optim", "adamw_8bit", "--optim_args", "optim_bits=7"), "optim_bits"),
+    ],
+)
+def test_arguments_of_optimizers_are_one_line(flags, words, tiny_mistral, tmp_path, capsys):
+    data = write_jsonl(tmp_path / "pairs.jsonl", string_rows(4, seed=1))
+    argv = ("--model", tiny_mistral, "--dataset", data, "--output_dir", tmp_path / "out")
+    assert words in error_of(capsys, *argv, *QUICK, *flags)
+
+
+@pytest.mark.parametrize(
+    ("where", "strategy", "left"),
+    [
+        ("_save_checkpoint", "steps", "There is none before it."),
+        ("save_model", "no", "There is no checkpoint yet"),
+    ],
+)
+def test_a_full_disk_is_one_line(
+    where, strategy, left, tiny_mistral, tmp_path, capsys, monkeypatch
+):
+    def full(self, *args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device", "model.safetensors")
+
+    monkeypatch.setattr(Trainer, where, full)
+    data = write_jsonl(tmp_path / "pairs.jsonl", string_rows(4, seed=1))
+    argv = ("--model", tiny_mistral, "--dataset", data, "--output_dir", tmp_path / "out")
+    said = error_of(capsys, *argv, *QUICK, "--save_strategy", strategy, "--save_steps", "1")
+    assert "No space left on device" in said and said.endswith(left)

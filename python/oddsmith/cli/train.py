@@ -4,6 +4,8 @@ import logging
 import os
 import platform
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from ..errors import UserError, user_errors
 from ..inspection.report import FIGURES
 from ..sources.find import load_pairs
 from ..trainer import ORPOTrainer
+from ..training.checkpoint_hooks import is_of_the_disk
 from ..training.checkpoints import newest_whole
 from ..training.curves import save_curves
 from .launch import STARTED
@@ -204,7 +207,7 @@ def run_train(
         ensure_chat_template(template_source(tokenizer), train_dataset, mapping)
     config.model_init_kwargs = model_init_kwargs(run, config)
     with user_errors(""):
-        trainer = ORPOTrainer(
+        trainer = _Trainer(
             model=run.model,
             args=config,
             train_dataset=train_dataset,
@@ -213,21 +216,42 @@ def run_train(
             peft_config=make_adapter(adapter),
         )
     trainer.how_to_go_on = how_to_go_on or trainer.how_to_go_on
-    try:
+    with _ends(config, trainer.how_to_go_on):
         result = trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_metrics("train", result.metrics)
+        if eval_dataset is not None:
+            metrics = last_evaluation(trainer.state) or trainer.evaluate()
+            trainer.log_metrics("eval", metrics)
+            trainer.save_metrics("eval", metrics)
+        trainer.save_model()
+        trainer.save_state()
+        if trainer.is_world_process_zero():
+            draw_curves(trainer.state.log_history, output_folder(config))
+            what = "adapter" if adapter.use_peft else "model"
+            print(f"Saved the {what} and its tokenizer to {config.output_dir}")
+
+
+class _Trainer(ORPOTrainer):
+    def create_optimizer(self, *args: Any, **options: Any) -> Any:
+        """See [`~transformers.Trainer`]: here `optim` and its arguments are the user's flags."""
+        with user_errors("--optim and its arguments"):
+            return super().create_optimizer(*args, **options)
+
+
+@contextmanager
+def _ends(config: ORPOConfig, how_to_go_on: str) -> Iterator[None]:
+    """Says what there is, when a run ends before it should."""
+    try:
+        yield
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(_left(config, trainer.how_to_go_on)) from None
-    trainer.save_metrics("train", result.metrics)
-    if eval_dataset is not None:
-        metrics = last_evaluation(trainer.state) or trainer.evaluate()
-        trainer.log_metrics("eval", metrics)
-        trainer.save_metrics("eval", metrics)
-    trainer.save_model()
-    trainer.save_state()
-    if trainer.is_world_process_zero():
-        draw_curves(trainer.state.log_history, output_folder(config))
-        what = "adapter" if adapter.use_peft else "model"
-        print(f"Saved the {what} and its tokenizer to {config.output_dir}")
+        raise KeyboardInterrupt(_left(config, how_to_go_on)) from None
+    except UserError:
+        raise
+    except Exception as error:
+        if not is_of_the_disk(error):
+            raise
+        left = _left(config, how_to_go_on)
+        raise UserError(f"{error}. {left[0].upper()}{left[1:]}") from error
 
 
 def _left(config: ORPOConfig, how_to_go_on: str) -> str:

@@ -1,5 +1,6 @@
 """The arguments of `oddsmith train`: flags, a YAML or JSON file, or both."""
 
+import argparse
 import difflib
 import json
 import os
@@ -145,6 +146,13 @@ class AdapterArguments:
         ]
 
 
+class _OneOrMore(argparse.Action):
+    """A value, or the list of several."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        setattr(namespace, self.dest, values[0] if len(values) == 1 else values)
+
+
 class TrainParser(HfArgumentParser):
     """HfArgumentParser with short errors: its usage line would list two hundred flags."""
 
@@ -160,6 +168,10 @@ class TrainParser(HfArgumentParser):
         self.add_argument("--help_all", "--help-all", action="help", help="Show this and exit.")
         # A command has nothing of its own to do when it is to end; a script may.
         self.set_defaults(enable_jit_checkpoint=True)
+        for action in self._actions:
+            # A string or a list; HfArgumentParser takes the first of the two.
+            if action.dest == "optim_target_modules":
+                action.__class__, action.nargs = _OneOrMore, "+"
 
     def error(self, message: str) -> NoReturn:
         once.say(f"oddsmith train: error: {message}\nSee oddsmith train --help")

@@ -63,7 +63,7 @@ class CheckpointHooks(TrainerParts):
             self._publish(stage, place)
         except BaseException as error:
             shutil.rmtree(stage, ignore_errors=True)
-            if not _is_of_the_disk(error):
+            if not is_of_the_disk(error):
                 raise
             raise CheckpointError(self._not_saved(place, error)) from error
         if self.args.push_to_hub:
@@ -124,5 +124,6 @@ def _rename(stage: Path, place: Path) -> None:
     shutil.rmtree(stage, ignore_errors=True)
 
 
-def _is_of_the_disk(error: BaseException) -> bool:
+def is_of_the_disk(error: BaseException) -> bool:
+    """Whether an exception says that a file cannot be read or written, as on a full disk."""
     return isinstance(error, OSError) or _WRITE.search(str(error)) is not None

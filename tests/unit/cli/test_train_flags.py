@@ -154,3 +154,12 @@ def test_wrong_settings_files(name, text, reason, tmp_path, capsys):
     if text is not None:
         path.write_text(text)
     assert reason in rejects(capsys, [str(path), *REQUIRED])
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [(["all-linear"], "all-linear"), (["attn", "mlp"], ["attn", "mlp"]), (["attn"], "attn")],
+)
+def test_modules_of_an_optimizer_are_one_or_several(given, found):
+    _, _, config = parse_train_arguments([*REQUIRED, "--use_cpu", "--optim_target_modules", *given])
+    assert config.optim_target_modules == found
