@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 from peft import LoraConfig, PeftConfig
-from pyarrow.compute import match_substring_regex
+from pyarrow import compute
 
 from ..errors import UserError
 from .folder import Tensor, read_tensors
@@ -189,13 +189,14 @@ class Adapter:
         """
         for pattern, value in values.items():
             try:
-                found = match_substring_regex(pa.scalar(module), rf"^(.*\.)?({pattern})$").as_py()
+                options = compute.MatchSubstringOptions(rf"^(.*\.)?({pattern})$")
+                match = compute.call_function("match_substring_regex", [pa.scalar(module)], options)
             except pa.ArrowInvalid as error:
                 raise UserError(
                     f"{self.folder}: {pattern!r} of rank_pattern or alpha_pattern is no pattern that can be "
                     f"used here: {error}"
                 ) from error
-            if found:
+            if match.as_py():
                 return value
         return values.get(module, default)
 

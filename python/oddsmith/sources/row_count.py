@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-import datasets
+from datasets import config
 from tqdm import tqdm
 
 from ..errors import UserError
@@ -71,4 +71,4 @@ def _verdict(file: FileRecords) -> Path:
     status = file.path.stat()
     key = (_READER, file.path.resolve(), status.st_size, status.st_mtime_ns, file.longest)
     name = hashlib.sha256(repr(key).encode()).hexdigest()
-    return Path(datasets.config.HF_DATASETS_CACHE) / "oddsmith" / "counted" / name
+    return Path(config.HF_DATASETS_CACHE) / "oddsmith" / "counted" / name
