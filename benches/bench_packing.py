@@ -2,9 +2,10 @@
 
     python benches/bench_packing.py [--repeats 5] [--threads 2] [--record]
 
-`flash` is what a causal layer gets, `window` the same kernels for a layer with a window. `tiles` is the computation of
-`flash` by the code for layers that no flash kernel knows; `softcap` and `both`, a softcap and a window, are such layers. A row has pairs with a shared prompt: sequences of 1,024 tokens in a row
-of 2,048 tokens, and of 2,048 tokens in longer ones, so that the window of 1,024 tokens matters there.
+`flash` is what a causal layer gets, `window` and `short_window` (256 tokens) the same kernels for a layer with one.
+`tiles` is the computation of `flash` by the code for layers that no flash kernel knows; `softcap` and `both`, a
+softcap and a window, are such layers. A row has pairs with a shared prompt: sequences of 1,024 tokens in a row of
+2,048 tokens, and of 2,048 tokens in longer ones, so that the window of 1,024 tokens matters there.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from oddsmith.packing.pattern import CAUSAL, Pattern, Segments
 from side_by_side import Report, flags, interleave
 
 HEADS, KEY_HEADS = 8, 2
-WINDOW, SOFTCAP = 1024, 50.0
+WINDOW, SHORT_WINDOW, SOFTCAP = 1024, 256, 50.0
 
 
 def segments_of(tokens: int) -> Segments:
@@ -62,6 +63,7 @@ def runs_of(tokens: int, width: int, dtype: torch.dtype) -> dict[str, Callable[[
     found: dict[str, Callable[[], object]] = {
         "flash": partial(step, partial(flash, CAUSAL)),
         "window": partial(step, partial(flash, window)),
+        "short_window": partial(step, partial(flash, Pattern(window=SHORT_WINDOW))),
     }
     return found | {name: partial(step, partial(tiles, rule)) for name, rule in rules.items()}
 
