@@ -2,9 +2,10 @@
 
     python benches/bench_packing.py [--repeats 5] [--threads 2] [--record]
 
-`flash` is what a causal layer gets. `tiles` is the same computation by the code for layers that no flash kernel knows;
-`window`, `softcap` and `both` are such layers. A row has pairs with a shared prompt: sequences of 1,024 tokens in a row
-of 2,048 tokens, and of 2,048 tokens in longer ones, so that the window of 1,024 tokens matters there.
+`flash` is what a causal layer gets, `window` and `short_window` (256 tokens) the same kernels for a layer with one.
+`tiles` is the computation of `flash` by the code for layers that no flash kernel knows; `softcap` and `both`, a
+softcap and a window, are such layers. A row has pairs with a shared prompt: sequences of 1,024 tokens in a row of
+2,048 tokens, and of 2,048 tokens in longer ones, so that the window of 1,024 tokens matters there.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from oddsmith.packing.pattern import CAUSAL, Pattern, Segments
 from side_by_side import Report, flags, interleave
 
 HEADS, KEY_HEADS = 8, 2
-WINDOW, SOFTCAP = 1024, 50.0
+WINDOW, SHORT_WINDOW, SOFTCAP = 1024, 256, 50.0
 
 
 def segments_of(tokens: int) -> Segments:
@@ -47,8 +48,8 @@ def runs_of(tokens: int, width: int, dtype: torch.dtype) -> dict[str, Callable[[
     def step(attend: Callable[..., Tensor]) -> object:
         return torch.autograd.grad(attend(query, key, value), (query, key, value), d_out)
 
-    def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return PackedFlash.apply(q, k, v, segments, scale)
+    def flash(pattern: Pattern, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return PackedFlash.apply(q, k, v, segments, scale, pattern)
 
     def tiles(rule: Rule, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return PackedTiles.apply(q, k, v, None, segments, rule)
@@ -56,11 +57,14 @@ def runs_of(tokens: int, width: int, dtype: torch.dtype) -> dict[str, Callable[[
     window = Pattern(window=WINDOW).within(max(shared + own for shared, own, _ in segments))
     rules = {
         "tiles": Rule(CAUSAL, scale),
-        "window": Rule(window, scale),
         "softcap": Rule(CAUSAL, scale, SOFTCAP),
         "both": Rule(window, scale, SOFTCAP),
     }
-    found: dict[str, Callable[[], object]] = {"flash": partial(step, flash)}
+    found: dict[str, Callable[[], object]] = {
+        "flash": partial(step, partial(flash, CAUSAL)),
+        "window": partial(step, partial(flash, window)),
+        "short_window": partial(step, partial(flash, Pattern(window=SHORT_WINDOW))),
+    }
     return found | {name: partial(step, partial(tiles, rule)) for name, rule in rules.items()}
 
 

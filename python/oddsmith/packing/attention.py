@@ -30,7 +30,7 @@ def packed_attention(
     Causal attention within each sequence of a packed row.
 
     What is installed and the device decide who computes it: libtorch's flash kernels for the CPU, a
-    variable-length flash kernel on CUDA, or tiles of queries.
+    variable-length flash kernel on CUDA, or tiles of queries for what neither knows (on a CPU a softcap).
 
     Args:
         query (`Tensor`): `(1, heads, N, d)`.
@@ -54,8 +54,10 @@ def packed_attention(
     if value_width <= width and can_run(query, pattern, softcap, sinks, dropout):
         value = _widened(value, width)
         out = packed_varlen(query, key, value, segments, factor, pattern.window, softcap)
-    elif on_cpu and plain and not dropout and pattern == CAUSAL and value_width <= width:
-        out = PackedFlash.apply(query, key, _widened(value, width), segments, factor)
+    elif on_cpu and softcap is None and not dropout and None in pattern:
+        common = max(width, value_width)
+        query, key, value = (_widened(x, common) for x in (query, key, value))
+        out = PackedFlash.apply(query, key, value, segments, factor, pattern, sinks)
     elif plain and (dropout or not on_cpu):
         return packed_blocks(query, key, value, segments, pattern, factor, dropout)
     else:
@@ -65,6 +67,6 @@ def packed_attention(
 
 
 def _widened(value: Tensor, width: int) -> Tensor:
-    """Values with zeros up to a width; the flash kernels know only one width."""
+    """With zeros up to a width, which change no product; the flash kernels know only one width."""
     missing = width - value.shape[-1]
     return F.pad(value, (0, missing)) if missing else value

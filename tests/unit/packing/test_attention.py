@@ -30,16 +30,18 @@ def used(monkeypatch):
     return names
 
 
-@pytest.mark.parametrize("value_width", [5, 8])
+@pytest.mark.parametrize("value_width", [5, 8, 11])
 @pytest.mark.parametrize(
     ("options", "name"),
     [
         ({}, "PackedFlash"),
         ({"pattern": FAR}, "PackedFlash"),
-        ({"pattern": Pattern(window=3)}, "PackedTiles"),
-        ({"pattern": Pattern(chunk=3)}, "PackedTiles"),
+        ({"pattern": Pattern(window=3)}, "PackedFlash"),
+        ({"pattern": Pattern(chunk=3)}, "PackedFlash"),
+        ({"sinks": SINKS}, "PackedFlash"),
+        ({"pattern": Pattern(window=3), "sinks": SINKS}, "PackedFlash"),
         ({"softcap": 2.0}, "PackedTiles"),
-        ({"sinks": SINKS}, "PackedTiles"),
+        ({"pattern": Pattern(window=3, chunk=4)}, "PackedTiles"),
     ],
 )
 def test_the_choice_on_a_cpu(options, name, value_width, used):
@@ -52,18 +54,11 @@ def test_the_choice_on_a_cpu(options, name, value_width, used):
     torch.testing.assert_close(out.double(), truth, rtol=1e-5, atol=1e-5)
 
 
-def test_wide_values_take_tiles(used):
-    q, k, v = tensors(SEGMENTS, torch.float32, 11)
-    out = packed_attention(q, k, v, SEGMENTS, scale=0.3)
-    truth = attention(q, k, v, SEGMENTS, 0.3)
-    torch.testing.assert_close(out.double(), truth, rtol=1e-5, atol=1e-5)
-    assert used == ["PackedTiles"]
-
-
-def test_gradients_of_narrow_values(used):
-    inputs = [x.requires_grad_() for x in tensors(SEGMENTS, torch.float64, 5)]
+@pytest.mark.parametrize("value_width", [5, 11])
+def test_gradients_of_values_of_another_width(value_width, used):
+    inputs = [x.requires_grad_() for x in tensors(SEGMENTS, torch.float64, value_width)]
     exact = [x.detach().requires_grad_() for x in inputs]
-    upstream = torch.randn(1, 4, sum(map(sum, SEGMENTS)), 5, dtype=torch.float64)
+    upstream = torch.randn(1, 4, sum(map(sum, SEGMENTS)), value_width, dtype=torch.float64)
     out, truth = packed_attention(*inputs, SEGMENTS), attention(*exact, SEGMENTS)
     grads = torch.autograd.grad(out, inputs, upstream)
     torch.testing.assert_close(grads, torch.autograd.grad(truth, exact, upstream))
@@ -85,9 +80,9 @@ def test_the_choice_with_dropout(options, name, used):
         ({}, "packed_varlen"),
         ({"pattern": Pattern(window=3)}, "packed_varlen"),
         ({"softcap": 2.0}, "packed_varlen"),
-        ({"pattern": Pattern(chunk=3)}, "PackedTiles"),
+        ({"pattern": Pattern(chunk=3)}, "PackedFlash"),
         ({"pattern": Pattern(chunk=7)}, "packed_varlen"),
-        ({"sinks": SINKS}, "PackedTiles"),
+        ({"sinks": SINKS}, "PackedFlash"),
     ],
 )
 @pytest.mark.parametrize("value_width", [5, 8])

@@ -1,7 +1,6 @@
 """Attention in tiles of queries: softcap, sinks, windows, chunks, widths; values and gradients."""
 
 import math
-from itertools import product
 
 import pytest
 import torch
@@ -12,24 +11,31 @@ from oddsmith.packing.pattern import CAUSAL, Pattern
 from support.packed_attention import SEGMENTS, TOLERANCE, attention, tensors
 
 # Shorter than the prompts, ending within them and within the answers.
-PATTERNS = (CAUSAL, Pattern(window=1), Pattern(window=3), Pattern(chunk=2), Pattern(chunk=3))
+PATTERNS = (
+    CAUSAL,
+    Pattern(window=1),
+    Pattern(window=3),
+    Pattern(chunk=2),
+    Pattern(chunk=3),
+    Pattern(2, 5),
+)
 
 
-def size_of(tile):
-    """Queries and keys."""
-    rows, pieces = tile.rows, tile.pieces
-    return rows.stop - rows.start, sum(piece.stop - piece.start for piece in pieces)
+def size_of(place):
+    return place.stop - place.start
 
 
 def close(mine, true, tolerance):
     torch.testing.assert_close(mine.double(), true.double(), rtol=tolerance, atol=tolerance)
 
 
-@pytest.fixture(params=[2, 256])
-def queries(request, monkeypatch):
-    """Tiles of few queries, and of whole blocks."""
-    monkeypatch.setattr(attention_tiles, "_SMALLEST", 1)
-    monkeypatch.setattr(attention_tiles, "_TILE_QUERIES", request.param)
+@pytest.fixture(params=[(4, 3), (8, 2), (256, 128)], ids=str)
+def sizes(request, monkeypatch):
+    """Tiles of few queries and keys, and of whole blocks."""
+    rows, keys = request.param
+    monkeypatch.setattr(attention_tiles, "_TILE_WEIGHTS", 1)
+    monkeypatch.setattr(attention_tiles, "_TILE_ROWS", rows)
+    monkeypatch.setattr(attention_tiles, "_FEWEST_KEYS", keys)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -37,7 +43,7 @@ def queries(request, monkeypatch):
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_values_and_gradients_are_those_of_the_definition(
-    pattern, softcap, with_sinks, dtype, queries
+    pattern, softcap, with_sinks, dtype, sizes
 ):
     inputs = tensors(SEGMENTS, dtype, value_width=5)
     if with_sinks:
@@ -107,29 +113,30 @@ def test_dropout_keeps_the_expected_value():
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-def test_each_query_is_in_one_tile_with_all_that_it_sees(pattern, queries):
-    from support.packed_attention import mask
-
-    count = sum(map(sum, SEGMENTS))
-    found = torch.zeros(count, count, dtype=torch.int64)
-    for tile in tiles(SEGMENTS, pattern, 4, torch.device("cpu")):
-        seen = torch.ones(size_of(tile), dtype=torch.bool)
-        for keys, unseen in tile.unseen:
-            seen[:, keys] &= ~unseen
-        places = [place for piece in tile.pieces for place in range(piece.start, piece.stop)]
-        for (row, query), (column, place) in product(
-            enumerate(range(tile.rows.start, tile.rows.stop)), enumerate(places)
-        ):
-            found[query, place] += int(seen[row, column])
-    assert torch.equal(found, mask(SEGMENTS, pattern.window, pattern.chunk).long())
+def test_each_query_is_in_one_tile_with_all_that_it_sees(pattern, sizes):
+    for shared, length in ((0, 1), (0, 9), (4, 6), (5, 12)):
+        found = torch.zeros(length, length, dtype=torch.int64)
+        for tile in tiles(shared, length, pattern, (2, 2), torch.device("cpu")):
+            for keys in tile.keys:
+                seen = torch.ones(size_of(tile.queries), 1, size_of(keys.place), dtype=torch.bool)
+                for place, unseen in keys.unseen:
+                    seen[..., place] &= ~unseen
+                queries = slice(shared + tile.queries.start, shared + tile.queries.stop)
+                found[queries, keys.place] += seen[:, 0].long()
+        mask = pattern.mask(range(shared, length), range(length), torch.device("cpu"))
+        assert torch.equal(found[shared:], mask.long()) and not found[:shared].any()
 
 
-def test_memory_grows_with_the_row_and_not_with_its_square():
-    # 16 pairs of 2 * 512 tokens: a mask of the row would have 16384 squared elements a head.
-    segments = ((0, 512, 512),) * 16
-    found = tiles(segments, CAUSAL, 4, torch.device("cpu"))
-    largest = max(math.prod(size_of(tile)) * 4 for tile in found)
-    assert largest <= attention_tiles._TILE_WEIGHTS
+@pytest.mark.parametrize("length", [700, 1 << 14])
+def test_memory_grows_with_the_row_and_not_with_its_square(length):
+    for heads in ((2, 4), (8, 1), (1, 48)):
+        found = tiles(0, length, CAUSAL, heads, torch.device("cpu"))
+        largest = max(
+            math.prod(heads) * size_of(tile.queries) * size_of(keys.place)
+            for tile in found
+            for keys in tile.keys
+        )
+        assert largest <= attention_tiles._TILE_WEIGHTS
 
 
 def test_low_precision_tolerances_are_those_of_the_flash_kernels():
@@ -141,9 +148,9 @@ def test_low_precision_tolerances_are_those_of_the_flash_kernels():
 def test_scores_and_sinks_of_any_size():
     """The sums of the weights neither overflow nor vanish."""
     for dtype, tolerance in ((torch.float32, 1e-4), (torch.float64, 1e-12)):
-        for sink in (-1e4, 0.0, 1e4):
+        for sink in (-1e4, 0.0, 1e4, -torch.inf):
             inputs = [x * 30.0 for x in tensors(SEGMENTS, dtype)]
-            inputs = [*inputs, torch.tensor([sink, 5.0, -sink, 1.0], dtype=dtype)]
+            inputs = [*inputs, torch.tensor([sink, 5.0, -max(sink, -1e4), 1.0], dtype=dtype)]
             inputs = [x.requires_grad_() for x in inputs]
             exact = [x.detach().double().requires_grad_() for x in inputs]
             out = PackedTiles.apply(*inputs, SEGMENTS, Rule(CAUSAL, 0.6))
