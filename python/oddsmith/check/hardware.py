@@ -12,6 +12,7 @@ import torch
 from ..config import cpu_has_bf16
 from . import memory
 from .findings import Gpu, Problem, Processor
+from .software import nvidia_driver
 
 __all__ = [
     "OLDEST_CAPABILITY",
@@ -65,7 +66,7 @@ def torch_builds() -> dict[str, str | None]:
     return {
         "CUDA of torch": torch.version.cuda,
         "ROCm of torch": torch.version.hip,
-        "NVIDIA driver": _driver(),
+        "NVIDIA driver": nvidia_driver(),
     }
 
 
@@ -108,12 +109,3 @@ def _cpu_name() -> str:
     except OSError:
         name = None
     return name[1].strip() if name else platform.processor() or platform.machine()
-
-
-def _driver() -> str | None:
-    try:
-        text = Path("/proc/driver/nvidia/version").read_text()
-    except OSError:
-        return None
-    version = re.search(r"Kernel Module\s+(?:for \S+\s+)?([\d.]+)", text)
-    return version[1] if version else None
