@@ -170,10 +170,16 @@ pub fn set_foreign(foreign: bool) {
     FOREIGN.store(foreign, Ordering::Relaxed);
 }
 
+/// As [`set_foreign`] says.
+#[must_use]
+pub fn is_foreign() -> bool {
+    FOREIGN.load(Ordering::Relaxed)
+}
+
 /// True if torch's CUDA devices are NVIDIA's, as far as it says, and the driver can be opened.
 #[must_use]
 pub fn is_available() -> bool {
-    !FOREIGN.load(Ordering::Relaxed) && driver().is_ok()
+    !is_foreign() && driver().is_ok()
 }
 
 /// Compiles a source for a GPU and loads it, if that has not been done.

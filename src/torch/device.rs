@@ -14,8 +14,8 @@ use crate::base::error::{Error, Result};
 use crate::cuda::trust::{self, Family};
 use crate::cuda::{self, Arg};
 
-/// The GPU of this tensor and its current stream on this thread; `None` if the tensor is not on a GPU, or if
-/// one of the families of kernels is not trusted there. With an emulated GPU, CPU tensors are on it.
+/// The GPU of this tensor and its current stream on this thread; `None` if the tensor is not on a GPU of NVIDIA,
+/// or if one of the families of kernels is not trusted there. With an emulated GPU, CPU tensors are on it.
 ///
 /// # Errors
 /// If libtorch has no current stream, and those of [`trust::trusts`].
@@ -25,7 +25,7 @@ pub fn of(tensor: &Tensor, families: &[Family]) -> Result<Option<cuda::Device>> 
             let ordinal = i32::try_from(index).map_err(|error| Error::Internal(error.to_string()))?;
             (ordinal, current_stream)
         }
-        Device::Cpu if cuda::is_emulated() => (0, emulated_stream),
+        Device::Cpu if cuda::is_emulated() && !cuda::is_foreign() => (0, emulated_stream),
         _ => return Ok(None),
     };
     if !trust::trusts(ordinal, families)? {

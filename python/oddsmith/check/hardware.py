@@ -99,7 +99,8 @@ def gpu_problems(found: list[Gpu]) -> list[Problem]:
         if torch.version.hip is None and capability < OLDEST_CAPABILITY:
             what = f"cuda:{gpu.index} ({gpu.name}) has capability {gpu.capability}"
             needed = "{}.{}".format(*OLDEST_CAPABILITY)
-            problems.append(Problem(what, f"the kernels need {needed}; use another GPU or the CPU"))
+            remedy = f"the kernels need {needed}, and torch's operations take their place; use another GPU"
+            problems.append(Problem(what, remedy))
     return problems
 
 

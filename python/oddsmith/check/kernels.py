@@ -162,7 +162,11 @@ def _look_at(gpu: int) -> _Gpu:
 
 def _key(gpu: int, known: _Gpu) -> str:
     """Digest of the GPU, the driver, the kernels, what they are compared with, and how."""
-    cases = hashlib.sha256(Path(__file__).with_name("trials.py").read_bytes()).hexdigest()
+    try:
+        text = Path(__file__).with_name("trials.py").read_bytes()
+    except OSError:  # a package without its sources
+        text = b""
+    cases = hashlib.sha256(text).hexdigest()
     versions = [_core.kernel_identity(gpu), _core.__version__, str(torch.__version__), cases]
     parts = [*versions, known.name, known.uuid, known.capability, known.driver]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]

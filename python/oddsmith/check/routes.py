@@ -34,7 +34,7 @@ def _core_of(device: torch.device) -> tuple[str, str]:
     capability = torch.cuda.get_device_capability(device)
     if capability < OLDEST_CAPABILITY:
         oldest = "{}.{}".format(*OLDEST_CAPABILITY)
-        return "nothing", "the kernels need capability {}, and it has {}.{}".format(
+        return "torch", "the kernels need capability {}, and it has {}.{}".format(
             oldest, *capability
         )
     return _by_trust(device.index or 0)

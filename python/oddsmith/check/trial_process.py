@@ -121,8 +121,9 @@ class _Lines:
     def close(self) -> None:
         """Ends the process."""
         self._process.kill()
-        self._process.wait()
-        # Not for ever: what it has started may have its pipe too.
+        # Not for ever: a system waits for the GPU before it ends a process; what this one started may have its pipe.
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(10.0)
         self._reader.join(1.0)
 
     def next(self, limit: float) -> dict[str, Any] | None:
@@ -282,3 +283,5 @@ def _say(**line: Any) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1])
+    # Without a farewell to a context that may be ruined.
+    os._exit(0)

@@ -155,8 +155,8 @@ def head_batch(device: torch.device, dtype: torch.dtype) -> Measure:
     """The loss of a batch of pairs, and its gradients: frozen in one block and in several, and trained."""
     kinds = [(_HEAD, False), (_BLOCKS, False), (_HEAD, True)]
     found = [_batch(_head_inputs(device, dtype, sizes), trained) for sizes, trained in kinds]
-    results = [[tensor for kind in found for tensor in kind[i]] for i in range(3)]
-    return Measure(*results)
+    ours, peer, truth = ([tensor for kind in found for tensor in kind[i]] for i in range(3))
+    return Measure(ours, peer, truth)
 
 
 def _batch(inputs: tuple[Tensor, Tensor, Tensor], trained: bool) -> tuple[list[Tensor], ...]:
