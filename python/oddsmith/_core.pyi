@@ -100,7 +100,6 @@ def adamw_serves(value: Tensor, eight_bits: bool) -> bool:
     """Whether `adamw_step` serves values on the device of this one, with moments of 8 or of 32 bits."""
 
 def moment_maps() -> tuple[Tensor, Tensor]: ...
-
 def kernel_families() -> list[tuple[str, list[str]]]:
     """Names of the families of CUDA kernels, each with its files in kernels/."""
 

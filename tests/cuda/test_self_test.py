@@ -107,28 +107,68 @@ def tried(*families):
     return trial_process.verdicts(0, None, list(families))
 
 
-def test_a_context_that_is_ruined_is_left(untried, monkeypatch):
-    """What comes next is tried in another process."""
-    monkeypatch.setenv("EMULATOR_FAULT", fault("bounds", "adamw8"))
-    eight, full = tried("adamw8", "adamw32")
-    assert "CUDA_ERROR_ILLEGAL_ADDRESS" in eight.fault and not eight.passed
+def test_kernels_that_cannot_be_used_at_all(untried, monkeypatch):
+    """Sources that do not compile or load; and a context that is ruined, after which another process goes on."""
+    monkeypatch.setenv("EMULATOR_COMPILE_ERROR", "nf4")
+    monkeypatch.setenv("EMULATOR_FAULT", f"load:head_batch,{fault('bounds', 'adamw8')}")
+    nf4, batch, eight, full = tried("nf4_product", "head_batch", "adamw8", "adamw32")
+    assert not nf4.passed and "nf4(1): error: broken on purpose" in nf4.fault
+    assert not batch.passed and "CUDA_ERROR_NO_BINARY_FOR_GPU" in batch.fault
+    assert not eight.passed and "CUDA_ERROR_ILLEGAL_ADDRESS" in eight.fault
     assert full.passed, full
 
 
-def test_a_kernel_that_never_ends(untried, monkeypatch):
-    monkeypatch.setattr(trial_process, "LIMITS", (0.5, 1.5))
-    monkeypatch.setenv("EMULATOR_FAULT", fault("hang", "nf4_dequantize"))
-    (verdict,) = tried("nf4_dequantize")
-    assert verdict.fault == "its kernels have not ended within 2 s"
+# ---- what the other process does ----
+
+# Instead of the process that tries: what it does with each family is in its name.
+PRETENDED = """
+import json, sys, time
+def say(**line):
+    print("oddsmith-trial " + json.dumps(line), flush=True)
+asked = json.loads(sys.argv[1])
+print("a library says something")
+say(load=asked["families"][0]) if "silent" not in asked["families"] else time.sleep(60)
+for family in asked["families"]:
+    say(load=family)
+    if family == "compiles": time.sleep(60)
+    say(begin=family)
+    if family == "hangs": time.sleep(60)
+    if family == "slow": time.sleep(1.0)
+    if family == "dies":
+        print("terminate called", file=sys.stderr)
+        sys.exit(7)
+    error = "broken" if family == "fails" else None
+    say(verdict={"family": family, "seconds": 0.1, "deviation": 0.0, "allowed": 1.0, "error": error})
+    if error:
+        break
+"""
 
 
-def test_sources_that_do_not_compile_or_load(untried, monkeypatch):
-    monkeypatch.setenv("EMULATOR_COMPILE_ERROR", "nf4")
-    monkeypatch.setenv("EMULATOR_FAULT", "load:adamw")
-    found = tried("nf4_quantize", "nf4_product", "blockwise8", "adamw32")
-    assert [verdict.passed for verdict in found] == [False, False, True, False]
-    assert "nf4(1): error: broken on purpose" in found[0].fault
-    assert "CUDA_ERROR_NO_BINARY_FOR_GPU" in found[3].fault
+@pytest.fixture
+def pretended(monkeypatch):
+    monkeypatch.setattr(trial_process, "_PROGRAM", ("-c", PRETENDED))
+    monkeypatch.setattr(trial_process, "LIMITS", (0.5, 2.5))
+    monkeypatch.setattr(trial_process, "LOAD_LIMIT", 3.0)
+
+
+def test_what_becomes_of_families(pretended):
+    names = ["good", "hangs", "slow", "fails", "dies", "compiles", "last"]
+    found = tried(*names)
+    assert [verdict.family for verdict in found] == names
+    assert [verdict.passed for verdict in found] == [True, False, True, False, False, False, True]
+    assert faults(found) == {
+        "hangs": "its kernels have not ended within 2.5 s",
+        "fails": "broken",
+        "dies": "the process ended: terminate called (exit status 7)",
+        "compiles": "its compilation has not ended within 3 s",
+    }
+    assert {verdict.device for verdict in found} == {"cuda:0"}
+
+
+def test_a_process_that_does_not_start(pretended, monkeypatch):
+    monkeypatch.setattr(trial_process, "START_LIMIT", 1.0)
+    with pytest.raises(trial_process.TrialError, match="a process did not start within 1 s"):
+        tried("silent")
 
 
 @pytest.mark.slow

@@ -29,6 +29,8 @@ LIMITS = (1.0, 10.0)
 START_LIMIT = 300.0
 LOAD_LIMIT = 120.0
 
+# What Python runs in the process.
+_PROGRAM = ("-m", __name__)
 # Before each line of a process: libraries print too.
 _MARK = "oddsmith-trial "
 
@@ -77,12 +79,12 @@ def _follow(lines: _Lines, device: str, found: dict[str, Verdict], slow: set[str
             line = lines.next(limit)
         except queue.Empty:
             if family is None:
-                raise TrialError(f"a process did not start within {limit:.0f} s") from None
+                raise TrialError(f"a process did not start within {limit:g} s") from None
             if not loading and family not in slow:
                 slow.add(family)
                 return
             what = "its compilation has" if loading else "its kernels have"
-            error = f"{what} not ended within {limit:.0f} s"
+            error = f"{what} not ended within {limit:g} s"
             found[family] = Verdict(device, family, time.monotonic() - begun, error=error)
             return
         if line is None:
@@ -150,7 +152,7 @@ def _started(
     with tempfile.TemporaryFile() as errors:
         try:
             process = subprocess.Popen(
-                [sys.executable, "-m", __name__, request],
+                [sys.executable, *_PROGRAM, request],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=errors,
