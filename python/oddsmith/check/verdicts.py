@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
+from ..stage import staged_file
 from .findings import Verdict
 
 __all__ = ["kernel_folder", "locked", "read", "write"]
@@ -64,18 +64,10 @@ def write(key: str, verdicts: list[Verdict]) -> None:
     for row in rows:
         del row["device"]
     text = json.dumps({"format": _FORMAT, "verdicts": rows}, indent=1)
-    path, part = _file(key), None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Processes that start at once find a complete file or none.
-        handle, part = tempfile.mkstemp(suffix=".part", dir=path.parent)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(part, path)
-        _trim(path.parent)
-    except OSError:
-        if part is not None:
-            Path(part).unlink(missing_ok=True)
+    with suppress(OSError):
+        with staged_file(_file(key)) as file:
+            file.write(text.encode())
+        _trim(kernel_folder())
 
 
 def _trim(folder: Path) -> None:
