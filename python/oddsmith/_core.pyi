@@ -96,7 +96,27 @@ def dequantize_blockwise(
     codes: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: str
 ) -> Tensor: ...
 def adamw_step(items: list[Item], bad: Tensor) -> None: ...
+def adamw_serves(value: Tensor, eight_bits: bool) -> bool:
+    """Whether `adamw_step` serves values on the device of this one, with moments of 8 or of 32 bits."""
+
 def moment_maps() -> tuple[Tensor, Tensor]: ...
+def kernel_families() -> list[tuple[str, list[str]]]:
+    """Names of the families of CUDA kernels, each with its files in kernels/."""
+
+def kernel_identity(gpu: int) -> str:
+    """A digest of the sources, the compiler, the driver's interface and the architecture of a GPU."""
+
+def load_kernels(gpu: int, source: str) -> None:
+    """Compile a file of kernels/ for a GPU and load it."""
+
+def trust_kernels(gpu: int, families: list[str] | None) -> None:
+    """Use these families on a GPU and no others; with None, the next call tries the GPU's kernels."""
+
+def trusted_kernels(gpu: int) -> list[str] | None:
+    """The families that are used on a GPU; None before its self-test."""
+
+def emulates_cuda() -> bool:
+    """Whether CPU tensors take the path of a GPU."""
 
 _Path = str | PathLike[str]
 

@@ -14,10 +14,12 @@ pub mod kernels;
 mod library;
 mod module;
 pub mod nvrtc;
+pub mod trust;
 
 use std::ffi::c_void;
 #[cfg(feature = "testing")]
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::AtomicU8;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::base::error::{Error, Result};
 use driver::driver;
@@ -160,10 +162,42 @@ impl Launch {
     }
 }
 
-/// True if NVIDIA's driver can be opened: torch builds for other GPUs call them CUDA devices too.
+/// Whether torch was built for GPUs of another maker, which it calls CUDA devices too.
+static FOREIGN: AtomicBool = AtomicBool::new(false);
+
+/// Says that torch's CUDA devices are not NVIDIA's: no kernel can run on them, even if there is a driver.
+pub fn set_foreign(foreign: bool) {
+    FOREIGN.store(foreign, Ordering::Relaxed);
+}
+
+/// As [`set_foreign`] says.
+#[must_use]
+pub fn is_foreign() -> bool {
+    FOREIGN.load(Ordering::Relaxed)
+}
+
+/// True if torch's CUDA devices are NVIDIA's, as far as it says, and the driver can be opened.
 #[must_use]
 pub fn is_available() -> bool {
-    driver().is_ok()
+    !is_foreign() && driver().is_ok()
+}
+
+/// Compiles a source for a GPU and loads it, if that has not been done.
+///
+/// # Errors
+/// [`Error::Cuda`]: errors of the compiler or the driver.
+pub fn load(ordinal: i32, source: &'static KernelSource) -> Result<()> {
+    let unknown = |message| Error::Cuda { kernel: String::new(), launch: String::new(), message };
+    module::load(ordinal, source).map_err(unknown)
+}
+
+/// A digest of what is launched on a GPU: all sources, options, compiler, driver interface and architecture.
+///
+/// # Errors
+/// [`Error::Cuda`]: an error of the driver.
+pub fn identity(ordinal: i32) -> Result<u128> {
+    let unknown = |message| Error::Cuda { kernel: String::new(), launch: String::new(), message };
+    module::identity(ordinal).map_err(unknown)
 }
 
 /// Whether CPU tensors take the path of a GPU: 0 not asked yet, 1 no, 2 yes.

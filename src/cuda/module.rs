@@ -8,7 +8,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
 
 use super::cache::{Cache, digest};
 use super::driver::{Driver, Handle, driver};
-use super::kernels::{COMMON, KernelSource};
+use super::kernels::{ALL, COMMON, KernelSource};
 use super::nvrtc::{OPTIONS, nvrtc};
 
 /// A GPU, with the context that torch uses too.
@@ -141,6 +141,31 @@ pub fn kernel(ordinal: i32, source: &'static KernelSource, name: &'static str) -
     let mut known = KERNELS.write().unwrap_or_else(PoisonError::into_inner);
     known.get_or_insert_default().insert(key, kernel);
     Ok(kernel)
+}
+
+/// Loads a source on a GPU, compiled if need be.
+///
+/// # Errors
+/// Errors of the compiler or the driver.
+pub fn load(ordinal: i32, source: &'static KernelSource) -> Result<(), String> {
+    let mut loaded = loaded();
+    let loaded = loaded.get_or_insert_default();
+    let (driver, gpu) = (driver()?, gpu_of(loaded, ordinal)?);
+    let _current = Current::new(driver, gpu.context)?;
+    module_of(loaded, ordinal, source).map(|_| ())
+}
+
+/// A digest of everything that kernels on a GPU depend on. A compiler that is missing counts as one.
+///
+/// # Errors
+/// Errors of the driver.
+pub fn identity(ordinal: i32) -> Result<u128, String> {
+    let gpu = gpu(ordinal)?;
+    let compiler = nvrtc().map(super::nvrtc::Nvrtc::release).unwrap_or_default();
+    let machine = format!("{compiler:?} {} {:?}", driver()?.release(), gpu.capability);
+    let options = OPTIONS.join(" ");
+    let parts = ALL.iter().map(|source| source.text).chain([COMMON, &options, &machine]);
+    Ok(digest(parts.map(str::as_bytes)))
 }
 
 /// The module of a source, in the current context, which is the GPU's.

@@ -1,5 +1,6 @@
 //! Errors as Python exceptions.
 
+use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use pyo3::exceptions::{PyOSError, PyRuntimeError, PyTypeError, PyValueError};
@@ -36,15 +37,31 @@ pub fn detached<R: Send>(py: Python<'_>, f: impl FnOnce() -> Result<R> + Send) -
         let text = text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("panic");
         Err(Error::Internal(text.to_owned()))
     });
-    Ok(result?)
+    result.map_err(|error| match error {
+        Error::Stopped => RAISED.take().unwrap_or_else(|| error.into()),
+        error => error.into(),
+    })
+}
+
+thread_local! {
+    /// The exception of a call back into Python, while the core returns to the caller.
+    static RAISED: Cell<Option<PyErr>> = const { Cell::new(None) };
+}
+
+/// Keeps an exception for the [`detached`] call of this thread, which raises it.
+pub fn kept(error: PyErr) -> Error {
+    RAISED.set(Some(error));
+    Error::Stopped
 }
 
 #[cfg(test)]
 mod tests {
-    use pyo3::exceptions::{PyException, PyOSError, PyRuntimeError, PyTypeError, PyValueError};
+    use pyo3::exceptions::{
+        PyException, PyKeyboardInterrupt, PyOSError, PyRuntimeError, PyTypeError, PyValueError,
+    };
     use pyo3::prelude::*;
 
-    use super::detached;
+    use super::{detached, kept};
     use crate::base::error::Error;
 
     /// The Python exception that `run` ends in.
@@ -96,6 +113,18 @@ mod tests {
             });
             assert!(cuda.is_instance_of::<PyRuntimeError>());
             assert_eq!(cuda.to_string(), "CUDA kernel k, grid (1, 1, 1): no driver");
+        });
+    }
+
+    #[test]
+    fn an_exception_of_a_call_back_is_raised_as_it_is() {
+        Python::initialize();
+        Python::attach(|py| {
+            let stop = || Err::<(), _>(kept(PyKeyboardInterrupt::new_err("now")));
+            let error = detached(py, stop).expect_err("an error");
+            assert!(error.is_instance_of::<PyKeyboardInterrupt>(py));
+            let error = detached(py, || Err::<(), _>(Error::Stopped)).expect_err("an error");
+            assert!(error.is_instance_of::<PyRuntimeError>(py));
         });
     }
 

@@ -5,6 +5,7 @@ mod checkpoint;
 mod data;
 mod error;
 mod head;
+mod kernels;
 mod optim;
 mod quant;
 mod tensor;
@@ -20,6 +21,9 @@ use crate::torch::abi::Fault;
 /// Looks up what is used of the torch that Python imports.
 fn load_torch(py: Python<'_>) -> PyResult<()> {
     let torch = py.import("torch")?;
+    // A build for AMD's GPUs calls them CUDA devices.
+    let hip = torch.getattr("version").and_then(|version| version.getattr("hip"));
+    crate::cuda::set_foreign(hip.is_ok_and(|hip| !hip.is_none()));
     let package: PathBuf = torch.getattr("__path__")?.get_item(0)?.extract()?;
     crate::torch::abi::load(&package.join("lib")).map_err(|fault| {
         let version = torch.getattr("__version__").map_or_else(|_| "?".into(), |version| version.to_string());
@@ -55,6 +59,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     head::register(module)?;
     quant::register(module)?;
     optim::register(module)?;
+    kernels::register(module)?;
     checkpoint::register(module)?;
     #[cfg(feature = "testing")]
     testing::register(module)?;

@@ -55,6 +55,12 @@ fn adamw_step(py: Python<'_>, items: Vec<ItemParts>, bad: PyTensor) -> PyResult<
     detached(py, move || optim::adamw_step(items, &bad.0))
 }
 
+/// True if [`adamw_step`] serves values on the device of this one, with moments of 8 or of 32 bits.
+#[pyfunction]
+fn adamw_serves(py: Python<'_>, value: PyTensor, eight_bits: bool) -> PyResult<bool> {
+    detached(py, move || optim::serves(&value.0, eight_bits))
+}
+
 /// Values of the codes of first and second moments.
 #[pyfunction]
 fn moment_maps(py: Python<'_>) -> PyResult<(PyTensor, PyTensor)> {
@@ -65,5 +71,6 @@ fn moment_maps(py: Python<'_>) -> PyResult<(PyTensor, PyTensor)> {
 /// Adds the functions of optimisers to the module.
 pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(adamw_step, module)?)?;
+    module.add_function(wrap_pyfunction!(adamw_serves, module)?)?;
     module.add_function(wrap_pyfunction!(moment_maps, module)?)
 }

@@ -11,24 +11,27 @@ use tch::{Device, Kind, Tensor};
 use super::abi::symbols;
 use super::dtype::dtype_name;
 use crate::base::error::{Error, Result};
+use crate::cuda::trust::{self, Family};
 use crate::cuda::{self, Arg};
 
-/// The GPU of this tensor and its current stream on this thread; `None` if the tensor is not on a GPU. With
-/// an emulated GPU, CPU tensors are on it.
+/// The GPU of this tensor and its current stream on this thread; `None` if the tensor is not on a GPU of NVIDIA,
+/// or if one of the families of kernels is not trusted there. With an emulated GPU, CPU tensors are on it.
 ///
 /// # Errors
-/// If libtorch has no current stream.
-pub fn of(tensor: &Tensor) -> Result<Option<cuda::Device>> {
-    match tensor.device() {
+/// If libtorch has no current stream, and those of [`trust::trusts`].
+pub fn of(tensor: &Tensor, families: &[Family]) -> Result<Option<cuda::Device>> {
+    let (ordinal, stream): (_, fn(i32) -> Result<u64>) = match tensor.device() {
         Device::Cuda(index) if cuda::is_available() => {
             let ordinal = i32::try_from(index).map_err(|error| Error::Internal(error.to_string()))?;
-            Ok(Some(cuda::Device { ordinal, stream: current_stream(ordinal)? }))
+            (ordinal, current_stream)
         }
-        Device::Cpu if cuda::is_emulated() => {
-            Ok(Some(cuda::Device { ordinal: 0, stream: emulated_stream()? }))
-        }
-        _ => Ok(None),
+        Device::Cpu if cuda::is_emulated() && !cuda::is_foreign() => (0, emulated_stream),
+        _ => return Ok(None),
+    };
+    if !trust::trusts(ordinal, families)? {
+        return Ok(None);
     }
+    Ok(Some(cuda::Device { ordinal, stream: stream(ordinal)? }))
 }
 
 /// `aoti_torch_get_current_cuda_stream`: writes the calling thread's stream of a device.
@@ -65,14 +68,14 @@ pub fn emulate_streams(current: Option<StreamOf>) {
 }
 
 #[cfg(feature = "testing")]
-fn emulated_stream() -> Result<u64> {
+fn emulated_stream(ordinal: i32) -> Result<u64> {
     let current = *STREAMS.lock().unwrap_or_else(PoisonError::into_inner);
-    current.map_or(Ok(0), |current| ask(Some(current), 0))
+    current.map_or(Ok(0), |current| ask(Some(current), ordinal))
 }
 
 #[cfg(not(feature = "testing"))]
 #[allow(clippy::unnecessary_wraps)] // as the other
-fn emulated_stream() -> Result<u64> {
+fn emulated_stream(_: i32) -> Result<u64> {
     Ok(0)
 }
 
@@ -141,11 +144,11 @@ pub fn use_tensor_ops(on: bool) {
     TENSOR_OPS.store(on, Ordering::Relaxed);
 }
 
-/// True while CPU tensors take the path of other devices.
+/// True while CPU tensors take the path of other devices: of an emulated GPU too, where no kernel serves them.
 #[must_use]
 pub fn tensor_ops() -> bool {
     #[cfg(feature = "testing")]
-    return TENSOR_OPS.load(Ordering::Relaxed);
+    return TENSOR_OPS.load(Ordering::Relaxed) || cuda::is_emulated();
     #[cfg(not(feature = "testing"))]
     false
 }

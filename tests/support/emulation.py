@@ -88,6 +88,13 @@ def translate(path: Path, headers: Path, target: Path) -> None:
     target.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+def kernel_names() -> set[str]:
+    """Of all kernels in kernels/."""
+    arguments = ["-E", "-P", "-x", "c++", f"-I{KERNELS}"]
+    plain = "".join(run_compiler([*arguments, str(path)]) for path in KERNELS.glob("*.cu"))
+    return {match["name"] for match in KERNEL.finditer(plain)}
+
+
 def digest(*parts: bytes) -> str:
     result = hashlib.sha256(" ".join([CXX, *FLAGS]).encode())
     for part in parts:
@@ -148,6 +155,18 @@ def build(sources: Iterable[Path] | None = None, headers: Path = KERNELS) -> Pat
         run_compiler(["-shared", "-pthread", *objects, "-o", str(target)])
 
     return cached(library, make)
+
+
+def build_compiler() -> Path:
+    """A library instead of NVRTC, which takes no time: see nvrtc.cpp."""
+    source = EMULATOR / "nvrtc.cpp"
+    name = f"libnvrtc-{digest(source.read_bytes())}.so"
+    flags = ["-std=c++17", "-O1", "-fPIC", "-shared", str(source)]
+
+    def make(target: Path) -> None:
+        run_compiler([*flags, "-o", str(target)])
+
+    return cached(cache_folder() / name, make)
 
 
 @contextmanager

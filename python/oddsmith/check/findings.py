@@ -17,6 +17,7 @@ __all__ = [
     "Run",
     "Speed",
     "Trial",
+    "Verdict",
 ]
 
 # Raised when a field of the JSON changes its meaning or goes.
@@ -113,6 +114,38 @@ class Trial:
 
 
 @dataclass(frozen=True)
+class Verdict:
+    """What a GPU's self-test found of a family of CUDA kernels, in the dtype that is the farthest off.
+
+    Args:
+        family (`str`): As the core names it.
+        seconds (`float`): What the self-test took.
+        error (`str`, *optional*): Why there is no result.
+    """
+
+    device: str
+    family: str
+    seconds: float
+    dtype: str | None = None
+    deviation: float | None = None
+    allowed: float | None = None
+    error: str | None = None
+
+    @property
+    def passed(self) -> bool:
+        if self.error is not None or self.deviation is None or self.allowed is None:
+            return False
+        return self.deviation <= self.allowed
+
+    @property
+    def fault(self) -> str:
+        """What is wrong, for a person."""
+        if self.error is not None:
+            return self.error
+        return f"{self.deviation:.1e} off in {self.dtype}, and {self.allowed:.1e} is allowed"
+
+
+@dataclass(frozen=True)
 class Speed:
     """How fast something is: `rate` is in `unit`, `share` is of the device's copy or product."""
 
@@ -153,6 +186,7 @@ class Findings:
     gpus: list[Gpu] = field(default_factory=list)
     folders: list[Folder] = field(default_factory=list)
     routes: list[Route] = field(default_factory=list)
+    kernels: list[Verdict] = field(default_factory=list)
     trials: list[Trial] = field(default_factory=list)
     speeds: list[Speed] = field(default_factory=list)
     runs: list[Run] = field(default_factory=list)
@@ -166,7 +200,7 @@ class Findings:
     def as_json(self) -> dict[str, Any]:
         """As docs/check.schema.json describes it."""
         found = asdict(self)
-        for name in ("trials", "runs"):
+        for name in ("kernels", "trials", "runs"):
             for entry, row in zip(getattr(self, name), found[name], strict=True):
                 row["passed"] = entry.passed
         return {"format": FORMAT, "ready": self.ready, **found}
@@ -177,6 +211,7 @@ class Findings:
         yield from _section("machine", _machine(self))
         yield from _section("folders", map(_folder, self.folders))
         yield from _section("what computes", map(_route, self.routes))
+        yield from _section("self-test of the kernels", map(_verdict, self.kernels))
         yield from _section("tried out", map(_trial, self.trials))
         yield from _section("speed", map(_speed, self.speeds))
         yield from _section("trained, packed and padded", map(_run, self.runs))
@@ -232,6 +267,13 @@ def _trial(trial: Trial) -> str:
         return f"{what}failed: {trial.error}"
     verdict = "right" if trial.passed else "WRONG"
     return f"{what}{verdict}, {trial.deviation:.1e} off (allowed {trial.allowed:.1e})"
+
+
+def _verdict(verdict: Verdict) -> str:
+    what = f"{verdict.device:<8}{verdict.family:<28}"
+    if not verdict.passed:
+        return f"{what}not used: {verdict.fault}"
+    return f"{what}used, {verdict.deviation:.1e} off (allowed {verdict.allowed:.1e}), {verdict.seconds:.2f} s"
 
 
 def _speed(speed: Speed) -> str:

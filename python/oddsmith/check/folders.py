@@ -11,19 +11,12 @@ from pathlib import Path
 from huggingface_hub import constants
 
 from .findings import Folder, Problem
+from .verdicts import kernel_folder
 
-__all__ = ["folder_problems", "folders", "kernel_folder"]
+__all__ = ["folder_problems", "folders"]
 
 # Less than a small model and its checkpoints take.
 _LITTLE_SPACE = 5 << 30
-
-
-def kernel_folder() -> Path:
-    """Where compiled kernels are kept, by the rule of src/cuda/cache.rs."""
-    if own := os.environ.get("ODDSMITH_CACHE_DIR"):
-        return Path(own)
-    shared = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(shared) / "oddsmith" / "kernels"
 
 
 def folders() -> list[Folder]:

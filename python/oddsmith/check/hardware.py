@@ -12,6 +12,7 @@ import torch
 from ..config import cpu_has_bf16
 from . import memory
 from .findings import Gpu, Problem, Processor
+from .software import nvidia_driver
 
 __all__ = [
     "OLDEST_CAPABILITY",
@@ -65,7 +66,7 @@ def torch_builds() -> dict[str, str | None]:
     return {
         "CUDA of torch": torch.version.cuda,
         "ROCm of torch": torch.version.hip,
-        "NVIDIA driver": _driver(),
+        "NVIDIA driver": nvidia_driver(),
     }
 
 
@@ -98,7 +99,8 @@ def gpu_problems(found: list[Gpu]) -> list[Problem]:
         if torch.version.hip is None and capability < OLDEST_CAPABILITY:
             what = f"cuda:{gpu.index} ({gpu.name}) has capability {gpu.capability}"
             needed = "{}.{}".format(*OLDEST_CAPABILITY)
-            problems.append(Problem(what, f"the kernels need {needed}; use another GPU or the CPU"))
+            remedy = f"the kernels need {needed}, and torch's operations take their place; use another GPU"
+            problems.append(Problem(what, remedy))
     return problems
 
 
@@ -108,12 +110,3 @@ def _cpu_name() -> str:
     except OSError:
         name = None
     return name[1].strip() if name else platform.processor() or platform.machine()
-
-
-def _driver() -> str | None:
-    try:
-        text = Path("/proc/driver/nvidia/version").read_text()
-    except OSError:
-        return None
-    version = re.search(r"Kernel Module\s+(?:for \S+\s+)?([\d.]+)", text)
-    return version[1] if version else None

@@ -7,6 +7,7 @@ import torch
 from ..packing.attention_cuda import kernel_name
 from .findings import Route
 from .hardware import OLDEST_CAPABILITY
+from .kernels import VARIABLE, found, policy
 
 __all__ = ["routes"]
 
@@ -33,10 +34,29 @@ def _core_of(device: torch.device) -> tuple[str, str]:
     capability = torch.cuda.get_device_capability(device)
     if capability < OLDEST_CAPABILITY:
         oldest = "{}.{}".format(*OLDEST_CAPABILITY)
-        return "nothing", "the kernels need capability {}, and it has {}.{}".format(
+        return "torch", "the kernels need capability {}, and it has {}.{}".format(
             oldest, *capability
         )
-    return "CUDA kernels", "compiled on first use"
+    return _by_trust(device.index or 0)
+
+
+def _by_trust(gpu: int) -> tuple[str, str]:
+    """What is used, after the self-test."""
+    asked = policy()
+    if asked == "none":
+        return "torch", f"{VARIABLE} is none"
+    if asked == "untested":
+        return "CUDA kernels", f"{VARIABLE} is untested"
+    verdicts = found(gpu)
+    passed = [verdict for verdict in verdicts if verdict.passed]
+    if not passed:
+        return "torch", "no kernel has passed its self-test"
+    if len(passed) < len(verdicts):
+        return (
+            "CUDA kernels and torch",
+            f"{len(passed)} of {len(verdicts)} families passed their self-test",
+        )
+    return "CUDA kernels", "which passed their self-test"
 
 
 def _attention_of(device: torch.device) -> tuple[str, str]:

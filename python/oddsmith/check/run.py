@@ -68,7 +68,7 @@ def _no_torch(found: Findings, error: Exception) -> Problem:
 def _look_at_devices(found: Findings, train: bool) -> None:
     import torch
 
-    from . import folders, hardware, routes, speed, trials
+    from . import folders, hardware, kernels, routes, speed, trials
 
     found.software |= hardware.torch_builds()
     found.processor = hardware.processor()
@@ -79,6 +79,9 @@ def _look_at_devices(found: Findings, train: bool) -> None:
     found.problems += folders.folder_problems(found.folders)
     devices = [torch.device("cpu"), *(torch.device("cuda", gpu.index) for gpu in found.gpus)]
     for device in devices:
+        if device.type == "cuda" and torch.version.hip is None:
+            # Before anything else is computed there: a kernel with a fault ruins the process it runs in.
+            found.kernels += kernels.found(device.index)
         found.routes += routes.routes(device)
         for case, dtype in _shown(list(trials.cases(device)), f"trying out {device}"):
             found.trials.append(trials.outcome(case, device, dtype))
@@ -95,6 +98,10 @@ def _look_at_devices(found: Findings, train: bool) -> None:
 
 def _failures(found: Findings) -> list[Problem]:
     problems = []
+    for verdict in found.kernels:
+        if not verdict.passed:
+            what = f"the CUDA kernels {verdict.family} are not used on {verdict.device}: {verdict.fault}"
+            problems.append(Problem(what, f"torch's operations take their place; {_REPORT}"))
     for trial in found.trials:
         if not trial.passed:
             how = f"failed: {trial.error}" if trial.error else f"is {trial.deviation:.1e} off"

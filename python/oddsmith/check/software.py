@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import platform
+import re
 from importlib import metadata
+from pathlib import Path
 
 from packaging.requirements import Requirement
 
 from .findings import Problem
 
-__all__ = ["PEERS", "package_problems", "packages", "system"]
+__all__ = ["PEERS", "nvidia_driver", "package_problems", "packages", "system"]
 
 # What a user may have beside the packages that are needed.
 PEERS = (
@@ -27,6 +29,16 @@ PEERS = (
 def system() -> dict[str, str | None]:
     """Python and the operating system."""
     return {"Python": platform.python_version(), "system": platform.platform()}
+
+
+def nvidia_driver() -> str | None:
+    """The release of the driver of NVIDIA's GPUs, where the system tells."""
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text()
+    except OSError:
+        return None
+    version = re.search(r"Kernel Module\s+(?:for \S+\s+)?([\d.]+)", text)
+    return version[1] if version else None
 
 
 def packages() -> dict[str, str | None]:

@@ -1,4 +1,4 @@
-"""Every family of operations beside the same in plain torch, on one device.
+"""Every family of operations beside the same in plain torch, on one device, on odd shapes.
 
 The measure is three-way: the truth is computed in `float64`, and ours may be as far from it as a few
 times what torch is in the dtype itself.
@@ -17,11 +17,15 @@ from torch import Tensor
 from .. import _core
 from ..functional import dequantize_nf4, linear_logps, linear_nf4, linear_orpo, quantize_nf4
 from ..optim.adamw.adamw_8bit import AdamW8bit
+from ..optim.adamw.moments import encode
+from ..optim.adamw.step import AdamUpdate, NonFinite, adamw_step, rule_of
 from ..quant.nf4 import dynamic_map
-from ..quant.state import QuantState, nf4_code
+from ..quant.state import QuantState, dtype_name, nf4_code
 from .findings import Trial
 
-__all__ = ["CASES", "Case", "Measure", "cases", "dtypes", "farthest", "outcome"]
+__all__ = ["CASES", "NO_NUMBER", "Case", "Measure", "cases", "dtypes", "farthest", "outcome"]
+
+NO_NUMBER = "the result has NaN, or the wrong shape"
 
 # How much farther from the truth than torch ours may be: sums in another order.
 _SLACK = 4.0
@@ -67,15 +71,24 @@ def farthest(results: list[Tensor], truth: list[Tensor]) -> float:
 
 def dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
     """What is trained in on a device."""
-    if device.type != "cuda":
+    if device.type != "cuda" and not _core.emulates_cuda():
         return torch.float32, torch.bfloat16
     return torch.float32, torch.bfloat16, torch.float16
 
 
-def _head_inputs(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Odd sizes, and a weight that makes the softmax peaked."""
+# Rows, width and tokens of a head: rows that end in the middle of everything; more than one tile of tokens;
+# more than one block of rows.
+_HEAD = (67, 136, 1001)
+_TILES = (5, 24, 8301)
+_BLOCKS = (2801, 8, 42)
+
+
+def _head_inputs(
+    device: torch.device, dtype: torch.dtype, sizes: tuple[int, int, int] = _HEAD
+) -> tuple[Tensor, Tensor, Tensor]:
+    """With a weight that makes the softmax peaked."""
     draw = torch.Generator().manual_seed(0)
-    rows, width, words = 67, 136, 3001
+    rows, width, words = sizes
     weight = torch.randn(words, width, generator=draw) / width**0.5
     targets = torch.randint(words, (rows,), generator=draw)
     hidden = torch.randn(rows, width, generator=draw) + 0.5 * weight[targets] * width**0.5
@@ -101,6 +114,26 @@ def head_forward(device: torch.device, dtype: torch.dtype) -> Measure:
     )
 
 
+def head_expectation(device: torch.device, dtype: torch.dtype) -> Measure:
+    """Gradients of the hidden states of a frozen head, in one tile and in several."""
+
+    def gradients(logps: Callable[..., Tensor], wider: torch.dtype) -> list[Tensor]:
+        found = []
+        for sizes in (_HEAD, _TILES):
+            hidden, weight, targets = _head_inputs(device, dtype, sizes)
+            leaf = hidden.to(wider).requires_grad_()
+            result = logps(leaf, weight.to(wider), targets)
+            upstream = torch.linspace(-1, 1, len(targets), device=device, dtype=result.dtype)
+            found += [result.detach(), *torch.autograd.grad(result, leaf, upstream)]
+        return found
+
+    return Measure(
+        gradients(linear_logps, dtype),
+        gradients(_naive_logps, dtype),
+        gradients(_naive_logps, torch.float64),
+    )
+
+
 def head_gradient(device: torch.device, dtype: torch.dtype) -> Measure:
     """Gradients of hidden states and weight."""
     *inputs, targets = _head_inputs(device, dtype)
@@ -119,16 +152,34 @@ def head_gradient(device: torch.device, dtype: torch.dtype) -> Measure:
 
 
 def head_batch(device: torch.device, dtype: torch.dtype) -> Measure:
-    """The loss of a batch of pairs, and its gradient."""
-    hidden, weight, targets = _head_inputs(device, dtype)
-    pairs, beta = 3, 0.3
+    """The loss of a batch of pairs, and its gradients: frozen in one block and in several, and trained."""
+    kinds = [(_HEAD, False), (_BLOCKS, False), (_HEAD, True)]
+    found = [_batch(_head_inputs(device, dtype, sizes), trained) for sizes, trained in kinds]
+    ours, peer, truth = ([tensor for kind in found for tensor in kind[i]] for i in range(3))
+    return Measure(ours, peer, truth)
+
+
+def _batch(inputs: tuple[Tensor, Tensor, Tensor], trained: bool) -> tuple[list[Tensor], ...]:
+    """Of one head: ours, torch's in the dtype, and the truth."""
+    hidden, weight, targets = inputs
+    device, dtype = hidden.device, hidden.dtype
+    pairs, beta, factor = 3, 0.3, 0.7
     rows = torch.arange(len(targets), device=device)
     sequence = rows * 2 * pairs // len(targets)  # chosen ones, then rejected ones
     completion = (rows % 5 > 0) & (targets >= 0)
 
+    def leaves(wider: torch.dtype) -> tuple[Tensor, Tensor]:
+        copies = [x.to(wider, copy=True) for x in (hidden, weight)]
+        return copies[0].requires_grad_(), copies[1].requires_grad_(trained)
+
+    def results(loss: Tensor, *inputs: Tensor) -> list[Tensor]:
+        wanted = [x for x in inputs if x.requires_grad]
+        # The factor is that of accumulated steps, which the backward pass multiplies in.
+        return [loss.detach(), *torch.autograd.grad(factor * loss, wanted)]
+
     def naive(wider: torch.dtype) -> list[Tensor]:
-        leaf = hidden.to(wider).requires_grad_()
-        logps = _naive_logps(leaf, weight.to(wider), targets).double()
+        leaf, words = leaves(wider)
+        logps = _naive_logps(leaf, words, targets).double()
         chosen = (sequence < pairs) & (targets >= 0)
         counts = torch.zeros(2 * pairs, device=device, dtype=torch.float64)
         counts.index_add_(0, sequence, completion.double())
@@ -137,29 +188,39 @@ def head_batch(device: torch.device, dtype: torch.dtype) -> Measure:
         log_odds = means - torch.log(-torch.expm1(means))
         ratio = F.logsigmoid(log_odds[:pairs] - log_odds[pairs:])
         loss = -(logps * chosen).sum() / chosen.sum() - beta * ratio.mean()
-        return [loss.detach(), *torch.autograd.grad(loss, [leaf])]
+        return results(loss, leaf, words)
 
-    leaf = hidden.clone().requires_grad_()
-    loss = linear_orpo(leaf, weight, targets, sequence, completion, beta).loss
-    ours = [loss.detach(), *torch.autograd.grad(loss, [leaf])]
-    return Measure(ours, naive(dtype), naive(torch.float64))
+    leaf, words = leaves(dtype)
+    loss = linear_orpo(leaf, words, targets, sequence, completion, beta).loss
+    return results(loss, leaf, words), naive(dtype), naive(torch.float64)
 
 
-def _weight(device: torch.device, dtype: torch.dtype) -> Tensor:
+# Values that end in the middle of a block and of a byte, and a weight whose rows end with one.
+_VALUES = (61, 131)
+_WEIGHT = (254, 384)
+
+
+def _weight(device: torch.device, dtype: torch.dtype, shape: tuple[int, int] = _WEIGHT) -> Tensor:
     draw = torch.Generator().manual_seed(1)
-    return torch.randn(510, 384, generator=draw).to(device, dtype)
+    return torch.randn(shape, generator=draw).to(device, dtype)
+
+
+def _blocks(values: Tensor, size: int) -> Tensor:
+    """With zeros behind the last value."""
+    flat = values.flatten()
+    return F.pad(flat, (0, -flat.numel() % size)).view(-1, size)
 
 
 def nf4_quantize(device: torch.device, dtype: torch.dtype) -> Measure:
     """The codes: each value's distance to its code is the least there is."""
-    weight = _weight(device, dtype)
+    weight = _weight(device, dtype, _VALUES)
     packed, state = quantize_nf4(weight)
     code, scales = nf4_code(device).double(), state.absmax.double()
-    blocks = weight.double().view(-1, 64)
+    blocks = _blocks(weight.double(), 64)
     scaled = blocks / blocks.abs().amax(1, keepdim=True)
     nearest = (scaled[..., None] - code).abs().amin(-1)
     return Measure(
-        [(scaled - code[_codes(packed)]).abs(), scales],
+        [(scaled - code[_codes(packed, weight.numel())]).abs(), scales],
         [nearest, scales],
         [nearest, blocks.abs().amax(1)],
     )
@@ -167,28 +228,35 @@ def nf4_quantize(device: torch.device, dtype: torch.dtype) -> Measure:
 
 def nf4_dequantize(device: torch.device, dtype: torch.dtype) -> Measure:
     """The values of codes and scales."""
-    weight = _weight(device, dtype)
+    weight = _weight(device, dtype, _VALUES)
     packed, state = quantize_nf4(weight)
-    true = _values(packed, state).view(weight.shape)
+    true = _values(packed, state, weight.shape)
     return Measure([dequantize_nf4(packed, state)], [true.to(dtype)], [true])
 
 
-def _codes(packed: Tensor) -> Tensor:
-    return torch.stack([packed >> 4, packed & 15], -1).view(-1, 64).long()
+# The code of zero.
+_ZERO = 7
 
 
-def _values(packed: Tensor, state: QuantState) -> Tensor:
-    code = nf4_code(packed.device).double()
-    return code[_codes(packed)] * state.absmax.double()[:, None]
+def _codes(packed: Tensor, count: int) -> Tensor:
+    """In blocks, with the code of zero behind the last one."""
+    flat = torch.stack([packed >> 4, packed & 15], -1).flatten()[:count].long()
+    return F.pad(flat, (0, -count % 64), value=_ZERO).view(-1, 64)
+
+
+def _values(packed: Tensor, state: QuantState, shape: torch.Size) -> Tensor:
+    code, count = nf4_code(packed.device).double(), shape.numel()
+    values = code[_codes(packed, count)] * state.absmax.double()[:, None]
+    return values.flatten()[:count].view(shape)
 
 
 def nf4_product(device: torch.device, dtype: torch.dtype) -> Measure:
     """Products of one, a few and many tokens with a 4-bit weight, and their gradient."""
     weight = _weight(device, dtype)
     packed, state = quantize_nf4(weight)
-    true = _values(packed, state).view(weight.shape)
+    true = _values(packed, state, weight.shape)
     draw = torch.Generator().manual_seed(2)
-    tokens = [torch.randn(n, 384, generator=draw).to(device, dtype) for n in (1, 5, 67)]
+    tokens = [torch.randn(n, 384, generator=draw).to(device, dtype) for n in (1, 3, 7, 67)]
 
     def results(product: Callable[[Tensor], Tensor], wider: torch.dtype) -> list[Tensor]:
         found = []
@@ -210,71 +278,107 @@ def nf4_product(device: torch.device, dtype: torch.dtype) -> Measure:
 
 def blockwise8(device: torch.device, dtype: torch.dtype) -> Measure:
     """8-bit blocks, there and back."""
-    values = _weight(device, torch.float32)
+    values = _weight(device, dtype, _VALUES)
     code = dynamic_map().to(device)
 
     codes, absmax = _core.quantize_blockwise(values, code, 256)
-    ours = _core.dequantize_blockwise(codes, absmax, code, 256, "float32")
-    scales = values.view(-1, 256).abs().amax(1, keepdim=True).double()
-    scaled = values.view(-1, 256).double() / scales
-    nearest = code.double()[(scaled[..., None] - code.double()).abs().argmin(-1)] * scales
-    back = nearest.view(values.shape)
-    return Measure([ours], [back.float()], [back])
+    ours = _core.dequantize_blockwise(codes, absmax, code, 256, dtype_name(dtype))
+    blocks = _blocks(values.double(), 256)
+    scales = blocks.abs().amax(1, keepdim=True)
+    nearest = code.double()[
+        (blocks[..., None] / scales[..., None] - code.double()).abs().argmin(-1)
+    ]
+    back = (nearest * scales).flatten()[: values.numel()].view(values.shape)
+    return Measure([ours], [back.to(dtype)], [back])
 
 
 def adamw(device: torch.device, dtype: torch.dtype, bits: int) -> Measure:
     """Two steps of AdamW; 8-bit moments differ from the second step on."""
-    draw = torch.Generator().manual_seed(3)
-    start, *gradients = (torch.randn(8191, generator=draw).to(device, dtype) for _ in range(3))
-    options: dict[str, Any] = {"lr": 0.1, "betas": (0.8, 0.9), "eps": 1e-6}
+    start, *wide = _updates(device)
+    start, gradients = start.to(dtype), [x.to(dtype) for x in wide]
+    # Not the usual eps: in float16 torch's own steps would be off by many times their size.
+    options: dict[str, Any] = {"lr": 0.1, "betas": (0.8, 0.9), "eps": 1e-3}
     decay = 0.5
 
-    def run(optimizer: torch.optim.Optimizer, after: float) -> list[Tensor]:
+    def run(optimizer: torch.optim.Optimizer, after: float, given: list[Tensor]) -> list[Tensor]:
         (parameter,) = optimizer.param_groups[0]["params"]
-        for gradient in gradients:
+        for gradient in given:
             parameter.grad = gradient.to(parameter.dtype)
             optimizer.step()
             parameter.detach().mul_(after)
         return [parameter.detach()]
 
-    def naive(wider: torch.dtype) -> list[Tensor]:
+    def naive(wider: torch.dtype, given: list[Tensor]) -> list[Tensor]:
         parameter = torch.nn.Parameter(start.to(wider, copy=True))
         # As bitsandbytes, ours decays after the step, and torch before it.
-        return run(torch.optim.AdamW([parameter], **options, weight_decay=0.0), 1 - 0.1 * decay)
+        plain = torch.optim.AdamW([parameter], **options, weight_decay=0.0)
+        return run(plain, 1 - 0.1 * decay, given)
+
+    def with_wide_gradients() -> list[Tensor]:
+        value, state = start.clone(), _moments(start, bits)
+        group = {**options, "weight_decay": decay}
+        for step, gradient in enumerate(wide, 1):
+            adamw_step([AdamUpdate(value, gradient, state, rule_of(group, step))], NonFinite())
+        return [value]
 
     parameter = torch.nn.Parameter(start.clone())
     mine = AdamW8bit([parameter], **options, weight_decay=decay, optim_bits=bits, min_8bit_size=1)
     # A step of 0.1 in values up to 4, with moments of about two digits.
     slack = 0.01 if bits == 8 else 0.0
-    return Measure(run(mine, 1.0), naive(dtype), naive(torch.float64), slack)
+    return Measure(
+        [*run(mine, 1.0, gradients), *with_wide_gradients()],
+        [*naive(dtype, gradients), *naive(dtype, wide)],
+        [*naive(torch.float64, gradients), *naive(torch.float64, wide)],
+        slack,
+    )
+
+
+def _updates(device: torch.device) -> Iterator[Tensor]:
+    """A parameter and two gradients, which end in the middle of a block of moments."""
+    draw = torch.Generator().manual_seed(3)
+    return (torch.randn(4099, generator=draw).to(device) for _ in range(3))
+
+
+def _moments(parameter: Tensor, bits: int) -> dict[str, Any]:
+    """The state before the first step."""
+    first, second = (torch.zeros_like(parameter, dtype=torch.float32) for _ in range(2))
+    return encode(first, second) if bits == 8 else {"state1": first, "state2": second}
 
 
 @dataclass(frozen=True)
 class Case:
-    """A family; where `dtype` is given it is tried in that alone."""
+    """
+    Operations that are right or wrong together.
+
+    Args:
+        name (`str`): For a person.
+        family (`str`): The kernels that are tried, as the core names them.
+        run (`Callable`): Computes them on a device in a dtype.
+    """
 
     name: str
+    family: str
     run: Callable[[torch.device, torch.dtype], Measure]
-    dtype: torch.dtype | None = None
 
 
 CASES = (
-    Case("head, forward", head_forward),
-    Case("head, gradients", head_gradient),
-    Case("head, loss of a batch", head_batch),
-    Case("NF4, quantise", nf4_quantize),
-    Case("NF4, dequantise", nf4_dequantize),
-    Case("NF4, products", nf4_product),
-    Case("8-bit blocks", blockwise8, torch.float32),
-    Case("AdamW, 8 bits", lambda device, dtype: adamw(device, dtype, 8)),
-    Case("AdamW, 32 bits", lambda device, dtype: adamw(device, dtype, 32)),
+    Case("head, forward", "head_forward", head_forward),
+    Case("head, frozen", "head_expectation", head_expectation),
+    Case("head, gradients", "head_gradient", head_gradient),
+    Case("head, loss of a batch", "head_batch", head_batch),
+    Case("NF4, quantise", "nf4_quantize", nf4_quantize),
+    Case("NF4, dequantise", "nf4_dequantize", nf4_dequantize),
+    Case("NF4, products", "nf4_product", nf4_product),
+    Case("8-bit blocks", "blockwise8", blockwise8),
+    Case("AdamW, 8 bits", "adamw8", lambda device, dtype: adamw(device, dtype, 8)),
+    Case("AdamW, 32 bits", "adamw32", lambda device, dtype: adamw(device, dtype, 32)),
 )
 
 
 def cases(device: torch.device) -> Iterator[tuple[Case, torch.dtype]]:
     """Every family with every dtype that it serves on a device."""
     for case in CASES:
-        for dtype in (case.dtype,) if case.dtype else dtypes(device):
+        for dtype in dtypes(device):
             yield case, dtype
 
 
@@ -285,7 +389,7 @@ def outcome(case: Case, device: torch.device, dtype: torch.dtype) -> Trial:
         measure = case.run(device, dtype)
         deviation = measure.deviation()
         if deviation == float("inf"):
-            return Trial(*named, None, None, "the result has NaN, or the wrong shape")
+            return Trial(*named, None, None, NO_NUMBER)
         return Trial(*named, deviation, measure.allowed(dtype))
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]

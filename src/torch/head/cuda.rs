@@ -23,6 +23,7 @@ use super::cuda_tiles::{self, GpuHead, Room, Rows, Stats};
 use super::ops::scored;
 use crate::base::error::Result;
 use crate::cuda;
+use crate::cuda::trust::Family;
 use crate::head::plan::default_budget;
 use crate::head::scores::Objective;
 use crate::torch::device;
@@ -35,15 +36,28 @@ const TILE: i64 = 1 << 23;
 /// narrow tiles need many passes over the gradient of the hidden states.
 const TRAINED_TILE: i64 = 1 << 25;
 
-/// The GPU of a head's arguments, if there are kernels for their dtype.
+/// The GPU of a head's arguments, if there are kernels for their dtype and these families are trusted.
 ///
 /// # Errors
-/// Errors of libtorch.
-pub fn device(args: &Args<'_>) -> Result<Option<cuda::Device>> {
+/// Errors of libtorch, and of the trial of a GPU.
+pub fn device(args: &Args<'_>, families: &[Family]) -> Result<Option<cuda::Device>> {
     if args.hidden.f_kind()? == Kind::Double {
         return Ok(None);
     }
-    device::of(args.hidden)
+    device::of(args.hidden, families)
+}
+
+/// The families of kernels that [`orpo`] launches.
+#[must_use]
+pub fn orpo_families(args: &Args<'_>, wants: Wants) -> &'static [Family] {
+    use Family::{HeadBatch, HeadExpectation, HeadForward, HeadGradient};
+    match (wants.weight || wants.bias, wants.hidden, args.softcap.is_some()) {
+        (true, ..) => &[HeadBatch, HeadForward, HeadGradient],
+        // With a softcap, rows that are not scored are swept forward.
+        (false, true, true) => &[HeadBatch, HeadExpectation, HeadForward],
+        (false, true, false) => &[HeadBatch, HeadExpectation],
+        (false, false, _) => &[HeadBatch, HeadForward],
+    }
 }
 
 /// Statistics of all rows, without gradients.
@@ -255,10 +269,12 @@ fn sweep_others(gpu: &GpuHead<'_>, batch: &Batch<'_>) -> Result<()> {
 /// there is no kernel for it.
 ///
 /// # Errors
-/// Errors of the driver.
+/// Errors of the driver, and of the trial of a GPU.
 pub fn scale(gradient: &Tensor, factor: &Tensor) -> Result<bool> {
     let device = match gradient.f_kind()? {
-        Kind::Float | Kind::BFloat16 | Kind::Half if factor.f_kind()? == Kind::Float => device::of(gradient)?,
+        Kind::Float | Kind::BFloat16 | Kind::Half if factor.f_kind()? == Kind::Float => {
+            device::of(gradient, &[Family::HeadBatch])?
+        }
         _ => None,
     };
     let Some(device) = device

@@ -1,8 +1,8 @@
 //! The ORPO head on tensors: checks the arguments, picks the path, returns tensors.
 //!
 //! On the CPU [`slices`] runs the algorithm of [`crate::head`] on views of the tensors. On NVIDIA GPUs
-//! [`cuda`] runs the same chunks through kernels; on any other device, and on GPUs for `f64`, [`ops`] uses
-//! libtorch's ops.
+//! [`cuda`] runs the same chunks through kernels; on any other device, and on GPUs for `f64` and where kernels
+//! are not trusted, [`ops`] uses libtorch's ops.
 
 pub mod args;
 pub mod cuda;
@@ -15,6 +15,7 @@ use tch::{Device, Tensor};
 
 use super::device::tensor_ops;
 use crate::base::error::Result;
+use crate::cuda::trust::Family;
 use crate::head::scores::Objective;
 use args::{Args, Pairs, Report, Wants};
 
@@ -30,7 +31,8 @@ fn on_cpu(args: &Args<'_>) -> bool {
 /// Invalid arguments, and errors of libtorch.
 pub fn logps(args: &Args<'_>, expectation: bool) -> Result<[Tensor; 3]> {
     args.check()?;
-    if let Some(device) = cuda::device(args)? {
+    let family = if expectation { Family::HeadExpectation } else { Family::HeadForward };
+    if let Some(device) = cuda::device(args, &[family])? {
         return cuda::logps(args, device, expectation);
     }
     if !on_cpu(args) {
@@ -46,7 +48,7 @@ pub fn logps(args: &Args<'_>, expectation: bool) -> Result<[Tensor; 3]> {
 pub fn logps_backward(args: &Args<'_>, lse: &Tensor, upstream: &Tensor, wants: Wants) -> Result<[Tensor; 3]> {
     args.check()?;
     args.check_backward(lse, upstream)?;
-    if let Some(device) = cuda::device(args)? {
+    if let Some(device) = cuda::device(args, &[Family::HeadGradient])? {
         return cuda::logps_backward(args, device, lse, upstream, wants);
     }
     if !on_cpu(args) {
@@ -62,7 +64,7 @@ pub fn logps_backward(args: &Args<'_>, lse: &Tensor, upstream: &Tensor, wants: W
 pub fn orpo(args: &Args<'_>, pairs: &Pairs<'_>, objective: Objective, wants: Wants) -> Result<Report> {
     args.check()?;
     let count = pairs.check(args, objective)?;
-    if let Some(device) = cuda::device(args)? {
+    if let Some(device) = cuda::device(args, cuda::orpo_families(args, wants))? {
         return cuda::orpo(args, device, pairs, count, objective, wants);
     }
     if !on_cpu(args) {

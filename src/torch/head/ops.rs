@@ -4,6 +4,7 @@
 //! per sequence go to the host, where [`crate::head::scores`] turns them into loss and coefficients.
 
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use tch::{Device, Kind, Tensor};
 
@@ -19,6 +20,10 @@ const TILE: i64 = 1 << 25;
 
 /// Below every logit, and finite: `exp(LOWEST - max)` is zero and never NaN.
 const LOWEST: f64 = -3e38;
+
+/// Set where libtorch could not multiply 16-bit matrices into `f32`: on AMD's GPUs, and `bf16` on NVIDIA's before
+/// Ampere. There both are widened first.
+static NOT_MIXED: AtomicBool = AtomicBool::new(false);
 
 /// The rows that need scores, on the device.
 struct Sweep<'a> {
@@ -76,10 +81,16 @@ impl<'a> Sweep<'a> {
         if a.f_kind()? == self.kind {
             return Ok(a.f_mm(b)?);
         }
-        if matches!(a.device(), Device::Cuda(_)) {
-            return Ok(a.f_mm_dtype(b, self.kind)?);
+        let widened = || -> Result<Tensor> { Ok(a.f_to_kind(self.kind)?.f_mm(&b.f_to_kind(self.kind)?)?) };
+        if !matches!(a.device(), Device::Cuda(_)) || NOT_MIXED.load(Ordering::Relaxed) {
+            return widened();
         }
-        Ok(a.f_to_kind(self.kind)?.f_mm(&b.f_to_kind(self.kind)?)?)
+        if let Ok(product) = a.f_mm_dtype(b, self.kind) {
+            return Ok(product);
+        }
+        let product = widened()?;
+        NOT_MIXED.store(true, Ordering::Relaxed);
+        Ok(product)
     }
 
     /// A tensor with one number per row.

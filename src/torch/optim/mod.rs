@@ -5,11 +5,12 @@ pub mod args;
 
 use tch::{Device, Kind, Tensor};
 
-use super::device::{self, check_devices, device_name};
+use super::device::{self, check_devices, device_name, tensor_ops};
 use super::dtype::check_kind;
 use super::threads::TorchThreads;
 use super::view::{slice, slice_in_place};
 use crate::base::error::{Error, Result};
+use crate::cuda::trust::Family;
 use crate::optim::adamw8bit::Codes;
 use crate::optim::octave;
 use crate::optim::step::{Moments, Parameter, Values, step};
@@ -36,6 +37,20 @@ fn parameter(item: &mut Item) -> Result<Parameter<'_>> {
     Ok(Parameter { values, moments, rule: *rule, first: *first as u64 })
 }
 
+/// The family of kernels that update with moments of 8 or of 32 bits.
+fn family(eight: bool) -> Family {
+    if eight { Family::Adamw8 } else { Family::Adamw32 }
+}
+
+/// True if [`adamw_step`] serves values on the device of this one, with moments of 8 or of 32 bits.
+///
+/// # Errors
+/// Those of the trial of a GPU.
+pub fn serves(value: &Tensor, eight: bool) -> Result<bool> {
+    let on_cpu = value.device() == Device::Cpu && !tensor_ops();
+    Ok(on_cpu || device::of(value, &[family(eight)])?.is_some())
+}
+
 /// Updates values and moments in place, and adds to `bad`, `(1,)` int64 on their device, how many gradients
 /// were not finite.
 ///
@@ -53,12 +68,14 @@ pub fn adamw_step(mut items: Vec<Item>, bad: &Tensor) -> Result<()> {
     }
     let _guard = tch::no_grad_guard();
     let Some(first) = items.first() else { return Ok(()) };
-    if let Some(gpu) = device::of(&first.value)? {
+    let families: Vec<_> = items.iter().map(|item| family(item.absmax.is_some())).collect();
+    if let Some(gpu) = device::of(&first.value, &families)? {
         return items.iter().try_for_each(|item| adamw_cuda::update(gpu, item, bad));
     }
     if first.value.device() != Device::Cpu {
         let got = format!("on {}", device_name(first.value.device()));
-        return Err(Error::Value { op: OP, argument: "value", expected: "on cpu or cuda".into(), got });
+        let expected = "on cpu, or on a GPU whose kernels are trusted".into();
+        return Err(Error::Value { op: OP, argument: "value", expected, got });
     }
     let parameters = items.iter_mut().map(parameter).collect::<Result<Vec<_>>>()?;
     let found = step(&TorchThreads, parameters);

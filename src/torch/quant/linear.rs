@@ -20,6 +20,7 @@ use super::args::{Size, Weight};
 use super::{dequantize_nf4, nf4_cuda};
 use crate::base::error::{Error, Result};
 use crate::base::float::{Dtype, Float};
+use crate::cuda::trust::Family;
 use crate::quant::nf4::{Tile, dequantize_tile};
 use crate::quant::packed::Packed;
 use crate::quant::product::{few_tokens, worth_it};
@@ -97,21 +98,20 @@ pub fn forward(weight: Weight, size: Size, x: &Tensor, bias: Option<&Tensor>) ->
     // Results are allocated in their final shape: autograd forbids in-place changes of a view that an
     // autograd function returns, and some adapters add in place.
     let shape = with_width(x, size.rows);
-    let gpu = device::of(x)?;
-    if gpu.is_some() || x.device() != Device::Cpu || tensor_ops() {
+    if x.device() != Device::Cpu || tensor_ops() {
         let weight = weight.checked(size.count(op)?)?;
-        let x = x.f_reshape([tokens, size.columns])?;
+        let flat = x.f_reshape([tokens, size.columns])?;
         let out = Tensor::f_empty(&shape[..], (kind, x.device()))?;
         let rows = out.f_view([tokens, size.rows])?;
-        if let Some(gpu) = gpu
-            && nf4_cuda::few_tokens(gpu, &weight, size, &x, bias, &rows)?
+        if let Some(gpu) = device::of(x, &[Family::Nf4Product])?
+            && nf4_cuda::few_tokens(gpu, &weight, size, &flat, bias, &rows)?
         {
             return Ok(out);
         }
         let weight = dequantize_nf4(weight, &[size.rows, size.columns], kind)?.f_tr()?;
         let _ = match bias {
-            Some(bias) => bias.f_to_kind(kind)?.f_addmm_out(&rows, &x, &weight)?,
-            None => x.f_mm_out(&rows, &weight)?,
+            Some(bias) => bias.f_to_kind(kind)?.f_addmm_out(&rows, &flat, &weight)?,
+            None => flat.f_mm_out(&rows, &weight)?,
         };
         return Ok(out);
     }
@@ -217,7 +217,7 @@ pub fn input_gradient(weight: Weight, size: Size, grad: &Tensor, weight_kind: Ki
     let _guard = tch::no_grad_guard();
     let kind = grad.f_kind()?;
     let shape = with_width(grad, size.columns);
-    if device::of(grad)?.is_some() || grad.device() != Device::Cpu || tensor_ops() {
+    if grad.device() != Device::Cpu || tensor_ops() {
         let weight = dequantize_nf4(weight, &[size.rows, size.columns], weight_kind)?.f_to_kind(kind)?;
         let out = Tensor::f_empty(&shape[..], (kind, grad.device()))?;
         let rows = out.f_view([tokens, size.columns])?;

@@ -1,7 +1,8 @@
 //! Quantisation of tensors: checks the arguments and picks the path.
 //!
 //! On the CPU the slice algorithms of [`crate::quant`] run on views of the tensors, on NVIDIA's GPUs the
-//! kernels of [`nf4_cuda`] and [`blockwise8_cuda`]; on any other device [`ops`] uses libtorch's ops.
+//! kernels of [`nf4_cuda`] and [`blockwise8_cuda`]; on any other device, and where kernels are not trusted,
+//! [`ops`] uses libtorch's ops.
 
 pub mod args;
 mod blockwise8_cuda;
@@ -19,6 +20,7 @@ use super::threads::TorchThreads;
 use super::view::{Element, slice, slice_mut};
 use crate::base::error::{Error, Result};
 use crate::base::float::{Dtype, Float};
+use crate::cuda::trust::Family;
 use crate::quant::blockwise8::{self, Map};
 use crate::quant::{codebook, nf4};
 use args::{Weight, blocks_of, check_blocksize, check_len, check_map, count, map};
@@ -41,7 +43,7 @@ pub fn quantize_nf4(x: &Tensor, blocksize: i64) -> Result<[Tensor; 2]> {
     let block = check_blocksize(OP, blocksize)?;
     let _guard = tch::no_grad_guard();
     let x = x.f_contiguous()?;
-    if let Some(device) = device::of(&x)? {
+    if let Some(device) = device::of(&x, &[Family::Nf4Quantize])? {
         return nf4_cuda::quantize(device, &x, blocksize);
     }
     if x.device() != Device::Cpu || tensor_ops() {
@@ -71,7 +73,7 @@ pub fn dequantize_nf4(weight: Weight, shape: &[i64], kind: Kind) -> Result<Tenso
     let count = count(weight.op, shape)?;
     let _guard = tch::no_grad_guard();
     let weight = weight.checked(count)?;
-    if let Some(device) = device::of(&weight.packed)? {
+    if let Some(device) = device::of(&weight.packed, &[Family::Nf4Dequantize])? {
         return nf4_cuda::dequantize(device, &weight, shape, kind);
     }
     if weight.packed.device() != Device::Cpu || tensor_ops() {
@@ -102,7 +104,7 @@ pub fn quantize_blockwise(x: &Tensor, code: &Tensor, blocksize: i64) -> Result<[
     let map = Map::new(&map(OP, code)?);
     let _guard = tch::no_grad_guard();
     let device = x.device();
-    if let Some(gpu) = device::of(x)? {
+    if let Some(gpu) = device::of(x, &[Family::Blockwise8])? {
         let code = code.f_contiguous()?;
         return blockwise8_cuda::quantize(gpu, &x.f_contiguous()?, &code, blocksize);
     }
@@ -143,7 +145,7 @@ pub fn dequantize_blockwise(
     check_len(OP, "absmax", absmax, blocks_of(count, blocksize), &format!("for {count} codes"))?;
     let _guard = tch::no_grad_guard();
     let device = codes.device();
-    if let Some(gpu) = device::of(codes)? {
+    if let Some(gpu) = device::of(codes, &[Family::Blockwise8])? {
         // No check that the values are ascending: it would wait for the device.
         check_map(OP, code)?;
         let (codes, absmax) = (codes.f_contiguous()?, absmax.f_contiguous()?);

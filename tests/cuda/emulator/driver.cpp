@@ -2,10 +2,13 @@
 // they are launched. The names, numbers and order of arguments are those of cuda.h.
 //
 // The `emulator_*` functions at the end are for tests.
+#include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <exception>
 #include <mutex>
+#include <sstream>
+#include <unistd.h>
 
 #include "block.h"
 #include "registry.h"
@@ -21,7 +24,9 @@ enum Result {
     NOT_INITIALIZED = 3,
     INVALID_IMAGE = 200,
     INVALID_CONTEXT = 201,
+    NO_BINARY_FOR_GPU = 209,
     NOT_FOUND = 500,
+    ILLEGAL_ADDRESS = 700,
     LAUNCH_FAILED = 719,
 };
 
@@ -50,6 +55,8 @@ std::deque<Function> functions;
 std::deque<Launch> launches;
 long launches_until_failure = 0;
 bool reverse_order = false;
+// As a context after an illegal address: every later call fails.
+bool ruined = false;
 // Why the last call failed; LAUNCH_FAILED's description.
 std::string message;
 
@@ -103,6 +110,51 @@ std::string check(const Function& function, Dim grid, Dim block, unsigned shared
     return "";
 }
 
+/// What is to go wrong with kernels whose names contain `kernel`.
+struct Fault {
+    std::string mode, kernel;
+    std::size_t parameter = 0, offset = 3;
+};
+
+/// The fault of a kernel in EMULATOR_FAULT, which has `mode:kernel[:parameter[:offset]]`, separated by commas:
+///
+/// - `load`: its module cannot be loaded;
+/// - `bounds`: the pointer in a parameter is far out of bounds, and then the context is ruined;
+/// - `hang`: it never ends;
+/// - `wrong`: afterwards a bit of a byte behind the pointer in a parameter is another: of the exponent of a float,
+///   or of the second of two 16-bit numbers.
+Fault fault_of(const std::string& mode_or_any, const std::string& kernel) {
+    const char* all = std::getenv("EMULATOR_FAULT");
+    std::istringstream faults(all ? all : "");
+    for (std::string text; std::getline(faults, text, ',');) {
+        std::istringstream parts(text);
+        Fault fault;
+        std::string number;
+        std::getline(parts, fault.mode, ':');
+        std::getline(parts, fault.kernel, ':');
+        if (std::getline(parts, number, ':')) fault.parameter = std::stoul(number);
+        if (std::getline(parts, number, ':')) fault.offset = std::stoul(number);
+        const bool wanted = mode_or_any.empty() ? fault.mode != "load" : fault.mode == mode_or_any;
+        if (wanted && kernel.find(fault.kernel) != std::string::npos) return fault;
+    }
+    return Fault{};
+}
+
+/// Runs a kernel with its fault.
+void run_with(const Fault& fault, const Kernel& kernel, void** parameters, Dim grid, Dim block, unsigned shared,
+    bool reverse) {
+    while (fault.mode == "hang") {
+        pause();
+    }
+    std::vector<void*> given(parameters, parameters + kernel.sizes.size());
+    unsigned char* pointer = nullptr;
+    if (!fault.mode.empty()) std::memcpy(&pointer, given.at(fault.parameter), sizeof pointer);
+    unsigned char* moved = reinterpret_cast<unsigned char*>(reinterpret_cast<std::uintptr_t>(pointer) + (1ull << 46));
+    if (fault.mode == "bounds") given[fault.parameter] = &moved;
+    emulator::run(kernel.call, given.data(), grid, block, shared, reverse);
+    if (fault.mode == "wrong") pointer[fault.offset] ^= 0x40;
+}
+
 }  // namespace
 
 extern "C" {
@@ -110,7 +162,8 @@ extern "C" {
 #define EXPORT __attribute__((visibility("default")))
 #define READY \
     std::lock_guard<std::recursive_mutex> lock(mutex); \
-    if (!initialised) return fail(NOT_INITIALIZED, std::string(__func__) + " before cuInit")
+    if (!initialised) return fail(NOT_INITIALIZED, std::string(__func__) + " before cuInit"); \
+    if (ruined) return ILLEGAL_ADDRESS
 #define REQUIRE(condition) \
     if (!(condition)) return fail(INVALID_VALUE, std::string(__func__) + ": not " #condition)
 
@@ -189,7 +242,11 @@ EXPORT int cuModuleLoadData(void** module, const void* image) {
     REQUIRE(module && image);
     if (!current) return fail(INVALID_CONTEXT, "cuModuleLoadData without a current context");
     const bool is_elf = !std::memcmp(image, "\177ELF\2", 5);
-    *module = new Module{is_elf ? section_names(static_cast<const char*>(image)) : "", is_elf};
+    const std::string names = is_elf ? section_names(static_cast<const char*>(image)) : "";
+    if (!fault_of("load", is_elf ? names : static_cast<const char*>(image)).mode.empty()) {
+        return fail(NO_BINARY_FOR_GPU, "the module cannot be loaded, on request");
+    }
+    *module = new Module{names, is_elf};
     return SUCCESS;
 }
 
@@ -294,11 +351,13 @@ EXPORT int cuLaunchKernel(void* function, unsigned grid_x, unsigned grid_y, unsi
         reverse = reverse_order;
     }
     const Kernel& kernel = *static_cast<Function*>(function)->kernel;
+    const Fault wanted = fault_of("", kernel.name);
     try {
-        emulator::run(kernel.call, parameters, grid, block, shared, reverse);
+        run_with(wanted, kernel, parameters, grid, block, shared, reverse);
     } catch (const std::exception& fault) {
         std::lock_guard<std::recursive_mutex> lock(mutex);
-        return fail(LAUNCH_FAILED, kernel.name + ": " + fault.what());
+        ruined = wanted.mode == "bounds";
+        return fail(ruined ? ILLEGAL_ADDRESS : LAUNCH_FAILED, kernel.name + ": " + fault.what());
     }
     return SUCCESS;
 }
@@ -310,6 +369,8 @@ EXPORT int cuGetErrorName(int error, const char** name) {
         case NOT_INITIALIZED: *name = "CUDA_ERROR_NOT_INITIALIZED"; return SUCCESS;
         case INVALID_IMAGE: *name = "CUDA_ERROR_INVALID_IMAGE"; return SUCCESS;
         case INVALID_CONTEXT: *name = "CUDA_ERROR_INVALID_CONTEXT"; return SUCCESS;
+        case NO_BINARY_FOR_GPU: *name = "CUDA_ERROR_NO_BINARY_FOR_GPU"; return SUCCESS;
+        case ILLEGAL_ADDRESS: *name = "CUDA_ERROR_ILLEGAL_ADDRESS"; return SUCCESS;
         case NOT_FOUND: *name = "CUDA_ERROR_NOT_FOUND"; return SUCCESS;
         case LAUNCH_FAILED: *name = "CUDA_ERROR_LAUNCH_FAILED"; return SUCCESS;
         default: *name = nullptr; return INVALID_VALUE;
@@ -345,12 +406,13 @@ EXPORT const char* emulator_launch(long index, unsigned* sizes, void** stream) {
     return launch.kernel.c_str();
 }
 
-/// Forgets the launches, the failure that was asked for, and the order.
+/// Forgets the launches, the failure that was asked for, the order, and a ruined context.
 EXPORT void emulator_reset() {
     std::lock_guard<std::recursive_mutex> lock(mutex);
     launches.clear();
     launches_until_failure = 0;
     reverse_order = false;
+    ruined = false;
 }
 
 /// The `count`-th launch from now fails, with CUDA_ERROR_LAUNCH_FAILED and nothing run. 0: none does.

@@ -15,6 +15,7 @@ from oddsmith.check.findings import (
     Run,
     Speed,
     Trial,
+    Verdict,
 )
 from support.paths import ROOT
 
@@ -30,6 +31,11 @@ def findings():
         gpus=[Gpu(0, "A GPU", "9.0", 80 * 2**30, 70 * 2**30, True)],
         folders=[Folder("kernels", "/a/b", 2**30, True, False)],
         routes=[Route("cpu", "head and loss", "Rust", "on AVX2")],
+        kernels=[
+            Verdict("cuda:0", "nf4_product", 0.25, "bfloat16", 0.5e-3, 1e-3),
+            Verdict("cuda:0", "adamw8", 0.5, "float16", 0.5, 1e-3),
+            Verdict("cuda:0", "adamw32", 0.0, error="NVRTC: no"),
+        ],
         trials=[
             Trial("cpu", "head, forward", "float32", 1e-7, 1e-6),
             Trial("cuda:0", "8-bit blocks", "float32", 0.5, 1e-6),
@@ -50,6 +56,7 @@ def test_the_json_is_what_the_schema_says(findings):
     jsonschema.validate(found, SCHEMA)
     assert [trial["passed"] for trial in found["trials"]] == [True, False, False]
     assert [run["passed"] for run in found["runs"]] == [True, False, False]
+    assert [verdict["passed"] for verdict in found["kernels"]] == [True, False, False]
 
 
 @pytest.mark.parametrize("change", [{"more": 1}, {"ready": "yes"}, {"gpus": [{"index": -1}]}])
@@ -75,6 +82,9 @@ def test_the_lines_have_everything(findings):
         "memory 16.0 GB, available unknown",
         "cuda:0: A GPU, capability 9.0, with bfloat16, 70.0 GB of 80.0 GB free",
         "others can write to it",
+        "used, 5.0e-04 off (allowed 1.0e-03), 0.25 s",
+        "not used: 5.0e-01 off in float16, and 1.0e-03 is allowed",
+        "not used: NVRTC: no",
         "right, 1.0e-07 off",
         "WRONG, 5.0e-01 off",
         "failed: RuntimeError: no kernel",

@@ -2,7 +2,7 @@
 
 import pytest
 
-from oddsmith.check import folders
+from oddsmith.check import folders, verdicts
 from oddsmith.check.findings import Folder
 
 ROOM = 1 << 40
@@ -27,7 +27,7 @@ def test_the_folder_of_kernels(monkeypatch, variables, path):
     monkeypatch.delenv("ODDSMITH_CACHE_DIR", raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert str(folders.kernel_folder()) == path
+    assert str(verdicts.kernel_folder()) == path
 
 
 def test_a_folder_that_is_not_there_yet(tmp_path, monkeypatch):

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from ... import _core
 from .arguments import Item, Rule
-from .moments import decode, encode, is_8bit
+from .moments import BLOCKSIZE, decode, encode, is_8bit
 
-# Devices that the core has kernels for.
-_KERNELS = ("cpu", "cuda")
+# Devices that the core may serve.
+_SERVED = ("cpu", "cuda")
 
 
 def rule_of(group: dict[str, Any], step: int) -> Rule:
@@ -73,17 +73,21 @@ def adamw_step(updates: Iterable[AdamUpdate], bad: NonFinite) -> None:
         updates (`Iterable[AdamUpdate]`): What is to be done.
         bad (`NonFinite`): Counts elements with such gradients.
     """
-    by_device: dict[torch.device, list[AdamUpdate]] = defaultdict(list)
+    # Moments of 8 and of 32 bits have kernels of their own.
+    alike: dict[tuple[torch.device, bool], list[AdamUpdate]] = defaultdict(list)
     for update in updates:
         if update.value.numel():
-            by_device[update.value.device].append(update)
-    for device, some in by_device.items():
-        if device.type in _KERNELS:
-            _core.adamw_step([_item(update) for update in some], bad.on(device))
-            torch.autograd.graph.increment_version([update.value for update in some])
-        else:
-            for update in some:
-                _with_ops(update, bad.on(device))
+            alike[update.value.device, is_8bit(update.state)].append(update)
+    served: dict[torch.device, list[AdamUpdate]] = defaultdict(list)
+    for (device, eight_bits), some in alike.items():
+        if device.type in _SERVED and _core.adamw_serves(some[0].value, eight_bits):
+            served[device] += some
+            continue
+        for update in some:
+            _with_ops(update, bad.on(device))
+    for device, some in served.items():
+        _core.adamw_step([_item(update) for update in some], bad.on(device))
+        torch.autograd.graph.increment_version([update.value for update in some])
 
 
 def _item(update: AdamUpdate) -> Item:
@@ -102,7 +106,7 @@ def _item(update: AdamUpdate) -> Item:
 
 
 def _with_ops(update: AdamUpdate, bad: Tensor) -> None:
-    """A step with torch's ops, for devices without a kernel; rounds to the nearest."""
+    """A step with torch's ops, for devices without a kernel."""
     beta1, beta2, eps, step_size, keep = update.rule
     value, grad, state = update.value, update.grad.float(), update.state
     square = grad * grad
@@ -112,8 +116,35 @@ def _with_ops(update: AdamUpdate, bad: Tensor) -> None:
     first = torch.where(finite, beta1 * first + (1 - beta1) * grad, 0.0)
     second = torch.where(finite, beta2 * second + (1 - beta2) * square, 0.0)
     moved = (value.float() + step_size * first / (second.sqrt() + max(eps, 1e-20))) * keep
-    value.copy_(torch.where(finite, moved, value.float()))
+    moved = torch.where(finite, moved, value.float())
+    if update.seed is not None and value.dtype == torch.bfloat16:
+        moved = _nudged(moved, update.seed, update.first)
+    value.copy_(moved)
     after = encode(first, second) if is_8bit(state) else {"state1": first, "state2": second}
     for key, tensor in after.items():
         if not key.startswith("qmap"):
             state[key].copy_(tensor)
+
+
+_32_BITS = 0xFFFFFFFF
+
+
+def _nudged(wide: Tensor, seed: int, first: int) -> Tensor:
+    """Values of bf16, rounded up with the probability that keeps the mean: as `store` in src/optim/adamw.rs."""
+    # A block's start is split into halves; only its low half grows within it.
+    place = torch.arange(wide.numel(), device=wide.device).view(wide.shape)
+    block = place // BLOCKSIZE * BLOCKSIZE + first
+    start = (block & _32_BITS) ^ _times(block >> 32, 0x9E3779B9)
+    noise = ((start + place % BLOCKSIZE) & _32_BITS) ^ seed
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        noise = _times(noise ^ (noise >> shift), factor)
+    noise = (noise ^ (noise >> 16)) & 0xFFFF
+    bits = wide.view(torch.int32)
+    nudged = ((bits.long() + noise) & ~0xFFFF).to(torch.int32)
+    return torch.where(wide.isfinite(), nudged, bits).view(torch.float32)
+
+
+def _times(x: Tensor, factor: int) -> Tensor:
+    """The low 32 bits of a product of 32-bit numbers, in halves that 64 bits hold."""
+    high = ((x >> 16) * factor & 0xFFFF) << 16
+    return ((x & 0xFFFF) * factor + high) & _32_BITS

@@ -47,7 +47,7 @@ def stepped(bits, dtype, shape, steps=5):
 @pytest.mark.parametrize("bits", [8, 32])
 def test_ops_do_what_the_kernel_does(bits, dtype, monkeypatch):
     value, state, bad = stepped(bits, dtype, (31, 53))
-    monkeypatch.setattr(adamw_step, "_KERNELS", ())
+    monkeypatch.setattr(adamw_step, "_SERVED", ())
     monkeypatch.setattr(adamw_step._core, "adamw_step", None)  # and it would be no success
     other, theirs, count = stepped(bits, dtype, (31, 53))
     # In fp16 large values become infinite too.
@@ -75,7 +75,7 @@ def test_numbers_by_hand():
 @pytest.mark.parametrize("ops", [False, True])
 def test_a_step_by_hand(ops, monkeypatch):
     if ops:
-        monkeypatch.setattr(adamw_step, "_KERNELS", ())
+        monkeypatch.setattr(adamw_step, "_SERVED", ())
     value = torch.tensor([1.0, -2.0, 3.0])
     grad = torch.tensor([0.5, -0.25, math.nan])
     state = {"state1": torch.full((3,), 0.1), "state2": torch.full((3,), 0.2)}
@@ -91,6 +91,24 @@ def test_a_step_by_hand(ops, monkeypatch):
     # Its value is kept, its moments are reset.
     assert value[2] == 3.0 and state["state1"][2] == state["state2"][2] == 0.0
     assert bad.total() == 1
+
+
+@pytest.mark.parametrize("first", [0, 257, 2**32 - 300, 2**33 + 5])
+def test_ops_round_stochastically_as_the_kernel_does(first, monkeypatch):
+    """To the bit: the noise depends on seed and place alone."""
+    start = randn(3, 331).to(torch.bfloat16)
+    results = []
+    for served in (("cpu",), ()):
+        monkeypatch.setattr(adamw_step, "_SERVED", served)
+        value, grad = start.clone(), torch.zeros(3, 331)
+        state = {"state1": torch.zeros(3, 331), "state2": torch.zeros(3, 331)}
+        # Without a gradient values are multiplied by one number alone, which rounds them.
+        rule = Rule(0.8, 0.75, 0.01, -0.3, 1 + 2**-10 + 2**-12)
+        update = AdamUpdate(value, grad, state, rule, seed=0xDEADBEEF, first=first)
+        adamw_step.adamw_step([update], NonFinite())
+        results.append(value)
+    assert torch.equal(*results)
+    assert 0.1 < (results[0] != start).float().mean() < 0.9
 
 
 def test_counts_are_kept():
