@@ -19,9 +19,8 @@ from support import emulation
 assert _core.emulates_cuda()
 device = torch.device("cpu")
 for case in trials.CASES:
-    for dtype in (torch.float32, torch.bfloat16):
-        trial = trials.outcome(case, device, dtype)
-        assert trial.passed, trial
+    trial = trials.outcome(case, device, torch.float32)
+    assert trial.passed, trial
 driver = emulation.Driver(emulation.build())
 assert driver.launches() == []
 assert _core.trusted_kernels(0) is None

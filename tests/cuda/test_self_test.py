@@ -330,7 +330,7 @@ def test_the_environment_variable(counted, monkeypatch, asked, trusted, count):
 def test_a_value_that_there_is_not(untried, monkeypatch):
     monkeypatch.setenv(kernels.VARIABLE, "of")
     with pytest.raises(
-        ValueError, match="ODDSMITH_KERNELS is 'of'; must be tested, retest, untested, none"
+        ValueError, match="ODDSMITH_KERNELS is 'of'; must be tested, retest, untested or none"
     ):
         functional.quantize_nf4(torch.ones(64))
     assert _core.trusted_kernels(0) is None and untried.launches() == []

@@ -89,7 +89,7 @@ def policy() -> str:
     """
     value = os.environ.get(VARIABLE) or "tested"
     if value not in POLICIES:
-        raise ValueError(f"{VARIABLE} is {value!r}; must be {', '.join(POLICIES)}")
+        raise ValueError(f"ODDSMITH_KERNELS is {value!r}; must be tested, retest, untested or none")
     return value
 
 
