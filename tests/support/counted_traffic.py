@@ -48,9 +48,9 @@ class _CountReduced(TrainerCallback):
         self.trainer, self.counts = trainer, counts
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        def count(_: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        def count(group: Any, bucket) -> torch.futures.Future[torch.Tensor]:
             self.counts["reduced"] += bucket.buffer().nbytes
-            return allreduce_hook(dist.group.WORLD, bucket)
+            return allreduce_hook(group, bucket)
 
         model = self.trainer.model_wrapped
         if isinstance(model, DistributedDataParallel):

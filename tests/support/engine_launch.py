@@ -74,7 +74,7 @@ class Alone:
         """What a cell gives; the batches of two processes are micro-batches, one after the other."""
         key = (cell, micro_batches)
         if key not in self._results:
-            options = {"gradient_accumulation_steps": micro_batches}
+            options: dict[str, Any] = {"gradient_accumulation_steps": micro_batches}
             # The trainer collects garbage, and looks at all objects that tests have imported.
             gc.freeze()
             try:
