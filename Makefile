@@ -77,7 +77,7 @@ DEEPSPEED = deepspeed==0.19.8
 .PHONY: engines
 engines: test-build ## Install DeepSpeed; the tests of every way to spread a run over processes
 	$(ACTIVATE) && pip install wheel && DS_ACCELERATOR=cpu pip install "$(DEEPSPEED)"
-	$(ACTIVATE) && pytest -n 0 tests/e2e/test_engines.py tests/e2e/test_engines_deepspeed.py tests/e2e/test_engines_tensor.py
+	$(ACTIVATE) && pytest -n 0 tests/e2e/test_engines.py tests/e2e/test_engines_deepspeed.py tests/e2e/test_engines_tensor.py tests/e2e/test_launch_engines.py
 
 .PHONY: develop
 develop: ## Compile again after a change in src/, for tests

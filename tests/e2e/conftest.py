@@ -8,6 +8,8 @@ from datasets import Dataset, DatasetDict
 
 from oddsmith.demo.model import build_model, train_tokenizer
 from oddsmith.demo.tasks import make_pairs
+from support.engine_launch import Alone
+from support.engine_runs import save_models
 from support.ultrafeedback import ultrafeedback_rows
 
 
@@ -42,6 +44,20 @@ def tiny_mistral(tmp_path_factory) -> Path:
     tokenizer.pad_token = None
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def engine_models(tmp_path_factory) -> Path:
+    """Folder of the models that two processes and one train."""
+    folder = tmp_path_factory.mktemp("models")
+    save_models(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def alone(engine_models, tmp_path_factory) -> Alone:
+    """What one process gives for a cell of engines and features."""
+    return Alone(engine_models, lambda: tmp_path_factory.mktemp("one"))
 
 
 @pytest.fixture(autouse=True)

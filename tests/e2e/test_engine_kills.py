@@ -8,10 +8,7 @@ each run.
 import json
 import os
 import signal
-import socket
-import subprocess
 import sys
-import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -24,7 +21,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from support.engine_runs import FEATURES, make_trainer, save_models
 from support.engines import ENGINES, under, whole_weights
-from support.processes import end
+from support.forked import fork, import_all
+from support.processes import ended
 
 # Seconds that a collective waits for a process that says nothing.
 TIMEOUT = 60
@@ -60,29 +58,12 @@ def train(engine: str, models: Path, out: Path, steps: int, kill: Kill | None) -
 
 def forked(*arguments: Any) -> tuple[list[int], float]:
     """How two processes end that run [`train`], and the seconds between their ends."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    for rank in range(2):
-        if os.fork() == 0:
-            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-            place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            os.environ.update({name: str(value) for name, value in place.items()})
-            try:
-                train(*arguments)
-                end()
-            except BaseException as error:
-                print(f"{rank}: {type(error).__name__}: {error}"[:300], file=sys.stderr, flush=True)
-                os._exit(1)
-    ends, times = [], []
-    for _ in range(2):
-        ends.append(os.waitstatus_to_exitcode(os.wait()[1]))
-        times.append(time.monotonic())
-    return ends, times[1] - times[0]
+    return fork(lambda: train(*arguments), patience=TIMEOUT + 30)
 
 
 def main(models: str, folder: str, cycles: str, *engines: str) -> None:
     """Each engine: a run without a kill, and one that is killed in every second step."""
+    import_all()
     steps = 2 * int(cycles) + 1
     for engine in engines:
         place = Path(folder) / engine
@@ -100,18 +81,16 @@ def main(models: str, folder: str, cycles: str, *engines: str) -> None:
 @pytest.mark.parametrize("cycles", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_kill_and_resume(engine, cycles, tmp_path):
     save_models(tmp_path / "models")
-    command = [sys.executable, __file__, tmp_path / "models", tmp_path, str(cycles), engine]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    environment["TOKENIZERS_PARALLELISM"] = "false"
     limit = 600 + 60 * cycles  # what a busy machine needs
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=limit)
-    assert done.returncode == 0, done.stderr[-4000:]
+    words = [__file__, tmp_path / "models", tmp_path, str(cycles), engine]
+    code, errors = ended(words, limit)
+    assert code == 0, errors[-4000:]
     place = tmp_path / engine
     report = json.loads((place / "report.json").read_text())
-    assert report["through"][0] == report["end"][0] == [0, 0], done.stderr[-4000:]
+    assert report["through"][0] == report["end"][0] == [0, 0], errors[-4000:]
     assert len(report["killed"]) == cycles
     for ends, seconds in report["killed"]:
-        assert sorted(ends) == [-signal.SIGKILL, 1], done.stderr[-4000:]
+        assert sorted(ends) == [-signal.SIGKILL, 1], errors[-4000:]
         assert seconds < TIMEOUT + 30
     through, killed = (torch.load(place / run / "weights.pt") for run in ("through", "killed"))
     assert all(torch.equal(weight, killed[name]) for name, weight in through.items())

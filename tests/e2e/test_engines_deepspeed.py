@@ -4,10 +4,7 @@ Two processes run all cells of an engine one after the other; run as a script th
 run.
 """
 
-import os
 import sys
-import traceback
-from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,15 +12,16 @@ import pytest
 import torch
 
 from support.deepspeed_on_cpu import allow_cpus, end_deepspeed, zero
-from support.engine_cells import IN_32_BITS, ROUNDED, differences
-from support.engine_runs import FEATURES, run, save_models
-from support.engines import Engine, under
-from support.processes import end, one_thread, two_processes
+from support.engine_cells import IN_32_BITS, differences
+from support.engine_launch import result_of, run_cells
+from support.engine_runs import FEATURES
+from support.engines import Engine
+from support.processes import end, two_processes
 
 pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 
 # DeepSpeed makes one flat tensor of many parameters, whose blocks of 8-bit moments are others.
-CELLS = {**FEATURES, **IN_32_BITS}
+CELLS = [*FEATURES, *IN_32_BITS]
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 # As `accelerate launch` sets them.
 ENVIRONMENT = {
@@ -34,13 +32,13 @@ ENVIRONMENT = {
 # Name -> how a run is spread, and the cells that run.
 ENGINES = {
     "ZeRO-1": (Engine(zero(1)), ["adamw_8bit", "adamw_8bit in 32 bits"]),
-    "ZeRO-2": (Engine(zero(2)), list(CELLS)),
+    "ZeRO-2": (Engine(zero(2)), CELLS),
     "ZeRO-2 with offload": (Engine(zero(2, **OFFLOAD)), ["adamw_8bit", "adamw_8bit in 32 bits"]),
     "ZeRO-2 by environment": (
         Engine({"use_cpu": False}, ENVIRONMENT),
         ["full", "adamw_8bit in 32 bits", "galore_adamw"],
     ),
-    "ZeRO-3": (Engine(zero(3)), list(CELLS)),
+    "ZeRO-3": (Engine(zero(3)), CELLS),
 }
 REFUSED = {
     "galore_adamw": "ValueError: optim is 'galore_adamw' with DeepSpeed ZeRO-",
@@ -64,22 +62,10 @@ def check_small_model() -> None:
         assert hasattr(torch.nn.Linear(4, 4).weight, "ds_id")
 
 
-def main(models: str, folder: str, *engines: str) -> None:
+def main(models: str, folder: str) -> None:
     allow_cpus()
-    for name in engines:
-        engine, cells = ENGINES[name]
-        for cell in cells:
-            out = Path(folder) / name / cell
-            with under(engine):
-                try:
-                    result = run(engine, CELLS[cell], Path(models), out)
-                except Exception as error:
-                    traceback.print_exc()
-                    result = {"error": f"{type(error).__name__}: {error}"}
-            end_deepspeed()
-            if os.environ["RANK"] == "0":
-                out.mkdir(parents=True, exist_ok=True)
-                torch.save(result, out / "result.pt")
+    for name, (engine, cells) in ENGINES.items():
+        run_cells(engine, cells, models, Path(folder) / name, after=end_deepspeed)
     check_small_model()
 
 
@@ -87,41 +73,23 @@ def main(models: str, folder: str, *engines: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    save_models(folder)
+def launch(engine_models, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    two_processes(__file__, engine_models, folder, timeout=1800)
     return folder
 
 
-@pytest.fixture(scope="module", params=ENGINES)
-def launch(request, models, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("two")
-    two_processes(__file__, models, folder, request.param, timeout=900)
-    return folder / request.param
-
-
-@pytest.fixture(scope="module")
-def alone(models, tmp_path_factory):
-    @cache
-    def of_feature(cell):
-        folder = tmp_path_factory.mktemp("one")
-        with one_thread():
-            return run(Engine(), CELLS[cell], models, folder, gradient_accumulation_steps=2)
-
-    return of_feature
-
-
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
-@pytest.mark.parametrize("cell", CELLS)
-def test_a_feature(cell, launch, alone):
-    if cell not in ENGINES[launch.name][1]:
-        pytest.skip("not among the cells of this engine")
-    found = torch.load(launch / cell / "result.pt")
+@pytest.mark.parametrize(
+    ("engine", "cell"), [(name, cell) for name, (_, cells) in ENGINES.items() for cell in cells]
+)
+def test_a_feature(engine, cell, launch, alone):
+    found = result_of(launch / engine, cell)
     if cell in REFUSED:
         assert REFUSED[cell] in found.get("error", "it ran")
         return
-    assert not list(differences(launch.name, found, alone(cell), ROUNDED.get(cell)))
-    saved = {each.name for each in (launch / cell / "saved").iterdir()}
+    assert not list(differences(engine, found, alone(cell)))
+    saved = {each.name for each in (launch / engine / cell / "saved").iterdir()}
     assert saved & {"model.safetensors", "adapter_model.safetensors"}
 
 

@@ -1,6 +1,7 @@
 """Runs of the trainer that a table of engines and features has: one for each cell."""
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ class Feature:
     lora: dict[str, Any] | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
     evaluates: bool = False
+    upcast: bool = False  # to float32, after it was loaded
 
 
 LORA = {"r": 4, "target_modules": "all-linear"}
@@ -85,8 +87,13 @@ def make_trainer(engine: Engine, feature: Feature, models: Path, out: Path, **ch
         from peft import LoraConfig
 
         adapter = LoraConfig(**feature.lora, task_type="CAUSAL_LM")
+    model = AutoModelForCausalLM.from_pretrained(
+        models / feature.model, dtype=feature.dtype, **load
+    )
+    if feature.upcast:
+        torch.nn.Module.float(model)  # transformers' own refuses 4-bit models
     return ORPOTrainer(
-        AutoModelForCausalLM.from_pretrained(models / feature.model, dtype=feature.dtype, **load),
+        model,
         args,
         train_dataset=pairs(12),
         eval_dataset=pairs(5, seed=8) if feature.evaluates else None,
@@ -95,9 +102,28 @@ def make_trainer(engine: Engine, feature: Feature, models: Path, out: Path, **ch
     )
 
 
-def run(engine: Engine, feature: Feature, models: Path, out: Path, **changed: Any) -> dict:
-    """What a cell gives: its losses and weights, before and after, and those of a resumed run."""
+def run(
+    engine: Engine,
+    feature: Feature,
+    models: Path,
+    out: Path,
+    start: Mapping[str, torch.Tensor] | None = None,
+    **changed: Any,
+) -> dict[str, Any]:
+    """
+    What a cell gives: its losses and weights, before and after, and those of a resumed run.
+
+    Args:
+        engine (`Engine`): How a run is spread.
+        feature (`Feature`): What it trains.
+        models (`Path`): Folder of the models.
+        out (`Path`): Its own folder.
+        start (`Mapping`, *optional*): Values of the trained weights to begin with.
+        changed: Arguments of `ORPOConfig` that are changed.
+    """
     trainer = make_trainer(engine, feature, models, out, **changed)
+    if start is not None:
+        trainer.model.load_state_dict(start, strict=False)
     before = whole_weights(trainer.model)
     trainer.train()
     result = {

@@ -15,7 +15,7 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
-__all__ = ["ENGINES", "Engine", "under", "whole", "whole_weights"]
+__all__ = ["ENGINES", "Engine", "lifted", "under", "whole", "whole_weights"]
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,8 @@ ENGINES: dict[str, Engine] = {
 
 
 @contextmanager
-def under(engine: Engine) -> Iterator[Engine]:
-    """The environment of an engine; accelerate takes the CPU for an accelerator."""
-    before = dict(os.environ)
+def lifted() -> Iterator[None]:
+    """A context in which accelerate takes the CPU for an accelerator."""
     original = AcceleratorState.__init__
 
     def init(self: AcceleratorState, *args: Any, **kwargs: Any) -> None:
@@ -71,9 +70,17 @@ def under(engine: Engine) -> Iterator[Engine]:
         if cpu and self.distributed_type == DistributedType.MULTI_GPU:
             self.distributed_type = shared["distributed_type"] = DistributedType.MULTI_CPU
 
+    with patch.object(AcceleratorState, "__init__", init):
+        yield
+
+
+@contextmanager
+def under(engine: Engine) -> Iterator[Engine]:
+    """The environment of an engine; accelerate takes the CPU for an accelerator."""
+    before = dict(os.environ)
     os.environ.update(engine.environment)
     try:
-        with patch.object(AcceleratorState, "__init__", init):
+        with lifted():
             yield engine
     finally:
         # accelerate and transformers set variables of their own.

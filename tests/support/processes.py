@@ -2,24 +2,49 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-
 
 def two_processes(file: str, *arguments: str | Path, timeout: int = 300) -> None:
     """Runs `file arguments` in two processes that find each other by gloo."""
-    command = [sys.executable, *TORCHRUN, file, *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
-    assert done.returncode == 0, done.stderr[-4000:]
+    code, errors = ended(["-m", "support.forked", file, *arguments], timeout)
+    assert code == 0, errors[-4000:]
+
+
+def ended(words: Iterable[str | Path], timeout: int) -> tuple[int, str]:
+    """
+    The exit code of Python with these arguments, and what it wrote to stderr. After `timeout`
+    seconds it is killed, and the processes that it has forked.
+    """
+    command = [sys.executable, *map(str, words)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        command, env=one_core(), stdout=pipe, stderr=pipe, text=True, start_new_session=True
+    ) as run:
+        try:
+            _, errors = run.communicate(timeout=timeout)
+        except BaseException:
+            os.killpg(run.pid, signal.SIGKILL)
+            raise
+    return run.returncode, errors
+
+
+def one_core() -> dict[str, str]:
+    """Variables for processes that share a CPU and are forked."""
+    changed = {
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    return {**os.environ, **changed}
 
 
 @contextmanager

@@ -190,7 +190,12 @@ def launcher_options(arguments: LaunchArguments, argv: list[str]) -> Any:
         for part in (f"--{name}", str(value))
     ]
     parser = launch_command_parser()
-    return parser.parse_args([*options, "--module", "oddsmith", "train", *argv])
+    parsed = parser.parse_args([*options, "--module", "oddsmith", "train", *argv])
+    if arguments.max_restarts and arguments.num_machines == 1:
+        # accelerate's default keeps one store for all starts, in which processes that are started again
+        # find the addresses of those that have ended: they wait for them. torchrun's own makes a new one.
+        parsed.standalone = True
+    return parsed
 
 
 def start(arguments: LaunchArguments, argv: list[str]) -> int:

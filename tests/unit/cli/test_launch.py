@@ -4,7 +4,12 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command
-from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from accelerate.utils.launch import (
+    _filter_args,
+    prepare_deepspeed_cmd_env,
+    prepare_multi_gpu_env,
+)
+from torch.distributed.run import get_args_parser
 
 from oddsmith.cli import commands, launch
 from oddsmith.cli.launch import LaunchArguments
@@ -114,6 +119,19 @@ def environment(name, *flags):
         return prepare_multi_gpu_env(options), options
     options.deepspeed_fields_from_accelerate_config = ""
     return prepare_deepspeed_cmd_env(options)[1], options
+
+
+@pytest.mark.parametrize(("restarts", "machines"), [(0, 1), (1, 1), (1, 2)])
+def test_processes_that_start_again_find_each_other(restarts, machines):
+    """torchrun's rendezvous for one machine makes a new store for each start."""
+    given = LaunchArguments(
+        num_processes=2, num_machines=machines, main_process_ip="localhost",
+        main_process_port=29511, max_restarts=restarts,
+    )  # fmt: skip
+    options = launch.launcher_options(given, ["--model", "m"])
+    for_torchrun = _filter_args(options, get_args_parser(), ["-m", "oddsmith"])
+    assert int(for_torchrun.max_restarts) == restarts
+    assert for_torchrun.standalone == (restarts > 0 and machines == 1)
 
 
 def test_what_the_processes_get(capsys, caplog):
