@@ -80,7 +80,16 @@ _NARROW = {
     "n_inner": _INNER,
     "q_lora_rank": _RANK,
     "kv_lora_rank": _RANK,
+    # Without their kernels, state-space layers take memory for the states of every pair in a chunk.
+    "mamba_d_state": _RANK,
+    "ssm_state_size": _RANK,
+    "mamba_chunk_size": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
 }
+# Number and width of the heads of state-space layers, which are as wide together as the model is or
+# some multiple of it.
+_STATE_HEADS = (("mamba_n_heads", "mamba_d_head"), ("n_mamba_heads", "mamba_headdim"))
 
 
 class NotSmall(Exception):
@@ -308,6 +317,10 @@ def _narrower(config: Any) -> None:
             for name, value in list(vars(config).items()):
                 if value == hidden and isinstance(value, int) and "position" not in name:
                     setattr(config, name, new)
+            for name, size in _STATE_HEADS:
+                inner = (_number(config, name) or 0) * (_number(config, size) or 0)
+                if inner and inner % hidden == 0 and inner // hidden * new % vars(config)[size] == 0:
+                    setattr(config, name, inner // hidden * new // vars(config)[size])
             config.hidden_size = new
             config.num_attention_heads = many
             if groups is not None:
