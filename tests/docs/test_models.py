@@ -43,9 +43,13 @@ def known():
 def test_what_the_script_writes():
     text = model_table.page(known(), "5.0.0")
     rows = model_table.rows_of(text)
-    assert [row["Configuration"] for row in rows] [:3] == ["`LlamaConfig`", "`A`", "`B`, windows"]
+    assert [row["Configuration"] for row in rows][:3] == ["`LlamaConfig`", "`A`", "`B`, windows"]
     assert [row["Path"] for row in rows][:3] == ["packed", "padded", "plain"]
-    assert [row["Why"] for row in rows][:3] == ["for short rows", "x \\| y", "not trained: too large"]
+    assert [row["Why"] for row in rows][:3] == [
+        "for short rows",
+        "x \\| y",
+        "not trained: too large",
+    ]
     assert rows[0]["float32, LoRA"] == "2.0e-06"
     assert rows[0]["bfloat16"] == "3.0e-02 (2.0e-02)"
     assert rows[2]["bfloat16"] == "-"

@@ -238,9 +238,9 @@ def _distances(record: Record) -> list[str]:
     exact, double, half = (record.get(dtype, {}) for dtype in names)
     kinds = ("full", "LoRA")
     wide = {kind: f" ({value:.1e})" for kind, value in double.items()}
-    return [f"{exact[kind]:.1e}{wide.get(kind, '')}" if kind in exact else "-" for kind in kinds] + [
-        "{:.1e} ({:.1e})".format(*half[kind]) if kind in half else "-" for kind in kinds
-    ]
+    return [
+        f"{exact[kind]:.1e}{wide.get(kind, '')}" if kind in exact else "-" for kind in kinds
+    ] + ["{:.1e} ({:.1e})".format(*half[kind]) if kind in half else "-" for kind in kinds]
 
 
 def _why(record: Record) -> str:

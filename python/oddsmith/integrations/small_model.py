@@ -319,7 +319,11 @@ def _narrower(config: Any) -> None:
                     setattr(config, name, new)
             for name, size in _STATE_HEADS:
                 inner = (_number(config, name) or 0) * (_number(config, size) or 0)
-                if inner and inner % hidden == 0 and inner // hidden * new % vars(config)[size] == 0:
+                if (
+                    inner
+                    and inner % hidden == 0
+                    and inner // hidden * new % vars(config)[size] == 0
+                ):
                     setattr(config, name, inner // hidden * new // vars(config)[size])
             config.hidden_size = new
             config.num_attention_heads = many
