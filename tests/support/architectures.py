@@ -105,8 +105,11 @@ def core(name: str, options: dict[str, Any]) -> Any:
     """
     kind, model = classes(name)
     try:
+        config = kind(**options)
+        if getattr(config, "sub_configs", {}).get("text_config") is model.config_class:
+            config = config.get_text_config()  # as AutoModelForCausalLM does
         with torch.device("meta"):
-            return model(kind(**options))
+            return model(config)
     except Exception as bad:  # whatever the code of a model may raise
         raise LookupError(f"{type(bad).__name__}: {bad}".splitlines()[0]) from bad
 

@@ -145,6 +145,11 @@ class Worker:
         except EOFError:
             self._process.join()
             code, self._process = self._process.exitcode, None
+            if self.trained and not before:  # its path may need less
+                alone = Worker(False, self.seconds)
+                alone.try_out(name)
+                alone.close()
+                before = read(name)
             write(name, _lost(name, before, _ended(code, self.seconds), self.trained))
 
     def close(self) -> None:
@@ -205,7 +210,8 @@ def _lost(name: str, before: list[Record], why: str, trained: bool) -> list[Reco
     """The records of a trial that did not end."""
     model = classes(name)[1].__name__
     alone = {"name": name, "model": model, "case": "default", "path": "not built", "why": why}
-    records = [{**each, "untried": why} for each in before] or [alone]
+    built = [each for each in before if each["path"] in PATHS]
+    records = [{**each, "untried": why} for each in built] or [alone]
     return [{**each, "measured": trained} for each in records]
 
 
