@@ -4,11 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-)
+from transformers.models.auto import configuration_auto, modeling_auto
 
 from oddsmith.integrations.small_model import reaches, small_model
 
@@ -116,14 +112,15 @@ def core(name: str, options: dict[str, Any]) -> Any:
 
 def configurations() -> dict[str, str]:
     """Name of the configuration of each architecture, with its type. Nothing is imported for it."""
-    types = CONFIG_MAPPING_NAMES.items()
-    return {name: kind for kind, name in types if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
+    types: Any = vars(configuration_auto)["CONFIG_MAPPING_NAMES"]
+    models = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return {name: kind for kind, name in types.items() if kind in models}
 
 
 def classes(name: str) -> tuple[Any, Any]:
     """The classes of a configuration and its model."""
-    config: Any = CONFIG_MAPPING[configurations()[name]]
-    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[config]
+    config: Any = configuration_auto.CONFIG_MAPPING[configurations()[name]]
+    kind: Any = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING[config]
     return config, kind[0] if isinstance(kind, (tuple, list)) else kind
 
 

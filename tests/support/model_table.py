@@ -136,15 +136,16 @@ class Worker:
         before = read(name)
         if self._process is None:
             self._start()
+        process: Any = self._process
         self._pipe.send(name)
         while not self._pipe.poll(0.25):
-            if _memory_of(self._process.pid) > MEMORY:
-                self._process.kill()
+            if _memory_of(process.pid) > MEMORY:
+                process.kill()
         try:
             self._pipe.recv()
         except EOFError:
-            self._process.join()
-            code, self._process = self._process.exitcode, None
+            process.join()
+            code, self._process = process.exitcode, None
             if self.trained and not before:  # its path may need less
                 alone = Worker(False, self.seconds)
                 alone.try_out(name)
@@ -270,7 +271,7 @@ def page(records: list[Record], version: str) -> str:
     """The text of docs/models.md."""
     built = [each for each in records if each["path"] in PATHS]
     missing = [each for each in records if each["path"] not in PATHS]
-    known = {(each["name"], each["case"]): each for each in built}
+    known: dict[Any, Record] = {(each["name"], each["case"]): each for each in built}
     bases = [(base, known[key]) for base, *key_ in BASES for key in [tuple(key_)] if key in known]
     wrong = [title(each) for each in built if differs(each)]
     trained = sum(bool(each.get("float32")) for each in built)

@@ -104,7 +104,7 @@ def _tried(model: Any, measured: bool) -> Record:
         record["limits"] = str(path.limits)
     if not measured:
         return record
-    far = {"reach": LONGEST, "spread": MOST + 1} if "limits" in record else {}
+    far: dict[str, Any] = {"reach": LONGEST, "spread": MOST + 1} if "limits" in record else {}
     try:
         small: Any = small_model(model, **{"reach": _REACH, "spread": _SPREAD, **far})
     except NotSmall as error:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers.utils import logging
 
 __all__ = ["adapted_router", "without_routers"]
@@ -66,6 +67,7 @@ def _is_router(layer: Any) -> bool:
     tokens = torch.empty(2, layer.in_features, device="meta", dtype=layer.weight.dtype)
     try:
         with torch.no_grad():
-            return not isinstance(torch.func.functional_call(layer, ghosts, (tokens,)), Tensor)
+            made = functional_call(layer, ghosts, (tokens,))
     except Exception:  # whatever the code of a layer may raise, such as for want of an argument
         return False
+    return not isinstance(made, Tensor)
