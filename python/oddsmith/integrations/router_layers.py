@@ -52,7 +52,8 @@ def adapted_router(model: nn.Module) -> str | None:
         model (`PeftModel`): The model with its adapter.
     """
     for name, layer in model.named_modules():
-        if hasattr(layer, "get_base_layer") and _is_router(layer.get_base_layer()):
+        base: Any = getattr(layer, "get_base_layer", None)
+        if base is not None and _is_router(base()):
             return name
     return None
 
