@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from oddsmith.integrations import model_packing
 from oddsmith.integrations.model_path import TrainingPath, path_of
-from oddsmith.integrations.packed_trial import LONGEST, MOST
 from oddsmith.integrations.small_model import NotSmall, small_model
 
 from .architectures import cases, classes, core
@@ -38,6 +37,8 @@ _LETTERS = _WORDS[3:]
 _LENGTHS = ((12, 9, 15), (3, 17, 8), (1, 8, 11), (6, 2, 13), (10, 6, 5), (2, 14, 4))
 # What a small model's windows and distances are, if its class packs any row.
 _REACH, _SPREAD = 7, 5
+# The same if its class packs rows up to a limit: more tokens than the batches have.
+_FAR = 1000
 
 Record = dict[str, Any]
 
@@ -104,7 +105,7 @@ def _tried(model: Any, measured: bool) -> Record:
         record["limits"] = str(path.limits)
     if not measured:
         return record
-    far: dict[str, Any] = {"reach": LONGEST, "spread": MOST + 1} if "limits" in record else {}
+    far: dict[str, Any] = {"reach": _FAR, "spread": _FAR} if "limits" in record else {}
     try:
         small: Any = small_model(model, **{"reach": _REACH, "spread": _SPREAD, **far})
     except NotSmall as error:
