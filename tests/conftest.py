@@ -1,5 +1,6 @@
 """Fixtures of all tests."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -46,6 +47,13 @@ def pytest_configure(config):
         raise pytest.UsageError(
             "oddsmith was built without the cargo feature `testing`, which tests need: run `make test-build`"
         )
+
+
+def pytest_collection_finish(session):
+    # Each run of a trainer collects garbage several times; to go through all that was imported takes
+    # most of the time of a short run.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -28,26 +28,35 @@ HALF = {"full": [0.03, 0.02], "LoRA": [0.01, 0.04]}
 def known():
     """Records as the script keeps them, from the page."""
     bad = {"full": [0.5, 0.1]}
+    sharp = {"float32": {"full": 2e-5}, "float64": {"full": 1e-13}}
     return [
         {**LLAMA, "path": "packed", "limits": "short rows", "float32": MEASURED, "bfloat16": HALF},
         {**LLAMA, "name": "A", "path": "padded", "why": "x | y", "float32": {}, "bfloat16": bad},
         {**LLAMA, "name": "B", "case": "windows", "path": "plain", "untried": "too large"},
         {**LLAMA, "name": "C", "path": "not built", "why": "ValueError: no"},
+        {**LLAMA, "name": "D", "path": "packed", **sharp},
+        {**LLAMA, "name": "E", "path": "packed", **sharp, "float64": {"full": 1e-8}},
+        {**LLAMA, "name": "F", "path": "packed", **sharp, "float64": {}},
     ]
 
 
 def test_what_the_script_writes():
     text = model_table.page(known(), "5.0.0")
     rows = model_table.rows_of(text)
-    assert [row["Configuration"] for row in rows] == ["`LlamaConfig`", "`A`", "`B`, windows"]
-    assert [row["Path"] for row in rows] == ["packed", "padded", "plain"]
-    assert [row["Why"] for row in rows] == ["for short rows", "x \\| y", "not trained: too large"]
+    assert [row["Configuration"] for row in rows][:3] == ["`LlamaConfig`", "`A`", "`B`, windows"]
+    assert [row["Path"] for row in rows][:3] == ["packed", "padded", "plain"]
+    assert [row["Why"] for row in rows][:3] == [
+        "for short rows",
+        "x \\| y",
+        "not trained: too large",
+    ]
     assert rows[0]["float32, LoRA"] == "2.0e-06"
     assert rows[0]["bfloat16"] == "3.0e-02 (2.0e-02)"
     assert rows[2]["bfloat16"] == "-"
-    assert "Of the 3 models below, 1 packed, 1 padded and 1 plain." in text
+    assert rows[3]["float32"] == "2.0e-05 (1.0e-13)"
+    assert "Of the 6 models below, 4 packed, 1 padded and 1 plain." in text
     assert "1 of these 1 bases are packed." in text
-    assert "More than rounding apart: `A`." in text
+    assert "More than rounding apart: `A`, `E`, `F`." in text
     assert "| `C` | ValueError: no |" in text
 
 

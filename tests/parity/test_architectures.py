@@ -23,7 +23,6 @@ REFUSED = {
     "Qwen3NextConfig": "recurrence or convolution",
     "Qwen3_5TextConfig": "recurrence or convolution",
     "FalconConfig": "does not get the packed row",
-    "StableLmConfig": "does not get the packed row",
     "MiniMaxConfig": "does not attend through the function",
 }
 # Lengths of prompt and answers: more than seven tokens, windows and chunks, in each answer.

@@ -7,7 +7,9 @@ truth. A combination may be refused, with one sentence. A few run in CI, all of 
 import math
 import traceback
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
@@ -22,6 +24,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 COUNT = 500
 SAMPLE = range(12)
+# Weights and data that a combination in 16 bits is tried with, too, if its own leave doubt.
+OTHERS = 4
 PACKAGE = Path(oddsmith.__file__).parent
 
 BOUNDS = {"float32": 1e-5, "float64": 1e-9}
@@ -78,11 +82,30 @@ def compare(seed):
         for (loss, grads), room in zip(apart(ours, plain), rooms):
             assert loss <= room * bound and grads <= room * bound, (case, loss, grads)
     else:
-        truth = trained(case, true=True, use_fused_head=False)
-        for mine, theirs, room in zip(apart(ours, truth), apart(plain, truth), rooms):
-            for our, their in zip(mine, theirs, strict=True):
-                assert our <= room * (2.0 * their + 1e-2), (case, mine, theirs)
+        errors = [*from_truth(case, ours, plain)]
+        if any(is_far(*each) for each in errors):
+            # Rounding is random: it may give a token to another expert, on either path.
+            others = (replace(case, seed=seed) for seed in range(COUNT, COUNT + OTHERS))
+            draws = [errors, *(list(from_truth(other)) for other in others)]
+            errors = [tuple(map(median, zip(*each))) for each in zip(*draws, strict=True)]
+        assert not any(is_far(*each) for each in errors), (case, errors)
     return ours.path
+
+
+def from_truth(case, ours=None, plain=None):
+    """For each step's loss and gradients, our distance from the truth, the plain path's, and the room."""
+    truth = trained(case, true=True, use_fused_head=False)
+    ours = ours or trained(case)
+    plain = plain or trained(case, use_fused_head=False)
+    later = AFTER_A_STEP.get(case.arguments.get("optim", "sgd"), math.inf)
+    for mine, theirs, room in zip(apart(ours, truth), apart(plain, truth), (1.0, later)):
+        for our, their in zip(mine, theirs, strict=True):
+            yield our, their, room
+
+
+def is_far(our, their, room):
+    """Whether one path is farther from the truth than the rounding of the other."""
+    return not our <= room * (2.0 * their + 1e-2)
 
 
 @pytest.mark.parametrize("seed", SAMPLE)

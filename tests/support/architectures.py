@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto import configuration_auto, modeling_auto
 
 from oddsmith.integrations.small_model import reaches, small_model
 
@@ -12,7 +12,8 @@ from oddsmith.integrations.small_model import reaches, small_model
 _WINDOWED = {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 1}
 
 # What runs in CI: dense, windows by keyword and by mask, chunks and a temperature, learned
-# positions, experts, hybrids, a class that drops keywords, and one whose values have another width.
+# positions, experts, hybrids, a class that drops keywords, one whose values have another width, softcaps,
+# sinks, shared keys and ALiBi.
 SAMPLE = (
     "LlamaConfig",
     "Qwen2Config",
@@ -34,11 +35,20 @@ SAMPLE = (
     "MiniMaxConfig",
     "Lfm2Config",
     "OlmoConfig",
+    "Gemma2Config",
+    "Gemma3nTextConfig",
+    "GptOssConfig",
+    "Cohere2Config",
+    "BloomConfig",
 )
 
 
-# Without these, a configuration makes no model.
+# Without these, a configuration makes no model, or one of such sharp attention that rounding decides.
 _NEEDED: dict[str, dict[str, Any]] = {
+    **{
+        f"Granite{kind}Config": {"attention_multiplier": 1 / 128}
+        for kind in ("", "Moe", "MoeHybrid", "MoeShared", "MoeSWA", "SWA")
+    },
     "HunYuanDenseV1Config": {"head_dim": 128},
     "HunYuanMoEV1Config": {"head_dim": 128},
 }
@@ -62,17 +72,14 @@ def cases(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     What an architecture is tried with: its name, and options of its configuration. The default first,
     then windows and other kinds of layers that it has not by default.
     """
-    kind: Any = configurations()[name][0]
-    config = kind()
-    if name in _NEEDED:
-        yield "default", _NEEDED[name]
-    else:
-        decodes = getattr(config, "is_encoder_decoder", False)
-        yield "default", _DECODER if decodes else _causal(config)
+    config, needed = classes(name)[0](), _NEEDED.get(name, {})
+    decodes = getattr(config, "is_encoder_decoder", False)
+    yield "default", needed or (_DECODER if decodes else _causal(config))
     known = config.to_dict()
     if "use_sliding_window" in known and not reaches(config):
         yield "windows", {key: value for key, value in _WINDOWED.items() if key in known}
-    yield from _RELEASED.get(name, {}).items()
+    for case, options in _RELEASED.get(name, {}).items():
+        yield case, {**needed, **options}
 
 
 # An encoder-decoder's decoder is a model of its own.
@@ -92,21 +99,29 @@ def core(name: str, options: dict[str, Any]) -> Any:
     Raises:
         LookupError: If it cannot be built, with the reason.
     """
-    kind, model = configurations()[name]
+    kind, model = classes(name)
     try:
+        config = kind(**options)
+        if getattr(config, "sub_configs", {}).get("text_config") is model.config_class:
+            config = config.get_text_config()  # as AutoModelForCausalLM does
         with torch.device("meta"):
-            return model(kind(**options))
+            return model(config)
     except Exception as bad:  # whatever the code of a model may raise
         raise LookupError(f"{type(bad).__name__}: {bad}".splitlines()[0]) from bad
 
 
-def configurations() -> dict[str, tuple[type, type]]:
-    """Name of each configuration, with its class and the model's."""
-    found = {}
-    for config in MODEL_FOR_CAUSAL_LM_MAPPING:
-        kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[config]
-        found[config.__name__] = (config, kind[0] if isinstance(kind, (tuple, list)) else kind)
-    return found
+def configurations() -> dict[str, str]:
+    """Name of the configuration of each architecture, with its type. Nothing is imported for it."""
+    types: Any = vars(configuration_auto)["CONFIG_MAPPING_NAMES"]
+    models = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return {name: kind for kind, name in types.items() if kind in models}
+
+
+def classes(name: str) -> tuple[Any, Any]:
+    """The classes of a configuration and its model."""
+    config: Any = configuration_auto.CONFIG_MAPPING[configurations()[name]]
+    kind: Any = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING[config]
+    return config, kind[0] if isinstance(kind, (tuple, list)) else kind
 
 
 def tiny_models(name: str) -> Iterator[tuple[str, Any]]:
@@ -117,7 +132,7 @@ def tiny_models(name: str) -> Iterator[tuple[str, Any]]:
     Raises:
         LookupError: If its default configuration makes no small model of a decoder.
     """
-    kind, model = configurations()[name]
+    kind, model = classes(name)
     yield "default", _tiny(name, kind, model)
     known = kind().to_dict()
     if "use_sliding_window" in known or "sliding_window" in known:

@@ -150,8 +150,8 @@ def combination(seed: int) -> Combination:
         adapter = pick(["LoRA", "LoRA", "DoRA", "rsLoRA", "LoRA, whole head"])
     elif chance() < 0.5:
         adapter = pick(sorted(_ADAPTERS))
-    if family in _EXPERT_FAMILIES and adapter == "VeRA":
-        adapter = "LoRA"
+    if family in _EXPERT_FAMILIES and adapter in ("VeRA", "DoRA"):
+        adapter = "LoRA"  # peft refuses the others on experts
     # The eager function takes its softmax in float32.
     attention = "sdpa" if dtype == "float64" else pick(["sdpa", "sdpa", "eager"])
     if family in _EAGER:

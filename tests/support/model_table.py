@@ -1,34 +1,39 @@
 """docs/models.md: every architecture of the installed transformers, and the path of its batches.
 
-`python -m support.model_table`, with `tests` on the path, tries them one by one, each in a process of its own, and writes the page.
+`python -m support.model_table`, with `tests` on the path, tries them one by one and writes the page.
 What it finds is kept in the cache folder, so that it goes on where it was interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import multiprocessing
 import os
 import re
+import resource
+import signal
 import sys
+import time
 import warnings
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .architectures import SAMPLE, configurations
+from .architectures import SAMPLE, classes, configurations
 from .model_bases import BASES
+from .model_trial import differs, trial
 from .paths import ROOT
 
 __all__ = ["COLUMNS", "PAGE", "page", "rows_of", "summary"]
 
 PAGE = ROOT / "docs" / "models.md"
 COLUMNS = ("Configuration", "Path", "Why", "float32", "float32, LoRA", "bfloat16", "bfloat16, LoRA")
+# Most memory of a trial, in bytes.
+MEMORY = 6 << 30
 PATHS = ("packed", "padded", "plain", "refused")
-# The largest distance that sharp attention and rounding leave in float32.
-EXACT = 5e-5
 
 Record = dict[str, Any]
 
@@ -57,9 +62,14 @@ All paths give the same loss and gradients. {count}
 ## All architectures
 
 A small model with random weights of each configuration is trained for two steps, with all weights and with a LoRA adapter, on the
-path that oddsmith picks and on the plain path. In `float32`, the table has the largest distance of the two in a step's loss or
-gradients: the norm of the difference, in that of the plain path. In `bfloat16` it has the distance from the plain path in
-`float32`, and behind it that of the plain path in `bfloat16`. A dash is what was not trained.
+path that oddsmith picks and on the plain path.
+
+- `float32`: the largest distance of the two in a step's loss or gradients, which is the norm of the difference in that of the plain
+  path. Where it is more than 1e-5, sharp attention has amplified rounding; behind it is what is left in `float64`, at most 1e-9.
+- `bfloat16`: the distance from the plain path in `float32`, and behind it that of the plain path in `bfloat16`. Where the first
+  weights leave doubt, both are the median of five models.
+
+A dash is what was not trained.
 
 {table}
 
@@ -106,33 +116,104 @@ def measured(records: list[Record]) -> bool:
     return bool(records) and all(record.get("measured", False) for record in records)
 
 
-def _child(name: str, trained: bool) -> None:
+class Worker:
+    """
+    A process that tries architectures, one after another. A trial that takes too long, or breaks the
+    process, costs the process, and the next one gets another.
+
+    Args:
+        trained (`bool`): Train small models, too.
+        seconds (`float`): Most processor time of a trial.
+    """
+
+    def __init__(self, trained: bool, seconds: float) -> None:
+        self.trained, self.seconds = trained, seconds
+        self._process: Any = None
+        self._pipe: Any = None
+
+    def try_out(self, name: str) -> None:
+        """Try an architecture, and keep what was found."""
+        before = read(name)
+        if self._process is None:
+            self._start()
+        process: Any = self._process
+        self._pipe.send(name)
+        while not self._pipe.poll(0.25):
+            if _memory_of(process.pid) > MEMORY:
+                process.kill()
+        try:
+            self._pipe.recv()
+        except EOFError:
+            process.join()
+            code, self._process = process.exitcode, None
+            if self.trained and not before:  # its path may need less
+                alone = Worker(False, self.seconds)
+                alone.try_out(name)
+                alone.close()
+                before = read(name)
+            write(name, _lost(name, before, _ended(code, self.seconds), self.trained))
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process is not None:
+            self._pipe.close()
+            self._process.join()
+
+    def _start(self) -> None:
+        # Else each collection in the process would go through, and copy, all that was imported here.
+        gc.collect()
+        gc.freeze()
+        context = multiprocessing.get_context("fork")
+        self._pipe, theirs = context.Pipe()
+        arguments = (theirs, self._pipe, self.trained, self.seconds)
+        self._process = context.Process(target=_work, args=arguments, daemon=True)
+        self._process.start()
+        theirs.close()
+
+
+def _work(names: Any, other: Any, trained: bool, seconds: float) -> None:
+    other.close()  # so that the end of the other process is seen here
     warnings.simplefilter("ignore")
     silent = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silent, 1)
     os.dup2(silent, 2)
-    from .model_trial import trial
+    while True:
+        try:
+            name = names.recv()
+        except EOFError:
+            return
+        # The time of the processor does not depend on what else the machine does.
+        most = resource.getrlimit(resource.RLIMIT_CPU)[1]
+        until = int(time.process_time() + seconds) + 1
+        resource.setrlimit(resource.RLIMIT_CPU, (until, most))
+        write(name, [{**each, "measured": trained} for each in trial(name, trained)])
+        names.send(name)
 
-    write(name, [{**each, "measured": trained} for each in trial(name, trained)])
+
+def _memory_of(pid: int) -> int:
+    """The resident memory of a process, in bytes; 0 if it has ended, or the system does not say it."""
+    try:
+        pages = Path(f"/proc/{pid}/statm").read_text().split()[1]
+    except OSError:
+        return 0
+    return int(pages) * resource.getpagesize()
 
 
-def try_out(name: str, trained: bool, seconds: float) -> None:
-    """Try an architecture in a process of its own, for some time at most."""
-    before = read(name)
-    process = multiprocessing.get_context("fork").Process(target=_child, args=(name, trained))
-    process.start()
-    process.join(seconds)
-    if process.is_alive():
-        process.kill()
-        process.join()
-    if process.exitcode != 0:
-        why = f"its trial ended with exit code {process.exitcode}"
-        if process.exitcode == -9:
-            why = f"its trial took longer than {seconds:.0f} seconds, or too much memory"
-        model = configurations()[name][1].__name__
-        lost = {"name": name, "model": model, "case": "default", "path": "not built", "why": why}
-        records = [{**each, "untried": why} for each in before] or [lost]
-        write(name, [{**each, "measured": trained} for each in records])
+def _ended(code: int, seconds: float) -> str:
+    if code == -signal.SIGXCPU:
+        return f"its trial took longer than {seconds:.0f} seconds"
+    if code == -signal.SIGKILL:
+        return "its trial took too much memory"
+    return f"its trial ended with exit code {code}"
+
+
+def _lost(name: str, before: list[Record], why: str, trained: bool) -> list[Record]:
+    """The records of a trial that did not end."""
+    model = classes(name)[1].__name__
+    alone = {"name": name, "model": model, "case": "default", "path": "not built", "why": why}
+    built = [each for each in before if each["path"] in PATHS]
+    records = [{**each, "untried": why} for each in built] or [alone]
+    return [{**each, "measured": trained} for each in records]
 
 
 # ---- The page ----
@@ -160,11 +241,13 @@ def title(record: Record) -> str:
 
 
 def _distances(record: Record) -> list[str]:
-    exact, half = (record.get(dtype, {}) for dtype in ("float32", "bfloat16"))
+    names = ("float32", "float64", "bfloat16")
+    exact, double, half = (record.get(dtype, {}) for dtype in names)
     kinds = ("full", "LoRA")
-    return [f"{exact[kind]:.1e}" if kind in exact else "-" for kind in kinds] + [
-        "{:.1e} ({:.1e})".format(*half[kind]) if kind in half else "-" for kind in kinds
-    ]
+    wide = {kind: f" ({value:.1e})" for kind, value in double.items()}
+    return [
+        f"{exact[kind]:.1e}{wide.get(kind, '')}" if kind in exact else "-" for kind in kinds
+    ] + ["{:.1e} ({:.1e})".format(*half[kind]) if kind in half else "-" for kind in kinds]
 
 
 def _why(record: Record) -> str:
@@ -173,15 +256,6 @@ def _why(record: Record) -> str:
     said += [f"not trained: {record['untried']}"] if "untried" in record else []
     said += [f"{kind}: {why}" for kind, why in sorted(record.get("failed", {}).items())]
     return _cell("; ".join(said))
-
-
-def differs(record: Record) -> bool:
-    """Whether results are others than those of the plain path: the rule of the parity tests."""
-    exact = record.get("float32", {}).values()
-    half = record.get("bfloat16", {}).values()
-    return any(not each <= EXACT for each in exact) or any(
-        not ours <= 2.0 * plain + 1e-2 for ours, plain in half
-    )
 
 
 def summary(paths: Iterable[str]) -> str:
@@ -197,7 +271,7 @@ def page(records: list[Record], version: str) -> str:
     """The text of docs/models.md."""
     built = [each for each in records if each["path"] in PATHS]
     missing = [each for each in records if each["path"] not in PATHS]
-    known = {(each["name"], each["case"]): each for each in built}
+    known: dict[Any, Record] = {(each["name"], each["case"]): each for each in built}
     bases = [(base, known[key]) for base, *key_ in BASES for key in [tuple(key_)] if key in known]
     wrong = [title(each) for each in built if differs(each)]
     trained = sum(bool(each.get("float32")) for each in built)
@@ -249,19 +323,21 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="try again what is known")
     parser.add_argument("--paths", action="store_true", help="the paths alone, without training")
     parser.add_argument("--write", action="store_true", help="write the page of what is known")
-    parser.add_argument("--seconds", type=float, default=900.0, help="most for an architecture")
+    parser.add_argument(
+        "--seconds", type=float, default=300.0, help="most processor time for an architecture"
+    )
     args = parser.parse_args()
     names = configurations()
     wanted = [name for name in _order(names) if args.only in name]
     if not args.write:
-        from . import model_trial  # noqa: F401 -- imported once, not in every process
-
+        worker = Worker(not args.paths, args.seconds)
         for name in wanted:
             known = read(name)
             if args.again or not (known if args.paths else measured(known)):
-                try_out(name, not args.paths, args.seconds)
-                found = read(name)
-                print(name, *(each["path"] for each in found), flush=True)
+                worker.try_out(name)
+                for each in read(name):
+                    print(title(each), each["path"], *_distances(each), flush=True)
+        worker.close()
     import transformers
 
     later = {"model": "", "case": "default", "path": "not tried", "why": "not reached yet"}

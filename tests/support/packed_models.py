@@ -54,6 +54,8 @@ FAMILIES = {
     "Qwen2Moe": {"num_experts": 4, "shared_expert_intermediate_size": 16, **_EXPERTS}
     | {"use_sliding_window": True, **_TWO_TYPES},
     "Phimoe": {"num_local_experts": 4, "sliding_window": 4},
+    # Attention that is given no keywords.
+    "StableLm": {},
 }
 
 

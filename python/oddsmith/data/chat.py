@@ -213,7 +213,7 @@ def _render_pair(
         with_chosen = render(prompt + chosen)
         with_rejected = render(prompt + rejected)
     except Exception as error:
-        # Mistral's own tokenizers render without a template.
+        # A tokenizer with code of its own may render without a template.
         method = getattr(type(source), "apply_chat_template", None)
         own = getattr(method, "__module__", "") != "transformers.tokenization_utils_base"
         if not own and getattr(source, "chat_template", None) is None:
@@ -223,6 +223,12 @@ def _render_pair(
                 "tokenizer.chat_template = '...' (a Jinja template), use the tokenizer of an "
                 "instruct model, "
                 "or give strings"
+            ) from error
+        if type(source).__module__ == "transformers.tokenization_mistral_common":
+            raise ValueError(
+                f"{where}: chosen and rejected are conversations, but mistral-common makes no text of a "
+                "conversation that ends with an answer; use the model's tokenizer.json with a chat "
+                "template (PreTrainedTokenizerFast.from_pretrained), or give strings"
             ) from error
         raise ValueError(f"{where}: the chat template cannot render the row: {error}") from error
 

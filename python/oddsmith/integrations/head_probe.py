@@ -40,9 +40,10 @@ class LogitMap(NamedTuple):
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
 
-def find_head(core: Any) -> nn.Linear:
+def find_head(core: Any) -> nn.Module:
     """
-    The linear layer that makes a model's logits, without its wrappers.
+    The linear layer that makes a model's logits, without its wrappers; peft's layer in its place, if
+    some rows of its weight are trained. [`head_weight`] has its weight.
 
     Raises:
         [`HeadMismatch`]: If there is none.
@@ -55,29 +56,55 @@ def find_head(core: Any) -> nn.Linear:
             head = head.original_module if whole else head.modules_to_save[active[0]]
         elif hasattr(head, "_fsdp_wrapped_module"):
             head = head._fsdp_wrapped_module
+        elif hasattr(head, "token_adapter"):  # PEFT's wrapper of a layer with trained rows
+            head = head.token_adapter
+        elif hasattr(head, "trainable_tokens_delta") and not _trained_rows(head):
+            head = head.base_layer
         else:
             break
     if head is None:
         raise HeadMismatch(f"{type(core).__name__} has no output embeddings")
-    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
+    linear: Any = head.base_layer if _trained_rows(head) else head
+    if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward:
         raise HeadMismatch(
-            f"its output head is a {type(head).__module__}.{type(head).__name__}, not a "
+            f"its output head is a {type(linear).__module__}.{type(linear).__name__}, not a "
             "torch.nn.Linear"
         )
-    if head.weight.dtype not in _FLOATS:
-        raise HeadMismatch(f"its output head has dtype {head.weight.dtype}")
+    if linear is not head and linear.bias is not None:
+        raise HeadMismatch("its output head has trained rows and a bias, which peft leaves out")
+    if linear.weight.dtype not in _FLOATS:
+        raise HeadMismatch(f"its output head has dtype {linear.weight.dtype}")
     return head
 
 
-def head_size(head: nn.Linear) -> tuple[int, int]:
+def _trained_rows(head: Any) -> list[str]:
+    """The active adapters that train rows of a head's weight, if they are not merged into it."""
+    if not hasattr(head, "trainable_tokens_delta") or head.disable_adapters or head.merged:
+        return []
+    return list(head.active_adapters)
+
+
+def head_weight(head: Any) -> Tensor:
+    """The weight of a head: `(vocabulary, hidden size)`, with the rows that adapters train."""
+    rows = _trained_rows(head)
+    return head.get_merged_weights(rows) if rows else head.weight
+
+
+def head_bias(head: Any) -> Tensor | None:
+    """The bias of a head."""
+    return None if _trained_rows(head) else head.bias
+
+
+def head_size(head: Any) -> tuple[int, int]:
     """Rows and columns of a head's weight, `(vocabulary, hidden size)`.
 
     Those of the weight itself, because peft makes the layer that it trains for a tied head with
     `in_features` and `out_features` exchanged; those of the layer if its weight is sharded.
     """
-    if head.weight.dim() == 2 and head.weight.numel():
-        return head.weight.shape[0], head.weight.shape[1]
-    return head.out_features, head.in_features
+    layer = head.base_layer if _trained_rows(head) else head
+    if layer.weight.dim() == 2 and layer.weight.numel():
+        return layer.weight.shape[0], layer.weight.shape[1]
+    return layer.out_features, layer.in_features
 
 
 def probe_head(core: Any) -> LogitMap:
@@ -96,6 +123,8 @@ def probe_head(core: Any) -> LogitMap:
     if (getattr(core, "tp_size", None) or 1) > 1:
         raise HeadMismatch("its output head is split by tensor parallelism")
     if is_sharded(core):
+        if _trained_rows(head):
+            raise HeadMismatch("its output head is split over processes, and some rows are trained")
         core = _small(core)
         head = find_head(core)
     known, logits = _probed(core, head)
@@ -111,9 +140,10 @@ def probe_head(core: Any) -> LogitMap:
     raise HeadMismatch("it changes its head's output by more than the known softcap or scale")
 
 
-def _probed(core: Any, head: nn.Linear) -> tuple[Tensor, Tensor]:
+def _probed(core: Any, head: Any) -> tuple[Tensor, Tensor]:
     """A known output of a head, and the logits that its model makes of it."""
-    device = head.weight.device if head.weight.device.type != "meta" else torch.device("cpu")
+    device = head_weight(head).device
+    device = torch.device("cpu") if device.type == "meta" else device
     steps = _POSITIONS * head_size(head)[0]
     known = torch.linspace(-150.0, 150.0, steps, device=device).view(1, _POSITIONS, -1)
     failure: Exception | None = None
@@ -167,7 +197,7 @@ class _Body(tuple[Tensor]):
 
 
 @torch.no_grad()
-def _logits_for(core: Any, head: nn.Linear, known: Tensor, stubbed: bool) -> Tensor:
+def _logits_for(core: Any, head: Any, known: Tensor, stubbed: bool) -> Tensor:
     """The model's logits if its head's output is `known`."""
     calls: list[tuple[int, ...]] = []
 
@@ -185,7 +215,8 @@ def _logits_for(core: Any, head: nn.Linear, known: Tensor, stubbed: bool) -> Ten
             if body is core:
                 raise TypeError("the model has no separate body")
             width = getattr(core.config.get_text_config(), "hidden_size", hidden_size)
-            hidden = torch.zeros(1, _POSITIONS, width, device=known.device, dtype=head.weight.dtype)
+            dtype = head_weight(head).dtype
+            hidden = torch.zeros(1, _POSITIONS, width, device=known.device, dtype=dtype)
             stub = ModuleForward(body, lambda *args, **kwargs: _Body((hidden,)), under_hooks=False)
             with stub:
                 outputs = core(**inputs)

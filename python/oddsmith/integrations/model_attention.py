@@ -3,10 +3,11 @@
 A [`~oddsmith.packing.batch.PackedBatch`] is one row of tokens without padding, `[prompt | chosen |
 rejected]` for each pair. Each answer sees the prompt and itself, and no pair sees another.
 
-The row is passed through the model as a keyword argument to its attention function. While there is
-such a row, ours is registered instead of transformers', under the same name: it computes packed rows
-and passes every other call on. Neither the model nor its configuration is changed, and a layer that is
-recomputed in the backward pass gets the same arguments from its checkpoint.
+The row is passed through the model as a keyword argument to its attention function, and with its mask,
+for layers that pass no keywords on. While there is such a row, ours is registered instead of
+transformers', under the same name: it computes packed rows and passes every other call on. Neither the
+model nor its configuration is changed, and a layer that is recomputed in the backward pass gets the
+same arguments from its checkpoint.
 """
 
 from __future__ import annotations
@@ -31,12 +32,13 @@ def packed_inputs(batch: PackedBatch, router: bool = False) -> dict[str, Any]:
             Ask a mixture of experts for its auxiliary loss. It weighs tokens by the mask, where those of a
             shared prompt count twice: a padded batch has them in both sequences.
     """
-    mask = row_mask(batch.segments, batch.input_ids.device, by_sequence=router)
+    row = PackedRow(batch.segments)
+    mask = row_mask(batch.segments, batch.input_ids.device, by_sequence=router, row=row)
     return {
         "input_ids": batch.input_ids,
         "position_ids": batch.position_ids,
         "attention_mask": mask,
-        ROW: PackedRow(batch.segments),
+        ROW: row,
         **({"output_router_logits": True} if router else {}),
     }
 

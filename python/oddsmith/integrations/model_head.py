@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..head.ops import LinearORPOOutput, linear_orpo
 from ..packing.batch import PackedBatch
-from .head_probe import HeadMismatch, LogitMap, find_head, probe_head
+from .head_probe import HeadMismatch, LogitMap, find_head, head_bias, head_weight, probe_head
 from .model_core import core_of
 from .module_forward import ModuleForward
 
@@ -202,14 +202,14 @@ def fused_loss(model: nn.Module, batch: FusedBatch, *args: Any, **kwargs: Any) -
 
 
 def _loss(
-    head: nn.Linear, hidden: Tensor, batch: FusedBatch, logit_map: LogitMap
+    head: nn.Module, hidden: Tensor, batch: FusedBatch, logit_map: LogitMap
 ) -> LinearORPOOutput:
     if hidden.shape[:-1].numel() != batch.positions:
         raise RuntimeError(
             f"the output head got hidden states {tuple(hidden.shape)} for {batch.positions} "
             "positions; set use_fused_head=False"
         )
-    weight, bias = head.weight, head.bias
+    weight, bias = head_weight(head), head_bias(head)
     device = hidden.device.type
     hidden = hidden.reshape(-1, hidden.shape[-1])
     hidden = hidden.index_select(0, batch.rows.to(hidden.device))

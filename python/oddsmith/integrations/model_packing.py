@@ -20,12 +20,14 @@ from .packed_trial import (
     tokens_of,
     try_out,
 )
+from .random_draws import draws_for_tokens
 from .small_model import NotSmall, longest_position, reaches, small_model, spreads
 
 __all__ = ["CannotPack", "RowLimits", "check"]
 
 # Of the coarsest dtype's precision, for a model that its small form has already shown to be right.
 _LOOSE = 16.0
+_RANDOM = "in training it draws random numbers for each token, others for a packed row"
 # Tokens of the longest sequence that a model with code of its own is tried with.
 _FOREIGN_LONGEST = 2048
 
@@ -117,6 +119,8 @@ def _small(core: Any) -> tuple[Any, RowLimits]:
             except Blind:
                 failure, reason = "it gives no clear results", None
                 break
+            if reason is None and draws_for_tokens(small):
+                reason = _RANDOM
             if reason is None:
                 return small, limits
             if reason != DIFFERS:
@@ -190,6 +194,8 @@ def _check_alone(core: Any, why: str) -> RowLimits:
             f"model of its class cannot be built ({why})"
         )
     reason = _tried(core, EXACT)
+    if reason is None and core.device.type == "cpu" and draws_for_tokens(core):
+        reason = _RANDOM
     if reason is None and (reaches(core.config) or spreads(core.config)):
         reason = "its windows or chunks are longer than a trial"
     if reason is not None:

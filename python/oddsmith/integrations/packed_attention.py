@@ -57,6 +57,9 @@ def attend(*args: Any, theirs: Callable[..., Any], name: str, **kwargs: Any) -> 
         [`CannotPack`]: If the layer needs something that is not computed on packed rows.
     """
     row = kwargs.pop(ROW, None)
+    if row is None:  # the layer's code passes no keywords on
+        mask = args[4] if len(args) > 4 else kwargs.get("attention_mask")
+        row = getattr(mask, "row", None) if isinstance(mask, RowMask) else None
     if row is None:
         return theirs(*args, **kwargs)
     if name == "eager" and not _is_the_definition(theirs):

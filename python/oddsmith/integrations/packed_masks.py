@@ -29,16 +29,18 @@ class CannotPack(Exception):
 class RowMask(Tensor):
     """
     The attention mask of a packed row: `(1, N)` as an argument of the model, and `(1, 1, 1, 1)` with a
-    pattern for its layers.
+    pattern for its layers. The row itself goes with it, for models that give their layers the mask,
+    but no keywords.
     """
 
     pattern: Pattern | None
+    row: Any
 
     @classmethod
-    def of(cls, values: Tensor, pattern: Pattern | None = None) -> RowMask:
+    def of(cls, values: Tensor, pattern: Pattern | None = None, row: Any = None) -> RowMask:
         """`values` as a mask."""
         mask = values.as_subclass(cls)
-        mask.pattern = pattern
+        mask.pattern, mask.row = pattern, row
         return mask
 
     @classmethod
@@ -47,11 +49,13 @@ class RowMask(Tensor):
             out = func(*args, **(kwargs or {}))
         kept = getattr(func, "__name__", "") in _KEEP
         if kept and args and isinstance(args[0], RowMask):
-            return cls.of(out, getattr(args[0], "pattern", None))
+            return cls.of(out, *(getattr(args[0], name, None) for name in ("pattern", "row")))
         return out
 
 
-def row_mask(segments: Segments, device: Any, by_sequence: bool = False) -> RowMask:
+def row_mask(
+    segments: Segments, device: Any, by_sequence: bool = False, row: Any = None
+) -> RowMask:
     """
     The argument `attention_mask` for a packed row.
 
@@ -61,6 +65,7 @@ def row_mask(segments: Segments, device: Any, by_sequence: bool = False) -> RowM
         by_sequence (`bool`, *optional*):
             Count a token as often as there are sequences with it: 2 for a shared prompt. A mixture of
             experts weighs its auxiliary loss by the mask.
+        row (`PackedRow`, *optional*): What attention functions need to know about the row.
 
     Returns:
         `RowMask`: `(1, N)` `int64`.
@@ -70,7 +75,7 @@ def row_mask(segments: Segments, device: Any, by_sequence: bool = False) -> RowM
     for shared, chosen, rejected in segments if by_sequence else ():
         counts[0, start : start + shared] = 2
         start += shared + chosen + rejected
-    return RowMask.of(counts.to(device))
+    return RowMask.of(counts.to(device), row=row)
 
 
 def pattern_mask(theirs: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -86,7 +91,8 @@ def pattern_mask(theirs: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if kwargs.get("use_vmap"):
         raise CannotPack("its attention mask has a function of its own")
     pattern = pattern_of(kwargs["mask_function"], kwargs.get("local_size"), given.device)
-    return RowMask.of(torch.ones(1, 1, 1, 1, dtype=torch.bool, device=given.device), pattern)
+    seen = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=given.device)
+    return RowMask.of(seen, pattern, getattr(given, "row", None))
 
 
 _known: dict[Any, Pattern] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import nullcontext
 from random import Random
 from typing import Any
@@ -13,6 +14,7 @@ from ..packing.batch import PackedBatch
 from .attention_names import attention_named
 from .model_attention import CannotPack, packed_inputs, row_of
 from .model_core import observed
+from .small_model import class_of
 
 __all__ = [
     "DIFFERS",
@@ -20,6 +22,8 @@ __all__ = [
     "FAILS",
     "LONGEST",
     "MOST",
+    "OWN_CODE",
+    "UNSEEN",
     "Blind",
     "Lengths",
     "lengths_up_to",
@@ -37,6 +41,11 @@ EXACT = 800.0
 FAILS = "a packed row could not be tried out"
 #: Of a result that is not that of the padded batch.
 DIFFERS = "its results on a packed row differ from those on a padded batch"
+
+#: Its attention function was not called with the row.
+UNSEEN = "its attention does not get the packed row"
+#: Of a class that does not call the functions of transformers' table, where ours would be.
+OWN_CODE = "its class computes attention in code of its own"
 
 # Longer than the windows and chunks of a small model. The last pair shares nothing.
 _LENGTHS: Lengths = ((6, 7, 5), (9, 6, 8), (1, 6, 9))
@@ -134,7 +143,7 @@ def _compare(
     outputs = core(**inputs, use_cache=False)
     whole = outputs.logits
     if not row.seen:
-        return "its attention does not get the packed row"
+        return UNSEEN if _asks_the_table(core) else f"{UNSEEN}: {OWN_CODE}"
     other = _other_layers(core, row.seen)
     if other is not None:
         return f"its {other} does not attend through the function that gets the packed row"
@@ -207,6 +216,12 @@ def _changed(batch: PackedBatch) -> tuple[PackedBatch, slice, slice]:
         slice(place, stop),
         slice(place + 1, stop),
     )
+
+
+def _asks_the_table(core: nn.Module) -> bool:
+    """Whether the code of a model imports transformers' table of attention functions."""
+    modules = {class_of(each).__module__ for each in core.modules()}
+    return any(hasattr(sys.modules.get(name), "ALL_ATTENTION_FUNCTIONS") for name in modules)
 
 
 def _other_layers(core: nn.Module, seen: set[nn.Module]) -> str | None:

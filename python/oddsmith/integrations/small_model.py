@@ -57,6 +57,9 @@ SPREAD = 3
 # Chunks of a computation, not of the sequence.
 _COMPUTING = ("feed_forward", "mamba", "lm_head", "conv", "layers", "pattern")
 
+# The number of last layers that attend to the keys of earlier ones.
+_SHARED = "num_kv_shared_layers"
+
 _VOCABULARY = 96
 _EXPERTS = 4
 _RANK = 16
@@ -77,7 +80,16 @@ _NARROW = {
     "n_inner": _INNER,
     "q_lora_rank": _RANK,
     "kv_lora_rank": _RANK,
+    # Without their kernels, state-space layers take memory for the states of every pair in a chunk.
+    "mamba_d_state": _RANK,
+    "ssm_state_size": _RANK,
+    "mamba_chunk_size": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
 }
+# Number and width of the heads of state-space layers, which are as wide together as the model is or
+# some multiple of it.
+_STATE_HEADS = (("mamba_n_heads", "mamba_d_head"), ("n_mamba_heads", "mamba_headdim"))
 
 
 class NotSmall(Exception):
@@ -195,9 +207,9 @@ def _small_config(core: Any, reach: int, spread: int, deep: bool) -> Any:
     for name in ("quantization_config", "_pre_quantization_dtype", "_is_quantized"):
         vars(config).pop(name, None)
     text = text_config(config)
-    depth = None if deep else max(2, _depth(core))
+    kept = None if deep else _kept(core)
     for each in configs_of(config):
-        _fewer_layers(each, depth if each is text else 2)
+        _fewer_layers(each, kept if each is text else [0, 1])
         _narrower(each)
         _scale(each, reach, spread)
     return config
@@ -232,15 +244,23 @@ def layers_of(core: Any) -> list[nn.ModuleList]:
     return []
 
 
-def _depth(core: Any) -> int:
-    """How many of the first layers are of every kind that there is."""
+def _kept(core: Any) -> list[int] | None:
+    """
+    Which layers a small model has: from the first one on, as many as are of every kind that there is.
+    Layers that attend to keys of earlier ones come last, and are counted apart.
+    """
     first: dict[Any, int] = {}
-    lists = layers_of(core)
-    for each in lists:
+    for each in layers_of(core):
         for index, layer in enumerate(each):
             first.setdefault((id(each), _kind(layer)), index)
-    # Without such a list, nothing is known about the layers.
-    return 1 + max(first.values()) if first else 10**6
+    if not first:  # nothing is known about the layers
+        return None
+    text = text_config(core.config)
+    count, shared = (_number(text, name) or 0 for name in ("num_hidden_layers", _SHARED))
+    own = count - shared
+    depth = max(2, 1 + max((index for index in first.values() if index < own), default=0))
+    behind = max((1 + index - own for index in first.values() if index >= own), default=0)
+    return [*range(min(depth, own)), *range(own, own + behind)]
 
 
 _KINDS = ("window", "chunk", "rope", "slid", "type", "local", "causal", "global", "moe", "sparse")
@@ -262,22 +282,24 @@ def _kind(layer: nn.Module) -> tuple[Any, ...]:
     )
 
 
-def _fewer_layers(config: Any, depth: int | None) -> None:
+def _fewer_layers(config: Any, kept: list[int] | None) -> None:
     count = _number(config, "num_hidden_layers")
-    if depth is None or count is None or depth >= count:
+    if kept is None or count is None or len(kept) >= count:
         return
-    if _number(config, "num_kv_shared_layers"):
-        return  # counted from the end
+    shared = _number(config, _SHARED)
+    if shared:
+        setattr(config, _SHARED, sum(index >= count - shared for index in kept))
     for name, value in list(vars(config).items()):
         if isinstance(value, (list, tuple)) and len(value) == count and not name.startswith("_"):
-            setattr(config, name, value[:depth])
+            setattr(config, name, type(value)(value[index] for index in kept))
+    depth = len(kept)
     config.num_hidden_layers = depth
     # Numbers of layers that have some property are counted from the first.
     for name, value in list(vars(config).items()):
         if isinstance(value, (list, tuple)) and name.endswith("layers") and value:
             if all(isinstance(x, int) and not isinstance(x, bool) for x in value):
                 if max(value) >= depth and len(value) != depth:
-                    setattr(config, name, [x for x in value if x < depth])
+                    setattr(config, name, [kept.index(x) for x in value if x in kept])
 
 
 def _narrower(config: Any) -> None:
@@ -295,6 +317,14 @@ def _narrower(config: Any) -> None:
             for name, value in list(vars(config).items()):
                 if value == hidden and isinstance(value, int) and "position" not in name:
                     setattr(config, name, new)
+            for name, size in _STATE_HEADS:
+                inner = (_number(config, name) or 0) * (_number(config, size) or 0)
+                if (
+                    inner
+                    and inner % hidden == 0
+                    and inner // hidden * new % vars(config)[size] == 0
+                ):
+                    setattr(config, name, inner // hidden * new // vars(config)[size])
             config.hidden_size = new
             config.num_attention_heads = many
             if groups is not None:

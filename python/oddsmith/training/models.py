@@ -13,6 +13,7 @@ from ..integrations.bitsandbytes_layers import AdoptedLayers, KeptLayout, on_cpu
 from ..integrations.checkpointing import Checkpointing
 from ..integrations.dropout import NoDropout
 from ..integrations.patch import Patch
+from ..integrations.router_layers import adapted_router, without_routers
 
 
 def load_model(name: str, args: ORPOConfig, images: bool = False) -> PreTrainedModel:
@@ -108,8 +109,15 @@ def check_adapter(model: nn.Module) -> None:
     Check that an adapter can be trained on the layers that it is on.
 
     Raises:
-        ValueError: If peft has rounded what it scales its weights with to zero.
+        ValueError: If it is on a layer that returns more than a tensor; if peft has rounded what it
+            scales its weights with to zero.
     """
+    router = adapted_router(model)
+    if router is not None:
+        raise ValueError(
+            f"the adapter is on {router}, which returns more than a tensor, and peft cannot run it; "
+            f"add exclude_modules=[{router.rpartition('.')[2]!r}] to its configuration"
+        )
     for name, buffer in model.named_buffers():
         if "unilora_scales" in name and not buffer.is_floating_point():
             raise ValueError(
@@ -209,7 +217,7 @@ def _add_adapter(model: nn.Module, args: ORPOConfig, peft_config: Any) -> tuple[
     if deepspeed is not None and deepspeed.zero_stage == 3 and not quantized:
         # ZeRO-3 gathers parameters of only one dtype; PEFT would make the adapter float32.
         kwargs["autocast_adapter_dtype"] = False
-    model = get_peft_model(model, peft_config, **kwargs)
+    model = get_peft_model(model, without_routers(model, peft_config), **kwargs)
     casted = bool(args.bf16 and getattr(model, "is_loaded_in_4bit", False))
     if casted:
         _cast_to_bf16(model)

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, FalconConfig, LlamaConfig, T5Conf
 
 from oddsmith import ORPOConfig, ORPOTrainer, cli
 from oddsmith.inspection.path import find_path
+from oddsmith.integrations.packed_trial import OWN_CODE, UNSEEN
 from support.trainer_runs import arguments, make_tokenizer, pairs
 
 SIZES = {"vocab_size": 61, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -34,7 +35,7 @@ def test_inspect_shows_it(tmp_path, tokenizer, capsys):
     source.write_text(json.dumps(ROW) + "\n")
     argv = ["inspect", str(source), "--model", str(folder)]
     assert cli.main(argv) == 0
-    reason = "its attention does not get the packed row"
+    reason = f"{UNSEEN}: {OWN_CODE}"
     assert f"  model: Batches keep their padding: {reason}.\n" in capsys.readouterr().out
     assert cli.main([*argv, "--json"]) == 0
     path = json.loads(capsys.readouterr().out)["path"]

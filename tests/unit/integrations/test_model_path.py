@@ -16,6 +16,7 @@ from transformers import (
 
 from oddsmith.integrations.model_packing import RowLimits
 from oddsmith.integrations.model_path import TrainingPath, path_of
+from oddsmith.integrations.packed_trial import OWN_CODE, UNSEEN
 
 SIZES = {"vocab_size": 61, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -48,7 +49,7 @@ def test_of_models_without_weights():
         experts = MixtralForCausalLM(MixtralConfig(**SIZES, output_router_logits=True))
         t5 = T5ForConditionalGeneration(T5Config(vocab_size=61, d_model=16, num_layers=1))
     assert path_of(llama) == TrainingPath()
-    assert path_of(falcon).reasons == ("its attention does not get the packed row",)
+    assert path_of(falcon).reasons == (f"{UNSEEN}: {OWN_CODE}",)
     assert path_of(experts) == TrainingPath()
     assert path_of(t5).reasons == ("it is an encoder-decoder model",)
 

@@ -78,9 +78,11 @@ def test_the_mask_of_a_row():
 
 
 def test_masks_are_kept_by_what_models_do_to_them():
-    mask = RowMask.of(torch.ones(1, 1, 1, 1, dtype=torch.bool), Pattern(window=3))
+    row = object()
+    mask = RowMask.of(torch.ones(1, 1, 1, 1, dtype=torch.bool), Pattern(window=3), row)
     for changed in (mask.to(torch.float32), mask[:, :, :, :5], mask.expand(1, 2, 1, 1)):
         assert isinstance(changed, RowMask) and changed.pattern == Pattern(window=3)
+        assert changed.row is row
     # What is computed from one is a tensor like any other.
     assert type(mask + 1) is torch.Tensor and type(mask.sum()) is torch.Tensor
 
@@ -91,7 +93,8 @@ def test_only_masks_of_rows_are_ours():
 
     given = {"attention_mask": torch.ones(1, 3), "mask_function": causal_mask_function}
     assert pattern_mask(theirs, 1, **given) == ((1,), given)
-    given["attention_mask"] = RowMask.of(torch.ones(1, 3))
-    assert pattern_mask(theirs, 1, **given).pattern == Pattern()
+    given["attention_mask"] = row_mask(((0, 1, 2),), "cpu", row="the row")
+    made = pattern_mask(theirs, 1, **given)
+    assert made.pattern == Pattern() and made.row == "the row"
     with pytest.raises(CannotPack, match="a function of its own"):
         pattern_mask(theirs, 1, **given, use_vmap=True)

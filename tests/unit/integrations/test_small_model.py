@@ -8,6 +8,8 @@ from transformers import (
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
     Gemma3ForCausalLM,
+    Gemma3nForCausalLM,
+    Gemma3nTextConfig,
     Gemma3TextConfig,
     Llama4ForCausalLM,
     Llama4TextConfig,
@@ -71,6 +73,17 @@ def test_every_kind_of_layer_is_there():
     assert len(layers_of(core)[0]) == 26
     core = on_meta(DeepseekV3ForCausalLM, DeepseekV3Config())
     assert small_model(core).config.num_hidden_layers == 4  # three dense ones first
+
+
+def test_layers_that_attend_to_keys_of_earlier_ones():
+    core = on_meta(Gemma3nForCausalLM, Gemma3nTextConfig())
+    assert (core.config.num_hidden_layers, core.config.num_kv_shared_layers) == (35, 15)
+    config = small_model(core).config
+    assert (config.num_hidden_layers, config.num_kv_shared_layers) == (10, 5)
+    kinds = ["sliding_attention"] * 4 + ["full_attention"]
+    assert config.layer_types == 2 * kinds
+    # Each layer keeps what its place has given it.
+    assert list(config.activation_sparsity_pattern) == [0.95] * 5 + [0.0] * 5
 
 
 def test_windows_chunks_and_distances():

@@ -6,6 +6,7 @@ from transformers import LlamaForSequenceClassification, LlamaModel
 
 from oddsmith import ORPOConfig
 from oddsmith.training.models import check_trainable, load_model, vocabulary_size
+from support.packed_models import tiny
 from support.trainer_runs import arguments, make_model, make_tokenizer
 
 # PEFT reads a deprecated name of transformers.
@@ -134,3 +135,16 @@ def test_unilora_on_quantised_layers_is_refused(make, model, tmp_path):
     trainer = make(model=model, peft_config=config)
     trainer.train()
     assert max(entry.get("grad_norm", 0.0) for entry in trainer.state.log_history) > 0
+
+
+def test_an_adapter_on_a_router(make, tokenizer):
+    from peft import LoraConfig, get_peft_model
+
+    sizes = {"vocab_size": len(tokenizer)}
+    all_linear = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    trainer = make(model=tiny("Llama4Text", **sizes), peft_config=all_linear)
+    trainer.train()
+    assert trainer.state.global_step > 0
+    wrapped = get_peft_model(tiny("Llama4Text", **sizes), all_linear)
+    with pytest.raises(ValueError, match=r"add exclude_modules=\['router'\]"):
+        make(model=wrapped)

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..checks import is_positive
 from .optimizer import GroupOptions, LowRankOptimizer
 from .projection import generator_for, random_matrix, sides
-from .rules import AdamWCore, decay_parameter
+from .rules import AdamWCore, decay_parameter, norm_of
 from .step import LowRankStep
 
 SCALE_TYPES = ("channel", "tensor")
@@ -163,4 +163,4 @@ class APOLLOAdamW(LowRankOptimizer):
 def _norm(tensor: Tensor, group: dict[str, Any], side: int) -> Tensor:
     """Norms along `side`, which is kept with size 1; one norm for a factor per tensor."""
     dim = side if group["scale_type"] == "channel" else (0, 1)
-    return torch.linalg.vector_norm(tensor, dim=dim, keepdim=True, dtype=torch.float32)
+    return norm_of(tensor, dim, keepdim=True)

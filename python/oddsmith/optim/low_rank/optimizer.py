@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from ..checks import check_adam, is_count, is_positive
 from .layerwise import LayerwiseHooks
 from .projection import PROJ_TYPES, project, sides
-from .rules import update_parameter
+from .rules import norm_of, update_parameter
 from .step import SLICES, LowRankStep, copied_state, is_stack, steps_of
 
 logger = logging.getLogger(__name__)
@@ -300,9 +300,7 @@ class LowRankOptimizer(Optimizer):
         """In layer-wise mode, clips gradients, each separately, and records their norms."""
         for item in items:
             of_low = item.projected and self.adds_up_projected
-            norm = torch.linalg.vector_norm(
-                item.reduced if of_low else item.grad, dtype=torch.float32
-            )
+            norm = norm_of(item.reduced if of_low else item.grad)
             hooks.norms.append(norm)
             if self.max_grad_norm is not None:
                 factor = (self.max_grad_norm / (norm + 1e-6)).clamp_(max=1.0)

@@ -19,9 +19,16 @@ State = dict[str, Any]
 Group = dict[str, Any]
 
 
+def norm_of(tensor: Tensor, dim: Any = None, keepdim: bool = False) -> Tensor:
+    """`torch.linalg.vector_norm` in `fp32`; of a `float64` tensor, which it would not narrow, too."""
+    wide = tensor.dtype == torch.float64
+    dtype = torch.float64 if wide else torch.float32
+    return torch.linalg.vector_norm(tensor, dim=dim, keepdim=keepdim, dtype=dtype).float()
+
+
 def rms(tensor: Tensor) -> Tensor:
     """Root of the mean square, `fp32`, 0-dim."""
-    norm = torch.linalg.vector_norm(tensor, dtype=torch.float32)
+    norm = norm_of(tensor)
     return norm / max(tensor.numel(), 1) ** 0.5
 
 

@@ -46,3 +46,18 @@ def test_apollo_moves_at_a_rate_that_starts_from_zero():
     train(model, optimizer, 1, start=1)
     assert all(p.isfinite().all() for p in model.parameters())
     assert not any(map(torch.equal, before, weights(model)))
+
+
+@pytest.mark.parametrize("scale_type", ["channel", "tensor"])
+def test_weights_in_float64(scale_type):
+    trained = []
+    for dtype in (torch.float32, torch.float64):
+        weight = nn.Parameter(randn(14, 22).to(dtype))
+        group = {"params": [weight], "rank": 4, "scale_type": scale_type}
+        optimizer = APOLLOAdamW([group], lr=0.05)
+        for step in range(3):
+            weight.grad = decaying(14, 22, seed=step).to(dtype)
+            optimizer.step()
+        trained.append(weight.detach())
+    assert trained[1].dtype == torch.float64
+    torch.testing.assert_close(trained[1].float(), trained[0], atol=1e-5, rtol=1e-5)
