@@ -174,7 +174,7 @@ matrix: matrix-wheel ## Tests with every torch from 2.10, Pythons, and both ends
 
 # Interrupted, it goes on where it was: what is known is in the cache folder. MODELS=Llama tries some, AGAIN=1 tries again.
 .PHONY: models
-models: test-build ## Try every architecture of the installed transformers; docs/models.md; about half an hour
+models: test-build ## Try every architecture of the installed transformers; docs/models.md; an hour or more
 	$(ACTIVATE) && PYTHONPATH=tests python -W ignore -m support.model_table $(MODELS:%=--only "%") $(AGAIN:%=--again)
 
 .PHONY: newest

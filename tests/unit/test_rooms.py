@@ -52,6 +52,18 @@ ELSEWHERE = {
         "unit/checkpoint/test_quantize.py",
         "its answer is which tensors of a checkpoint are quantised",
     ),
+    "check/kernels.py": (
+        "cuda/test_self_test.py",
+        "what it decides shows in the kernels that are used",
+    ),
+    "check/trial_process.py": (
+        "cuda/test_self_test.py",
+        "it is there for kernels that end their process",
+    ),
+    "check/verdicts.py": (
+        "cuda/test_self_test.py",
+        "they are kept for the next process",
+    ),
     "head/arguments.py": (
         "unit/head/test_ops.py",
         "named tuples without code: the compiled core reads them",
