@@ -41,6 +41,14 @@ def prepare_parser() -> argparse.ArgumentParser:
         help=".jsonl, .jsonl.gz or .parquet; a summary is written next to it as NAME.summary.json",
     )
     add(parser, "overwrite", action="store_true", help="replace FILE if it exists")
+    _add_source(parser)
+    add(parser, "temp_dir", metavar="DIR", help="for temporary files, up to the size of the input")
+    _add_input(parser.add_argument_group("input"))
+    _add_rules(parser.add_argument_group("rules"))
+    return parser
+
+
+def _add_source(parser: argparse.ArgumentParser) -> None:
     add(parser, "dataset_config", metavar="NAME", help="configuration of a hub dataset")
     add(parser, "split", metavar="NAME", help="default: train_prefs or train, or the only split")
     add(
@@ -51,10 +59,6 @@ def prepare_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="longest row of a JSON file, in megabytes (default: %(default)s)",
     )
-    add(parser, "temp_dir", metavar="DIR", help="for temporary files, up to the size of the input")
-    _add_input(parser.add_argument_group("input"))
-    _add_rules(parser.add_argument_group("rules"))
-    return parser
 
 
 def _add_input(group: Any) -> None:
@@ -234,16 +238,7 @@ def inspect_parser() -> argparse.ArgumentParser:
         help="settings file of oddsmith train, whose options and adapter decide how batches would be "
         "computed (default: no adapter, default options)",
     )
-    add(parser, "dataset_config", metavar="NAME", help="configuration of a hub dataset")
-    add(parser, "split", metavar="NAME", help="default: train_prefs or train, or the only split")
-    add(
-        parser,
-        "max_line_mb",
-        type=positive,
-        default=64,
-        metavar="N",
-        help="longest row of a JSON file, in megabytes (default: %(default)s)",
-    )
+    _add_source(parser)
     add(parser, "rows", type=positive, metavar="N", help="read the first N rows (default: all)")
     add(parser, "max_length", type=positive, default=1024, metavar="N", help="default: %(default)s")
     add(parser, "max_prompt_length", type=positive, metavar="N", help="as for train")
