@@ -71,13 +71,13 @@ test-rust: test-build ## The Rust tests: the algorithms, then the borders to tor
 slow: test-build ## The long parity runs (ODDSMITH_SHARED names the folder with the real data)
 	$(ACTIVATE) && pytest -m slow
 
-# Not in the extra `test`: it comes as source only, whose build takes a minute or more and, with the pip of older
-# Pythons, needs the package wheel. Its kernels are not compiled.
+# Not in the extra `test`: it comes as source only, which the pip of older Pythons builds with the package wheel alone. Its
+# kernels are not compiled.
 DEEPSPEED = deepspeed==0.19.8
 .PHONY: engines
-engines: test-build ## Install DeepSpeed; the tests of every way to spread a run over processes
-	$(ACTIVATE) && pip install wheel && DS_ACCELERATOR=cpu pip install "$(DEEPSPEED)"
-	$(ACTIVATE) && pytest -n 0 tests/e2e/test_engines.py tests/e2e/test_engines_deepspeed.py tests/e2e/test_engines_tensor.py tests/e2e/test_launch_engines.py
+engines: test-build ## Install DeepSpeed; the tests that need it, which `make test` leaves out where it is missing
+	$(ACTIVATE) && pip install --quiet wheel && DS_ACCELERATOR=cpu pip install --quiet "$(DEEPSPEED)"
+	$(ACTIVATE) && $(PYTEST) tests/e2e/test_engines_deepspeed.py tests/e2e/test_launch_engines.py
 
 .PHONY: develop
 develop: ## Compile again after a change in src/, for tests
