@@ -149,10 +149,12 @@ def build(sources: Iterable[Path] | None = None, headers: Path = KERNELS) -> Pat
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         inputs = [*kernels, EMULATOR / "block.cpp", EMULATOR / "driver.cpp"]
         objects = list(pool.map(lambda source: str(compile_object(source, headers)), inputs))
-    library = cache_folder() / f"libemulator-{digest(*[path.encode() for path in objects])}.so"
+    # Nothing else may have loaded the library of C++.
+    flags = ["-shared", "-pthread", *objects, "-lstdc++"]
+    library = cache_folder() / f"libemulator-{digest(*[flag.encode() for flag in flags])}.so"
 
     def make(target: Path) -> None:
-        run_compiler(["-shared", "-pthread", *objects, "-o", str(target)])
+        run_compiler([*flags, "-o", str(target)])
 
     return cached(library, make)
 
@@ -161,7 +163,7 @@ def build_compiler() -> Path:
     """A library instead of NVRTC, which takes no time: see nvrtc.cpp."""
     source = EMULATOR / "nvrtc.cpp"
     name = f"libnvrtc-{digest(source.read_bytes())}.so"
-    flags = ["-std=c++17", "-O1", "-fPIC", "-shared", str(source)]
+    flags = ["-std=c++17", "-O1", "-fPIC", "-shared", str(source), "-lstdc++"]
 
     def make(target: Path) -> None:
         run_compiler([*flags, "-o", str(target)])
