@@ -22,7 +22,10 @@ REFUSED = {
     "RecurrentGemmaConfig": "recurrence or convolution",
     "Qwen3NextConfig": "recurrence or convolution",
     "Qwen3_5TextConfig": "recurrence or convolution",
+    "BloomConfig": "does not get the packed row",
     "FalconConfig": "does not get the packed row",
+    # Here its attention changes with every fifth place of a row; docs/models.md has the class with its own scale.
+    "Llama4TextConfig": "its results on a packed row differ",
     "MiniMaxConfig": "does not attend through the function",
 }
 # Lengths of prompt and answers: more than seven tokens, windows and chunks, in each answer.
@@ -78,7 +81,7 @@ def compare(name):
         try:
             limits = check(model)
         except CannotPack as cannot:
-            assert REFUSED.get(name, "") in str(cannot), case
+            assert name in REFUSED and REFUSED[name] in str(cannot), (case, str(cannot))
             with pytest.raises(CannotPack):  # in any dtype
                 check(half)
             continue

@@ -108,9 +108,18 @@ def is_far(our, their, room):
     return not our <= room * (2.0 * their + 1e-2)
 
 
+# Of the sample; all others are packed.
+PADDED = {0: "padding_free is False", 3: "recurrence", 4: "recurrence"}
+
+
 @pytest.mark.parametrize("seed", SAMPLE)
 def test_sample(seed):
-    compare(seed)
+    path = compare(seed)
+    assert path is not None and path.plain_because is None
+    if seed in PADDED:
+        assert PADDED[seed] in path.padded_because
+    else:
+        assert path.padded_because is None
 
 
 @pytest.mark.slow
@@ -119,7 +128,7 @@ def test_others(seed):
     compare(seed)
 
 
-def test_the_sample_takes_every_path():
+def test_combinations_are_of_all_kinds():
     cases = [combination(seed) for seed in range(COUNT)]
     assert all(combination(seed) == cases[seed] for seed in SAMPLE)
     assert len({case.family for case in cases}) > 25

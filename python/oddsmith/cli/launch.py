@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from . import once
 
 # Set for the processes that are started here, with the time of the first start.
 STARTED = "ODDSMITH_STARTED"
@@ -198,6 +199,13 @@ def launcher_options(arguments: LaunchArguments, argv: list[str]) -> Any:
     return parsed
 
 
+def ignored_on_cpus(name: str | None, has_gpu: bool) -> str | None:
+    """What accelerate does not say of a shipped configuration where there is no GPU."""
+    if has_gpu or name not in SHIPPED or name == "ddp":
+        return None
+    return f"--accelerate_config {name}: accelerate splits nothing on CPUs; the run is one of DDP"
+
+
 def start(arguments: LaunchArguments, argv: list[str]) -> int:
     """
     Starts the processes of a run, waits for them, and returns the exit code of the first that
@@ -212,11 +220,15 @@ def start(arguments: LaunchArguments, argv: list[str]) -> int:
     """
     import time
 
+    import torch
     from accelerate.commands.launch import launch_command
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     options = launcher_options(arguments, argv)
+    ignored = ignored_on_cpus(arguments.accelerate_config, torch.cuda.is_available())
+    if ignored:
+        once.say(f"oddsmith train: {ignored}")
     os.environ[STARTED] = repr(time.time())
     if not os.environ.get("ODDSMITH_TRACEBACK"):
         # The process that failed has said why. Of these loggers each prints some lines more.

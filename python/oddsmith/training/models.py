@@ -104,14 +104,25 @@ def check_trainable(model: nn.Module) -> None:
     raise ValueError(f"no parameter of the {type(model).__name__} is trainable; {fix}")
 
 
+# Methods of peft whose layers take the ids of tasks.
+_OF_TASKS = ("POLY", "MULTITASK_PROMPT_TUNING")
+
+
 def check_adapter(model: nn.Module) -> None:
     """
     Check that an adapter can be trained on the layers that it is on.
 
     Raises:
-        ValueError: If it is on a layer that returns more than a tensor; if peft has rounded what it
-            scales its weights with to zero.
+        ValueError: If it is on a layer that returns more than a tensor; if it needs to know the task of
+            each row; if peft has rounded what it scales its weights with to zero.
     """
+    for config in getattr(model, "peft_config", {}).values():
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        if kind in _OF_TASKS:
+            raise ValueError(
+                f"the adapter is {kind}, which peft gives the task of each row to (task_ids), and "
+                "preference rows have none; use another adapter, such as peft.LoraConfig"
+            )
     router = adapted_router(model)
     if router is not None:
         raise ValueError(

@@ -171,6 +171,16 @@ def test_a_file_of_the_users_says_how_many(tmp_path):
     assert launch.launcher_options(given, []).num_processes == 5
 
 
+def test_what_cpus_do_not_do_is_said():
+    said = launch.ignored_on_cpus("fsdp2", has_gpu=False)
+    assert said == (
+        "--accelerate_config fsdp2: accelerate splits nothing on CPUs; the run is one of DDP"
+    )
+    assert launch.ignored_on_cpus("zero3", has_gpu=True) is None
+    for name in (None, "ddp", "mine.yaml"):
+        assert launch.ignored_on_cpus(name, has_gpu=False) is None
+
+
 def test_exit_codes(capsys):
     assert launch._code(1, 143) == 143
     assert capsys.readouterr().err == ""

@@ -8,6 +8,7 @@ from peft import get_peft_model
 
 from oddsmith import ORPOConfig, ORPOTrainer
 from oddsmith.integrations.row_dependence import RULES, TOKENWISE_METHODS, row_dependence
+from oddsmith.training.models import check_adapter
 from support.peft_methods import METHODS, OWN_TASKS, UNAVAILABLE, method_config
 from support.trainer_runs import arguments, batch_of, make_model, make_tokenizer, pairs, train_logs
 
@@ -116,6 +117,12 @@ def test_every_method_has_its_path():
 
 @pytest.mark.parametrize("name", METHODS)
 def test_methods_of_peft(name, trainer, base, tokens):
+    if name in ("POLY", "MULTITASK_PROMPT_TUNING"):
+        with pytest.raises(
+            ValueError, match=rf"the adapter is {name}, .* preference rows have none"
+        ):
+            check_adapter(adapted(base, method_config(name)))
+        return
     if UNTRAINABLE.get(name):
         pytest.skip(UNTRAINABLE[name])
     own = {"token_indices": sorted(set(tokens))} if name == "TRAINABLE_TOKENS" else {}
