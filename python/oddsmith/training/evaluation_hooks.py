@@ -215,7 +215,8 @@ class EvaluationHooks(TrainerParts):
         seed = self.args.seed + self.state.global_step
         rows = completions.pick_rows(dataloader.dataset, self.args.eval_batch_size, seed)
         batch: dict[str, Any] = self._prepare_inputs(self.data_collator(rows))
-        model = self.accelerator.unwrap_model(self.model)
+        # With DeepSpeed installed the type checker takes it for a tensor.
+        model: Any = self.accelerator.unwrap_model(self.model)
         training = model.training
         model.eval()
         with completions.untouched_randomness():

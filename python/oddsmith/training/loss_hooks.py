@@ -161,7 +161,8 @@ class LossHooks(TrainerParts):
             )
         outputs = self._run(model, inputs, **extra)
         logits = outputs.logits
-        if not self.is_encoder_decoder and virtual_tokens(self.accelerator.unwrap_model(model)):
+        core: Any = self.accelerator.unwrap_model(model)
+        if not self.is_encoder_decoder and virtual_tokens(core):
             # Logits of virtual tokens come first; those of prefixes are not computed.
             logits = logits[:, logits.shape[1] - labels.shape[1] :]
         logps = self.get_batch_logps(
