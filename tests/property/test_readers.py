@@ -17,6 +17,17 @@ ROW = {"prompt": "p", "chosen": "c", "rejected": "r"}
 ROWS = [{**ROW, "n": number} for number in range(3)]
 LINES = [json.dumps(row).encode() for row in ROWS]
 ARRAY = json.dumps(ROWS).encode()
+FORMS = (
+    "CR",
+    "CRLF",
+    "blank lines",
+    "mark",
+    "packed lines",
+    "packed array",
+    "array",
+    "lines",
+    "indented",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -72,12 +83,13 @@ def plain(rows):
         ("a.jsonl", b"\r\n".join(LINES)),
         ("a.jsonl", b"\n\r\n \n".join(LINES)),
         ("a.jsonl", b"\xef\xbb\xbf" + b"\n".join(LINES)),
-        ("a.jsonl", gzip.compress(b"\n".join(LINES))),
-        ("a.json", gzip.compress(ARRAY)),
+        ("a.jsonl", gzip.compress(b"\n".join(LINES), mtime=0)),
+        ("a.json", gzip.compress(ARRAY, mtime=0)),
         ("a.jsonl", ARRAY),
         ("a.json", b"\n".join(LINES)),
         ("a.json", b" \n" + json.dumps(ROWS, indent=2).encode() + b"\n\n"),
     ],
+    ids=FORMS,
 )
 def test_forms_of_the_same_rows(name, content, tmp_path):
     (tmp_path / name).write_bytes(content)

@@ -42,14 +42,14 @@ def zstd(data):
         ("a.jsonl", LINES),
         ("a.JSONL", b"\xef\xbb\xbf" + LINES),
         ("a.json", LINES.replace(b"\n", b"\r\n")),
-        ("a.jsonl.gz", gzip.compress(LINES)),
-        ("a.jsonl.gz", gzip.compress(LINES[:200]) + gzip.compress(LINES[200:])),
+        ("a.jsonl.gz", gzip.compress(LINES, mtime=0)),
+        ("a.jsonl.gz", gzip.compress(LINES[:200], mtime=0) + gzip.compress(LINES[200:], mtime=0)),
         ("a.ndjson.bz2", bz2.compress(LINES)),
         ("a.jsonl.xz", lzma.compress(LINES)),
         ("a.jsonl.zst", zstd(LINES)),
         ("a.json", json.dumps(ROWS).encode()),
         ("a.json", b"\n" + json.dumps(ROWS, indent=1).encode() + b"\n\n"),
-        ("a.json.gz", gzip.compress(json.dumps(ROWS, indent=1).encode())),
+        ("a.json.gz", gzip.compress(json.dumps(ROWS, indent=1).encode(), mtime=0)),
     ],
 )
 def test_json_files(name, content, tmp_path):
@@ -195,7 +195,7 @@ def test_damaged_parquet(tmp_path):
     [
         ("a.jsonl", LINES + b'{"chosen": "x"', "a.jsonl line 8: not JSON: "),
         ("a.jsonl", LINES[:90] + b"\n" + LINES, "a.jsonl line 2: not JSON: "),
-        ("a.jsonl.gz", gzip.compress(LINES)[:-20], "a.jsonl.gz line "),
+        ("a.jsonl.gz", gzip.compress(LINES, mtime=0)[:-20], "a.jsonl.gz line "),
         ("a.json", b'[\n{"chosen": "x"},\n{"chosen"', "a.json line 3: not JSON: "),
         ("a.parquet", b"PAR1 no more", "a.parquet: not a complete parquet file: "),
     ],
