@@ -1,6 +1,7 @@
 """A tiny model of every causal architecture of the installed transformers."""
 
 from collections.abc import Iterator
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -107,7 +108,7 @@ def core(name: str, options: dict[str, Any]) -> Any:
         with torch.device("meta"):
             return model(config)
     except Exception as bad:  # whatever the code of a model may raise
-        raise LookupError(f"{type(bad).__name__}: {bad}".splitlines()[0]) from bad
+        raise LookupError(shorten(f"{type(bad).__name__}: {bad}", 200)) from bad
 
 
 def configurations() -> dict[str, str]:

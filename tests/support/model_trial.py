@@ -84,7 +84,7 @@ def trial(name: str, measured: bool = True) -> list[Record]:
 
 def _line(error: BaseException) -> str:
     text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0] if isinstance(error, LookupError) else _named(error, text)
+    return text if isinstance(error, LookupError) else _named(error, text)
 
 
 def _named(error: BaseException, text: str) -> str:
