@@ -134,6 +134,9 @@ class _Lines:
 
     def last_words(self) -> str:
         """The last line on its error stream, and how it ended."""
+        # Its output may end a moment before it does.
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(5)
         code = self._process.poll()
         self._errors.seek(0)
         text = self._errors.read()[-4096:].decode(errors="replace").strip()
