@@ -1,31 +1,33 @@
 """Every engine that spreads a run over processes, with every feature: as one process, or refused.
 
 Two processes run all cells of some engines one after the other; run as a script this file is what
-they run. One process takes the batches of both, one after the other.
+they run. One process takes the batches of both, one after the other. The processes of tensor
+parallelism share each layer, so they train on the rows of one process.
 """
 
 import sys
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from unittest.mock import patch
 
 import pytest
-import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
+from accelerate import ParallelismConfig
 
-from support.engine_cells import CELLS, REFUSED, differences
-from support.engine_launch import result_of, run_cells
-from support.engines import ENGINES
+from support.engine_launch import problems, run_cells
+from support.engine_table import BY_TENSORS, FSDP_AND_DDP
 from support.processes import end, two_processes
+
+ENGINES = {**FSDP_AND_DDP, **BY_TENSORS}
 
 
 def main(models: str, folder: str) -> None:
     # Should one process fail alone, the other does not wait for long.
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    for name, engine in ENGINES.items():
-        run_cells(engine, CELLS, models, Path(folder) / name)
+    # accelerate refuses meshes of CPUs.
+    with patch.object(ParallelismConfig, "_validate_accelerator"):
+        for name, row in ENGINES.items():
+            run_cells(row, models, Path(folder) / name)
 
 
 # ---- Two processes against one ----
@@ -39,34 +41,11 @@ def launch(engine_models, tmp_path_factory):
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", {cell: None for row in ENGINES.values() for cell in row.cells})
 def test_a_feature(cell, launch, alone):
-    problems = []
-    for name in ENGINES:
-        found = result_of(launch / name, cell)
-        refusal = REFUSED.get((name, cell))
-        if refusal is not None:
-            assert refusal in found.get("error", "it ran"), name
-            continue
-        each = [*differences(name, found, alone(cell))]
-        each += unsaved(launch / name / cell / "saved", found)
-        problems += [f"{name}: {line}" for line in each]
-    assert not problems
-
-
-def unsaved(folder: Path, found: dict[str, Any]) -> Iterator[str]:
-    """Which trained weights are not those in the files that were saved."""
-    if "error" in found:
-        return
-    saved = {
-        name: each
-        for file in folder.glob("*.safetensors")
-        for name, each in load_file(file).items()
-    }
-    for name, weight in found["weights"].items():
-        each = saved.get(name.replace(".default.", "."))
-        if each is None or not torch.equal(each.to(weight.dtype), weight):
-            yield f"{name} was not saved"
+    rows = {name: row for name, row in ENGINES.items() if cell in row.cells}
+    found = [problems(name, row, cell, launch / name, alone) for name, row in rows.items()]
+    assert not [line for lines in found for line in lines]
 
 
 if __name__ == "__main__":

@@ -11,38 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from support.deepspeed_on_cpu import allow_cpus, end_deepspeed, zero
-from support.engine_cells import IN_32_BITS, differences
-from support.engine_launch import result_of, run_cells
-from support.engine_runs import FEATURES
-from support.engines import Engine
+from support.deepspeed_on_cpu import allow_cpus, end_deepspeed
+from support.engine_launch import problems, run_cells
+from support.engine_table import DEEPSPEED
 from support.processes import end, two_processes
 
 pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
-
-# DeepSpeed makes one flat tensor of many parameters, whose blocks of 8-bit moments are others.
-CELLS = [*FEATURES, *IN_32_BITS]
-OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
-# As `accelerate launch` sets them.
-ENVIRONMENT = {
-    "ACCELERATE_USE_DEEPSPEED": "true",
-    "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2",
-    "ACCELERATE_GRADIENT_CLIPPING": "1.0",
-}
-# Name -> how a run is spread, and the cells that run.
-ENGINES = {
-    "ZeRO-1": (Engine(zero(1)), ["adamw_8bit", "adamw_8bit in 32 bits"]),
-    "ZeRO-2": (Engine(zero(2)), CELLS),
-    "ZeRO-2 with offload": (Engine(zero(2, **OFFLOAD)), ["adamw_8bit", "adamw_8bit in 32 bits"]),
-    "ZeRO-2 by environment": (
-        Engine({"use_cpu": False}, ENVIRONMENT),
-        ["full", "adamw_8bit in 32 bits", "galore_adamw"],
-    ),
-    "ZeRO-3": (Engine(zero(3)), CELLS),
-}
-REFUSED = {
-    "galore_adamw": "ValueError: optim is 'galore_adamw' with DeepSpeed ZeRO-",
-}
 
 
 def check_small_model() -> None:
@@ -64,8 +38,8 @@ def check_small_model() -> None:
 
 def main(models: str, folder: str) -> None:
     allow_cpus()
-    for name, (engine, cells) in ENGINES.items():
-        run_cells(engine, cells, models, Path(folder) / name, after=end_deepspeed)
+    for name, row in DEEPSPEED.items():
+        run_cells(row, models, Path(folder) / name, after=end_deepspeed)
     check_small_model()
 
 
@@ -81,16 +55,10 @@ def launch(engine_models, tmp_path_factory):
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 @pytest.mark.parametrize(
-    ("engine", "cell"), [(name, cell) for name, (_, cells) in ENGINES.items() for cell in cells]
+    ("engine", "cell"), [(name, cell) for name, row in DEEPSPEED.items() for cell in row.cells]
 )
 def test_a_feature(engine, cell, launch, alone):
-    found = result_of(launch / engine, cell)
-    if cell in REFUSED:
-        assert REFUSED[cell] in found.get("error", "it ran")
-        return
-    assert not list(differences(engine, found, alone(cell)))
-    saved = {each.name for each in (launch / engine / cell / "saved").iterdir()}
-    assert saved & {"model.safetensors", "adapter_model.safetensors"}
+    assert not problems(engine, DEEPSPEED[engine], cell, launch / engine, alone)
 
 
 if __name__ == "__main__":

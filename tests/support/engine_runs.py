@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from oddsmith import NF4Config, ORPOConfig, ORPOTrainer
 
-from .engines import Engine, whole_weights
+from .engines import Engine, apart, whole_weights
 from .trainer_runs import arguments, make_model, make_tokenizer, pairs, train_logs
 
 STEPS, SAVED = 4, 2
@@ -129,6 +129,7 @@ def run(
     result = {
         "before": before,
         "weights": whole_weights(trainer.model),
+        "apart": apart(trainer.model),
         "losses": [log["loss"] for log in train_logs(trainer)],
         "path": str(trainer.path),
     }

@@ -12,10 +12,11 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
-__all__ = ["ENGINES", "Engine", "lifted", "under", "whole", "whole_weights"]
+__all__ = ["ENGINES", "Engine", "apart", "lifted", "under", "whole", "whole_weights"]
 
 
 @dataclass(frozen=True)
@@ -106,3 +107,15 @@ def whole_weights(model: torch.nn.Module, trained: bool = True) -> dict[str, tor
         for name, parameter in model.named_parameters()
         if parameter.requires_grad or not trained
     }
+
+
+def apart(model: torch.nn.Module) -> list[str]:
+    """Names of trained parameters that are not the same in all processes, once gathered."""
+    if not dist.is_initialized():
+        return []
+    names, weights = zip(*sorted(whole_weights(model).items()), strict=True)
+    sums = torch.stack([weight.double().abs().sum().cpu() for weight in weights])
+    others = [torch.empty_like(sums) for _ in range(dist.get_world_size())]
+    dist.all_gather(others, sums)
+    equal = torch.stack([sums == other for other in others]).all(dim=0)
+    return [name for name, same in zip(names, equal.tolist(), strict=True) if not same]
