@@ -29,7 +29,7 @@ def allow_cpus() -> None:
 
 def zero(stage: int, **changed: Any) -> dict[str, Any]:
     """Arguments of `ORPOConfig` for ZeRO of a stage."""
-    options = {"stage": stage, **changed}
+    options: dict[str, Any] = {"stage": stage}
     if stage == 3:
         options |= {
             "stage3_gather_16bit_weights_on_model_save": True,
@@ -41,7 +41,11 @@ def zero(stage: int, **changed: Any) -> dict[str, Any]:
         "gradient_accumulation_steps",
         "gradient_clipping",
     ]
-    config = {"zero_optimization": options, **dict.fromkeys(automatic, "auto")}
+    config = {
+        "zero_optimization": {**options, **changed},
+        "bf16": {"enabled": "auto"},
+        **dict.fromkeys(automatic, "auto"),
+    }
     return {"use_cpu": False, "deepspeed": config}
 
 

@@ -130,6 +130,7 @@ def run(
         "before": before,
         "weights": whole_weights(trainer.model),
         "apart": apart(trainer.model),
+        "dtypes": {name: each.dtype for name, each in trainer.model.named_parameters()},
         "losses": [log["loss"] for log in train_logs(trainer)],
         "path": str(trainer.path),
     }

@@ -8,7 +8,7 @@ from .engine_cells import CELLS, CHECKPOINTS, EVERY, IN_32_BITS, IN_BFLOAT16, LO
 from .engine_runs import FEATURES
 from .engines import ENGINES, Engine
 
-__all__ = ["BY_TENSORS", "DEEPSPEED", "FSDP_AND_DDP", "Row", "table"]
+__all__ = ["BY_TENSORS", "DEEPSPEED", "FSDP_AND_DDP", "NOT_GATHERED", "Row", "table"]
 
 
 @dataclass(frozen=True)
@@ -64,15 +64,23 @@ _ENVIRONMENT = {
     "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2",
     "ACCELERATE_GRADIENT_CLIPPING": "1.0",
 }
+# Checkpoints stay in parts; what is saved at the end is whole.
+NOT_GATHERED = "ZeRO-3 with checkpoints in parts"
 _WITH_ZERO = [*FEATURES, *IN_32_BITS, *IN_BFLOAT16]
 DEEPSPEED = {
     "ZeRO-1": Row(Engine(zero(1)), [*IN_32_BITS, "adamw_8bit"]),
     "ZeRO-2": Row(Engine(zero(2)), _WITH_ZERO, _OF_ZERO),
     "ZeRO-2 with offload": Row(Engine(zero(2, **_OFFLOAD)), [*IN_32_BITS, "adamw_8bit"]),
     "ZeRO-2 by environment": Row(
-        Engine({"use_cpu": False}, _ENVIRONMENT), ["full", *IN_32_BITS, "galore_adamw"], _OF_ZERO
+        Engine({"use_cpu": False}, _ENVIRONMENT),
+        ["full", "full in bfloat16", *IN_32_BITS, "galore_adamw"],
+        _OF_ZERO,
     ),
     "ZeRO-3": Row(Engine(zero(3)), _WITH_ZERO, _OF_ZERO),
+    NOT_GATHERED: Row(
+        Engine(zero(3, stage3_gather_16bit_weights_on_model_save=False)),
+        ["full", "LoRA", "NF4 + LoRA", "full in bfloat16"],
+    ),
 }
 
 BY_TENSORS = {

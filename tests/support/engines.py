@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any
 from unittest.mock import patch
 
@@ -90,7 +91,15 @@ def under(engine: Engine) -> Iterator[Engine]:
 
 
 def whole(tensor: Any) -> torch.Tensor:
-    """A copy of a tensor, gathered from all processes."""
+    """
+    A copy of a tensor, gathered from all processes; in 32 bits if DeepSpeed trains it in 32 and computes
+    in 16.
+    """
+    if tensor.dtype == torch.bfloat16 and find_spec("deepspeed"):
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        if (exact := safe_get_full_fp32_param(tensor)) is not None:
+            return exact.detach().clone()
     if hasattr(tensor, "ds_id"):  # split by ZeRO-3
         import deepspeed
 

@@ -11,6 +11,8 @@ from accelerate import DistributedType
 from accelerate.state import AcceleratorState, is_initialized
 from torch import nn
 
+from .split_adapters import check_adapter_layers
+
 __all__ = ["Engine", "check_engine", "data_parallel", "engine_of"]
 
 # Dimensions of a mesh whose processes work on the same rows.
@@ -93,8 +95,7 @@ def check_engine(engine: Engine, model: nn.Module) -> None:
         model (`nn.Module`): The model, with its adapter.
 
     Raises:
-        ValueError: If sequences would be split, or if an adapter is on a layer that tensor
-            parallelism splits in a way that peft cannot compute.
+        ValueError: If sequences would be split, or if tensor parallelism cannot train the adapter.
     """
     if engine.context > 1:
         raise ValueError(
@@ -102,23 +103,8 @@ def check_engine(engine: Engine, model: nn.Module) -> None:
             "but the loss compares whole ones: use a smaller max_length, gradient_checkpointing, "
             "FSDP2, ZeRO-3 or tensor parallelism"
         )
-    if engine.tensor > 1 and (layer := _split_adapter(model)) is not None:
-        raise ValueError(
-            f"tensor parallelism splits the columns of {layer}, or its logits, where peft's adapter "
-            "fails: leave it out of target_modules, such as ['q_proj', 'k_proj', 'v_proj', 'gate_proj', "
-            "'up_proj'], or use FSDP2"
-        )
-
-
-def _split_adapter(model: nn.Module) -> str | None:
-    """An adapted layer whose input is split, or that makes the logits."""
-    for name, module in model.named_modules():
-        base = getattr(module, "base_layer", None)
-        placements = getattr(getattr(base, "weight", None), "placements", ())
-        columns = any(place.is_shard(1) for place in placements)
-        if columns or (placements and name.rpartition(".")[2] == "lm_head"):
-            return name
-    return None
+    if engine.tensor > 1:
+        check_adapter_layers(model)
 
 
 def data_parallel(accelerator: Any) -> tuple[int, int]:

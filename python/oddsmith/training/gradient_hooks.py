@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from accelerate import DistributedType
 from torch import nn
 
 from .trainer_parts import TrainerParts
@@ -41,8 +40,9 @@ class GradientHooks(TrainerParts):
         Raises:
             RuntimeError: If its gradients are all zero though its loss is not.
         """
-        # DeepSpeed knows the norm after its step only.
-        if norm is None or self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+        # DeepSpeed's norm is that of the step which it has just made, with a weight decay alone if there
+        # were no gradients. It has none where its configuration says so, and of a step that overflowed.
+        if norm is None or self.accelerator.optimizer_step_was_skipped:
             return
         loss = self._last_loss
         if loss is not None and not bool(torch.count_nonzero(loss)):

@@ -24,7 +24,9 @@ class SaveHooks(TrainerParts):
             RuntimeError: If no weights were written.
         """
         if _internal_call:  # into a checkpoint, which is in parts if that is asked for
-            super().save_model(output_dir, _internal_call)
+            # ZeRO-3 would write an adapter without weights beside the parts.
+            with _gathered(self) if self._zero_adapter() else nullcontext():
+                super().save_model(output_dir, _internal_call)
             return
         folder = Path(output_dir or self.args.output_dir or ".")
         before = weight_files(folder, before=True)
@@ -32,6 +34,11 @@ class SaveHooks(TrainerParts):
             super().save_model(output_dir, _internal_call)
         if self.args.should_save:
             check_written(folder, before)
+
+    def _zero_adapter(self) -> bool:
+        """Whether DeepSpeed trains an adapter."""
+        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        return plugin is not None and bool(getattr(self.model, "peft_config", None))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         fsdp = getattr(self.accelerator.state, "fsdp_plugin", None) is not None
