@@ -14,6 +14,7 @@ from ..integrations.checkpointing import Checkpointing
 from ..integrations.dropout import NoDropout
 from ..integrations.patch import Patch
 from ..integrations.router_layers import adapted_router, without_routers
+from .split_adapters import check_adapter_kind
 
 
 def load_model(name: str, args: ORPOConfig, images: bool = False) -> PreTrainedModel:
@@ -175,7 +176,8 @@ def prepare_model(model: nn.Module, args: ORPOConfig, peft_config: Any) -> tuple
     Raises:
         ImportError: If `peft_config` is given but PEFT is not installed.
         TypeError: If `peft_config` is not a `PeftConfig`.
-        ValueError: If the model already has an adapter.
+        ValueError: If the model already has an adapter, or is split in a way that `peft_config` cannot
+            be trained in.
     """
     if peft_config is None:
         return model, False
@@ -219,6 +221,8 @@ def _add_adapter(model: nn.Module, args: ORPOConfig, peft_config: Any) -> tuple[
             "model is already a PeftModel and peft_config is given; remove peft_config to train "
             "its adapter, or pass model.merge_and_unload() to train a new one"
         )
+    if (getattr(model, "tp_size", None) or 1) > 1:
+        check_adapter_kind(peft_config)
     quantized = is_quantized(model)
     if quantized:
         # Trainer switches checkpointing on, and only while it trains.
