@@ -25,6 +25,7 @@ from .training.arguments import check_arguments, own_config
 from .training.batch_hooks import BatchHooks
 from .training.checkpoint_hooks import CheckpointHooks
 from .training.current_args import CurrentArgs
+from .training.engine import splits_batches
 from .training.engine_hooks import EngineHooks
 from .training.evaluation_hooks import EvaluationHooks
 from .training.gradient_hooks import GradientHooks
@@ -269,8 +270,10 @@ class ORPOTrainer(
         return TrainingPath(self._padded_because, plain, self._row_limits)
 
     def _announce_path(self) -> None:
-        if self.args.n_gpu > 1 and self._plain_because is None:
+        if splits_batches(self.args, self.model) and self._plain_because is None:
             self._plain_because = "DataParallel splits batches; start one process per GPU instead"
+            if self._own_collator is not None:
+                self._own_collator.packing = self._packs()
         path = self.path
         asked = self.args.use_fused_head and (self.args.padding_free or path.plain_because)
         # What the user has asked for, or gets by default, is no warning.

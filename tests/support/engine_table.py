@@ -56,7 +56,10 @@ FSDP_AND_DDP = {
 }
 
 # DeepSpeed makes one flat tensor of many parameters, whose blocks of 8-bit moments are others.
-_OF_ZERO = {"galore_adamw": "ValueError: optim is 'galore_adamw' with DeepSpeed ZeRO-"}
+_OF_ZERO = {
+    "galore_adamw": "ValueError: optim is 'galore_adamw' with DeepSpeed ZeRO-",
+    "NF4 in float32, computed in bfloat16": "DeepSpeed computes in bfloat16, to which it",
+}
 _OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 # As `accelerate launch` sets them.
 _ENVIRONMENT = {

@@ -8,7 +8,6 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from typing import Any
 from unittest.mock import patch
 
@@ -95,7 +94,7 @@ def whole(tensor: Any) -> torch.Tensor:
     A copy of a tensor, gathered from all processes; in 32 bits if DeepSpeed trains it in 32 and computes
     in 16.
     """
-    if tensor.dtype == torch.bfloat16 and find_spec("deepspeed"):
+    if hasattr(tensor, "_z3_optimizer") or hasattr(tensor, "_hp_mapping"):
         from deepspeed.utils import safe_get_full_fp32_param
 
         if (exact := safe_get_full_fp32_param(tensor)) is not None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from .split_adapters import check_adapter_layers
 
-__all__ = ["Engine", "check_engine", "data_parallel", "engine_of"]
+__all__ = ["Engine", "check_engine", "data_parallel", "engine_of", "splits_batches"]
 
 # Dimensions of a mesh whose processes work on the same rows.
 _SAME_ROWS = ("tp", "cp", "sp")
@@ -105,6 +105,19 @@ def check_engine(engine: Engine, model: nn.Module) -> None:
         )
     if engine.tensor > 1:
         check_adapter_layers(model)
+
+
+def splits_batches(args: Any, model: Any) -> bool:
+    """
+    Whether transformers splits each batch over several GPUs of one process by DataParallel. It does not
+    for models with 8-bit or 4-bit weights, which stay on one GPU.
+
+    Args:
+        args (`TrainingArguments`): Arguments of the run.
+        model (`nn.Module`): The model.
+    """
+    quantised = any(getattr(model, f"is_loaded_in_{bits}bit", False) for bits in (8, 4))
+    return args.n_gpu > 1 and not quantised
 
 
 def data_parallel(accelerator: Any) -> tuple[int, int]:

@@ -4,7 +4,7 @@ from typing import Any
 
 from ..optim.adamw.optimizer import BlockAdamW
 from .adamw_names import ADAMW_NAMES, check_adamw_engine
-from .engine import check_engine, engine_of
+from .engine import check_engine, engine_of, splits_batches
 from .low_rank_names import LOW_RANK_NAMES, check_low_rank_engine
 from .trainer_parts import TrainerParts
 
@@ -25,6 +25,12 @@ class EngineHooks(TrainerParts):
         """
         engine = engine_of(self.args, self.model)
         check_engine(engine, self.model)
+        if self.aux_loss_enabled and splits_batches(self.args, self.model):
+            raise ValueError(
+                "config.output_router_logits is True, and DataParallel cannot join the router logits of "
+                f"{self.args.n_gpu} GPUs; start one process per GPU with accelerate launch or torchrun, or "
+                "show the process one GPU (CUDA_VISIBLE_DEVICES=0)"
+            )
         if self.optimizer is None:
             name = str(getattr(self.args.optim, "value", self.args.optim))
             if name in ADAMW_NAMES:

@@ -11,7 +11,7 @@ from ..quant.modules import Linear4bit
 from ..quant.state import dtype_name
 from .trainer_parts import TrainerParts
 
-__all__ = ["SplitCodes", "check_codes"]
+__all__ = ["SplitCodes", "check_codes", "check_codes_with_deepspeed"]
 
 
 class SplitCodes(TrainerParts):
@@ -22,9 +22,15 @@ class SplitCodes(TrainerParts):
         4-bit weights.
         """
         super().create_accelerator_and_postprocess()
-        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        if plugin is not None and self.model is not None:
+        if self.model is None:
+            return
+        state = self.accelerator.state
+        plugin = getattr(state, "fsdp_plugin", None)
+        if plugin is not None:
             check_codes(self.model, plugin)
+        plugin = getattr(state, "deepspeed_plugin", None)
+        if plugin is not None:
+            check_codes_with_deepspeed(self.model, plugin.deepspeed_config)
 
 
 def check_codes(model: nn.Module, plugin: Any) -> None:
@@ -38,7 +44,7 @@ def check_codes(model: nn.Module, plugin: Any) -> None:
     Raises:
         ValueError: If it would join or cast them.
     """
-    stored = {m.weight.dtype for m in model.modules() if isinstance(m, Linear4bit)}
+    stored = _storage(model)
     if not stored:
         return
     if plugin.fsdp_version != 2:
@@ -47,11 +53,38 @@ def check_codes(model: nn.Module, plugin: Any) -> None:
             "kinds: use FSDP2 (fsdp_config={'version': 2})"
         )
     computes = getattr(plugin.mixed_precision_policy, "param_dtype", None)
+    if isinstance(computes, torch.dtype):
+        _check_cast(stored, computes, "FSDP2", ", of which each process keeps all codes")
+
+
+def check_codes_with_deepspeed(model: nn.Module, config: dict[str, Any]) -> None:
+    """
+    Checks that DeepSpeed leaves the codes of 4-bit weights as they are.
+
+    Args:
+        model (`nn.Module`): The model.
+        config (`dict`): DeepSpeed's configuration.
+
+    Raises:
+        ValueError: If it would cast them with the other parameters, to 16 bits.
+    """
+    for name, computes in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        if config.get(name, {}).get("enabled") is True:
+            _check_cast(_storage(model), computes, "DeepSpeed")
+
+
+def _storage(model: nn.Module) -> set[torch.dtype]:
+    """The dtypes in which a model's codes are stored."""
+    return {m.weight.dtype for m in model.modules() if isinstance(m, Linear4bit)}
+
+
+def _check_cast(
+    stored: set[torch.dtype], computes: torch.dtype, engine: str, note: str = ""
+) -> None:
+    name = dtype_name(computes)
     cast = sorted(dtype_name(each) for each in stored if each.is_floating_point)
-    if isinstance(computes, torch.dtype) and any(each != dtype_name(computes) for each in cast):
-        name = dtype_name(computes)
+    if any(each != name for each in cast):
         raise ValueError(
-            f"the model's 4-bit codes are stored as {cast[0]} and FSDP2 computes in {name}, to which it "
-            f"would cast them: load the model with bnb_4bit_quant_storage={name!r}, or with "
-            "'uint8', of which each process keeps all codes"
+            f"the model's 4-bit codes are stored as {cast[0]} and {engine} computes in {name}, to which it "
+            f"would cast them: load the model with bnb_4bit_quant_storage={name!r}, or with 'uint8'{note}"
         )

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from oddsmith.nn import Linear4bit
-from oddsmith.training.split_codes import check_codes
+from oddsmith.training.split_codes import check_codes, check_codes_with_deepspeed
 
 
 def model_of(storage):
@@ -35,3 +35,16 @@ def test_codes_that_would_be_cast():
 def test_fsdp1():
     with pytest.raises(ValueError, match="FSDP is of version 1"):
         check_codes(model_of(torch.uint8), plugin(version=1))
+
+
+def test_deepspeed_casts_floats():
+    """It casts each parameter on its own, which the layer does not see."""
+    in_float32 = model_of(torch.float32)
+    for name, other in (("bf16", "bfloat16"), ("fp16", "float16")):
+        config = {name: {"enabled": True}}
+        check_codes_with_deepspeed(model_of(torch.uint8), config)
+        check_codes_with_deepspeed(model_of(getattr(torch, other)), config)
+        check_codes_with_deepspeed(in_float32, {name: {"enabled": False}})
+        message = f"stored as float32 and DeepSpeed computes in {other}, to which it would cast"
+        with pytest.raises(ValueError, match=message):
+            check_codes_with_deepspeed(in_float32, config)
