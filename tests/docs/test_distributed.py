@@ -1,7 +1,7 @@
 """The tables of docs/distributed.md are those of the tests."""
 
 from support import traffic
-from support.engine_cells import table
+from support.engine_table import table
 from support.paths import ROOT
 
 PAGE = ROOT / "docs" / "distributed.md"

@@ -30,13 +30,13 @@ IN_32_BITS = {
 }
 # For tensor parallelism, which refuses adapters on layers whose columns are split.
 LORA_ON_ROWS = "LoRA on layers whose rows are split"
-_ROWS = {"r": 4, "target_modules": ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"]}
+_ROWS = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "embed_tokens"]
 CHECKPOINTS = "checkpoints"
 #: The cells of all engines.
 EVERY = {
     **CELLS,
     **IN_32_BITS,
-    LORA_ON_ROWS: Feature(lora=_ROWS),
+    LORA_ON_ROWS: Feature(lora={"r": 4, "target_modules": _ROWS}),
     CHECKPOINTS: Feature(arguments={"save_strategy": "steps"}),
 }
 # The same without rounding to 8 and 16 bits.

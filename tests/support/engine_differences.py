@@ -114,7 +114,7 @@ def unsaved(folder: Path, found: dict[str, Any]) -> Iterator[str]:
         for name, each in load_file(file).items()
     }
     for name, weight in found["weights"].items():
-        each, dtype = saved.get(name.replace(".default.", ".")), found["dtypes"][name]
+        each, dtype = saved.get(name.replace(".default", "")), found["dtypes"][name]
         # DeepSpeed computes in 16 bits, and has weights of 32 bits beside.
         if each is None or each.dtype != dtype or not torch.equal(each, weight.to(dtype)):
             yield f"{name} was not saved"

@@ -105,15 +105,19 @@ class Alone:
         """
         key = (cell, micro_batches)
         if key not in self._results:
-            options: dict[str, Any] = {"gradient_accumulation_steps": micro_batches}
+            # No checkpoints: a run that is resumed is compared with its own end.
+            options: dict[str, Any] = {
+                "gradient_accumulation_steps": micro_batches,
+                "save_strategy": "no",
+                "start": start,
+            }
             # The trainer collects garbage, and looks at all objects that tests have imported.
             gc.freeze()
             try:
                 with one_thread():
-                    options["start"] = start
                     result = run(Engine(), EVERY[cell], self.models, self.new_folder(), **options)
                     if cell in TRUTHS:
-                        options |= {"save_strategy": "no", "start": result["before"]}
+                        options["start"] = result["before"]
                         truth = run(
                             Engine(), TRUTHS[cell], self.models, self.new_folder(), **options
                         )
