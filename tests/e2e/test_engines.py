@@ -41,6 +41,7 @@ def launch(engine_models, tmp_path_factory):
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
 @pytest.mark.parametrize("cell", {cell: None for row in ENGINES.values() for cell in row.cells})
 def test_a_feature(cell, launch, alone):
     rows = {name: row for name, row in ENGINES.items() if cell in row.cells}
