@@ -44,7 +44,6 @@ from .training.models import (
 )
 from .training.row_hooks import RowHooks
 from .training.save_hooks import SaveHooks
-from .training.split_codes import SplitCodes
 from .training.stop_hooks import StopHooks
 
 logger = logging.get_logger(__name__)
@@ -61,7 +60,6 @@ class ORPOTrainer(
     EvaluationHooks,
     SaveHooks,
     CheckpointHooks,
-    SplitCodes,
     EngineHooks,
     Trainer,
 ):
@@ -155,6 +153,17 @@ class ORPOTrainer(
         else:
             model = self.call_model_init()
 
+        accelerator_config = cast(Any, args.accelerator_config)
+        if accelerator_config.dispatch_batches is None:
+            # By default one process collates a stream's batches for all, but accelerate cannot
+            # slice their strings or join batches of different lengths.
+            parts = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
+            if any(isinstance(part, IterableDataset) for part in (train_dataset, *parts)):
+                accelerator_config.dispatch_batches = False
+
+        # Before the rows, which may take hours.
+        self._start_engine(model, own_optimizer=optimizers[0] is None)
+
         if processing_class is None:
             processing_class = load_processing_class(model, revision, args)
         tokenizer = tokenizer_of(processing_class)
@@ -179,14 +188,6 @@ class ORPOTrainer(
         train_dataset, eval_dataset = self._prepare_given(train_dataset, eval_dataset)
         self._check_rows(train_dataset, eval_dataset, vocabulary_size(model))
 
-        accelerator_config = cast(Any, args.accelerator_config)
-        if accelerator_config.dispatch_batches is None:
-            # By default one process collates a stream's batches for all, but accelerate cannot
-            # slice their strings or join batches of different lengths.
-            parts = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
-            if any(isinstance(part, IterableDataset) for part in (train_dataset, *parts)):
-                accelerator_config.dispatch_batches = False
-
         self._stored_metrics = MetricStore()
         self._warned_of_non_finite: set[str] = set()
         # Trainer calls model_init itself; give it the model from above.
@@ -208,7 +209,6 @@ class ORPOTrainer(
         )
         # The form of loss_is_scaled_for_ga before transformers 5.19.
         self.model_accepts_loss_kwargs = False
-        self._check_engine()
         args.enable_jit_checkpoint = stops
         if stops:
             self._stop_on_signal()

@@ -2,10 +2,13 @@
 
 from typing import Any
 
+from torch import nn
+
 from ..optim.adamw.optimizer import BlockAdamW
 from .adamw_names import ADAMW_NAMES, check_adamw_engine
-from .engine import check_engine, engine_of
-from .low_rank_names import LOW_RANK_NAMES, check_low_rank_engine
+from .engine import Engine, check_engine, engine_of
+from .low_rank_names import LOW_RANK_NAMES, check_low_rank_run
+from .split_codes import check_codes
 from .trainer_parts import TrainerParts
 
 # accelerate puts DeepSpeed's Adam in place of an optimizer whose moments are offloaded, with 32-bit
@@ -16,32 +19,68 @@ _FORCED = "zero_force_ds_cpu_optimizer"
 class EngineHooks(TrainerParts):
     """Part of [`~oddsmith.ORPOTrainer`]: refuses what its engine would do in another way."""
 
-    def _check_engine(self) -> None:
+    # Whether there is an accelerator that Trainer's __init__ has not asked for yet.
+    _has_started = False
+
+    def _start_engine(self, model: nn.Module, own_optimizer: bool) -> None:
         """
-        Checks the engine and the optimizer's name, before anything starts.
+        Makes the accelerator, which knows the engine, and checks what it is to run: before rows are
+        made, which Trainer wants to have first.
+
+        Args:
+            model (`nn.Module`): The model, with its adapter.
+            own_optimizer (`bool`): Whether the optimizer is made by its name.
 
         Raises:
             ValueError: If a run would go on differently, or not at all.
+            NotImplementedError: For a layer-wise optimizer on several processes.
         """
-        engine = engine_of(self.args, self.model)
-        check_engine(engine, self.model)
-        if self.optimizer is None:
-            name = str(getattr(self.args.optim, "value", self.args.optim))
-            if name in ADAMW_NAMES:
-                check_adamw_engine(engine, name)
-            elif name in LOW_RANK_NAMES:
-                check_low_rank_engine(engine, name)
+        # As in Trainer's __init__: DDP's settings depend on it.
+        self.model = model if self.model_init is None else None  # pyright: ignore[reportAttributeAccessIssue]
+        self.create_accelerator_and_postprocess()
+        self._has_started = True
+        self._check_engine(model, own_optimizer)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """
+        See [`~transformers.Trainer.create_accelerator_and_postprocess`]. Done once for a trainer that is
+        created: a second accelerator takes no settings of DeepSpeed.
+        """
+        if self._has_started:
+            self._has_started = False
+            return
+        super().create_accelerator_and_postprocess()
+
+    def _check_engine(self, model: nn.Module, own_optimizer: bool) -> None:
+        engine = engine_of(self.args, model)
+        check_engine(engine, model)
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None:
+            check_codes(model, plugin)
+        name = str(getattr(self.args.optim, "value", self.args.optim))
+        if not own_optimizer:
+            return
+        if name in ADAMW_NAMES:
+            self._check_adamw(engine, name)
+        elif name in LOW_RANK_NAMES:
+            check_low_rank_run(self.args, model, name, engine)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """See [`~transformers.Trainer.create_optimizer`]; oddsmith's optimizers remain under DeepSpeed."""
         optimizer = super().create_optimizer(*args, **kwargs)
         plugin = self.accelerator.state.deepspeed_plugin
         if plugin is not None and isinstance(optimizer, BlockAdamW):
-            engine = engine_of(self.args, self.model)
-            check_adamw_engine(engine, type(optimizer).__name__)
-            if engine.offload and plugin.deepspeed_config.setdefault(_FORCED, False):
-                raise ValueError(
-                    f"optim is {type(optimizer).__name__!r} and DeepSpeed offloads its moments, but "
-                    f"{_FORCED} is true, which puts DeepSpeed's Adam in its place: remove one of them"
-                )
+            self._check_adamw(engine_of(self.args, self.model), type(optimizer).__name__)
         return optimizer
+
+    def _check_adamw(self, engine: Engine, name: str) -> None:
+        """Also lets it remain if DeepSpeed offloads its moments."""
+        check_adamw_engine(engine, name)
+        plugin = self.accelerator.state.deepspeed_plugin
+        if plugin is None or not engine.offload:
+            return
+        if plugin.deepspeed_config.setdefault(_FORCED, False):
+            raise ValueError(
+                f"optim is {name!r} and DeepSpeed offloads its moments, but {_FORCED} is true, which puts "
+                "DeepSpeed's Adam in its place: remove one of them"
+            )
