@@ -3,7 +3,6 @@
 from types import SimpleNamespace
 
 import pytest
-
 from transformers import Trainer
 
 from oddsmith import ORPOConfig, ORPOTrainer
