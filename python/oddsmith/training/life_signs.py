@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -44,11 +45,9 @@ class Beat:
         self._count = 0
         self._ends = threading.Event()
         if fcntl is not None:
-            try:
+            with suppress(OSError):  # no locks here
                 # Of this process alone: a lock by flock would be kept by the processes it forks.
                 fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:  # no locks here
-                pass
         self._write()
 
     def __enter__(self) -> Beat:
@@ -68,10 +67,8 @@ class Beat:
 
     def _go_on(self) -> None:
         while not self._ends.wait(_BEAT):
-            try:
+            with suppress(OSError):  # a full disk: the lock is left
                 self._write()
-            except OSError:  # a full disk: the lock is left
-                pass
 
     def _write(self) -> None:
         self._count += 1
