@@ -411,5 +411,6 @@ class ORPOTrainer(
         self.create_model_card(
             hub.split("/")[-1] if hub else Path(self.args.output_dir or ".").name
         )
-        super()._save_checkpoint(model, trial)
+        with self._resumable():
+            super()._save_checkpoint(model, trial)
         self._end_if_stopped(trial)

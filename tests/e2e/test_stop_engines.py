@@ -9,11 +9,13 @@ import sys
 from contextlib import redirect_stderr
 from importlib.util import find_spec
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 from transformers import TrainerCallback
 
+from oddsmith.training import stop_hooks
 from oddsmith.training.checkpoints import is_whole
 from oddsmith.training.stop_hooks import Stopped
 from support.deepspeed_on_cpu import allow_cpus, end_deepspeed, zero
@@ -73,6 +75,14 @@ def stopped_and_resumed(engine, models, out, process):
     return [step, code, lines], weights, losses
 
 
+def warned(models, out):
+    """What is said of a run that cannot be resumed."""
+    engine = ENGINES["FSDP2 by DistributedConfig"]
+    with under(engine), patch.object(stop_hooks.logger, "warning") as warning:
+        trainer = trainer_for(engine, models, out)
+    return [trainer._stop is None, *(call.args[0] for call in warning.call_args_list)]
+
+
 def main(models, folder, *names):
     found = {}
     if names[0] in ZERO:
@@ -91,6 +101,8 @@ def main(models, folder, *names):
             end_deepspeed()
         assert losses == others, name
         assert all(torch.equal(weights[key], expected[key]) for key in expected), name
+    if names[0] in FSDP2:
+        found["warned"] = warned(Path(models), Path(folder) / "warned")
     report(folder, found)
 
 
@@ -106,10 +118,13 @@ def check(names, models, folder):
                 "trainer.train(resume_from_checkpoint=True)"
             )
             assert lines == ([] if rank else [expected]), name
+    return reports(folder)
 
 
 def test_fsdp2(engine_models, tmp_path):
-    check([*FSDP2], engine_models, tmp_path)
+    for each in check([*FSDP2], engine_models, tmp_path):
+        none_listens, said = each["warned"]
+        assert none_listens and said.startswith("SIGTERM saves no checkpoint: transformers cannot")
 
 
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
