@@ -19,6 +19,8 @@ _FORCED = "zero_force_ds_cpu_optimizer"
 class EngineHooks(TrainerParts):
     """Part of [`~oddsmith.ORPOTrainer`]: refuses what its engine would do in another way."""
 
+    # Whether layers are gathered from other processes.
+    _gathers = False
     # Whether there is an accelerator that Trainer's __init__ has not asked for yet.
     _has_started = False
 
@@ -54,6 +56,7 @@ class EngineHooks(TrainerParts):
     def _check_engine(self, model: nn.Module, own_optimizer: bool) -> None:
         engine = engine_of(self.args, model)
         check_engine(engine, model)
+        self._gathers = engine.gathers and self.accelerator.num_processes > 1
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         if plugin is not None:
             check_codes(model, plugin)
