@@ -192,10 +192,12 @@ def launcher_options(arguments: LaunchArguments, argv: list[str]) -> Any:
     ]
     parser = launch_command_parser()
     parsed = parser.parse_args([*options, "--module", "oddsmith", "train", *argv])
-    if arguments.max_restarts and arguments.num_machines == 1:
+    if arguments.max_restarts:
         # accelerate's default keeps one store for all starts, in which processes that are started again
         # find the addresses of those that have ended: they wait for them. torchrun's own makes a new one.
-        parsed.standalone = True
+        parsed.standalone = arguments.num_machines == 1
+        if arguments.num_machines > 1:
+            parsed.rdzv_backend, parsed.same_network = "c10d", False
     return parsed
 
 

@@ -68,6 +68,34 @@ class EngineHooks(TrainerParts):
         elif name in LOW_RANK_NAMES:
             check_low_rank_run(self.args, model, name, engine)
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """
+        See [`~transformers.Trainer.evaluate`].
+
+        Raises:
+            ValueError: Under FSDP2, if the trainer has not trained.
+        """
+        self._check_split("evaluate")
+        return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """
+        See [`~transformers.Trainer.predict`].
+
+        Raises:
+            ValueError: Under FSDP2, if the trainer has not trained.
+        """
+        self._check_split("predict")
+        return super().predict(*args, **kwargs)
+
+    def _check_split(self, method: str) -> None:
+        # accelerate refuses it too, in the middle and in its own words.
+        if getattr(self.accelerator, "is_fsdp2", False) and not self.accelerator._models:
+            raise ValueError(
+                f"{method} before train under FSDP2, where accelerate splits a model together with its "
+                "optimizer only: train first, set eval_on_start=True, or use DDP"
+            )
+
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """See [`~transformers.Trainer.create_optimizer`]; oddsmith's optimizers remain under DeepSpeed."""
         optimizer = super().create_optimizer(*args, **kwargs)

@@ -136,3 +136,12 @@ def test_nvme_is_refused_for_a_given_optimizer(make):
     trainer = make(Engine(zero=3, offload="nvme"), (AdamW8bit, None))
     with pytest.raises(ValueError, match="'AdamW8bit', but DeepSpeed offloads .* to NVMe"):
         under_deepspeed(trainer, {}).create_optimizer()
+
+
+@pytest.mark.parametrize("method", ["evaluate", "predict"])
+def test_an_evaluation_before_the_model_is_split(method, make):
+    trainer = make(Engine())
+    trainer.accelerator = SimpleNamespace(is_fsdp2=True, _models=[])
+    with pytest.raises(ValueError, match=f"{method} before train under FSDP2.*eval_on_start=True"):
+        getattr(trainer, method)(pairs(3))
+    assert trainer._last_given is None  # no row was made
