@@ -77,7 +77,8 @@ DEEPSPEED = deepspeed==0.19.8
 .PHONY: engines
 engines: test-build ## Install DeepSpeed; the tests that need it, which `make test` leaves out where it is missing
 	$(ACTIVATE) && pip install --quiet wheel && DS_ACCELERATOR=cpu pip install --quiet "$(DEEPSPEED)"
-	$(ACTIVATE) && $(PYTEST) tests/e2e/test_engines_deepspeed.py tests/e2e/test_launch_engines.py
+	$(ACTIVATE) && $(PYTEST) tests/e2e/test_engines_deepspeed.py tests/e2e/test_launch_engines.py \
+		tests/e2e/test_stop_engines.py
 
 .PHONY: develop
 develop: ## Compile again after a change in src/, for tests

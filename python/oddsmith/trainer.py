@@ -45,7 +45,6 @@ from .training.models import (
 )
 from .training.row_hooks import RowHooks
 from .training.save_hooks import SaveHooks
-from .training.split_codes import SplitCodes
 from .training.stop_hooks import StopHooks
 
 logger = logging.get_logger(__name__)
@@ -62,7 +61,6 @@ class ORPOTrainer(
     EvaluationHooks,
     SaveHooks,
     CheckpointHooks,
-    SplitCodes,
     EngineHooks,
     Trainer,
 ):
@@ -156,12 +154,23 @@ class ORPOTrainer(
         else:
             model = self.call_model_init()
 
+        accelerator_config = cast(Any, args.accelerator_config)
+        if accelerator_config.dispatch_batches is None:
+            # By default one process collates a stream's batches for all, but accelerate cannot
+            # slice their strings or join batches of different lengths.
+            parts = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
+            if any(isinstance(part, IterableDataset) for part in (train_dataset, *parts)):
+                accelerator_config.dispatch_batches = False
+
+        self._read_config(model.config)
+        # Before the rows, which may take hours.
+        self._start_engine(model, own_optimizer=optimizers[0] is None)
+
         if processing_class is None:
             processing_class = load_processing_class(model, revision, args)
         tokenizer = tokenizer_of(processing_class)
         pad_token_id = ensure_pad_token(tokenizer)
         self.processing_class = processing_class
-        self._read_config(model.config)
         self.use_dpo_data_collator: bool = data_collator is None
         if data_collator is None:
             data_collator = self._own_collator = PreferenceCollator(
@@ -179,14 +188,6 @@ class ORPOTrainer(
             data_collator = ImageCollator(self._image_rows, cast(PreferenceCollator, data_collator))
         train_dataset, eval_dataset = self._prepare_given(train_dataset, eval_dataset)
         self._check_rows(train_dataset, eval_dataset, vocabulary_size(model))
-
-        accelerator_config = cast(Any, args.accelerator_config)
-        if accelerator_config.dispatch_batches is None:
-            # By default one process collates a stream's batches for all, but accelerate cannot
-            # slice their strings or join batches of different lengths.
-            parts = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
-            if any(isinstance(part, IterableDataset) for part in (train_dataset, *parts)):
-                accelerator_config.dispatch_batches = False
 
         self._stored_metrics = MetricStore()
         self._warned_of_non_finite: set[str] = set()
@@ -209,7 +210,6 @@ class ORPOTrainer(
         )
         # The form of loss_is_scaled_for_ga before transformers 5.19.
         self.model_accepts_loss_kwargs = False
-        self._check_engine()
         args.enable_jit_checkpoint = stops
         if stops:
             self._stop_on_signal()
@@ -414,5 +414,6 @@ class ORPOTrainer(
         self.create_model_card(
             hub.split("/")[-1] if hub else Path(self.args.output_dir or ".").name
         )
-        super()._save_checkpoint(model, trial)
+        with self._resumable():
+            super()._save_checkpoint(model, trial)
         self._end_if_stopped(trial)

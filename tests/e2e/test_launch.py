@@ -70,15 +70,17 @@ def wait_for_checkpoint(run, folder, since):
         time.sleep(0.02)
 
 
-@pytest.mark.slow  # four starts of two processes
-def test_killed_started_again_stopped_and_resumed(tiny_mistral, data, tmp_path):
-    whole = start(*arguments(tiny_mistral, data, tmp_path / "whole"))
+@pytest.mark.slow  # four starts of the processes
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_started_again_stopped_and_resumed(processes, tiny_mistral, data, tmp_path):
+    count = ("--num_processes", processes)
+    whole = start(*arguments(tiny_mistral, data, tmp_path / "whole", *count))
     shown, errors = whole.communicate(timeout=LIMIT)
     assert whole.returncode == 0, errors
     assert shown.count("Saved the model and its tokenizer to") == 1
 
     out = tmp_path / "out"
-    run = start(*arguments(tiny_mistral, data, out, "--max_restarts", 1))
+    run = start(*arguments(tiny_mistral, data, out, "--max_restarts", 1, *count))
     wait_for_checkpoint(run, out, 0.0)
     (*_, last) = sorted(psutil.Process(run.pid).children(), key=lambda child: child.pid)
     killed = time.time()

@@ -1,15 +1,21 @@
 """Rows are tokenised by one process of a node. The two processes run this file as a script."""
 
+import json
 import os
+import pickle
+import signal
 import sys
 import time
 from pathlib import Path
 
+import pytest
 from accelerate import PartialState
+from datasets import Dataset
 
 from oddsmith import ORPOConfig, ORPOTrainer
+from oddsmith.training import life_signs, shared_rows
 from oddsmith.training.shared_rows import once_per_node
-from support.processes import end, report, reports, two_processes
+from support.processes import end, ended, report, reports, two_processes
 from support.trainer_runs import arguments, make_model, make_tokenizer, pairs
 
 
@@ -71,7 +77,21 @@ def main(folder):
     except ValueError as error:
         found["error"] = str(error)
     found["unpicklable"] = len(once_per_node(unpicklable))
+    found["containers"] = from_two_folders(folder)
     report(folder, found)
+
+
+def from_two_folders(folder):
+    """As in two containers: neither sees the files of the other one."""
+    own = folder / os.environ["RANK"]
+    (own / "cache").mkdir(parents=True)
+    shared_rows.datasets.config.HF_DATASETS_CACHE = own / "cache"
+    shared_rows.tempfile.tempdir = str(own)
+    life_signs.START = 1.0
+    said = []
+    shared_rows.logger.warning = said.append
+    rows = once_per_node(lambda: pairs(9))
+    return [rows["chosen"][:], ["prepares the rows too" in line for line in said]]
 
 
 def test_two_processes(tmp_path):
@@ -92,8 +112,79 @@ def test_two_processes(tmp_path):
     assert second["mapped"]  # from the file of the other process
     assert first["error"] == second["error"] == "row 3 is faulty"
     assert first["unpicklable"] == second["unpicklable"] == 2
+    assert first["containers"] == [pairs(9)["chosen"][:], []]
+    assert second["containers"] == [pairs(9)["chosen"][:], [True]]
+
+
+# ---- A process that makes no rows, or whose rows cannot be read ----
+
+
+def killed():
+    if PartialState().is_local_main_process:
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("the rows are made by the other process")
+
+
+def main_of_a_killed(folder):
+    with pytest.raises(RuntimeError) as raised:
+        once_per_node(killed)
+    report(folder, str(raised.value))
+
+
+def test_a_process_that_is_killed_while_it_makes_rows(tmp_path):
+    code, errors = ended(["-m", "support.forked", __file__, tmp_path, "killed"], timeout=300)
+    assert code == 1
+    said = json.loads((tmp_path / "1.json").read_text())
+    assert "the main process of this node (process id" in said, errors[-4000:]
+    assert said.endswith(") ended while it prepared the rows")
+
+
+@pytest.fixture
+def said(monkeypatch):
+    lines = []
+    monkeypatch.setattr(shared_rows.logger, "warning", lines.append)
+    return lines
+
+
+def test_rows_whose_files_are_elsewhere(tmp_path, said):
+    pairs(3).save_to_disk(tmp_path / "rows")
+    stored = pickle.dumps(Dataset.load_from_disk(str(tmp_path / "rows")))
+    (tmp_path / "rows").rename(tmp_path / "others")
+    (tmp_path / "result").write_bytes(stored)
+    assert shared_rows._wait(tmp_path) is None
+    assert "cannot be read, so this process prepares them too" in said[0]
+
+
+def test_a_folder_that_cannot_be_made(tmp_path, monkeypatch):
+    monkeypatch.setattr(shared_rows.tempfile, "tempdir", str(tmp_path))
+    missing = tmp_path / "missing" / "rows-1"
+    assert len(shared_rows._Maker(missing).make(lambda: pairs(2))) == 2
+    assert shared_rows._wait(missing) is None
+    monkeypatch.setattr(shared_rows.tempfile, "tempdir", str(tmp_path / "missing"))
+    with pytest.raises(RuntimeError, match="can be written to.*set HF_DATASETS_CACHE or TMPDIR"):
+        shared_rows._Maker(missing).make(lambda: pairs(2))
+
+
+def test_a_result_that_cannot_be_written(tmp_path, monkeypatch, said):
+    """As on a full disk: the others end too, and do not wait."""
+
+    def full(self, result):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(shared_rows._Maker, "_say", full)
+    monkeypatch.setattr(shared_rows, "_PAUSE", 0.01)
+    maker = shared_rows._Maker(tmp_path / "rows-1")
+    with pytest.raises(OSError, match="no space left"):
+        maker.make(lambda: pairs(2))
+    assert "cannot be shared" in said[0]
+    watch = life_signs.Watch(maker.folder / "maker")
+    watch.silence()
+    watch._locked = True  # as another process has seen it
+    assert watch.silence() == "ended"
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    PartialState(cpu=True)
+    (main_of_a_killed if sys.argv[-1] == "killed" else main)(Path(sys.argv[1]))
     end()

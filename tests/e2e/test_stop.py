@@ -72,9 +72,9 @@ def losses(trainer):
     return [entry["loss"] for entry in train_logs(trainer)]
 
 
-def stopped_and_resumed(folder, process):
+def stopped_and_resumed(folder, process, **changed):
     """The step of the stop, its exit code, and what the resumed run ends with."""
-    trainer = trainer_for(folder, [AskToStop(process)])
+    trainer = trainer_for(folder, [AskToStop(process)], **changed)
     before = signal.getsignal(signal.SIGTERM)
     try:
         trainer.train()
@@ -86,7 +86,7 @@ def stopped_and_resumed(folder, process):
     assert is_whole(checkpoint)
     step = trainer.state.global_step
     assert checkpoint.name == f"checkpoint-{step}"
-    again = trainer_for(folder)
+    again = trainer_for(folder, **changed)
     again.train(resume_from_checkpoint=True)
     assert losses(again) == [*losses(trainer), *losses(again)[step:]]
     return step, code, digest(again), losses(again)
@@ -107,6 +107,14 @@ def test_one_process(tmp_path, capsys):
         f"Stopped by SIGTERM after step {step} of {STEPS}; saved {checkpoint}. To go on: "
         "trainer.train(resume_from_checkpoint=True)" in said
     )
+    assert (weights, logged) == whole(tmp_path / "b")
+
+
+def test_a_run_that_saves_only_the_model(tmp_path):
+    """What it goes on from has the state of the optimizer too."""
+    options = {"save_only_model": True, "save_strategy": "steps", "save_steps": 2}
+    step, _, weights, logged = stopped_and_resumed(tmp_path / "a", process=0, **options)
+    assert step % 2 == 0  # a step with a checkpoint of its own
     assert (weights, logged) == whole(tmp_path / "b")
 
 

@@ -107,6 +107,12 @@ def wants_processes(arguments: LaunchArguments) -> bool:
             f"{arguments.num_machines}"
         )
     if arguments.num_machines > 1:
+        if arguments.max_restarts:
+            raise UserError(
+                f"--max_restarts {arguments.max_restarts}: is for one machine, because processes that are "
+                "started again may wait for those of another machine that have ended; let the scheduler "
+                "start the job again, with --resume_from_checkpoint auto"
+            )
         for name in ("num_processes", "main_process_ip", "main_process_port"):
             if getattr(arguments, name) is None:
                 raise UserError(f"--num_machines {arguments.num_machines}: needs --{name}")
@@ -192,7 +198,7 @@ def launcher_options(arguments: LaunchArguments, argv: list[str]) -> Any:
     ]
     parser = launch_command_parser()
     parsed = parser.parse_args([*options, "--module", "oddsmith", "train", *argv])
-    if arguments.max_restarts and arguments.num_machines == 1:
+    if arguments.max_restarts:
         # accelerate's default keeps one store for all starts, in which processes that are started again
         # find the addresses of those that have ended: they wait for them. torchrun's own makes a new one.
         parsed.standalone = True

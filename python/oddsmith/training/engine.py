@@ -51,6 +51,11 @@ class Engine:
             return "tensor parallelism"
         return f"FSDP{self.fsdp}" if self.fsdp else None
 
+    @property
+    def gathers(self) -> bool:
+        """Whether a process gathers a layer's weights from the others when it runs the layer."""
+        return self.fsdp > 0 or self.zero == 3
+
 
 def engine_of(args: Any, model: nn.Module | None = None) -> Engine:
     """

@@ -16,6 +16,7 @@ from ..integrations import model_attention, model_head
 from ..integrations.model_packing import RowLimits
 from ..integrations.row_dependence import virtual_tokens
 from ..packing.batch import PackedBatch
+from .image_filler import ImageFiller
 from .metrics import (
     BatchWeights,
     PairScores,
@@ -47,6 +48,8 @@ class LossHooks(TrainerParts):
     _padded_because: str | None = None
     # The ImageRows of a dataset with images, and None for one of text.
     _image_rows: Any = None
+    # Keeps the processes together whose vision parts are split.
+    _filler: ImageFiller | None = None
     # The packed rows that the model computes as it does a padded batch.
     _row_limits: RowLimits = RowLimits()
     _said_of_limits = False
@@ -155,12 +158,15 @@ class LossHooks(TrainerParts):
         inputs = self._concatenated(batch)
         labels = inputs["concatenated_labels"]
         extra: dict[str, Any] = both_sides(batch, inputs)
+        inputs, extra = self._with_vision(inputs, extra)
         if self.is_encoder_decoder:
             extra["decoder_input_ids"] = plain.shift_right(
                 labels, self.decoder_start_token_id, self.pad_token_id
             )
         outputs = self._run(model, inputs, **extra)
         logits = outputs.logits
+        if self._filler is not None:
+            logits = logits[: labels.shape[0], : labels.shape[1]]
         core: Any = self.accelerator.unwrap_model(model)
         if not self.is_encoder_decoder and virtual_tokens(core):
             # Logits of virtual tokens come first; those of prefixes are not computed.
@@ -237,6 +243,14 @@ class LossHooks(TrainerParts):
         known = torch.tensor(sorted(self._image_rows.image_token_ids), device=ids.device)
         return torch.isin(ids, known)
 
+    def _with_vision(
+        self, inputs: dict[str, Tensor], extra: dict[str, Any]
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The inputs, with a sequence that has an image if a batch of another process has one."""
+        if self._filler is None:
+            return inputs, extra
+        return self._filler.fill(inputs, extra, self.padding_value)
+
     def _run(self, model: Callable[..., Any], inputs: dict[str, Tensor], **extra: Any) -> Any:
         if self.aux_loss_enabled:
             extra["output_router_logits"] = True
@@ -262,14 +276,21 @@ class LossHooks(TrainerParts):
             model_attention.check_seen(inputs)
         else:
             inputs = self._concatenated(batch)
-            columns = ("input_ids", "attention_mask", "labels")
+            sequences = len(inputs["concatenated_labels"])
+            inputs, extra = self._with_vision(inputs, both_sides(batch, inputs))
+            mask = inputs["concatenated_attention_mask"]
+            if len(mask) > sequences:
+                mask = mask.clone()
+                mask[sequences:] = 0
             rows = model_head.FusedBatch.build(
-                *(inputs[f"concatenated_{column}"] for column in columns),
+                inputs["concatenated_input_ids"],
+                mask,
+                inputs["concatenated_labels"],
                 unscored=self._image_tokens(inputs["concatenated_input_ids"]),
                 **objective,
             )
             run = partial(model_head.fused_loss, model, rows)
-            out = self._run(run, inputs, **both_sides(batch, inputs))
+            out = self._run(run, inputs, **extra)
         return PairScores(
             loss=out.loss,
             nll_loss=out.nll_loss,

@@ -164,7 +164,7 @@ def low_rank_optimizer(
     kind = _CLASSES[name.removesuffix(_LAYERWISE)]
     if model is None:
         raise ValueError(f"optim is {name!r}, which needs the model")
-    _check_setting(args, model, name, layerwise)
+    check_low_rank_run(args, model, name, engine_of(args, model))
     known = readers(kind)
     options = {"rank": _DEFAULT_RANK, **parse_optim_args(args.optim_args, known, name)}
 
@@ -227,14 +227,28 @@ def embeddings_apart(model: nn.Module, group: dict[str, Any]) -> list[dict[str, 
     return [part for part in parts if part["params"]]
 
 
-def _check_setting(args: Any, model: nn.Module, name: str, layerwise: bool) -> None:
+def check_low_rank_run(args: Any, model: nn.Module, name: str, engine: Engine) -> None:
+    """
+    Checks whether a run can have a low-rank optimizer.
+
+    Args:
+        args (`TrainingArguments`): Arguments of the run.
+        model (`nn.Module`): The model, with its adapter.
+        name (`str`): Name of the optimizer.
+        engine ([`Engine`]): The run's engine.
+
+    Raises:
+        ValueError: For a model with adapters, a model that is split over processes, or float16 with a
+            layer-wise optimizer.
+        NotImplementedError: For a layer-wise optimizer on several processes.
+    """
     if getattr(model, "peft_config", None):
         raise ValueError(
             f"optim is {name!r} on a model with an adapter: its matrices already have a low rank. "
             "Train the full model (no peft_config), or use another optim, such as adamw_8bit"
         )
-    check_low_rank_engine(engine_of(args, model), name)
-    if not layerwise:
+    check_low_rank_engine(engine, name)
+    if not name.endswith(_LAYERWISE):
         return
     if args.parallel_mode == ParallelMode.DISTRIBUTED:
         raise NotImplementedError(

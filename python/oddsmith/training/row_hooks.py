@@ -1,5 +1,6 @@
 """Rows of a training run: TRL's hooks, and the checks before training starts."""
 
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -20,6 +21,7 @@ from ..data.vocabulary import check_vocabulary
 from ..inspection.report import SAMPLE, DataReport, log_report, report_rows
 from ..inspection.token_stats import needed
 from .batch_hooks import LENGTH_STRATEGIES
+from .image_filler import SEARCHED_ROWS, ImageFiller, row_with_image
 from .models import vocabulary_size
 from .overrides import is_overridden
 from .shared_rows import once_per_node
@@ -114,8 +116,23 @@ class RowHooks(TrainerParts):
         own = set(TOKEN_COLUMNS) & set(made)
         self._token_columns = own or set(made) - {"prompt", "chosen", "rejected"}
         sets = {"train_dataset": train_dataset, **_named(eval_dataset)}
-        self._check_sets(
-            {name: part for name, part in sets.items() if part is not None}, vocabulary
+        sets = {name: part for name, part in sets.items() if part is not None}
+        self._check_sets(sets, vocabulary)
+        if self._image_rows is not None and self._gathers:
+            self._filler = self._image_filler(sets.values())
+
+    def _image_filler(self, sets: Iterable[Any]) -> ImageFiller:
+        """From a row with images, the same on all processes."""
+        for part in sets:
+            shown = part if has_transform(part) else part.with_format(None)
+            row = row_with_image(shown)
+            if row is not None:
+                batch = self._image_rows.build([row], ["the first row with images"])
+                return ImageFiller(batch, counted=self.aux_loss_enabled)
+        raise ValueError(
+            f"rows have a column of images, but none of the first {SEARCHED_ROWS} has one, and processes "
+            "that share the model's vision part need one: shuffle the rows, or train on the text "
+            "alone with dataset.remove_columns(...)"
         )
 
     def _check_sets(self, sets: dict[str, Any], vocabulary: int) -> None:

@@ -17,6 +17,10 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from transformers.utils import logging
 
+from .life_signs import Beat, Watch
+
+__all__ = ["once_per_node"]
+
 logger = logging.get_logger(__name__)
 
 # Seconds between two looks at the file system.
@@ -28,7 +32,9 @@ def once_per_node(prepare: Callable[[], Dataset]) -> Dataset:
     The rows that `prepare` makes, made by one process of each node.
 
     The other processes wait for a file of it. A collective would end the run after its timeout of
-    half an hour, and rows in memory would be made, and held, once per process.
+    half an hour, and rows in memory would be made, and held, once per process. They wait as long as
+    it gives signs of life. If they see none of it, as in containers that share no folder, or cannot
+    read its rows, they make their own.
 
     Args:
         prepare (`Callable`): Makes the rows, the same on all processes.
@@ -74,23 +80,24 @@ class _Maker:
     def make(self, prepare: Callable[[], Dataset]) -> Dataset:
         try:
             self.folder.mkdir()
-            (self.folder / "maker").write_text(str(os.getpid()))
+            beat = Beat(self.folder / "maker")
         except OSError:  # the others see no folder, but the marker beside it
             self._give_up()
             return prepare()
         # Others have mapped the files by then; on a system without that, they are left there.
         weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         _MAKERS.append(self)
-        try:
-            rows = prepare()
-        except BaseException as error:
-            self._say(_portable(error))
-            raise
-        try:
-            self._say(self._stored(rows))
-        except Exception as error:  # a full disk, or rows of a class that cannot be pickled
-            logger.warning(f"The rows cannot be shared by the processes of this node: {error}")
-            self._say(None)
+        with beat:
+            try:
+                rows = prepare()
+            except BaseException as error:
+                self._say(_portable(error))
+                raise
+            try:
+                self._say(self._stored(rows))
+            except Exception as error:  # a full disk, or rows of a class that cannot be pickled
+                logger.warning(f"The rows cannot be shared by the processes of this node: {error}")
+                self._say(None)
         return rows
 
     def _stored(self, rows: Dataset) -> Dataset:
@@ -131,30 +138,36 @@ def _portable(error: BaseException) -> BaseException:
 
 
 def _wait(folder: Path) -> Any:
-    """What the maker says; None if it cannot."""
+    """What the maker says; None if it cannot, or cannot be heard."""
     none = Path(tempfile.gettempdir()) / f"{folder.name}.none"
-    seen = False  # the maker: in a container of its own it is not
+    watch = Watch(folder / "maker")
     while True:
-        result, maker = folder / "result", folder / "maker"
-        if result.exists():
-            return pickle.loads(result.read_bytes())
+        # Before the result is looked for: a maker that ends in between has left one.
+        silence = watch.silence()
+        if (folder / "result").exists():
+            return _heard(folder)
         if none.exists():
             return None
-        pid = maker.read_text() if maker.exists() else ""
-        runs = bool(pid) and _runs(int(pid))
-        if seen and not runs and not result.exists():
+        if silence is not None and watch.has_seen:
             raise RuntimeError(
-                f"the main process of this node (process id {pid}) ended while it prepared the rows"
+                f"the main process of this node (process id {watch.process}) {silence} while it "
+                "prepared the rows"
             )
-        seen = runs
+        if silence is not None:
+            logger.warning(
+                f"The main process of this node {silence} in {folder.parent}, so this process prepares "
+                "the rows too; let HF_DATASETS_CACHE name a folder that all processes of a node share."
+            )
+            return None
         time.sleep(_PAUSE)
 
 
-def _runs(pid: int) -> bool:
+def _heard(folder: Path) -> Any:
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # of another user
-        return True
-    return True
+        return pickle.loads((folder / "result").read_bytes())
+    except OSError as error:  # its files are in a folder of its own
+        logger.warning(
+            f"The rows of the main process of this node cannot be read, so this process prepares them "
+            f"too: {error}"
+        )
+        return None

@@ -9,28 +9,8 @@ from torch import nn
 
 from ..quant.modules import Linear4bit
 from ..quant.state import dtype_name
-from .trainer_parts import TrainerParts
 
-__all__ = ["SplitCodes", "check_codes", "check_codes_with_deepspeed"]
-
-
-class SplitCodes(TrainerParts):
-    """Part of [`~oddsmith.ORPOTrainer`]: refuses engines that would change 4-bit codes."""
-
-    def create_accelerator_and_postprocess(self) -> None:
-        """See [`~transformers.Trainer.create_accelerator_and_postprocess`]; checks the model's
-        4-bit weights.
-        """
-        super().create_accelerator_and_postprocess()
-        if self.model is None:
-            return
-        state = self.accelerator.state
-        plugin = getattr(state, "fsdp_plugin", None)
-        if plugin is not None:
-            check_codes(self.model, plugin)
-        plugin = getattr(state, "deepspeed_plugin", None)
-        if plugin is not None:
-            check_codes_with_deepspeed(self.model, plugin.deepspeed_config)
+__all__ = ["check_codes", "check_codes_with_deepspeed"]
 
 
 def check_codes(model: nn.Module, plugin: Any) -> None:

@@ -118,6 +118,12 @@ class StopHooks(TrainerParts):
 
     def _stop_on_signal(self) -> None:
         """Adds the callback, after all others: it overrules what they ask for."""
+        if self.is_distributed_loading_by_transformers:
+            logger.warning(
+                "SIGTERM saves no checkpoint: transformers cannot resume a run whose model it has split "
+                "(DistributedConfig). Use FSDP2 by arguments, or enable_jit_checkpoint=False."
+            )
+            return
         self._stop = StopOnSignal(self.accelerator.device)
         self.add_callback(self._stop)
 
@@ -143,6 +149,17 @@ class StopHooks(TrainerParts):
             return super().train(resume, trial, ignore_keys_for_eval)
         with self._stop.listening():
             return super().train(resume, trial, ignore_keys_for_eval)
+
+    @contextmanager
+    def _resumable(self) -> Iterator[None]:
+        """A checkpoint of a run that goes on from it has all states, also with `save_only_model`."""
+        before = self.args.save_only_model
+        if self._stop is not None and self._stop.stops:
+            self.args.save_only_model = False
+        try:
+            yield
+        finally:
+            self.args.save_only_model = before
 
     def _end_if_stopped(self, trial: Any) -> None:
         """Ends the run after a checkpoint that a signal has asked for."""

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from ..config import ORPOConfig
     from ..data.rows import RowBuilder
+    from .image_filler import ImageFiller
     from .metrics import BatchWeights, MetricStore, Split
 
     class TrainerParts(Trainer):
@@ -53,6 +54,8 @@ if TYPE_CHECKING:
         _rows: RowBuilder
         _token_columns: set[str]
         _image_rows: Any
+        _filler: ImageFiller | None
+        _gathers: bool
         _made: tuple[Any, Any]
         _last_given: tuple[Any, Any] | None
         _stored_metrics: MetricStore

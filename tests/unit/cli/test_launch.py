@@ -71,6 +71,7 @@ def test_who_starts_processes(monkeypatch):
         ({"num_processes": 0}, "--num_processes 0: must be at least 1"),
         ({"num_processes": 2, "machine_rank": 1}, "--machine_rank 1: must be from 0 to below"),
         ({"num_machines": 2}, "--num_machines 2: needs --num_processes"),
+        ({"num_machines": 2, "max_restarts": 1}, "--max_restarts 1: is for one machine"),
         ({"num_machines": 2, "num_processes": 4}, "--num_machines 2: needs --main_process_ip"),
         (
             {
@@ -121,7 +122,7 @@ def environment(name, *flags):
     return prepare_deepspeed_cmd_env(options)[1], options
 
 
-@pytest.mark.parametrize(("restarts", "machines"), [(0, 1), (1, 1), (1, 2)])
+@pytest.mark.parametrize(("restarts", "machines"), [(0, 1), (1, 1), (0, 2)])
 def test_processes_that_start_again_find_each_other(restarts, machines):
     """torchrun's rendezvous for one machine makes a new store for each start."""
     given = LaunchArguments(

@@ -156,3 +156,19 @@ def test_deepspeed_has_a_mesh_of_its_own():
     assert data_parallel(accelerator) == (2, 1)
     accelerator.state = SimpleNamespace()
     assert data_parallel(accelerator) == (4, 3)
+
+
+@pytest.mark.parametrize(
+    "engine, gathers",
+    [
+        (Engine(), False),
+        (Engine(zero=2), False),
+        (Engine(tensor=2), False),
+        (Engine(zero=3), True),
+        (Engine(fsdp=1), True),
+        (Engine(fsdp=2, tensor=2), True),
+    ],
+    ids=["DDP", "ZeRO-2", "TP", "ZeRO-3", "FSDP1", "FSDP2 and TP"],
+)
+def test_layers_that_are_gathered_from_other_processes(engine, gathers):
+    assert engine.gathers is gathers

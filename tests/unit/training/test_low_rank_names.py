@@ -233,11 +233,10 @@ def test_adapters_are_refused(config, tokenizer, tmp_path):
     model = make_model("mistral", tokenizer)
     lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
     args = config(optim="galore_adamw_8bit_bnb")
-    trainer = ORPOTrainer(
-        model, args, train_dataset=pairs(4), processing_class=tokenizer, peft_config=lora
-    )
     with pytest.raises(ValueError, match="on a model with an adapter"):
-        trainer.train()
+        ORPOTrainer(
+            model, args, train_dataset=pairs(4), processing_class=tokenizer, peft_config=lora
+        )
     with pytest.raises(ValueError, match="on a model with an adapter"):
         low_rank_optimizer(args, get_peft_model(make_model("mistral", tokenizer), lora))
 

@@ -1,12 +1,14 @@
 """The rows of a run: overridden hooks, checks, the report."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset, DatasetDict
 
 from oddsmith import ORPOTrainer
 from oddsmith.inspection.report import FIGURES
+from oddsmith.training.row_hooks import RowHooks
 from support.trainer_runs import pairs
 
 
@@ -103,3 +105,11 @@ def test_rows_with_images_are_reported_like_others(make, caplog):
     assert sum("images: 4 in 3 of 4 rows" in line for line in lines) == 2
     assert "eval_dataset['x']: 4 of 4 rows have the same chosen and rejected" in caplog.text
     assert not any("images: 4" in each.getMessage() for each in caplog.records if each.levelno > 20)
+
+
+def test_processes_that_share_a_vision_part_need_an_image():
+    rows = Dataset.from_dict({"prompt": ["a", "b"], "images": [[], []]})
+    hooks = SimpleNamespace(_image_rows=None, aux_loss_enabled=False)
+    for part in (rows, rows.to_iterable_dataset()):
+        with pytest.raises(ValueError, match="none of the first 1000 has one.*shuffle the rows"):
+            RowHooks._image_filler(hooks, [part])
