@@ -17,6 +17,7 @@ from oddsmith.errors import UserError
 from oddsmith.sources.records import FileRecords
 from support.paths import ROOT
 
+from . import calls
 from .counts import Counts
 
 ALL = 10_000_000
@@ -33,7 +34,7 @@ RUST = {
     "quant_state": ("checkpoint::tests::fuzz::any_json_is_a_state_or_an_error",),
     "kernels": ("cuda::cache::tests::any_file_in_the_place_of_a_kernel_is_compiled_again",),
 }
-PYTHON = ("json records", "verdicts")
+PYTHON = ("json records", "verdicts", "calls")
 
 
 def soak(counts: Counts, share: float) -> None:
@@ -85,8 +86,14 @@ def _rust(binary: str, tests: tuple[str, ...], count: int) -> tuple[int, list[st
 
 def _python(name: str, count: int, start: int) -> tuple[int, list[str]]:
     """In a process of its own, which may end in any way."""
-    words = [sys.executable, "-m", __name__, name, str(count), str(start)]
-    done = subprocess.run(words, capture_output=True, text=True, errors="replace")
+    with tempfile.NamedTemporaryFile() as last:
+        words = [sys.executable, "-W", "ignore", "-m", __name__, name, str(count), str(start)]
+        if name == "calls":
+            words[4] = calls.__name__
+            words = [*words[:5], str(count), str(start), last.name]
+        done = subprocess.run(words, capture_output=True, text=True, errors="replace")
+        if done.returncode < 0:
+            done.stderr += f" at {Path(last.name).read_text()}"
     if done.returncode or done.stdout.split()[-1:] != [str(count)]:
         return 0, [f"inputs from {start}, exit status {done.returncode}: {done.stderr[-2000:]}"]
     return count, []
