@@ -21,6 +21,8 @@ from support.trainer_runs import arguments, make_model, make_tokenizer, pairs
 OPTIMIZERS = sorted({*ADAMW_NAMES, *LOW_RANK_NAMES, "adamw_torch", "adafactor", "sgd"})
 PATHS = [f"{data}, {form}" for data in ("map", "streamed") for form in ("packed", "padded")]
 STEPS = 6
+# Of two and a half passes, each of which ends in the middle of a step.
+ROWS = 10
 
 
 def combinations() -> Iterator[tuple[str, str]]:
@@ -34,7 +36,7 @@ def trainer_for(folder: Path, optimizer: str, path: str, **changed: Any) -> Any:
     """A trainer of a run that is one of [`combinations`]."""
     torch.manual_seed(5)
     tokenizer = make_tokenizer()
-    rows = pairs(16)
+    rows = pairs(ROWS)
     layerwise = optimizer.endswith("_layerwise")
     options: dict[str, Any] = {
         "max_steps": STEPS,
