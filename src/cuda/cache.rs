@@ -59,16 +59,16 @@ pub fn on_notice(notice: Notice) {
 }
 
 /// Says a line, once in a process.
-fn say(line: String) {
+fn say(line: &str) {
     static SAID: Mutex<Vec<String>> = Mutex::new(Vec::new());
     let mut said = SAID.lock().unwrap_or_else(PoisonError::into_inner);
-    if said.contains(&line) {
+    if said.iter().any(|known| known == line) {
         return;
     }
-    said.push(line.clone());
+    said.push(line.to_owned());
     drop(said);
     match NOTICE.get() {
-        Some(notice) => notice(&line),
+        Some(notice) => notice(line),
         None => eprintln!("oddsmith: {line}"),
     }
 }
@@ -104,7 +104,7 @@ impl Cache {
         match read(&path, key) {
             Ok(Some(bytes)) => return Ok(bytes),
             Ok(None) => {}
-            Err(why) => say(format!("{} {why}; it is compiled again", path.display())),
+            Err(why) => say(&format!("{} {why}; it is compiled again", path.display())),
         }
         let bytes = make()?;
         let _ = private_folder::make(folder)
@@ -117,7 +117,7 @@ impl Cache {
     fn usable(&self) -> Option<&Path> {
         let folder = self.folder.as_deref()?;
         let Some(fault) = private_folder::fault(folder) else { return Some(folder) };
-        say(format!("{}: kernels are compiled in memory, by each process; {}", fault.what, fault.remedy));
+        say(&format!("{}: kernels are compiled in memory, by each process; {}", fault.what, fault.remedy));
         None
     }
 

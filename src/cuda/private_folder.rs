@@ -105,7 +105,9 @@ pub fn read(path: &Path, most: u64) -> Result<Option<Vec<u8>>, String> {
     }
     let mut bytes = Vec::new();
     // One byte more than there may be; a file can grow while it is read.
-    file.take(most.saturating_add(1)).read_to_end(&mut bytes).map_err(|error| format!("cannot be read: {error}"))?;
+    file.take(most.saturating_add(1))
+        .read_to_end(&mut bytes)
+        .map_err(|error| format!("cannot be read: {error}"))?;
     if bytes.len() as u64 > most { Err(format!("has more than {most} bytes")) } else { Ok(Some(bytes)) }
 }
 

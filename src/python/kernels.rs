@@ -83,12 +83,14 @@ fn notice(line: &str) {
 
 /// Why files of a folder are not used, and what to do; None if they are, or the folder is not there yet.
 #[pyfunction]
+#[allow(clippy::needless_pass_by_value)] // pyo3 passes extracted values by value
 fn kernel_folder_fault(path: PathBuf) -> Option<(String, String)> {
     private_folder::fault(&path).map(|fault| (fault.what, fault.remedy))
 }
 
 /// The content of a file that nobody but this user can change; None if there is none.
 #[pyfunction]
+#[allow(clippy::needless_pass_by_value)] // as above
 fn read_private<'py>(py: Python<'py>, path: PathBuf, most: u64) -> PyResult<Option<Bound<'py, PyBytes>>> {
     let read = py.detach(|| private_folder::read(&path, most));
     let content = read.map_err(|why| PyValueError::new_err(format!("{} {why}", path.display())))?;

@@ -201,8 +201,10 @@ def adamw(draw: Draw) -> Any:
     item = Item(
         value,
         draw.tensor(64),
-        *states,
-        *scales,
+        states[0],
+        states[1],
+        scales[0],
+        scales[1],
         draw.whole(0),
         rule,
         draw.whole(3) if eight else None,

@@ -18,6 +18,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 from .. import _core
 from ..stage import staged_file
 from .findings import Verdict
@@ -146,14 +151,12 @@ def locked(key: str, limit: float) -> Iterator[None]:
     """
     path = _file(key, "lock")
     try:
-        import fcntl
-
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        usable = _usable(path.parent)
+        usable = fcntl is not None and _usable(path.parent)
         file = open(os.open(path, _LOCK, 0o600), "a") if usable else None  # noqa: SIM115  # closed below
-    except (ImportError, OSError):
+    except OSError:
         file = None
-    if file is None:
+    if file is None or fcntl is None:
         yield
         return
     with file:

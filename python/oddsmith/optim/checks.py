@@ -29,7 +29,7 @@ def in_float32(value: float) -> float:
     try:
         return ctypes.c_float(value).value
     except OverflowError:  # an integer that no float has
-        return math.copysign(math.inf, value)
+        return math.inf if value > 0 else -math.inf
 
 
 def check_adam(options: dict[str, Any]) -> None:

@@ -55,9 +55,9 @@ class SaveHooks(TrainerParts):
         folder = Path(output_dir or self.args.output_dir or ".")
         folder.mkdir(parents=True, exist_ok=True)
         with new_folder(folder) as stage:
-            card = folder / "README.md"
-            if card.is_file():  # peft adds to it
-                shutil.copyfile(card, stage / card.name)
+            readme = folder / "README.md"
+            if readme.is_file():  # peft adds to it
+                shutil.copyfile(readme, stage / readme.name)
             super()._save(str(stage), state_dict)
             replace_model(stage, folder, stale_weights(stage, folder))
 

@@ -44,7 +44,9 @@ def test_a_folder_that_others_can_write_to(tmp_path, monkeypatch):
     kernels = folders.folders()[0]
     assert not kernels.private
     (problem,) = folders.folder_problems([Folder("kernels", str(tmp_path), ROOM, True, False)])
-    assert problem.what.startswith(f"{tmp_path} can be changed by others: kernels are not kept there")
+    assert problem.what.startswith(
+        f"{tmp_path} can be changed by others: kernels are not kept there"
+    )
     assert problem.remedy == f"chmod go-w {tmp_path}"
 
 

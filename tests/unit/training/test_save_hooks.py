@@ -119,7 +119,7 @@ def test_metrics_and_state_are_whole_or_as_they_were(whole, tmp_path, monkeypatc
     assert files(tmp_path) == before
 
 
-def test_the_card_that_was_there_is_kept(whole, tmp_path):
+def test_the_readme_that_was_there_is_kept(whole, tmp_path):
     (tmp_path / "README.md").write_text("mine")
     whole.save_model()
     assert files(tmp_path)["README.md"] == b"mine"
