@@ -5,9 +5,12 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 from accelerate import PartialState
+from datasets import Dataset
 
 from oddsmith import ORPOConfig, ORPOTrainer
+from oddsmith.training import shared_rows
 from oddsmith.training.shared_rows import once_per_node
 from support.processes import end, report, reports, two_processes
 from support.trainer_runs import arguments, make_model, make_tokenizer, pairs
@@ -92,6 +95,16 @@ def test_two_processes(tmp_path):
     assert second["mapped"]  # from the file of the other process
     assert first["error"] == second["error"] == "row 3 is faulty"
     assert first["unpicklable"] == second["unpicklable"] == 2
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o002])
+def test_nobody_else_can_write_what_is_unpickled(umask, tmp_path):
+    before = os.umask(umask)
+    try:
+        shared_rows._Maker(tmp_path / "rows").make(lambda: Dataset.from_list([{"a": 1}]))
+    finally:
+        os.umask(before)
+    assert (tmp_path / "rows").stat().st_mode & 0o777 == 0o700
 
 
 if __name__ == "__main__":
