@@ -91,7 +91,7 @@ fn kernel_folder_fault(path: PathBuf) -> Option<(String, String)> {
 /// The content of a file that nobody but this user can change; None if there is none.
 #[pyfunction]
 #[allow(clippy::needless_pass_by_value)] // as above
-fn read_private<'py>(py: Python<'py>, path: PathBuf, most: u64) -> PyResult<Option<Bound<'py, PyBytes>>> {
+fn read_private(py: Python<'_>, path: PathBuf, most: u64) -> PyResult<Option<Bound<'_, PyBytes>>> {
     let read = py.detach(|| private_folder::read(&path, most));
     let content = read.map_err(|why| PyValueError::new_err(format!("{} {why}", path.display())))?;
     Ok(content.map(|content| PyBytes::new(py, &content)))
