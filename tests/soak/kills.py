@@ -8,6 +8,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from oddsmith.stage import PREFIX
 from oddsmith.training.checkpoints import checkpoints, is_whole
 
 from .counts import Counts
@@ -86,6 +87,8 @@ def _run(folder: Path, log: Path, optimizer: str, path: str) -> tuple[int, float
             names = {
                 each.name for each in folder.iterdir() if not each.name.startswith("checkpoint-")
             }
+            # Stages of killed processes stay for a minute.
+            names = {name for name in names if not name.startswith(PREFIX)}
             if names - _EXPECTED:
                 faults.append(f"left in the output folder: {sorted(names - _EXPECTED)}")
         return kills, time.monotonic() - begun, faults
@@ -95,9 +98,10 @@ def _look(folder: Path) -> str | None:
     """What is wrong in the output folder of a process that was killed."""
     if not folder.is_dir():
         return None
-    for checkpoint in checkpoints(folder):
+    # An older one may be on its way out.
+    for checkpoint in checkpoints(folder)[:1]:
         if not is_whole(checkpoint):
-            return f"{checkpoint.name} is there and not whole"
+            return f"{checkpoint.name} is the newest and not whole"
     return None
 
 

@@ -95,6 +95,8 @@ class CheckpointHooks(TrainerParts):
         rows = self.train_dataset
         if resume_from_checkpoint is None or self.args.ignore_data_skip or hasattr(rows, "__len__"):
             return counts
+        if self.state.global_step >= max_steps:  # transformers would train one step more
+            return num_train_epochs, 0
         path = Path(resume_from_checkpoint) / STATE_FILE
         if not path.is_file():
             return counts
