@@ -15,7 +15,7 @@ from .runs import forked, trainer_for
 ALL = 20_000
 _PART = "steps"
 _EVERY = 100
-# Bytes by which a process may grow from a tenth of the steps to the end: its log, and what an allocator keeps.
+# Bytes by which a process may grow from a fifth of the steps, after the first checkpoint, to the end: its log, and what an allocator keeps.
 _GROWTH = 24 << 20
 
 
@@ -54,7 +54,7 @@ def soak(counts: Counts, share: float) -> None:
         entry = counts.get(_PART, name)
         entry["done"] = 0  # a run that was interrupted counts for nothing
         if rows:
-            entry["first"], entry["last"] = rows[len(rows) // 10], rows[-1]
+            entry["first"], entry["last"] = rows[len(rows) // 5], rows[-1]
         counts.add(_PART, name, steps if not code else 0, seconds, faults)
         counts.say(_PART, name, steps)
 
@@ -73,7 +73,7 @@ def _train(place: Path, optimizer: str, path: str, steps: int) -> None:
 def _faults(code: int, rows: list[list[int]], log: Path) -> list[str]:
     if code or not rows:
         return [f"the run ended with {code}: {log.read_text(errors='replace')[-600:]}"]
-    (_, before, *first), (_, after, *last) = rows[len(rows) // 10], rows[-1]
+    (_, before, *first), (_, after, *last) = rows[len(rows) // 5], rows[-1]
     faults = []
     if after - before > _GROWTH:
         faults.append(f"memory grew by {(after - before) >> 20} MB")
