@@ -173,6 +173,12 @@ matrix-wheel: $(BIN)/.tools
 matrix: matrix-wheel ## Tests with every torch from 2.10, Pythons, and both ends of the libraries; the table of docs/compatibility.md
 	$(ACTIVATE) && python tests/support/matrix.py $(MATRIX)/dist/*.whl $(CELLS:%=--only "%") $(DISCARD:%=--discard)
 
+# Interrupted, it goes on where it was. SOAK=0.01 runs a share, PARTS="kills fuzz steps" some. Counts are JSON files in SOAK_DIR.
+SOAK ?= 1
+.PHONY: soak
+soak: test-build ## Kill and resume runs, damage the input of every reader, train for long; docs/reliability.md; days
+	$(ACTIVATE) && PYTHONPATH=tests python -W ignore -m soak $(SOAK) $(PARTS)
+
 # Interrupted, it goes on where it was: what is known is in the cache folder. MODELS=Llama tries some, AGAIN=1 tries again.
 .PHONY: models
 models: test-build ## Try every architecture of the installed transformers; docs/models.md; an hour or more

@@ -103,6 +103,12 @@ def moment_maps() -> tuple[Tensor, Tensor]: ...
 def kernel_families() -> list[tuple[str, list[str]]]:
     """Names of the families of CUDA kernels, each with its files in kernels/."""
 
+def kernel_folder_fault(path: str | PathLike[str]) -> tuple[str, str] | None:
+    """Why files of a folder are not used, and what to do; None if they are, or the folder is not there yet."""
+
+def read_private(path: str | PathLike[str], most: int) -> bytes | None:
+    """The content of a file that nobody but this user can change; None if there is none."""
+
 def kernel_identity(gpu: int) -> str:
     """A digest of the sources, the compiler, the driver's interface and the architecture of a GPU."""
 

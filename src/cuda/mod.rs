@@ -14,6 +14,7 @@ pub mod kernels;
 mod library;
 mod module;
 pub mod nvrtc;
+pub mod private_folder;
 pub mod trust;
 
 use std::ffi::c_void;
@@ -195,7 +196,7 @@ pub fn load(ordinal: i32, source: &'static KernelSource) -> Result<()> {
 ///
 /// # Errors
 /// [`Error::Cuda`]: an error of the driver.
-pub fn identity(ordinal: i32) -> Result<u128> {
+pub fn identity(ordinal: i32) -> Result<cache::Digest> {
     let unknown = |message| Error::Cuda { kernel: String::new(), launch: String::new(), message };
     module::identity(ordinal).map_err(unknown)
 }

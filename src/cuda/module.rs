@@ -6,7 +6,7 @@ use std::ffi::CString;
 use std::ptr;
 use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
 
-use super::cache::{Cache, digest};
+use super::cache::{Cache, Digest, digest};
 use super::driver::{Driver, Handle, driver};
 use super::kernels::{ALL, COMMON, KernelSource};
 use super::nvrtc::{OPTIONS, nvrtc};
@@ -159,7 +159,7 @@ pub fn load(ordinal: i32, source: &'static KernelSource) -> Result<(), String> {
 ///
 /// # Errors
 /// Errors of the driver.
-pub fn identity(ordinal: i32) -> Result<u128, String> {
+pub fn identity(ordinal: i32) -> Result<Digest, String> {
     let gpu = gpu(ordinal)?;
     let compiler = nvrtc().map(super::nvrtc::Nvrtc::release).unwrap_or_default();
     let machine = format!("{compiler:?} {} {:?}", driver()?.release(), gpu.capability);

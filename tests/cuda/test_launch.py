@@ -65,9 +65,20 @@ def test_processes_share_what_they_compile(library, tmp_path):
     # A compiler opened by its path, with its built-in functions, gives the same result.
     compiler = sorted(Path(torch.__file__).parents[1].glob("nvidia/*/lib/libnvrtc.so.*"))[-1]
     path.write_bytes(content[:-5])
-    run(RUN, **environment, ODDSMITH_NVRTC=str(compiler))
+    said = run(RUN, **environment, ODDSMITH_NVRTC=str(compiler))
+    assert f"{path} is damaged or was changed; it is compiled again" in said
     assert path.read_bytes() == content
     assert list(path.parent.iterdir()) == [path]
+    assert path.parent.stat().st_mode & 0o777 == 0o700 and path.stat().st_mode & 0o777 == 0o600
+    # A folder that others can change is neither read nor written, and the kernel runs as before.
+    path.write_bytes(b"of another")
+    path.parent.chmod(0o777)
+    said = run(RUN, **environment)
+    assert (
+        f"{path.parent} can be changed by others: kernels are compiled in memory, by each process; "
+        f"chmod go-w {path.parent}" in said
+    )
+    assert path.read_bytes() == b"of another"
 
 
 def test_no_driver_is_an_error_that_names_library_and_kernel(tmp_path):

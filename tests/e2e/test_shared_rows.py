@@ -184,6 +184,16 @@ def test_a_result_that_cannot_be_written(tmp_path, monkeypatch, said):
     assert watch.silence() == "ended"
 
 
+@pytest.mark.parametrize("umask", [0o000, 0o002])
+def test_nobody_else_can_write_what_is_unpickled(umask, tmp_path):
+    before = os.umask(umask)
+    try:
+        shared_rows._Maker(tmp_path / "rows").make(lambda: Dataset.from_list([{"a": 1}]))
+    finally:
+        os.umask(before)
+    assert (tmp_path / "rows").stat().st_mode & 0o777 == 0o700
+
+
 if __name__ == "__main__":
     PartialState(cpu=True)
     (main_of_a_killed if sys.argv[-1] == "killed" else main)(Path(sys.argv[1]))

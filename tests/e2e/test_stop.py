@@ -159,6 +159,36 @@ def test_killed_while_it_saves(tmp_path):
     assert not (folder / "_unfinished").exists()
 
 
+def killed_at_the_end(folder):
+    """A process that is killed when the weights of its last save are written, and nothing else of it."""
+    tokenizer_class = type(make_tokenizer())
+    tokenizer_class.save_pretrained = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
+    trainer = trainer_for(Path(folder), max_steps=1)
+    trainer.train()
+    trainer.save_model()
+
+
+def test_killed_in_the_last_save(tmp_path):
+    """What was there is there, to the last byte."""
+    trainer = trainer_for(tmp_path / "a", max_steps=1, warmup_steps=0)
+    trainer.save_model()
+
+    def files():
+        return {path: path.read_bytes() for path in (tmp_path / "a").iterdir() if path.is_file()}
+
+    before = files()
+    assert any(path.name == "model.safetensors" for path in before)
+    process = subprocess.run(
+        [sys.executable, __file__, "killed at the end", tmp_path / "a"], capture_output=True
+    )
+    assert process.returncode == -signal.SIGKILL
+    assert files() == before
+    trainer.train()
+    trainer.save_model()
+    after = files()
+    assert after.keys() == before.keys() and after != before
+
+
 def main(folder):
     # The process that does not write the checkpoint is asked.
     step, code, weights, logged = stopped_and_resumed(Path(folder) / "a", process=1)
@@ -179,5 +209,7 @@ def test_two_processes(tmp_path):
 if __name__ == "__main__":
     if sys.argv[1] == "killed":
         killed_while_it_saves(sys.argv[2])
+    if sys.argv[1] == "killed at the end":
+        killed_at_the_end(sys.argv[2])
     main(*sys.argv[1:])
     end()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from huggingface_hub import constants
 
+from .. import _core
 from .findings import Folder, Problem
 from .verdicts import kernel_folder
 
@@ -40,9 +41,9 @@ def folder_problems(found: list[Folder]) -> list[Problem]:
         elif folder.free < _LITTLE_SPACE:
             what = f"{folder.path} has {folder.free / 2**30:.1f} GB of free space"
             problems.append(Problem(what, f"make room, or {_ELSEWHERE[folder.what]}"))
-        if folder.what == "kernels" and not folder.private:
-            what = f"others can write to {folder.path}, whose files are run on the GPU"
-            problems.append(Problem(what, f"chmod go-w {folder.path}"))
+        if folder.what == "kernels" and (fault := _core.kernel_folder_fault(folder.path)):
+            what = f"{fault[0]}: kernels are not kept there, and are compiled by each process"
+            problems.append(Problem(what, fault[1]))
     return problems
 
 
@@ -57,7 +58,12 @@ _ELSEWHERE = {
 def _look_at(what: str, path: Path) -> Folder:
     # The folder may not be there yet: it is made in the nearest one that is.
     there = next(place for place in (path, *path.absolute().parents) if place.is_dir())
-    mode = there.stat().st_mode if there == path else 0
-    private = not mode & (stat.S_IWGRP | stat.S_IWOTH)
+    private = (
+        _core.kernel_folder_fault(path) is None if what == "kernels" else _is_private(there, path)
+    )
     writable = os.access(there, os.W_OK | os.X_OK)
     return Folder(what, str(path), shutil.disk_usage(there).free, writable, private)
+
+
+def _is_private(there: Path, path: Path) -> bool:
+    return there != path or not there.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH)

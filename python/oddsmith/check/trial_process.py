@@ -8,6 +8,7 @@ started it ends it when a line does not come in time, and starts another for the
 from __future__ import annotations
 
 import json
+import logging
 import os
 import queue
 import subprocess
@@ -22,6 +23,8 @@ from typing import IO, Any
 from .findings import Trial, Verdict
 
 __all__ = ["TrialError", "environment", "verdicts"]
+
+logger = logging.getLogger(__name__)
 
 # Seconds that a family may take; if it takes longer, it is tried a second time, for a machine that is busy.
 LIMITS = (1.0, 10.0)
@@ -96,6 +99,8 @@ def _follow(lines: _Lines, device: str, found: dict[str, Verdict], slow: set[str
             family, loading, limit, begun = line["load"], True, LOAD_LIMIT, time.monotonic()
         elif "begin" in line:
             loading, limit = False, LIMITS[family in slow]
+        elif "notice" in line:
+            logger.warning("%s", line["notice"])
         elif "verdict" in line:
             verdict = Verdict(device, **line["verdict"])
             found[verdict.family] = verdict
@@ -209,6 +214,7 @@ def main(request: str) -> None:
     from .. import _core
     from .trials import CASES, NO_NUMBER, dtypes, outcome
 
+    logging.getLogger(__package__).addHandler(_Notices())
     asked = json.loads(request)
     device, gpu = _device(asked["uuid"])
     sources = dict(_core.kernel_families())
@@ -280,6 +286,13 @@ def _badness(trial: Trial) -> float:
 def _first_lines(error: Exception) -> str:
     """Of a compiler's log, the error and where it is."""
     return " ".join(str(error).splitlines()[:2])
+
+
+class _Notices(logging.Handler):
+    """What the core says of its folder, for the process that asks: here it would be lost."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        _say(notice=record.getMessage())
 
 
 def _say(**line: Any) -> None:

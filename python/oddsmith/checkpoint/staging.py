@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..replace import complete, replace_model
 from ..stage import new_folder, sync
 from .folder import INDEX, SHARD, WEIGHT_FILE, WEIGHTS, file_errors
 
@@ -67,9 +68,9 @@ def staged(out: Path, overwrite: bool) -> Iterator[Path]:
     """
     A temporary folder whose files move to `out` when the context ends without an error.
 
-    A new `out` appears with one rename. In an existing one, after all files are on disk, they are
-    replaced one by one, the configuration last; until then it is unchanged. Files of the old model
-    that the new one does not have are removed; all others stay.
+    A new `out` appears with one rename. In an existing one all files of the model are replaced, see
+    [`~oddsmith.replace`]; until all are on disk it is unchanged. Files of the old model that the new one
+    does not have are removed; all others stay.
 
     Args:
         out (`Path`): Output folder.
@@ -81,6 +82,8 @@ def staged(out: Path, overwrite: bool) -> Iterator[Path]:
     with file_errors():
         if out.exists() and not out.is_dir():
             raise UserError(f"{out}: is not a folder")
+        if out.is_dir():
+            complete(out)
         if out.is_dir() and not overwrite:
             there = [
                 f.name
@@ -96,25 +99,16 @@ def staged(out: Path, overwrite: bool) -> Iterator[Path]:
 
 
 def _publish(stage: Path, out: Path) -> None:
-    # The configuration describes the weights, so it is replaced last.
-    files = sorted(
-        (path for path in stage.rglob("*") if path.is_file()),
-        key=lambda path: (path.name == "config.json", path.name == INDEX, path.name),
-    )
-    for file in files:
-        sync(file)
     if not out.is_dir():
+        for path in stage.rglob("*"):
+            sync(path)
         os.rename(stage, out)
         sync(out.parent)
         return
-    written = set()
-    for file in files:
-        place = out / file.relative_to(stage)
-        place.parent.mkdir(exist_ok=True)
-        os.replace(file, place)
-        written.add(place.name)
-    for old in out.iterdir():
-        weights = old.name in (WEIGHTS, INDEX) or SHARD.fullmatch(old.name)
-        if (weights or old.name in _OF_A_MODEL) and old.name not in written:
-            old.unlink()
-    sync(out)
+    written = {path.name for path in stage.rglob("*")}
+    stale = [
+        old.name
+        for old in out.iterdir()
+        if old.name in (WEIGHTS, INDEX) or SHARD.fullmatch(old.name) or old.name in _OF_A_MODEL
+    ]
+    replace_model(stage, out, set(stale) - written)

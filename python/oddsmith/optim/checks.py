@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from typing import Any
 
@@ -19,8 +20,16 @@ def is_number(value: Any) -> bool:
 
 
 def is_positive(value: Any) -> bool:
-    """Whether a value is a positive, finite number."""
-    return is_number(value) and 0 < value < math.inf
+    """Whether a value is a positive, finite number, also in the dtype that optimizers compute in."""
+    return is_number(value) and 0 < in_float32(value) < math.inf
+
+
+def in_float32(value: float) -> float:
+    """A number as `float32` has it: infinite if it is too large, 0 if it is too small."""
+    try:
+        return ctypes.c_float(value).value
+    except OverflowError:  # an integer that no float has
+        return math.inf if value > 0 else -math.inf
 
 
 def check_adam(options: dict[str, Any]) -> None:
@@ -33,13 +42,17 @@ def check_adam(options: dict[str, Any]) -> None:
     lr = options.get("lr", 0.0)
     if isinstance(lr, Tensor):
         raise ValueError("lr is a tensor; must be a number")
-    if lr is not None and not (is_number(lr) and 0.0 <= lr < math.inf):
-        raise ValueError(f"lr is {lr!r}; must be a number of at least 0")
+    if lr is not None and not (is_number(lr) and 0.0 <= in_float32(lr) < math.inf and lr >= 0.0):
+        raise ValueError(f"lr is {lr!r}; must be a number of at least 0, and finite in float32")
     betas = options.get("betas", (0.0, 0.0))
     if len(betas) != 2 or not all(is_number(beta) and 0.0 <= beta < 1.0 for beta in betas):
         raise ValueError(f"betas is {betas!r}; must be two numbers in [0, 1)")
+    if any(in_float32(beta) == 1.0 for beta in betas):
+        raise ValueError(f"betas is {betas!r}; must be less than 1 in float32, or a moment stays 0")
     for name in ("eps", "weight_decay"):
         values = options.get(name, 0.0)
         for value in values if isinstance(values, (tuple, list)) else (values,):
             if not (is_number(value) and value >= 0.0):
                 raise ValueError(f"{name} is {values!r}; must be at least 0")
+            if in_float32(value) == math.inf or (in_float32(value) == 0.0) != (value == 0.0):
+                raise ValueError(f"{name} is {values!r}; must be 0 or a number that float32 has")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -75,6 +76,35 @@ class CheckpointHooks(TrainerParts):
                 best_model_checkpoint=self.state.best_model_checkpoint,
                 use_mtime=True,
             )
+
+    def _init_training_state(
+        self,
+        max_steps: int,
+        num_update_steps_per_epoch: int,
+        num_train_epochs: int,
+        resume_from_checkpoint: str | None,
+        trial: Any,
+    ) -> tuple[int, int]:
+        """
+        See [`~transformers.Trainer`], which counts the batches of a stream from the start of the run, and
+        skips as many of its first pass: a run that had begun a second one went on with other rows.
+        """
+        counts = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        rows = self.train_dataset
+        if resume_from_checkpoint is None or self.args.ignore_data_skip or hasattr(rows, "__len__"):
+            return counts
+        if self.state.global_step >= max_steps:  # transformers would train one step more
+            return num_train_epochs, 0
+        path = Path(resume_from_checkpoint) / STATE_FILE
+        if not path.is_file():
+            return counts
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        # The passes, and the batches of this one as a share of those of all steps.
+        passes, share = divmod(saved.get("epoch") or 0.0, 1.0)
+        batches = saved["max_steps"] * self.args.gradient_accumulation_steps
+        return int(passes), round(share * batches)
 
     def _clear(self, stage: Path) -> None:
         """Removes what a run that was killed has left, before any process writes."""

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
 
-__all__ = ["check_written", "weight_files"]
+__all__ = ["check_written", "stale_weights", "weight_files"]
 
 # Of models and adapters. Parts of an engine's own checkpoints cannot be loaded by their names alone.
 _WEIGHTS = ("model*.safetensors", "adapter_model*.safetensors", "pytorch_model*.bin")
 _WEIGHTS += ("adapter_model*.bin",)
 _ENGINE = "pytorch_model_fsdp"
+# The names of one model's weights: in one file, or in several with an index.
+_OF_A_MODEL = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 # Nanoseconds within which a file that is written twice may keep its time.
 _TICK = 100_000_000
 
@@ -59,3 +62,17 @@ def check_written(folder: Path, before: dict[Path, tuple[int, int]]) -> None:
             raise RuntimeError(
                 f"the model was not saved: {index} names {', '.join(missing)}, which is not in {folder}"
             )
+
+
+def stale_weights(new: Path, folder: Path) -> list[str]:
+    """
+    The names of files with a model's weights in a folder that a new model has not, which will be put there:
+    they would be loaded in the place of the new ones, or beside them.
+
+    Args:
+        new (`Path`): The folder of the new model or adapter.
+        folder (`Path`): Where it will be.
+    """
+    names = {path.name for path in new.iterdir() if _OF_A_MODEL.fullmatch(path.name)}
+    there = {path.name for path in folder.iterdir() if _OF_A_MODEL.fullmatch(path.name)}
+    return sorted(there - names) if names else []

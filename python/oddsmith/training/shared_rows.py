@@ -79,7 +79,8 @@ class _Maker:
 
     def make(self, prepare: Callable[[], Dataset]) -> Dataset:
         try:
-            self.folder.mkdir()
+            # What is in it is unpickled: nobody else may write there, whatever the umask is.
+            self.folder.mkdir(mode=0o700)
             beat = Beat(self.folder / "maker")
         except OSError:  # the others see no folder, but the marker beside it
             self._give_up()

@@ -66,6 +66,7 @@ if TYPE_CHECKING:
         _last_loss: Any
         _run_with: dict[str, Any]
         how_to_go_on: str
+        _staging: bool
 
         # ---- Used by other parts ----
 

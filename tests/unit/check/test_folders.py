@@ -43,8 +43,22 @@ def test_a_folder_that_others_can_write_to(tmp_path, monkeypatch):
     tmp_path.chmod(0o777)
     kernels = folders.folders()[0]
     assert not kernels.private
-    (problem,) = folders.folder_problems([Folder("kernels", "/k", ROOM, True, kernels.private)])
-    assert problem.remedy == "chmod go-w /k"
+    (problem,) = folders.folder_problems([Folder("kernels", str(tmp_path), ROOM, True, False)])
+    assert problem.what.startswith(
+        f"{tmp_path} can be changed by others: kernels are not kept there"
+    )
+    assert problem.remedy == f"chmod go-w {tmp_path}"
+
+
+def test_a_link_to_the_folder_of_kernels(tmp_path, monkeypatch):
+    (tmp_path / "kernels").mkdir(mode=0o700)
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "kernels")
+    monkeypatch.setenv("ODDSMITH_CACHE_DIR", str(link))
+    kernels = folders.folders()[0]
+    assert not kernels.private
+    (problem,) = folders.folder_problems([Folder("kernels", str(link), ROOM, True, False)])
+    assert "is a link" in problem.what and "ODDSMITH_CACHE_DIR" in problem.remedy
 
 
 @pytest.mark.parametrize(

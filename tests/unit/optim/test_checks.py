@@ -15,6 +15,8 @@ from oddsmith.optim.checks import check_adam, is_count, is_number, is_positive
         (0, False, True, False),
         (-2, False, True, False),
         (0.5, False, True, True),
+        (1e-50, False, True, False),  # 0 in float32
+        (1e39, False, True, False),
         (3.0, False, True, True),
         (True, False, False, False),  # an int to Python
         (math.inf, False, True, False),
@@ -53,6 +55,13 @@ def test_what_is_allowed(options):
         ({"betas": (-0.1, 0.9)}, "betas is"),
         ({"eps": (1e-30, -1e-3)}, r"eps is \(1e-30, -0.001\); must be at least 0"),
         ({"weight_decay": math.nan}, "weight_decay is nan"),
+        # What they are in the dtype that is computed in: infinite, 0 or 1.
+        ({"lr": 1e39}, r"lr is 1e\+39; .* finite in float32"),
+        ({"lr": 10**400}, "finite in float32"),
+        ({"betas": (0.9, 1 - 1e-9)}, "betas is .* less than 1 in float32"),
+        ({"eps": 1e-50}, "eps is 1e-50; must be 0 or a number that float32 has"),
+        ({"eps": (1e-30, 1e39)}, "eps is .* must be 0 or"),
+        ({"weight_decay": math.inf}, "weight_decay is inf; must be 0 or"),
     ],
 )
 def test_what_is_not(options, message):
