@@ -105,7 +105,9 @@ pub fn within<R>(
     driver.check(unsafe { (driver.set_context)(wanted) }, "cuCtxSetCurrent")?;
     let result = run();
     // SAFETY: the context that was current before, or null.
-    let restored = driver.check(unsafe { (driver.set_context)(before) }, "cuCtxSetCurrent");
+    let restore = || driver.check(unsafe { (driver.set_context)(before) }, "cuCtxSetCurrent");
+    // A second time: torch would go on on another GPU.
+    let restored = restore().or_else(|_| restore());
     result.and_then(|result| restored.map(|()| result))
 }
 

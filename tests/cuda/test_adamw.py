@@ -181,7 +181,7 @@ def test_tensors_of_a_launch_do_not_touch_each_other(bits, pair, emulated_driver
         ([5] * 472, 8, 1),
         ([5] * 473, 8, 2),
         ([5] * 20, 9, 2),
-        ([5] * 1000, 17, 3),
+        ([5] * 40, 17, 3),
         ([5, 0, 7], 1, 1),
         ([0], 1, 0),
     ],
