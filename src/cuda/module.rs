@@ -144,9 +144,11 @@ pub fn kernel(
     within(driver, gpu.context, || {
         if !loaded.modules.contains_key(&(ordinal, source.name)) && is_capturing(driver, stream)? {
             // The driver would end the capture.
-            return Err("its first use is while a CUDA graph is captured, and it has to be loaded before; run the \
+            return Err(
+                "its first use is while a CUDA graph is captured, and it has to be loaded before; run the \
                         operation once before the capture"
-                .to_owned());
+                    .to_owned(),
+            );
         }
         let module = module_of(loaded, ordinal, source)?;
         // SAFETY: the module stays loaded; the string is alive.

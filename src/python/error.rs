@@ -46,6 +46,8 @@ pub fn detached<R: Send>(py: Python<'_>, f: impl FnOnce() -> Result<R> + Send) -
 
 /// The exception for an error of libtorch, which may be one of memory.
 fn of_libtorch(py: Python<'_>, message: &str) -> Option<PyErr> {
+    // An exception of Python within libtorch may be left.
+    let _ = PyErr::take(py);
     let made = py.import("oddsmith.errors").and_then(|errors| errors.call_method1("of_libtorch", (message,)));
     made.ok().map(PyErr::from_value)
 }
