@@ -144,7 +144,9 @@ def many(sizes, bits, rules=1, pair="bf16_f32", seeds=True):
             grad = torch.randn(value.numel(), generator=generator).to(grad_dtype)
             if i % 5 == 0:
                 grad[-1] = float("nan")
-            one = item(value, grad, states, absmax, 256 * i, step, seeds and i % 3 and 77 + i or None)
+            one = item(
+                value, grad, states, absmax, 256 * i, step, (seeds and i % 3 and 77 + i) or None
+            )
             items.append(one._replace(rule=one.rule._replace(keep=1 - 0.01 * (i % rules))))
         _core.adamw_step(items, bad)
     flat = [tensor for states, absmax in moments for tensor in (*states, *(absmax or ()))]

@@ -126,7 +126,9 @@ def test_a_step_that_failed_is_taken_again(emulated_driver, kind, capfd, monkeyp
 
 def test_memory_of_the_core_is_torch_s_error(emulated_driver, monkeypatch, capfd):
     """Callers who make their batches smaller look for it."""
-    arguments = HeadArguments(torch.ones(6, 64), torch.ones(9, 64), None, torch.arange(6), None, 1.0)
+    arguments = HeadArguments(
+        torch.ones(6, 64), torch.ones(9, 64), None, torch.arange(6), None, 1.0
+    )
     counts = iter([3, 4])
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

@@ -100,7 +100,8 @@ def test_waits_are_counted(emulated_driver, on_a_gpu):
     _, waits, _ = counted(emulated_driver, lambda: torch.ones(2).sum().item())
     assert waits == {"_local_scalar_dense": 1}
     _, waits, _ = counted(
-        emulated_driver, lambda: _core.quantize_blockwise(torch.ones(9), torch.linspace(-1, 1, 256), 4)
+        emulated_driver,
+        lambda: _core.quantize_blockwise(torch.ones(9), torch.linspace(-1, 1, 256), 4),
     )
     assert waits, "the code is read, to check that it is ascending"
 
@@ -113,7 +114,9 @@ def test_a_head(trained, emulated_driver):
 
     def run():
         options = {"num_pairs": 2, "num_scored": 10}
-        functional.linear_orpo(*leaves, rows, rows // 3, rows % 3 > 0, 0.1, **options).loss.backward()
+        functional.linear_orpo(
+            *leaves, rows, rows // 3, rows % 3 > 0, 0.1, **options
+        ).loss.backward()
 
     run()
     launches, waits, _ = counted(emulated_driver, run)

@@ -250,7 +250,9 @@ class Driver:
             name = self.lib.emulator_launch(index, sizes, ctypes.byref(stream)).decode()
             s = list(sizes)
             device = self.lib.emulator_launch_device(index)
-            result.append(Launch(name, tuple(s[:3]), tuple(s[3:6]), s[6], stream.value or 0, device))
+            result.append(
+                Launch(name, tuple(s[:3]), tuple(s[3:6]), s[6], stream.value or 0, device)
+            )
         return result
 
     def reset(self) -> None:

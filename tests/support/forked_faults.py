@@ -58,7 +58,9 @@ def in_a_fork(run: Callable[[], object]) -> object:
 
 
 def digest(tensors: list[torch.Tensor]) -> list[str]:
-    return [tensor.detach().contiguous().view(torch.uint8).numpy().tobytes().hex() for tensor in tensors]
+    return [
+        tensor.detach().contiguous().view(torch.uint8).numpy().tobytes().hex() for tensor in tensors
+    ]
 
 
 def attempt(op: Callable, driver: emulation.Driver, compiler: Compiler, place, code: int):

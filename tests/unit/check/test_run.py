@@ -62,7 +62,11 @@ def test_gpus_of_apple_and_intel(monkeypatch, capsys):
     assert cli.main(["check", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     jsonschema.validate(found, SCHEMA)
-    by = {(route["device"], route["by"]) for route in found["routes"] if route["what"] == "head and loss"}
+    by = {
+        (route["device"], route["by"])
+        for route in found["routes"]
+        if route["what"] == "head and loss"
+    }
     assert by == {("cpu", "Rust"), ("mps", "torch"), ("xpu:0", "torch"), ("xpu:1", "torch")}
     assert {trial["device"] for trial in found["trials"]} == {"cpu"} and found["kernels"] == []
     assert len([each for each in found["problems"] if "nobody has trained on" in each["what"]]) == 3
