@@ -32,7 +32,7 @@ from pathlib import Path
 
 import torch
 
-from ..results import Recorder, installed, record_flag
+from ..results import Recorder, installed, record_flag, versions
 from .bench import PACKAGES, Bench, machine, print_table
 from .kernels import kernels
 from .models import SHAPES, TINY
@@ -89,7 +89,7 @@ def main() -> None:
             torch.cuda.empty_cache()
     print_table(bench.rows)
     if args.json:
-        report = {"machine": machine(device), "packages": installed(*PACKAGES)}
+        report = {"machine": machine(device), "packages": versions(installed(*PACKAGES))}
         report |= {"failed": bench.failed, "rows": bench.rows}
         args.json.write_text(json.dumps(report, indent=1, default=str) + "\n", encoding="utf-8")
     if bench.failed:

@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import json
 import math
 import os
 import subprocess
@@ -104,7 +105,7 @@ def test_every_part_for_a_gpu_runs_in_small(tmp_path):
     assert names["NF4 linear"] == {*ours_and_theirs, "weight in full"}
     assert names["head"] >= {"oddsmith", "TRL, chunked"}
     report = json.loads(posted.read_text())
-    assert report["rows"] and report["failed"] == [] and report["packages"]["torch"]
+    assert report["rows"] and report["failed"] == [] and "torch" in report["packages"]
     assert {"cpu_nf4_quantize_128x256_float32_oddsmith_time"} <= rows.keys()
     # All trainers begin with the same weights and rows.
     (line,) = [line for line in printed.splitlines() if "first losses:" in line]
