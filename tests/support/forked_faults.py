@@ -12,6 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,7 +31,7 @@ class Compiler:
         self.lib.emulator_fail_compiler_call.argtypes = [ctypes.c_long]
 
 
-def in_a_fork(run: Callable[[], object]) -> object:
+def in_a_fork(run: Callable[[], object]) -> Any:
     """What `run` returns in a child, which must end by itself.
 
     Raises:

@@ -1,6 +1,7 @@
 """Small operations of every family of kernels, with inputs that are the same each time."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,7 +63,8 @@ def _adamw(bits: int) -> list[Tensor]:
     values, updates = [_draw(300), _draw(7)], []
     for value in values:
         zeros = [torch.zeros_like(value) for _ in range(2)]
-        state = encode(*zeros) if bits == 8 else dict(zip(("state1", "state2"), zeros))
+        full: dict[str, Any] = {"state1": zeros[0], "state2": zeros[1]}
+        state: dict[str, Any] = {**encode(*zeros)} if bits == 8 else full
         updates.append(AdamUpdate(value, value.cos(), state, rule_of(group, 1)))
     adamw_step(updates, NonFinite())
     return values
