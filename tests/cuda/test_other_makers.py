@@ -21,8 +21,6 @@ torch.accelerator.current_accelerator = lambda *a, **k: torch.device("mps")
     "xpu": """
 torch.version.cuda = None
 torch.version.xpu = "20250301"
-torch.xpu.is_available = lambda: True
-torch.xpu.device_count = lambda: 1
 torch.cuda.is_available = lambda: False
 torch.accelerator.current_accelerator = lambda *a, **k: torch.device("xpu", 0)
 """,
