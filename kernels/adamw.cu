@@ -2,17 +2,49 @@
 // has one block of 256 elements, a lane 8 consecutive ones: a lane's codes are 8 bytes, and the largest
 // magnitudes go from lane to lane without shared memory. Per f32 element, 8-bit moments move 16 bytes, f32
 // moments 28.
+//
+// A launch updates many tensors, which are listed in its argument: a graph that captured it keeps the list, and
+// no memory has to outlive it.
 #include "common.cuh"
 
 constexpr int THREADS = 256;
 constexpr int BLOCK = 256;
 constexpr int EACH = BLOCK / WARP;
+/// Elements of a block of threads. Every tensor begins with one.
+constexpr int PER_BLOCK = THREADS * EACH;
+
+/// Most tensors of a launch, and of one whose arguments may have 4 KB only: before CUDA 12.1.
+constexpr int LARGE_TABLE = 472;
+constexpr int SMALL_TABLE = 56;
+/// Most rules of a launch.
+constexpr int RULES = 8;
+
+#ifdef SMALL_ARGUMENTS
+constexpr int TENSORS = SMALL_TABLE;
+#else
+constexpr int TENSORS = LARGE_TABLE;
+#endif
 
 /// What is the same for all elements of a parameter; see `Rule` in src/optim/adamw.rs.
 struct Rule {
     float beta1, beta2, eps, step_size, keep;
-    i64 seed;  // of stochastic rounding, for bf16; negative: round to nearest
 };
+
+/// The tensors of a launch; see `Table` in src/torch/optim/adamw_cuda.rs. Addresses are numbers, as their types
+/// differ between kernels.
+struct Table {
+    u64 value[TENSORS], grad[TENSORS], m[TENSORS], v[TENSORS], m_absmax[TENSORS], v_absmax[TENSORS];
+    i64 first[TENSORS];  // index of the first element in its parameter
+    u64 bad;             // counts gradients that are not finite
+    u32 begin[TENSORS];  // the first block of threads
+    u32 seed[TENSORS];   // of stochastic rounding, for bf16
+    Rule rules[RULES];
+    u32 count;               // of tensors
+    u16 in_last[TENSORS];    // elements in the last block of threads
+    u8 rule[TENSORS];        // index in `rules`
+    u8 stochastic[TENSORS];  // 0: round to nearest
+};
+static_assert(sizeof(Table) <= (TENSORS == SMALL_TABLE ? 4096 : 32764), "a kernel cannot have larger arguments");
 
 // ---- the 8-bit format, see src/optim/octave.rs ----
 
@@ -80,6 +112,11 @@ __device__ __forceinline__ Element updated(const Rule& rule, float value, float 
     value = fmaf(rule.step_size, __fdiv_rn(m, root + rule.eps), value) * keep;
     return Element{value, m, v, root, finite};
 }
+
+template <typename T>
+constexpr bool IS_BF16 = false;
+template <>
+constexpr bool IS_BF16<bf16> = true;
 
 /// Stochastic rounding to bf16: the upper neighbour with the probability that keeps the mean.
 __device__ __forceinline__ float nudged(float x, u32 place, u32 seed) {
@@ -176,50 +213,74 @@ __device__ __forceinline__ void write_codes(
     }
 }
 
-/// Which elements of a parameter a lane has: none if the block starts past the end.
+/// The tensor of this block of threads: the last one that does not begin behind it.
+__device__ __forceinline__ u32 tensor_of(const Table& table) {
+    u32 low = 0, high = table.count;
+    while (high - low > 1) {
+        const u32 middle = (low + high) / 2;
+        if (table.begin[middle] <= blockIdx.x) {
+            low = middle;
+        } else {
+            high = middle;
+        }
+    }
+    return low;
+}
+
+/// Which elements of a tensor a lane has: none if they are past the end. Then the whole warp may be so.
 struct Place {
     i64 block, start;
     int here;
+    bool warp_is_past;
 
-    __device__ __forceinline__ explicit Place(i64 count) {
-        const i64 thread = static_cast<i64>(blockIdx.x) * THREADS + threadIdx.x;
-        block = thread / WARP;
-        start = thread * EACH;
-        const i64 left = count - start;
-        here = left >= EACH ? EACH : left > 0 ? static_cast<int>(left) : 0;
+    __device__ __forceinline__ Place(const Table& table, u32 tensor) {
+        const u32 end = tensor + 1 < table.count ? table.begin[tensor + 1] : gridDim.x;
+        const u32 number = blockIdx.x - table.begin[tensor];
+        const int lane = static_cast<int>(threadIdx.x) * EACH;
+        start = static_cast<i64>(number) * PER_BLOCK + lane;
+        block = start / BLOCK;
+        const int in_block = blockIdx.x + 1 == end ? static_cast<int>(table.in_last[tensor]) : PER_BLOCK;
+        const int left = in_block - lane;
+        here = left >= EACH ? EACH : left > 0 ? left : 0;
+        warp_is_past = lane / BLOCK * BLOCK >= in_block;
     }
 };
 
 template <typename T>
 __device__ __forceinline__ void finish(
-    T* value, const Place& place, const Rule& rule, i64 first, float (&values)[EACH], int bad, u64* bad_count
+    T* value, const Place& place, const Table& table, u32 tensor, float (&values)[EACH], int bad
 ) {
-    if (sizeof(T) == 2 && rule.seed >= 0) {
-        const u64 from = static_cast<u64>(first);
+    if (IS_BF16<T> && table.stochastic[tensor] != 0) {
+        const u64 from = static_cast<u64>(table.first[tensor]);
         const i64 in_parameter = place.start / BLOCK * BLOCK;
         const u64 begin = from + static_cast<u64>(in_parameter);
         const u32 start = static_cast<u32>(begin) ^ (static_cast<u32>(begin >> 32) * 0x9e3779b9u);
         const u32 in_block = static_cast<u32>(place.start - in_parameter);
 #pragma unroll
         for (int i = 0; i < EACH; ++i) {
-            values[i] = nudged(values[i], start + in_block + i, static_cast<u32>(rule.seed));
+            values[i] = nudged(values[i], start + in_block + i, table.seed[tensor]);
         }
     }
     write(value + place.start, place.here, is_aligned_16(value), values);
     if (bad > 0) {
-        atomicAdd(bad_count, static_cast<u64>(bad));
+        atomicAdd(reinterpret_cast<u64*>(table.bad), static_cast<u64>(bad));
     }
 }
 
 template <typename T, typename G>
-__device__ __forceinline__ void eight_bits(
-    T* value, const G* grad, u8* m_codes, u8* v_codes, float* m_absmax, float* v_absmax, u64* bad_count,
-    i64 count, i64 first, const Rule& rule
-) {
-    const Place place(count);
-    if (place.block * BLOCK >= count) {
+__device__ __forceinline__ void eight_bits(const Table& table) {
+    const u32 tensor = tensor_of(table);
+    const Place place(table, tensor);
+    if (place.warp_is_past) {
         return;  // all lanes of the warp return together
     }
+    const Rule rule = table.rules[table.rule[tensor]];
+    T* const value = reinterpret_cast<T*>(table.value[tensor]);
+    const G* const grad = reinterpret_cast<const G*>(table.grad[tensor]);
+    u8* const m_codes = reinterpret_cast<u8*>(table.m[tensor]);
+    u8* const v_codes = reinterpret_cast<u8*>(table.v[tensor]);
+    float* const m_absmax = reinterpret_cast<float*>(table.m_absmax[tensor]);
+    float* const v_absmax = reinterpret_cast<float*>(table.v_absmax[tensor]);
     float values[EACH], grads[EACH], m[EACH], roots[EACH];
     u32 m_code[EACH], v_code[EACH];
     const bool codes_aligned = ((reinterpret_cast<u64>(m_codes) | reinterpret_cast<u64>(v_codes)) & 7u) == 0;
@@ -257,18 +318,21 @@ __device__ __forceinline__ void eight_bits(
     }
     write_codes(m_codes + place.start, place.here, codes_aligned, m_code);
     write_codes(v_codes + place.start, place.here, codes_aligned, v_code);
-    finish(value, place, rule, first, values, bad, bad_count);
+    finish(value, place, table, tensor, values, bad);
 }
 
 template <typename T, typename G>
-__device__ __forceinline__ void full(
-    T* value, const G* grad, float* m_values, float* v_values, u64* bad_count, i64 count, i64 first,
-    const Rule& rule
-) {
-    const Place place(count);
+__device__ __forceinline__ void full(const Table& table) {
+    const u32 tensor = tensor_of(table);
+    const Place place(table, tensor);
     if (place.here == 0) {
         return;
     }
+    const Rule rule = table.rules[table.rule[tensor]];
+    T* const value = reinterpret_cast<T*>(table.value[tensor]);
+    const G* const grad = reinterpret_cast<const G*>(table.grad[tensor]);
+    float* const m_values = reinterpret_cast<float*>(table.m[tensor]);
+    float* const v_values = reinterpret_cast<float*>(table.v[tensor]);
     float values[EACH], grads[EACH], m[EACH], v[EACH];
     const bool moments_aligned = is_aligned_16(m_values) && is_aligned_16(v_values);
     read(value + place.start, place.here, is_aligned_16(value), values);
@@ -286,23 +350,19 @@ __device__ __forceinline__ void full(
     }
     write(m_values + place.start, place.here, moments_aligned, m);
     write(v_values + place.start, place.here, moments_aligned, v);
-    finish(value, place, rule, first, values, bad, bad_count);
+    finish(value, place, table, tensor, values, bad);
 }
 
 #define KERNELS(NAME, T, G)                                                                               \
     extern "C" __global__ void __launch_bounds__(THREADS) adamw8bit_##NAME(                               \
-        T* value, const G* grad, u8* m, u8* v, float* m_absmax, float* v_absmax, u64* bad, i64 count,     \
-        i64 first, float beta1, float beta2, float eps, float step_size, float keep, i64 seed             \
+        const __grid_constant__ Table table                                                               \
     ) {                                                                                                   \
-        const Rule rule{beta1, beta2, eps, step_size, keep, seed};                                        \
-        eight_bits<T, G>(value, grad, m, v, m_absmax, v_absmax, bad, count, first, rule);                 \
+        eight_bits<T, G>(table);                                                                          \
     }                                                                                                     \
     extern "C" __global__ void __launch_bounds__(THREADS) adamw_##NAME(                                   \
-        T* value, const G* grad, float* m, float* v, u64* bad, i64 count, i64 first, float beta1,         \
-        float beta2, float eps, float step_size, float keep, i64 seed                                     \
+        const __grid_constant__ Table table                                                               \
     ) {                                                                                                   \
-        const Rule rule{beta1, beta2, eps, step_size, keep, seed};                                        \
-        full<T, G>(value, grad, m, v, bad, count, first, rule);                                           \
+        full<T, G>(table);                                                                                \
     }
 
 KERNELS(f32, float, float)

@@ -1,5 +1,6 @@
 """Training steps and kernels on one GPU, beside their peers. Nothing is downloaded.
 
+    python -m benches.gpu --json gpu.json             # ten minutes; the file is what to post
     python -m benches.gpu [--minutes 7] [--only mistral-7b kernels ...] [--record [FILE]]
     python -m benches.gpu --tiny --device cpu        # the same code in a minute, to try it out
 
@@ -23,13 +24,15 @@ and datasets, the wheels of oddsmith (`pip wheel --no-deps --no-build-isolation 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import time
+from pathlib import Path
 
 import torch
 
-from ..results import Recorder, installed, record_flag
+from ..results import Recorder, installed, record_flag, versions
 from .bench import PACKAGES, Bench, machine, print_table
 from .kernels import kernels
 from .models import SHAPES, TINY
@@ -49,6 +52,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="turns of each trainer")
     parser.add_argument("--repeats", type=int, default=11, help="runs of each kernel")
     parser.add_argument("--only", nargs="+", choices=[*SHAPES, *TINY, "kernels"])
+    parser.add_argument("--json", type=Path, help="a file for all rows, to post in an issue")
     record_flag(parser)
     args = parser.parse_args()
     device = torch.device(args.device)
@@ -84,6 +88,10 @@ def main() -> None:
         if bench.cuda:
             torch.cuda.empty_cache()
     print_table(bench.rows)
+    if args.json:
+        report = {"machine": machine(device), "packages": versions(installed(*PACKAGES))}
+        report |= {"failed": bench.failed, "rows": bench.rows}
+        args.json.write_text(json.dumps(report, indent=1, default=str) + "\n", encoding="utf-8")
     if bench.failed:
         print(f"failed: {'; '.join(bench.failed)}")
 

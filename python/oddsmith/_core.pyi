@@ -163,11 +163,19 @@ def use_tensor_ops(on: bool) -> None:
 def emulate_cuda(on: bool) -> None:
     """Make CPU tensors take the path of CUDA tensors, with the driver in ODDSMITH_CUDA_DRIVER."""
 
+def emulate_gpu(gpu: int) -> None:
+    """Have CPU tensors on the emulated GPU of this index from now on."""
+
+def host_waits() -> dict[str, int]:
+    """How often the core made the host wait for a GPU or copied between the two since the last call, by what."""
+
 def emulate_streams(address: int) -> None:
     """Ask the C function at `address` for the current stream of the emulated GPU; 0 for the default one."""
 
 def kernel_sources() -> list[str]:
     """Names of the files in kernels/."""
 
-def compile_kernels(source: str, architecture: str) -> tuple[bytes, str]:
-    """The binary for an architecture such as sm_90, and the assembler's report."""
+def compile_kernels(
+    source: str, architecture: str, small_arguments: bool = False
+) -> tuple[bytes, str]:
+    """The binary for an architecture such as sm_90, and the assembler's report; for a driver before CUDA 12.1."""

@@ -5,6 +5,7 @@ use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::path::PathBuf;
 use std::ptr;
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use libloading::Library;
 
@@ -28,6 +29,7 @@ library! {
         fn load_module = cuModuleLoadData(*mut Handle, *const c_void) -> c_int;
         fn get_function = cuModuleGetFunction(*mut Handle, Handle, *const c_char) -> c_int;
         fn set_function = cuFuncSetAttribute(Handle, c_int, c_int) -> c_int;
+        fn is_capturing = cuStreamIsCapturing(Handle, *mut c_int) -> c_int;
         fn launch = cuLaunchKernel(
             Handle, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, Handle, *mut *mut c_void,
             *mut *mut c_void,
@@ -39,13 +41,27 @@ library! {
 #[cfg(feature = "testing")]
 pub const VARIABLE: &str = "ODDSMITH_CUDA_DRIVER";
 
-/// The library, opened and initialised on first use: the system's, or that of an emulator.
+/// The library, opened and initialised on first use: the system's, or that of an emulator. If that fails, the next
+/// call tries it again.
 ///
 /// # Errors
-/// Errors of the system or the driver.
+/// Errors of the system or the driver; a process that was forked after the first use, where the driver does not work.
 pub fn driver() -> Result<&'static Driver, String> {
-    static DRIVER: OnceLock<Result<Driver, String>> = OnceLock::new();
-    DRIVER.get_or_init(open).as_ref().map_err(Clone::clone)
+    static DRIVER: OnceLock<Driver> = OnceLock::new();
+    /// The process that opened it.
+    static PROCESS: AtomicU32 = AtomicU32::new(0);
+    if let Some(driver) = DRIVER.get() {
+        if PROCESS.load(Ordering::Relaxed) != std::process::id() {
+            return Err("this process was forked from one that had used CUDA, which does not work in it; start it with \
+                        the method \"spawn\" or \"forkserver\" of multiprocessing"
+                .to_owned());
+        }
+        return Ok(driver);
+    }
+    let opened = open()?;
+    // Another thread that comes first is of the same process.
+    PROCESS.store(std::process::id(), Ordering::Relaxed);
+    Ok(DRIVER.get_or_init(|| opened))
 }
 
 fn open() -> Result<Driver, String> {
@@ -60,6 +76,10 @@ fn open() -> Result<Driver, String> {
     driver.check(unsafe { (driver.init)(0) }, "cuInit")?;
     Ok(driver)
 }
+
+/// Errors after which every call of a process fails: of a kernel's memory, instructions or asserts, of the hardware.
+const LOSING: [c_int; 12] = [214, 220, 226, 700, 702, 709, 710, 714, 715, 716, 717, 718];
+const LOST: &str = "; nothing can run on this GPU in this process any more, so start it again";
 
 impl Driver {
     /// An error with the driver's message.
@@ -77,15 +97,18 @@ impl Driver {
             // SAFETY: as above.
             if known { unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned() } else { "?".into() }
         };
-        Err(format!("{call}: {} ({code}): {}", text(self.error_name), text(self.error_string)))
+        let lost = if LOSING.contains(&code) { LOST } else { "" };
+        Err(format!("{call}: {} ({code}): {}{lost}", text(self.error_name), text(self.error_string)))
     }
 
     /// The newest CUDA version that the driver supports: 13000 for 13.0.
-    #[must_use]
-    pub fn release(&self) -> i32 {
+    ///
+    /// # Errors
+    /// Errors of the driver.
+    pub fn release(&self) -> Result<i32, String> {
         let mut version = 0;
         // SAFETY: writes a number.
-        unsafe { (self.version)(&raw mut version) };
-        version
+        self.check(unsafe { (self.version)(&raw mut version) }, "cuDriverGetVersion")?;
+        Ok(version)
     }
 }

@@ -78,6 +78,12 @@ impl Arg {
         f32: f32, "`float`.";
         f64: f64, "`double`.";
     }
+
+    /// The address of [`Arg::ptr`], for an argument that has many.
+    #[must_use]
+    pub fn address(self) -> u64 {
+        u64::from_ne_bytes(self.0)
+    }
 }
 
 impl Device {
@@ -87,6 +93,18 @@ impl Device {
     /// [`Error::Cuda`]: no driver or compiler, or an error of either, with the kernel's name and the launch
     /// dimensions. An error of an earlier kernel on the stream can be reported here too.
     pub fn launch(&self, launch: &Launch, args: &[Arg]) -> Result<()> {
+        self.launch_at(launch, args.iter().map(|arg| (&raw const arg.0).cast()).collect())
+    }
+
+    /// As [`Device::launch`], of a kernel whose one argument is a struct with the layout of C.
+    ///
+    /// # Errors
+    /// As [`Device::launch`].
+    pub fn launch_with<T: Copy>(&self, launch: &Launch, argument: &T) -> Result<()> {
+        self.launch_at(launch, vec![std::ptr::from_ref(argument).cast()])
+    }
+
+    fn launch_at(&self, launch: &Launch, args: Vec<*const c_void>) -> Result<()> {
         if launch.grid.contains(&0) {
             return Ok(());
         }
@@ -94,42 +112,42 @@ impl Device {
     }
 
     #[allow(unsafe_code)] // calls into the driver
-    fn try_launch(&self, launch: &Launch, args: &[Arg]) -> std::result::Result<(), String> {
+    fn try_launch(&self, launch: &Launch, args: Vec<*const c_void>) -> std::result::Result<(), String> {
         const MAX_DYNAMIC_SHARED_SIZE_BYTES: i32 = 8;
         /// Dynamic shared memory that needs no opt-in.
         const GRANTED: u32 = 48 << 10;
         let driver = driver()?;
-        let kernel = module::kernel(self.ordinal, launch.source, launch.kernel)?;
-        let _current = module::Current::new(driver, kernel.context)?;
-        let function = kernel.function as driver::Handle;
-        if launch.shared > GRANTED {
-            let shared = launch.shared as i32;
-            // SAFETY: the function stays loaded.
-            let code = unsafe { (driver.set_function)(function, MAX_DYNAMIC_SHARED_SIZE_BYTES, shared) };
-            driver.check(code, "cuFuncSetAttribute")?;
-        }
-        let mut pointers: Vec<*mut c_void> =
-            args.iter().map(|arg| (&raw const arg.0).cast_mut().cast()).collect();
-        let ([gx, gy, gz], [bx, by, bz]) = (launch.grid, launch.block);
         let stream = self.stream as driver::Handle;
-        // SAFETY: the driver copies the arguments before it returns. The adapter guarantees their number and
-        // types and the memory behind the pointers.
-        let code = unsafe {
-            (driver.launch)(
-                function,
-                gx,
-                gy,
-                gz,
-                bx,
-                by,
-                bz,
-                launch.shared,
-                stream,
-                pointers.as_mut_ptr(),
-                std::ptr::null_mut(),
-            )
-        };
-        driver.check(code, "cuLaunchKernel")
+        let kernel = module::kernel(self.ordinal, launch.source, launch.kernel, stream)?;
+        let function = kernel.function as driver::Handle;
+        let mut pointers: Vec<*mut c_void> = args.into_iter().map(<*const c_void>::cast_mut).collect();
+        let ([gx, gy, gz], [bx, by, bz]) = (launch.grid, launch.block);
+        module::within(driver, kernel.context, || {
+            if launch.shared > GRANTED {
+                let shared = launch.shared as i32;
+                // SAFETY: the function stays loaded.
+                let code = unsafe { (driver.set_function)(function, MAX_DYNAMIC_SHARED_SIZE_BYTES, shared) };
+                driver.check(code, "cuFuncSetAttribute")?;
+            }
+            // SAFETY: the driver copies the arguments before it returns. The adapter guarantees their number and
+            // types and the memory behind the pointers.
+            let code = unsafe {
+                (driver.launch)(
+                    function,
+                    gx,
+                    gy,
+                    gz,
+                    bx,
+                    by,
+                    bz,
+                    launch.shared,
+                    stream,
+                    pointers.as_mut_ptr(),
+                    std::ptr::null_mut(),
+                )
+            };
+            driver.check(code, "cuLaunchKernel")
+        })
     }
 
     /// Number of multiprocessors.
@@ -177,10 +195,13 @@ pub fn is_foreign() -> bool {
     FOREIGN.load(Ordering::Relaxed)
 }
 
-/// True if torch's CUDA devices are NVIDIA's, as far as it says, and the driver can be opened.
-#[must_use]
-pub fn is_available() -> bool {
-    !is_foreign() && driver().is_ok()
+/// True if the arguments of a kernel may have 32,764 bytes together, and not only 4,096.
+///
+/// # Errors
+/// [`Error::Cuda`]: errors of the compiler or the driver.
+pub fn has_large_arguments() -> Result<bool> {
+    let unknown = |message| Error::Cuda { kernel: String::new(), launch: String::new(), message };
+    module::has_large_arguments().map_err(unknown)
 }
 
 /// Compiles a source for a GPU and loads it, if that has not been done.

@@ -4,12 +4,12 @@
 use std::collections::HashMap;
 use std::ffi::CString;
 use std::ptr;
-use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 
 use super::cache::{Cache, Digest, digest};
 use super::driver::{Driver, Handle, driver};
 use super::kernels::{ALL, COMMON, KernelSource};
-use super::nvrtc::{OPTIONS, nvrtc};
+use super::nvrtc::{OPTIONS, SMALL_ARGUMENTS, nvrtc};
 
 /// A GPU, with the context that torch uses too.
 #[derive(Clone, Copy, Debug)]
@@ -53,6 +53,8 @@ fn loaded() -> MutexGuard<'static, Option<Loaded>> {
 /// # Errors
 /// Errors of the driver.
 pub fn gpu(ordinal: i32) -> Result<Gpu, String> {
+    // Before the lock, which another thread may have held when this process was forked.
+    driver()?;
     gpu_of(loaded().get_or_insert_default(), ordinal)
 }
 
@@ -82,61 +84,77 @@ fn gpu_of(loaded: &mut Loaded, ordinal: i32) -> Result<Gpu, String> {
     Ok(gpu)
 }
 
-/// Makes a GPU's context current on this thread while it lives, and then restores the previous one, from
+/// Runs `run` with a GPU's context as the current one of this thread, and then restores the previous one, from
 /// which torch reads its current device.
-#[derive(Debug)]
-pub struct Current {
-    driver: &'static Driver,
-    before: Option<Handle>,
-}
-
-impl Current {
-    /// # Errors
-    /// Errors of the driver.
-    pub fn new(driver: &'static Driver, context: usize) -> Result<Self, String> {
-        let mut before = ptr::null_mut();
-        // SAFETY: writes a handle.
-        driver.check(unsafe { (driver.get_context)(&raw mut before) }, "cuCtxGetCurrent")?;
-        let wanted = context as Handle;
-        if before == wanted {
-            return Ok(Self { driver, before: None });
-        }
-        // SAFETY: the context is never released.
-        driver.check(unsafe { (driver.set_context)(wanted) }, "cuCtxSetCurrent")?;
-        Ok(Self { driver, before: Some(before) })
-    }
-}
-
-impl Drop for Current {
-    fn drop(&mut self) {
-        if let Some(before) = self.before {
-            // SAFETY: the context that was current before, or null.
-            unsafe { (self.driver.set_context)(before) };
-        }
-    }
-}
-
-/// A kernel on a GPU, compiled and loaded on its first use.
 ///
 /// # Errors
-/// Errors of the compiler or the driver.
-pub fn kernel(ordinal: i32, source: &'static KernelSource, name: &'static str) -> Result<Kernel, String> {
+/// Those of `run`, and errors of the driver.
+pub fn within<R>(
+    driver: &Driver,
+    context: usize,
+    run: impl FnOnce() -> Result<R, String>,
+) -> Result<R, String> {
+    let mut before = ptr::null_mut();
+    // SAFETY: writes a handle.
+    driver.check(unsafe { (driver.get_context)(&raw mut before) }, "cuCtxGetCurrent")?;
+    let wanted = context as Handle;
+    if before == wanted {
+        return run();
+    }
+    // SAFETY: the context is never released.
+    driver.check(unsafe { (driver.set_context)(wanted) }, "cuCtxSetCurrent")?;
+    let result = run();
+    // SAFETY: the context that was current before, or null.
+    let restore = || driver.check(unsafe { (driver.set_context)(before) }, "cuCtxSetCurrent");
+    // A second time: torch would go on on another GPU.
+    let restored = restore().or_else(|_| restore());
+    result.and_then(|result| restored.map(|()| result))
+}
+
+/// Whether a CUDA graph is captured on a stream.
+fn is_capturing(driver: &Driver, stream: Handle) -> Result<bool, String> {
+    let mut status = 0;
+    // SAFETY: a stream of torch, and room for a number.
+    driver.check(unsafe { (driver.is_capturing)(stream, &raw mut status) }, "cuStreamIsCapturing")?;
+    Ok(status != 0)
+}
+
+/// A kernel on a GPU, compiled and loaded on its first use, for a launch on a stream.
+///
+/// # Errors
+/// Errors of the compiler or the driver; a first use while a CUDA graph is captured.
+pub fn kernel(
+    ordinal: i32,
+    source: &'static KernelSource,
+    name: &'static str,
+    stream: Handle,
+) -> Result<Kernel, String> {
     let key = (ordinal, source.name, name);
     let known = KERNELS.read().unwrap_or_else(PoisonError::into_inner);
     if let Some(kernel) = known.as_ref().and_then(|known| known.get(&key)) {
         return Ok(*kernel);
     }
     drop(known);
+    let driver = driver()?;
     let mut loaded = loaded();
     let loaded = loaded.get_or_insert_default();
-    let (driver, gpu) = (driver()?, gpu_of(loaded, ordinal)?);
-    let _current = Current::new(driver, gpu.context)?;
-    let module = module_of(loaded, ordinal, source)?;
+    let gpu = gpu_of(loaded, ordinal)?;
     let symbol = CString::new(name).map_err(|error| error.to_string())?;
     let mut function = ptr::null_mut();
-    // SAFETY: the module stays loaded; the string is alive.
-    let code = unsafe { (driver.get_function)(&raw mut function, module as Handle, symbol.as_ptr()) };
-    driver.check(code, "cuModuleGetFunction")?;
+    within(driver, gpu.context, || {
+        if !loaded.modules.contains_key(&(ordinal, source.name)) && is_capturing(driver, stream)? {
+            // The driver would end the capture.
+            return Err(
+                "its first use is while a CUDA graph is captured, and it has to be loaded before; run the \
+                        operation once before the capture"
+                    .to_owned(),
+            );
+        }
+        let module = module_of(loaded, ordinal, source)?;
+        // SAFETY: the module stays loaded; the string is alive.
+        let code = unsafe { (driver.get_function)(&raw mut function, module as Handle, symbol.as_ptr()) };
+        driver.check(code, "cuModuleGetFunction")
+    })?;
     let kernel = Kernel { function: function as usize, context: gpu.context };
     let mut known = KERNELS.write().unwrap_or_else(PoisonError::into_inner);
     known.get_or_insert_default().insert(key, kernel);
@@ -148,11 +166,11 @@ pub fn kernel(ordinal: i32, source: &'static KernelSource, name: &'static str) -
 /// # Errors
 /// Errors of the compiler or the driver.
 pub fn load(ordinal: i32, source: &'static KernelSource) -> Result<(), String> {
+    let driver = driver()?;
     let mut loaded = loaded();
     let loaded = loaded.get_or_insert_default();
-    let (driver, gpu) = (driver()?, gpu_of(loaded, ordinal)?);
-    let _current = Current::new(driver, gpu.context)?;
-    module_of(loaded, ordinal, source).map(|_| ())
+    let gpu = gpu_of(loaded, ordinal)?;
+    within(driver, gpu.context, || module_of(loaded, ordinal, source).map(|_| ()))
 }
 
 /// A digest of everything that kernels on a GPU depend on. A compiler that is missing counts as one.
@@ -161,8 +179,8 @@ pub fn load(ordinal: i32, source: &'static KernelSource) -> Result<(), String> {
 /// Errors of the driver.
 pub fn identity(ordinal: i32) -> Result<Digest, String> {
     let gpu = gpu(ordinal)?;
-    let compiler = nvrtc().map(super::nvrtc::Nvrtc::release).unwrap_or_default();
-    let machine = format!("{compiler:?} {} {:?}", driver()?.release(), gpu.capability);
+    let compiler = nvrtc().and_then(super::nvrtc::Nvrtc::release).unwrap_or_default();
+    let machine = format!("{compiler:?} {} {:?}", driver()?.release()?, gpu.capability);
     let options = OPTIONS.join(" ");
     let parts = ALL.iter().map(|source| source.text).chain([COMMON, &options, &machine]);
     Ok(digest(parts.map(str::as_bytes)))
@@ -183,13 +201,28 @@ fn module_of(loaded: &mut Loaded, ordinal: i32, source: &'static KernelSource) -
     Ok(module as usize)
 }
 
+/// True if compiler and driver both know kernels with more than 4 KB of arguments.
+///
+/// # Errors
+/// Errors of the compiler or the driver.
+pub fn has_large_arguments() -> Result<bool, String> {
+    // Kernels are compiled for what the first answer was.
+    static LARGE: OnceLock<bool> = OnceLock::new();
+    if let Some(&large) = LARGE.get() {
+        return Ok(large);
+    }
+    let large = nvrtc()?.release()? >= (12, 1) && driver()?.release()? >= 12_010;
+    Ok(*LARGE.get_or_init(|| large))
+}
+
 /// The binary of a source for an architecture, from the cache on disk if it is there.
 fn cubin(source: &KernelSource, architecture: &str) -> Result<Vec<u8>, String> {
     let nvrtc = nvrtc()?;
-    let versions = format!("{:?} {}", nvrtc.release(), driver()?.release());
+    let versions = format!("{:?} {}", nvrtc.release()?, driver()?.release()?);
     let parts = [source.text, COMMON, &OPTIONS.join(" "), architecture, &versions];
     let key = digest(parts.map(str::as_bytes));
     let name = format!("{}-{architecture}", source.name);
-    let make = || nvrtc.compile(source, architecture, &[]).map(|compiled| compiled.cubin);
+    let extra: &[&str] = if has_large_arguments()? { &[] } else { &[SMALL_ARGUMENTS] };
+    let make = || nvrtc.compile(source, architecture, extra).map(|compiled| compiled.cubin);
     Cache::of_environment().get_or_make(&name, key, make)
 }

@@ -34,6 +34,9 @@ library! {
 /// multiply-add, so that results are bit-identical to the CPU algorithms.
 pub const OPTIONS: [&str; 2] = ["-std=c++17", "--fmad=false"];
 
+/// The option for kernels whose arguments have 4 KB at most.
+pub const SMALL_ARGUMENTS: &str = "--define-macro=SMALL_ARGUMENTS";
+
 /// Releases of the library, the newest first, with their folders in NVIDIA's wheels.
 #[cfg(target_os = "linux")]
 const NAMES: [(&str, &str); 2] =
@@ -45,8 +48,12 @@ const NAMES: [(&str, &str); 2] =
 /// # Errors
 /// The places that were searched.
 pub fn nvrtc() -> Result<&'static Nvrtc, String> {
-    static NVRTC: OnceLock<Result<Nvrtc, String>> = OnceLock::new();
-    NVRTC.get_or_init(|| open().and_then(Nvrtc::load)).as_ref().map_err(Clone::clone)
+    static NVRTC: OnceLock<Nvrtc> = OnceLock::new();
+    if let Some(nvrtc) = NVRTC.get() {
+        return Ok(nvrtc);
+    }
+    let opened = Nvrtc::load(open()?)?;
+    Ok(NVRTC.get_or_init(|| opened))
 }
 
 fn open() -> Result<Library, String> {
@@ -127,12 +134,14 @@ pub struct Compiled {
 
 impl Nvrtc {
     /// The release, such as `(13, 0)`.
-    #[must_use]
-    pub fn release(&self) -> (i32, i32) {
+    ///
+    /// # Errors
+    /// Errors of the library.
+    pub fn release(&self) -> Result<(i32, i32), String> {
         let (mut major, mut minor) = (0, 0);
         // SAFETY: writes two numbers.
-        unsafe { (self.version)(&raw mut major, &raw mut minor) };
-        (major, minor)
+        self.check(unsafe { (self.version)(&raw mut major, &raw mut minor) }, "nvrtcVersion")?;
+        Ok((major, minor))
     }
 
     fn check(&self, code: c_int, call: &str) -> Result<(), String> {

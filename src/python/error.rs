@@ -39,8 +39,17 @@ pub fn detached<R: Send>(py: Python<'_>, f: impl FnOnce() -> Result<R> + Send) -
     });
     result.map_err(|error| match error {
         Error::Stopped => RAISED.take().unwrap_or_else(|| error.into()),
+        Error::Torch(_) => of_libtorch(py, &error.to_string()).unwrap_or_else(|| error.into()),
         error => error.into(),
     })
+}
+
+/// The exception for an error of libtorch, which may be one of memory.
+fn of_libtorch(py: Python<'_>, message: &str) -> Option<PyErr> {
+    // An exception of Python within libtorch may be left.
+    let _ = PyErr::take(py);
+    let made = py.import("oddsmith.errors").and_then(|errors| errors.call_method1("of_libtorch", (message,)));
+    made.ok().map(PyErr::from_value)
 }
 
 thread_local! {

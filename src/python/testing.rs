@@ -1,7 +1,7 @@
 //! For tests only, with the cargo feature `testing`: switches between the paths of an op, and the kernels'
 //! binaries.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ffi::c_void;
 use std::mem::transmute;
 
@@ -9,8 +9,9 @@ use pyo3::prelude::*;
 
 use super::error::detached;
 use crate::base::error::Error;
-use crate::cuda::{self, kernels, nvrtc::nvrtc};
-use crate::torch::device;
+use crate::cuda::nvrtc::{SMALL_ARGUMENTS, nvrtc};
+use crate::cuda::{self, kernels};
+use crate::torch::{abi, device};
 
 /// Names of the sources of kernels.
 #[pyfunction]
@@ -19,16 +20,24 @@ fn kernel_sources() -> Vec<&'static str> {
 }
 
 /// Compiles a source for an architecture such as `sm_90`, and returns the binary and the compiler's report of
-/// every kernel. The cache on disk is not used.
+/// every kernel. The cache on disk is not used. With `small_arguments`, for a driver before CUDA 12.1.
 #[pyfunction]
-fn compile_kernels(py: Python<'_>, source: &str, architecture: &str) -> PyResult<(Vec<u8>, String)> {
+#[pyo3(signature = (source, architecture, small_arguments=false))]
+fn compile_kernels(
+    py: Python<'_>,
+    source: &str,
+    architecture: &str,
+    small_arguments: bool,
+) -> PyResult<(Vec<u8>, String)> {
     let known: HashMap<_, _> = kernels::ALL.iter().map(|source| (source.name, *source)).collect();
     let compiled = detached(py, || {
         let failed = |message| Error::Cuda { kernel: String::new(), launch: String::new(), message };
         let Some(code) = known.get(source) else {
             return Err(failed(format!("no kernel source is named {source:?}")));
         };
-        nvrtc().and_then(|nvrtc| nvrtc.compile(code, architecture, &["--ptxas-options=-v"])).map_err(failed)
+        let options = ["--ptxas-options=-v", SMALL_ARGUMENTS];
+        let options = &options[..1 + usize::from(small_arguments)];
+        nvrtc().and_then(|nvrtc| nvrtc.compile(code, architecture, options)).map_err(failed)
     })?;
     Ok((compiled.cubin, compiled.log))
 }
@@ -43,6 +52,18 @@ fn use_tensor_ops(on: bool) {
 #[pyfunction]
 fn emulate_cuda(on: bool) {
     cuda::emulate(on);
+}
+
+/// CPU tensors are on the emulated GPU of this index from now on.
+#[pyfunction]
+fn emulate_gpu(gpu: i32) {
+    device::emulate_gpu(gpu);
+}
+
+/// How often the core made the host wait for a GPU or copied between the two since the last call, by what.
+#[pyfunction]
+fn host_waits() -> BTreeMap<&'static str, u64> {
+    abi::waits::taken()
 }
 
 /// Asks the C function at `address`, which is as `aoti_torch_get_current_cuda_stream`, for the current stream of
@@ -61,5 +82,7 @@ pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(compile_kernels, module)?)?;
     module.add_function(wrap_pyfunction!(use_tensor_ops, module)?)?;
     module.add_function(wrap_pyfunction!(emulate_cuda, module)?)?;
+    module.add_function(wrap_pyfunction!(emulate_gpu, module)?)?;
+    module.add_function(wrap_pyfunction!(host_waits, module)?)?;
     module.add_function(wrap_pyfunction!(emulate_streams, module)?)
 }

@@ -2,7 +2,7 @@
 
 use std::ffi::c_void;
 #[cfg(feature = "testing")]
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 #[cfg(feature = "testing")]
 use std::sync::{Mutex, PoisonError};
 
@@ -21,11 +21,12 @@ use crate::cuda::{self, Arg};
 /// If libtorch has no current stream, and those of [`trust::trusts`].
 pub fn of(tensor: &Tensor, families: &[Family]) -> Result<Option<cuda::Device>> {
     let (ordinal, stream): (_, fn(i32) -> Result<u64>) = match tensor.device() {
-        Device::Cuda(index) if cuda::is_available() => {
+        // Without a driver the trial says so, and trusts nothing.
+        Device::Cuda(index) if !cuda::is_foreign() => {
             let ordinal = i32::try_from(index).map_err(|error| Error::Internal(error.to_string()))?;
             (ordinal, current_stream)
         }
-        Device::Cpu if cuda::is_emulated() && !cuda::is_foreign() => (0, emulated_stream),
+        Device::Cpu if cuda::is_emulated() && !cuda::is_foreign() => (emulated_gpu(), emulated_stream),
         _ => return Ok(None),
     };
     if !trust::trusts(ordinal, families)? {
@@ -65,6 +66,26 @@ static STREAMS: Mutex<Option<StreamOf>> = Mutex::new(None);
 #[cfg(feature = "testing")]
 pub fn emulate_streams(current: Option<StreamOf>) {
     *STREAMS.lock().unwrap_or_else(PoisonError::into_inner) = current;
+}
+
+/// The emulated GPU that CPU tensors are on.
+#[cfg(feature = "testing")]
+static EMULATED_GPU: AtomicI32 = AtomicI32::new(0);
+
+/// From now on CPU tensors are on the emulated GPU of this index.
+#[cfg(feature = "testing")]
+pub fn emulate_gpu(ordinal: i32) {
+    EMULATED_GPU.store(ordinal, Ordering::Relaxed);
+}
+
+#[cfg(feature = "testing")]
+fn emulated_gpu() -> i32 {
+    EMULATED_GPU.load(Ordering::Relaxed)
+}
+
+#[cfg(not(feature = "testing"))]
+const fn emulated_gpu() -> i32 {
+    0
 }
 
 #[cfg(feature = "testing")]

@@ -1,5 +1,9 @@
 """The kernels of kernels/adamw.cu on the emulated GPU, compared with the slice algorithms."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +11,7 @@ from torch import nn
 from oddsmith import _core
 from oddsmith.optim import AdamW8bit, PagedAdamW8bit
 from oddsmith.optim.adamw.arguments import Item, Rule
+from support import emulation
 from support.slices import at_a_page_s_end, same_bits, slices
 
 pytestmark = pytest.mark.usefixtures("emulated_driver")
@@ -115,12 +120,157 @@ def train(kind, **options):
 
 
 @pytest.mark.parametrize("kind", [AdamW8bit, PagedAdamW8bit])
-def test_the_optimiser_launches_one_kernel_per_parameter(kind, emulated_driver):
+def test_the_optimiser_launches_one_kernel_for_moments_of_each_kind(kind, emulated_driver):
     found = train(kind)
     launched = [launch.kernel for launch in emulated_driver.launches()]
     assert sorted(launched) == ["adamw8bit_f32"] * 5 + ["adamw_f32"] * 5
     with slices():
         assert all(torch.equal(*pair) for pair in zip(found, train(kind)))
+
+
+# ---- many tensors in a launch ----
+
+
+def many(sizes, bits, rules=1, pair="bf16_f32", seeds=True):
+    """Results of two steps on tensors of these sizes, of which one in five has a NaN."""
+    dtype, grad_dtype = PAIRS[pair]
+    generator = torch.Generator().manual_seed(len(sizes))
+    values = [torch.randn(size, generator=generator).to(dtype) for size in sizes]
+    moments = [fresh(size, bits) for size in sizes]
+    bad = torch.zeros(1, dtype=torch.int64)
+    for step in (1, 2):
+        items = []
+        for i, (value, (states, absmax)) in enumerate(zip(values, moments)):
+            grad = torch.randn(value.numel(), generator=generator).to(grad_dtype)
+            if i % 5 == 0:
+                grad[-1] = float("nan")
+            one = item(
+                value, grad, states, absmax, 256 * i, step, (seeds and i % 3 and 77 + i) or None
+            )
+            items.append(one._replace(rule=one.rule._replace(keep=1 - 0.01 * (i % rules))))
+        _core.adamw_step(items, bad)
+    flat = [tensor for states, absmax in moments for tensor in (*states, *(absmax or ()))]
+    return [*values, *flat, bad]
+
+
+def assert_same_as_cpu(*arguments, **options):
+    found = many(*arguments, **options)
+    with slices():
+        expected = many(*arguments, **options)
+    assert all(same_bits(*pair) for pair in zip(found[:-1], expected[:-1], strict=True))
+    assert torch.equal(found[-1], expected[-1])
+    return found
+
+
+# The ends of blocks of moments and of blocks of threads, and several of the latter.
+SIZES = [1, 255, 256, 257, 2047, 2048, 2049, 4096, 6145, 3, 300]
+
+
+@pytest.mark.parametrize("bits", [8, 32])
+@pytest.mark.parametrize("pair", ["f32", "bf16", "f16_f32"])
+def test_tensors_of_a_launch_do_not_touch_each_other(bits, pair, emulated_driver):
+    found = assert_same_as_cpu(SIZES, bits, rules=3, pair=pair)
+    assert found[-1] == 6  # three tensors with NaN, two steps
+    assert len(emulated_driver.launches()) == 2
+    blocks = sum(-(-size // 2048) for size in SIZES)
+    assert {launch.grid for launch in emulated_driver.launches()} == {(blocks, 1, 1)}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rules", "launches"),
+    [
+        ([5] * 448, 1, 1),
+        ([5] * 472, 8, 1),
+        ([5] * 473, 8, 2),
+        ([5] * 20, 9, 2),
+        ([5] * 40, 17, 3),
+        ([5, 0, 7], 1, 1),
+        ([0], 1, 0),
+    ],
+)
+def test_how_many_fit_in_a_launch(sizes, rules, launches, emulated_driver):
+    sizes = [size for size in sizes if size] if sizes != [0] else []
+    assert_same_as_cpu(sizes, 32, rules, "f32", seeds=False)
+    assert len(emulated_driver.launches()) == 2 * launches
+
+
+def test_dtypes_have_a_launch_each(emulated_driver):
+    bad = torch.zeros(1, dtype=torch.int64)
+    items = []
+    for dtype, grad_dtype in [*PAIRS.values()] * 3:
+        for bits in (8, 32):
+            value = torch.randn(9).to(dtype)
+            items.append(item(value, torch.randn(9).to(grad_dtype), *fresh(9, bits)))
+    _core.adamw_step(items, bad)
+    launched = [launch.kernel for launch in emulated_driver.launches()]
+    kinds = [f"{kind}_{pair}" for pair in PAIRS for kind in ("adamw8bit", "adamw")]
+    assert sorted(launched) == sorted(kinds)
+
+
+def test_a_lora_of_7b_takes_one_launch_a_step(emulated_driver):
+    """Two factors of seven matrices in 32 layers."""
+    torch.manual_seed(0)
+    parameters = [nn.Parameter(torch.randn(300 + i)) for i in range(448)]
+    optimizer = AdamW8bit(parameters, lr=1e-2, min_8bit_size=256)
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    for step in (1, 2):
+        optimizer.step()
+        assert [launch.kernel for launch in emulated_driver.launches()] == ["adamw8bit_f32"] * step
+
+
+OLD_DRIVER = """
+import os, sys
+from pathlib import Path
+sys.path[:0] = [{tests!r}, {here!r}]
+import torch
+import test_adamw
+from support import emulation
+driver = emulation.Driver(Path(os.environ["ODDSMITH_CUDA_DRIVER"]))
+for bits in (8, 32):
+    driver.reset()
+    test_adamw.assert_same_as_cpu([5, 300, 2049] * 40, bits, 3)
+    assert len(driver.launches()) == 2 * 3, driver.launches()  # 56 tensors in each
+"""
+
+
+def test_a_driver_before_12_1_takes_fewer_in_a_launch():
+    """Whose kernels have 4 KB of arguments at most."""
+    library = str(emulation.build([emulation.KERNELS / "adamw.cu"], old_driver=True))
+    here = os.path.dirname(__file__)
+    code = OLD_DRIVER.format(tests=os.path.dirname(here), here=here)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "ODDSMITH_CUDA_DRIVER": library},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_captured_launch_keeps_its_list(emulated_driver):
+    """A graph has a copy of the addresses: the call's own memory is gone when it is replayed."""
+    bad = torch.zeros(1, dtype=torch.int64)
+
+    def items():
+        generator = torch.Generator().manual_seed(5)
+        made = []
+        for size in SIZES:
+            value, grad = (torch.randn(size, generator=generator) for _ in range(2))
+            made.append(item(value, grad, *fresh(size, 8)))
+        return made
+
+    expected, found = items(), items()
+    for _ in range(3):
+        _core.adamw_step(expected, bad)
+    emulated_driver.capture(0)
+    _core.adamw_step(found, bad)
+    assert emulated_driver.end_capture() == 1
+    assert torch.equal(found[0].value, items()[0].value), "captured, and not run"
+    for _ in range(3):
+        emulated_driver.replay()
+    for ours, theirs in zip(found, expected):
+        assert same_bits(ours.value, theirs.value) and same_bits(ours.state2, theirs.state2)
 
 
 def test_arguments_are_checked_before_a_launch(emulated_driver):

@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import json
 import math
 import os
 import subprocess
@@ -91,7 +92,8 @@ def models(monkeypatch):
 
 
 def test_every_part_for_a_gpu_runs_in_small(tmp_path):
-    command = "-m benches.gpu --device cpu --only mistral-tiny kernels".split()
+    posted = tmp_path / "gpu.json"
+    command = f"-m benches.gpu --device cpu --only mistral-tiny kernels --json {posted}".split()
     printed, rows = run(command, tmp_path / "gpu.csv")
     assert "failed:" not in printed
     names = {}
@@ -102,6 +104,8 @@ def test_every_part_for_a_gpu_runs_in_small(tmp_path):
     assert names["NF4 quantise"] == names["NF4 dequantise"] == ours_and_theirs
     assert names["NF4 linear"] == {*ours_and_theirs, "weight in full"}
     assert names["head"] >= {"oddsmith", "TRL, chunked"}
+    report = json.loads(posted.read_text())
+    assert report["rows"] and report["failed"] == [] and "torch" in report["packages"]
     assert {"cpu_nf4_quantize_128x256_float32_oddsmith_time"} <= rows.keys()
     # All trainers begin with the same weights and rows.
     (line,) = [line for line in printed.splitlines() if "first losses:" in line]

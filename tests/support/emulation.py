@@ -121,11 +121,12 @@ def cached(path: Path, make: Callable[[Path], None]) -> Path:
     return path
 
 
-def compile_object(source: Path, headers: Path) -> Path:
+def compile_object(source: Path, headers: Path, defines: tuple[str, ...] = ()) -> Path:
     """The object file of a kernel source, or of a part of the emulator."""
     parts = [source, *sorted(headers.glob("*.cuh")), *sorted(EMULATOR.glob("*.h")), Path(__file__)]
-    name = f"{source.stem}-{digest(*[part.read_bytes() for part in parts])}"
-    include = [f"-I{headers}", f"-I{EMULATOR}"]
+    contents = [part.read_bytes() for part in parts] + [name.encode() for name in defines]
+    name = f"{source.stem}-{digest(*contents)}"
+    include = [f"-I{headers}", f"-I{EMULATOR}", *(f"-D{name}" for name in defines)]
 
     def make(target: Path) -> None:
         if source.suffix != ".cu":
@@ -139,8 +140,13 @@ def compile_object(source: Path, headers: Path) -> Path:
     return cached(cache_folder() / f"{name}.o", make)
 
 
-def build(sources: Iterable[Path] | None = None, headers: Path = KERNELS) -> Path:
+def build(
+    sources: Iterable[Path] | None = None, headers: Path = KERNELS, *, old_driver: bool = False
+) -> Path:
     """The library for kernel `sources`, those of kernels/ by default; from the cache if it is there.
+
+    Args:
+        old_driver (`bool`): Whether it is a driver before CUDA 12.1, with 4 KB for a kernel's arguments.
 
     Raises:
         CompileError: With the compiler's message.
@@ -148,7 +154,10 @@ def build(sources: Iterable[Path] | None = None, headers: Path = KERNELS) -> Pat
     kernels = sorted(KERNELS.glob("*.cu")) if sources is None else list(sources)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         inputs = [*kernels, EMULATOR / "block.cpp", EMULATOR / "driver.cpp"]
-        objects = list(pool.map(lambda source: str(compile_object(source, headers)), inputs))
+        defines = ("SMALL_ARGUMENTS",) if old_driver else ()
+        objects = list(
+            pool.map(lambda source: str(compile_object(source, headers, defines)), inputs)
+        )
     # Nothing else may have loaded the library of C++.
     flags = ["-shared", "-pthread", *objects, "-lstdc++"]
     library = cache_folder() / f"libemulator-{digest(*[flag.encode() for flag in flags])}.so"
@@ -207,6 +216,7 @@ class Launch:
     block: tuple[int, int, int]
     shared: int
     stream: int
+    device: int
 
 
 class DriverError(Exception):
@@ -223,6 +233,14 @@ class Driver:
         self.lib.emulator_launch.restype = ctypes.c_char_p
         self.lib.emulator_launch.argtypes = [ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
         self.lib.emulator_fail.argtypes = [ctypes.c_long]
+        self.lib.emulator_calls.restype = ctypes.c_long
+        self.lib.emulator_call.restype = ctypes.c_char_p
+        self.lib.emulator_call.argtypes = [ctypes.c_long]
+        self.lib.emulator_fail_call.argtypes = [ctypes.c_long, ctypes.c_int]
+        self.lib.emulator_modules.restype = ctypes.c_long
+        self.lib.emulator_launch_device.argtypes = [ctypes.c_long]
+        self.lib.emulator_capture.argtypes = [ctypes.c_void_p]
+        self.lib.emulator_end_capture.restype = ctypes.c_long
 
     def launches(self) -> list[Launch]:
         """All launches since the last reset, failed ones too."""
@@ -231,7 +249,10 @@ class Driver:
             sizes, stream = (ctypes.c_uint * 7)(), ctypes.c_void_p()
             name = self.lib.emulator_launch(index, sizes, ctypes.byref(stream)).decode()
             s = list(sizes)
-            result.append(Launch(name, tuple(s[:3]), tuple(s[3:6]), s[6], stream.value or 0))
+            device = self.lib.emulator_launch_device(index)
+            result.append(
+                Launch(name, tuple(s[:3]), tuple(s[3:6]), s[6], stream.value or 0, device)
+            )
         return result
 
     def reset(self) -> None:
@@ -241,6 +262,30 @@ class Driver:
     def fail(self, count: int) -> None:
         """Makes the `count`-th launch from now fail; 0: none."""
         self.lib.emulator_fail(count)
+
+    def calls(self) -> list[str]:
+        """The names of the calls of the driver since the last reset."""
+        return [self.lib.emulator_call(i).decode() for i in range(self.lib.emulator_calls())]
+
+    def fail_call(self, count: int, code: int = 999) -> None:
+        """Makes the `count`-th call of the driver from now fail with an error, whatever it is; 0: none."""
+        self.lib.emulator_fail_call(count, code)
+
+    def modules(self) -> int:
+        """How many modules are loaded."""
+        return self.lib.emulator_modules()
+
+    def capture(self, stream: int) -> None:
+        """Has launches on a stream captured in a graph, and not run."""
+        self.lib.emulator_capture(stream)
+
+    def end_capture(self) -> int:
+        """How many launches the graph has; -1 if it is invalid."""
+        return self.lib.emulator_end_capture()
+
+    def replay(self) -> None:
+        """Runs the graph."""
+        self.lib.emulator_replay()
 
     @contextmanager
     def reversed(self) -> Iterator[None]:

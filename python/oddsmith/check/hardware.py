@@ -18,6 +18,8 @@ __all__ = [
     "OLDEST_CAPABILITY",
     "gpu_problems",
     "gpus",
+    "other_devices",
+    "other_problems",
     "processor",
     "processor_problems",
     "torch_builds",
@@ -81,6 +83,25 @@ def gpus() -> list[Gpu]:
         name = torch.cuda.get_device_name(index)
         found.append(Gpu(index, name, f"{major}.{minor}", size, free, bf16))
     return found
+
+
+def other_devices() -> list[torch.device]:
+    """GPUs that torch has under an interface of their own: of Apple and of Intel."""
+    found = []
+    if torch.backends.mps.is_available():
+        found.append(torch.device("mps"))
+    if torch.xpu.is_available():
+        found += [torch.device("xpu", index) for index in range(torch.xpu.device_count())]
+    return found
+
+
+def other_problems(found: list[torch.device]) -> list[Problem]:
+    """Devices that no kernel is for, and that nothing here tries out."""
+    remedy = (
+        "torch's operations are used there, without packed attention of its own; look at the first losses, "
+        "or train on a CPU or on a GPU of NVIDIA"
+    )
+    return [Problem(f"nobody has trained on {device} with oddsmith", remedy) for device in found]
 
 
 def gpu_problems(found: list[Gpu]) -> list[Problem]:

@@ -19,7 +19,7 @@ def routes(device: torch.device) -> list[Route]:
     What the head, 4-bit weights, the optimizer and packed attention go through.
 
     Args:
-        device (`torch.device`): A CPU, or a GPU under torch's interface for CUDA.
+        device (`torch.device`): A CPU or any GPU.
     """
     by, why = _core_of(device)
     attention = Route(str(device), "packed attention", *_attention_of(device))
@@ -29,7 +29,7 @@ def routes(device: torch.device) -> list[Route]:
 def _core_of(device: torch.device) -> tuple[str, str]:
     if device.type == "cpu":
         return "Rust", f"on {torch.backends.cpu.get_cpu_capability()}"
-    if torch.version.hip is not None:
+    if device.type != "cuda" or torch.version.hip is not None:
         return "torch", "the kernels are for NVIDIA's GPUs"
     capability = torch.cuda.get_device_capability(device)
     if capability < OLDEST_CAPABILITY:
@@ -62,6 +62,8 @@ def _by_trust(gpu: int) -> tuple[str, str]:
 def _attention_of(device: torch.device) -> tuple[str, str]:
     if device.type == "cpu":
         return "torch's flash kernel", "tiles where there is a softcap, a sink, a window or a chunk"
+    if device.type != "cuda":
+        return "blocks of torch's attention", "variable-length kernels are for CUDA and ROCm"
     name = kernel_name()
     if name is None:
         return "blocks of torch's attention", "no variable-length kernel is installed"

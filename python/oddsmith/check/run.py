@@ -87,6 +87,11 @@ def _look_at_devices(found: Findings, train: bool) -> None:
             found.trials.append(trials.outcome(case, device, dtype))
         if all(trial.passed for trial in found.trials if trial.device == str(device)):
             found.speeds += speed.speeds(device)
+    # Not tried out: torch has no float64 on some of them.
+    others = hardware.other_devices()
+    for device in others:
+        found.routes += routes.routes(device)
+    found.problems += hardware.other_problems(others)
     if train:
         from .training import KINDS, runs
 

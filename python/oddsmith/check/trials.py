@@ -293,50 +293,66 @@ def blockwise8(device: torch.device, dtype: torch.dtype) -> Measure:
 
 
 def adamw(device: torch.device, dtype: torch.dtype, bits: int) -> Measure:
-    """Two steps of AdamW; 8-bit moments differ from the second step on."""
+    """Two steps of AdamW on tensors of one launch; 8-bit moments differ from the second step on."""
     start, *wide = _updates(device)
     start, gradients = start.to(dtype), [x.to(dtype) for x in wide]
     # Not the usual eps: in float16 torch's own steps would be off by many times their size.
     options: dict[str, Any] = {"lr": 0.1, "betas": (0.8, 0.9), "eps": 1e-3}
-    decay = 0.5
+    # Of every tensor, so that a launch has more than one rule.
+    decays = [0.5, 0.0, 0.5]
 
-    def run(optimizer: torch.optim.Optimizer, after: float, given: list[Tensor]) -> list[Tensor]:
-        (parameter,) = optimizer.param_groups[0]["params"]
+    def parts(whole: Tensor) -> list[Tensor]:
+        return [part.clone() for part in whole.split(_TENSORS)]
+
+    def groups(wider: torch.dtype, decays: list[float]) -> list[dict[str, Any]]:
+        made = [torch.nn.Parameter(part) for part in parts(start.to(wider))]
+        return [{"params": [x], "weight_decay": decay} for x, decay in zip(made, decays)]
+
+    def run(
+        optimizer: torch.optim.Optimizer, after: list[float], given: list[Tensor]
+    ) -> list[Tensor]:
+        parameters = [group["params"][0] for group in optimizer.param_groups]
         for gradient in given:
-            parameter.grad = gradient.to(parameter.dtype)
+            for parameter, part in zip(parameters, parts(gradient)):
+                parameter.grad = part.to(parameter.dtype)
             optimizer.step()
-            parameter.detach().mul_(after)
-        return [parameter.detach()]
+            for parameter, factor in zip(parameters, after):
+                parameter.detach().mul_(factor)
+        return [torch.cat([parameter.detach() for parameter in parameters])]
 
     def naive(wider: torch.dtype, given: list[Tensor]) -> list[Tensor]:
-        parameter = torch.nn.Parameter(start.to(wider, copy=True))
         # As bitsandbytes, ours decays after the step, and torch before it.
-        plain = torch.optim.AdamW([parameter], **options, weight_decay=0.0)
-        return run(plain, 1 - 0.1 * decay, given)
+        plain = torch.optim.AdamW(groups(wider, [0.0] * len(decays)), **options)
+        return run(plain, [1 - 0.1 * decay for decay in decays], given)
 
     def with_wide_gradients() -> list[Tensor]:
-        value, state = start.clone(), _moments(start, bits)
-        group = {**options, "weight_decay": decay}
+        values = parts(start)
+        states = [_moments(value, bits) for value in values]
         for step, gradient in enumerate(wide, 1):
-            adamw_step([AdamUpdate(value, gradient, state, rule_of(group, step))], NonFinite())
-        return [value]
+            rules = [rule_of({**options, "weight_decay": decay}, step) for decay in decays]
+            updates = zip(values, parts(gradient), states, rules, strict=True)
+            adamw_step([AdamUpdate(*update) for update in updates], NonFinite())
+        return [torch.cat(values)]
 
-    parameter = torch.nn.Parameter(start.clone())
-    mine = AdamW8bit([parameter], **options, weight_decay=decay, optim_bits=bits, min_8bit_size=1)
+    mine = AdamW8bit(groups(dtype, decays), **options, optim_bits=bits, min_8bit_size=1)
     # A step of 0.1 in values up to 4, with moments of about two digits.
     slack = 0.01 if bits == 8 else 0.0
     return Measure(
-        [*run(mine, 1.0, gradients), *with_wide_gradients()],
+        [*run(mine, [1.0] * len(decays), gradients), *with_wide_gradients()],
         [*naive(dtype, gradients), *naive(dtype, wide)],
         [*naive(torch.float64, gradients), *naive(torch.float64, wide)],
         slack,
     )
 
 
+# Tensors that end in the middle of a block of moments, the first after a block of threads.
+_TENSORS = [2051, 1, 2047]
+
+
 def _updates(device: torch.device) -> Iterator[Tensor]:
-    """A parameter and two gradients, which end in the middle of a block of moments."""
+    """Values and two gradients."""
     draw = torch.Generator().manual_seed(3)
-    return (torch.randn(4099, generator=draw).to(device) for _ in range(3))
+    return (torch.randn(sum(_TENSORS), generator=draw).to(device) for _ in range(3))
 
 
 def _moments(parameter: Tensor, bits: int) -> dict[str, Any]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -30,6 +32,26 @@ def in_float32(value: float) -> float:
         return ctypes.c_float(value).value
     except OverflowError:  # an integer that no float has
         return math.inf if value > 0 else -math.inf
+
+
+def check_not_captured(name: str, parameters: Iterable[Tensor]) -> None:
+    """
+    Checks that no CUDA graph is captured, which would repeat a step with the numbers of the first.
+
+    Args:
+        name (`str`): Of the optimizer.
+        parameters (`Iterable[Tensor]`): What the step changes.
+
+    Raises:
+        RuntimeError: If one is.
+    """
+    on_gpu = any(parameter.is_cuda for parameter in parameters)
+    if on_gpu and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{name}: a step cannot be captured in a CUDA graph, because every replay would have the learning "
+            "rate, the bias correction and the random numbers of the same step; capture the forward and "
+            "backward pass, and call step() after each replay"
+        )
 
 
 def check_adam(options: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ use super::error::{Result, check};
 use super::handle::{Handle, Place, share};
 use super::library::find;
 use super::symbols::{List, StableValue, Torch, torch};
+use super::waits::note_operator;
 
 /// The release whose schemas the calls of this crate follow: the oldest that is supported.
 const VERSION: u64 = (2 << 56) | (10 << 48);
@@ -116,6 +117,7 @@ fn optional(torch: &Torch, value: StableValue) -> Result<StableValue> {
 #[allow(clippy::needless_pass_by_value)] // made for the call
 pub fn call<const N: usize>(op: &CStr, overload: &CStr, arguments: [Value<'_>; N]) -> Result<Handle> {
     let torch = torch()?;
+    note_operator(op);
     let mut stack = [0; N];
     for (place, value) in stack.iter_mut().zip(&arguments) {
         *place = value.stacked(torch)?;

@@ -12,12 +12,20 @@ pub type Result<T> = std::result::Result<T, String>;
 thread_local! {
     /// The text of the last error of this thread, allocated by the C library; null if there is none.
     static LAST: Cell<*mut c_char> = const { Cell::new(ptr::null_mut()) };
+    /// True if the next question is not about the last call: see [`hold`].
+    static HELD: Cell<bool> = const { Cell::new(false) };
 }
 
 /// What tch asks for after each call: the text, which it frees, or null.
 #[unsafe(no_mangle)]
 extern "C" fn get_and_reset_last_err() -> *mut c_char {
-    LAST.replace(ptr::null_mut())
+    if HELD.replace(false) { ptr::null_mut() } else { LAST.replace(ptr::null_mut()) }
+}
+
+/// Keeps the error from the next question, for the one after. tch frees the numbers among a call's arguments before it
+/// asks whether the call failed, asks after each of them too, and panics if there is an error then.
+pub fn hold() {
+    HELD.set(true);
 }
 
 fn set(text: &str) {
@@ -69,6 +77,14 @@ mod tests {
         // SAFETY: as tch does.
         unsafe { libc::free(text.cast()) };
         Some(owned)
+    }
+
+    #[test]
+    fn an_error_outlives_the_numbers_of_its_call() {
+        assert_eq!(or_set(Err("of a call".into()), 1), 1);
+        hold();
+        assert_eq!(taken(), None);
+        assert_eq!(taken().as_deref(), Some("of a call"));
     }
 
     #[test]

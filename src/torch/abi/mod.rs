@@ -23,6 +23,7 @@ mod reductions;
 mod scalar;
 mod tensor;
 mod views;
+pub mod waits;
 
 pub mod symbols;
 pub use library::{Fault, find};

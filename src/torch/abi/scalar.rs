@@ -31,6 +31,7 @@ extern "C" fn ats_float(value: f64) -> *mut C_scalar {
 unsafe extern "C" fn ats_free(scalar: *mut C_scalar) {
     // SAFETY: made by `ats_int` or `ats_float`, and freed once.
     drop(unsafe { Box::from_raw(scalar.cast::<Scalar>()) });
+    super::error::hold();
 }
 
 /// libtorch's numbers of integral dtypes end here, those of real ones begin.

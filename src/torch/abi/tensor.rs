@@ -144,6 +144,7 @@ pub fn copy(to: *mut C_tensor, from: *mut C_tensor) -> Result<()> {
 /// # Safety
 /// A live handle, and `len` indices.
 unsafe fn element(x: *mut C_tensor, indices: *const i64, len: c_int) -> Result<Handle> {
+    super::waits::note("item");
     let mut element = share(x)?;
     for &index in unsafe { super::call::ints(indices, len) } {
         let arguments = [Value::Tensor(element.raw()), Value::Int(0), Value::Int(index)];

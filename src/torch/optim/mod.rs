@@ -70,7 +70,7 @@ pub fn adamw_step(mut items: Vec<Item>, bad: &Tensor) -> Result<()> {
     let Some(first) = items.first() else { return Ok(()) };
     let families: Vec<_> = items.iter().map(|item| family(item.absmax.is_some())).collect();
     if let Some(gpu) = device::of(&first.value, &families)? {
-        return items.iter().try_for_each(|item| adamw_cuda::update(gpu, item, bad));
+        return adamw_cuda::update(gpu, &items, bad);
     }
     if first.value.device() != Device::Cpu {
         let got = format!("on {}", device_name(first.value.device()));

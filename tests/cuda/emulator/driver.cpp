@@ -1,5 +1,6 @@
-// The part of the CUDA driver API that src/cuda uses, on the host: one device, kernels that run while
-// they are launched. The names, numbers and order of arguments are those of cuda.h.
+// The part of the CUDA driver API that src/cuda uses, on the host: a few devices, kernels that run while
+// they are launched, or when a graph that captured them is replayed. The names, numbers and order of arguments are
+// those of cuda.h.
 //
 // The `emulator_*` functions at the end are for tests.
 #include <cstdlib>
@@ -7,6 +8,7 @@
 #include <deque>
 #include <exception>
 #include <mutex>
+#include <set>
 #include <sstream>
 #include <unistd.h>
 
@@ -25,19 +27,31 @@ enum Result {
     INVALID_IMAGE = 200,
     INVALID_CONTEXT = 201,
     NO_BINARY_FOR_GPU = 209,
+    INVALID_HANDLE = 400,
     NOT_FOUND = 500,
     ILLEGAL_ADDRESS = 700,
     LAUNCH_FAILED = 719,
+    CAPTURE_UNSUPPORTED = 900,
 };
 
 struct Module {
     std::string image;  // the names in it, where it is a cubin
     bool is_elf;
+    void* context;
 };
 
 struct Function {
     const Kernel* kernel;
+    void* context;
     int dynamic_shared = 48 << 10;
+};
+
+/// A launch that a graph captured, with a copy of its arguments.
+struct Node {
+    const Kernel* kernel;
+    std::vector<std::vector<unsigned char>> arguments;
+    Dim grid, block;
+    unsigned shared;
 };
 
 struct Launch {
@@ -49,7 +63,8 @@ struct Launch {
 
 std::recursive_mutex mutex;
 bool initialised = false;
-int context_of_device;  // its address is the primary context
+constexpr int DEVICES = 3;
+int contexts[DEVICES];  // their addresses are the primary contexts
 thread_local void* current = nullptr;
 std::deque<Function> functions;
 std::deque<Launch> launches;
@@ -60,7 +75,19 @@ bool ruined = false;
 // Why the last call failed; LAUNCH_FAILED's description.
 std::string message;
 
-// CUdevice_attribute
+// The calls so far, by name; the one that is to fail, counted from now, and how.
+std::deque<std::string> calls;
+long calls_until_failure = 0;
+int failure = 0;
+// What has to be given back at the end.
+long modules = 0;
+// Streams on which a graph is captured, and what it has.
+std::set<void*> capturing;
+std::vector<Node> graph;
+bool graph_is_valid = true;
+
+// CUdevice_attribute, where a device does not have its own
+std::map<int, int> own_attributes[DEVICES];
 std::map<int, int> attributes = {
     {1, 1024},               // threads of a block
     {2, 1024}, {3, 1024}, {4, 64},
@@ -79,6 +106,22 @@ std::map<int, int> attributes = {
 int fail(Result result, const std::string& why) {
     message = why;
     return result;
+}
+
+/// Counts a call; its error, if it is the one that is to fail.
+int counted(const char* name) {
+    calls.push_back(name);
+    if (calls_until_failure > 0 && --calls_until_failure == 0) {
+        message = std::string(name) + ": failed on request";
+        ruined = failure == ILLEGAL_ADDRESS;
+        return failure;
+    }
+    return SUCCESS;
+}
+
+int device_of(const void* context) {
+    const auto* own = static_cast<const int*>(context);
+    return own >= contexts && own < contexts + DEVICES ? int(own - contexts) : -1;
 }
 
 /// The section names of a cubin (a 64-bit ELF file): a kernel's code is in `.text.<kernel>`.
@@ -148,9 +191,16 @@ void run_with(const Fault& fault, const Kernel& kernel, void** parameters, Dim g
     }
     std::vector<void*> given(parameters, parameters + kernel.sizes.size());
     unsigned char* pointer = nullptr;
-    if (!fault.mode.empty()) std::memcpy(&pointer, given.at(fault.parameter), sizeof pointer);
-    unsigned char* moved = reinterpret_cast<unsigned char*>(reinterpret_cast<std::uintptr_t>(pointer) + (1ull << 46));
-    if (fault.mode == "bounds") given[fault.parameter] = &moved;
+    // A struct begins with the pointer.
+    std::vector<unsigned char> moved;
+    if (!fault.mode.empty()) {
+        const auto* from = static_cast<unsigned char*>(given.at(fault.parameter));
+        moved.assign(from, from + kernel.sizes[fault.parameter]);
+        std::memcpy(&pointer, from, sizeof pointer);
+        const std::uintptr_t away = reinterpret_cast<std::uintptr_t>(pointer) + (1ull << 46);
+        std::memcpy(moved.data(), &away, sizeof away);
+    }
+    if (fault.mode == "bounds") given[fault.parameter] = moved.data();
     emulator::run(kernel.call, given.data(), grid, block, shared, reverse);
     if (fault.mode == "wrong") pointer[fault.offset] ^= 0x40;
 }
@@ -160,43 +210,56 @@ void run_with(const Fault& fault, const Kernel& kernel, void** parameters, Dim g
 extern "C" {
 
 #define EXPORT __attribute__((visibility("default")))
-#define READY \
+#define COUNTED \
     std::lock_guard<std::recursive_mutex> lock(mutex); \
+    if (const int code = counted(__func__)) return code
+#define READY \
+    COUNTED; \
     if (!initialised) return fail(NOT_INITIALIZED, std::string(__func__) + " before cuInit"); \
     if (ruined) return ILLEGAL_ADDRESS
 #define REQUIRE(condition) \
     if (!(condition)) return fail(INVALID_VALUE, std::string(__func__) + ": not " #condition)
 
 EXPORT int cuInit(unsigned flags) {
-    std::lock_guard<std::recursive_mutex> lock(mutex);
+    COUNTED;
     REQUIRE(flags == 0);
     initialised = true;
     return SUCCESS;
 }
 
 EXPORT int cuDriverGetVersion(int* version) {
+    COUNTED;
     REQUIRE(version);
+#ifdef SMALL_ARGUMENTS
+    *version = 12000;
+#else
     *version = 13000;
+#endif
     return SUCCESS;
 }
 
 EXPORT int cuDeviceGetCount(int* count) {
     READY;
     REQUIRE(count);
-    *count = 1;
+    *count = DEVICES;
     return SUCCESS;
 }
 
 EXPORT int cuDeviceGet(int* device, int ordinal) {
     READY;
-    REQUIRE(device && ordinal == 0);
-    *device = 0;
+    REQUIRE(device && ordinal >= 0 && ordinal < DEVICES);
+    *device = ordinal;
     return SUCCESS;
 }
 
 EXPORT int cuDeviceGetAttribute(int* value, int attribute, int device) {
     READY;
-    REQUIRE(value && device == 0);
+    REQUIRE(value && device >= 0 && device < DEVICES);
+    const auto own = own_attributes[device].find(attribute);
+    if (own != own_attributes[device].end()) {
+        *value = own->second;
+        return SUCCESS;
+    }
     const auto found = attributes.find(attribute);
     if (found == attributes.end()) {
         return fail(INVALID_VALUE, "the emulator does not know attribute " + std::to_string(attribute));
@@ -207,14 +270,14 @@ EXPORT int cuDeviceGetAttribute(int* value, int attribute, int device) {
 
 EXPORT int cuDevicePrimaryCtxRetain(void** context, int device) {
     READY;
-    REQUIRE(context && device == 0);
-    *context = &context_of_device;
+    REQUIRE(context && device >= 0 && device < DEVICES);
+    *context = &contexts[device];
     return SUCCESS;
 }
 
 EXPORT int cuDevicePrimaryCtxRelease_v2(int device) {
     READY;
-    REQUIRE(device == 0);
+    REQUIRE(device >= 0 && device < DEVICES);
     return SUCCESS;
 }
 
@@ -227,7 +290,7 @@ EXPORT int cuCtxGetCurrent(void** context) {
 
 EXPORT int cuCtxSetCurrent(void* context) {
     READY;
-    REQUIRE(context == nullptr || context == &context_of_device);
+    REQUIRE(context == nullptr || device_of(context) >= 0);
     current = context;
     return SUCCESS;
 }
@@ -241,12 +304,17 @@ EXPORT int cuModuleLoadData(void** module, const void* image) {
     READY;
     REQUIRE(module && image);
     if (!current) return fail(INVALID_CONTEXT, "cuModuleLoadData without a current context");
+    if (!capturing.empty()) {
+        graph_is_valid = false;
+        return fail(CAPTURE_UNSUPPORTED, "cuModuleLoadData while a graph is captured");
+    }
     const bool is_elf = !std::memcmp(image, "\177ELF\2", 5);
     const std::string names = is_elf ? section_names(static_cast<const char*>(image)) : "";
     if (!fault_of("load", is_elf ? names : static_cast<const char*>(image)).mode.empty()) {
         return fail(NO_BINARY_FOR_GPU, "the module cannot be loaded, on request");
     }
-    *module = new Module{names, is_elf};
+    *module = new Module{names, is_elf, current};
+    ++modules;
     return SUCCESS;
 }
 
@@ -254,6 +322,7 @@ EXPORT int cuModuleUnload(void* module) {
     READY;
     REQUIRE(module);
     delete static_cast<Module*>(module);
+    --modules;
     return SUCCESS;
 }
 
@@ -269,7 +338,7 @@ EXPORT int cuModuleGetFunction(void** function, void* module, const char* name) 
     if (found == emulator::registry().end()) {
         return fail(NOT_FOUND, std::string(name) + " is not among the emulated kernels");
     }
-    functions.push_back(Function{&found->second});
+    functions.push_back(Function{&found->second, loaded.context});
     *function = &functions.back();
     return SUCCESS;
 }
@@ -319,10 +388,10 @@ EXPORT int cuOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void* functi
     return SUCCESS;
 }
 
-EXPORT int cuStreamIsCapturing(void*, int* status) {
+EXPORT int cuStreamIsCapturing(void* stream, int* status) {
     READY;
     REQUIRE(status);
-    *status = 0;
+    *status = int(capturing.count(stream));
     return SUCCESS;
 }
 
@@ -340,6 +409,7 @@ EXPORT int cuLaunchKernel(void* function, unsigned grid_x, unsigned grid_y, unsi
         REQUIRE(function && !extra);
         if (!current) return fail(INVALID_CONTEXT, "cuLaunchKernel without a current context");
         const auto& launched = *static_cast<Function*>(function);
+        if (launched.context != current) return fail(INVALID_HANDLE, "a function of another context");
         REQUIRE(parameters || launched.kernel->sizes.empty());
         const std::string wrong = check(launched, grid, block, shared);
         if (!wrong.empty()) return fail(INVALID_VALUE, launched.kernel->name + ": " + wrong);
@@ -349,6 +419,15 @@ EXPORT int cuLaunchKernel(void* function, unsigned grid_x, unsigned grid_y, unsi
             return fail(LAUNCH_FAILED, launched.kernel->name + ": failed on request");
         }
         reverse = reverse_order;
+        if (capturing.count(stream)) {
+            Node node{launched.kernel, {}, grid, block, shared};
+            for (std::size_t i = 0; i < launched.kernel->sizes.size(); ++i) {
+                const auto* from = static_cast<unsigned char*>(parameters[i]);
+                node.arguments.emplace_back(from, from + launched.kernel->sizes[i]);
+            }
+            graph.push_back(node);
+            return SUCCESS;
+        }
     }
     const Kernel& kernel = *static_cast<Function*>(function)->kernel;
     const Fault wanted = fault_of("", kernel.name);
@@ -371,6 +450,9 @@ EXPORT int cuGetErrorName(int error, const char** name) {
         case INVALID_CONTEXT: *name = "CUDA_ERROR_INVALID_CONTEXT"; return SUCCESS;
         case NO_BINARY_FOR_GPU: *name = "CUDA_ERROR_NO_BINARY_FOR_GPU"; return SUCCESS;
         case ILLEGAL_ADDRESS: *name = "CUDA_ERROR_ILLEGAL_ADDRESS"; return SUCCESS;
+        case 2: *name = "CUDA_ERROR_OUT_OF_MEMORY"; return SUCCESS;
+        case INVALID_HANDLE: *name = "CUDA_ERROR_INVALID_HANDLE"; return SUCCESS;
+        case CAPTURE_UNSUPPORTED: *name = "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED"; return SUCCESS;
         case NOT_FOUND: *name = "CUDA_ERROR_NOT_FOUND"; return SUCCESS;
         case LAUNCH_FAILED: *name = "CUDA_ERROR_LAUNCH_FAILED"; return SUCCESS;
         default: *name = nullptr; return INVALID_VALUE;
@@ -411,8 +493,66 @@ EXPORT void emulator_reset() {
     std::lock_guard<std::recursive_mutex> lock(mutex);
     launches.clear();
     launches_until_failure = 0;
+    calls.clear();
+    calls_until_failure = 0;
     reverse_order = false;
     ruined = false;
+    capturing.clear();
+}
+
+/// The device of launch `index`.
+EXPORT int emulator_launch_device(long index) {
+    std::lock_guard<std::recursive_mutex> lock(mutex);
+    return index < 0 || index >= long(launches.size()) ? -1 : device_of(launches[index].context);
+}
+
+EXPORT long emulator_calls() {
+    std::lock_guard<std::recursive_mutex> lock(mutex);
+    return long(calls.size());
+}
+
+/// The name of call `index` since the last reset.
+EXPORT const char* emulator_call(long index) {
+    std::lock_guard<std::recursive_mutex> lock(mutex);
+    return index < 0 || index >= long(calls.size()) ? nullptr : calls[index].c_str();
+}
+
+/// The `count`-th call from now fails with this error, whatever it is; 0: none does. After CUDA_ERROR_ILLEGAL_ADDRESS
+/// all later ones fail too.
+EXPORT void emulator_fail_call(long count, int code) {
+    std::lock_guard<std::recursive_mutex> lock(mutex);
+    calls_until_failure = count;
+    failure = code;
+}
+
+/// Modules that are loaded.
+EXPORT long emulator_modules() {
+    std::lock_guard<std::recursive_mutex> lock(mutex);
+    return modules;
+}
+
+/// Launches on this stream are captured from now on, and not run.
+EXPORT void emulator_capture(void* stream) {
+    std::lock_guard<std::recursive_mutex> lock(mutex);
+    graph.clear();
+    graph_is_valid = true;
+    capturing.insert(stream);
+}
+
+/// Ends the capture; the number of launches in the graph, or -1 if something made it invalid.
+EXPORT long emulator_end_capture() {
+    std::lock_guard<std::recursive_mutex> lock(mutex);
+    capturing.clear();
+    return graph_is_valid ? long(graph.size()) : -1;
+}
+
+/// Runs what was captured.
+EXPORT void emulator_replay() {
+    for (Node& node : graph) {
+        std::vector<void*> parameters;
+        for (auto& argument : node.arguments) parameters.push_back(argument.data());
+        emulator::run(node.kernel->call, parameters.data(), node.grid, node.block, node.shared, false);
+    }
 }
 
 /// The `count`-th launch from now fails, with CUDA_ERROR_LAUNCH_FAILED and nothing run. 0: none does.
@@ -431,6 +571,12 @@ EXPORT void emulator_reverse(int reverse) {
 EXPORT void emulator_set_attribute(int attribute, int value) {
     std::lock_guard<std::recursive_mutex> lock(mutex);
     attributes[attribute] = value;
+}
+
+/// The same of one device.
+EXPORT void emulator_set_attribute_of(int device, int attribute, int value) {
+    std::lock_guard<std::recursive_mutex> lock(mutex);
+    own_attributes[device][attribute] = value;
 }
 
 }  // extern "C"

@@ -24,6 +24,8 @@
 #define __noinline__ __attribute__((noinline))
 #define __align__(bytes) __attribute__((aligned(bytes)))
 #define __launch_bounds__(...)
+// A parameter that is read where it is, and not copied.
+#define __grid_constant__
 
 #define threadIdx (::emulator::position->thread)
 #define blockIdx (::emulator::position->block)

@@ -82,3 +82,11 @@ def test_gpus_as_torch_reports_them(monkeypatch):
 
 def test_builds():
     assert hardware.torch_builds()["CUDA of torch"] == torch.version.cuda
+
+
+def test_devices_of_apple_and_intel(monkeypatch):
+    assert hardware.other_devices() == []
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.xpu, "is_available", lambda: True)
+    monkeypatch.setattr(torch.xpu, "device_count", lambda: 2)
+    assert [str(device) for device in hardware.other_devices()] == ["mps", "xpu:0", "xpu:1"]

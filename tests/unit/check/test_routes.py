@@ -19,6 +19,17 @@ def test_a_cpu():
     assert found["packed attention"] == "torch's flash kernel"
 
 
+@pytest.mark.parametrize("name", ["mps", "xpu:0"])
+def test_gpus_of_apple_and_intel(monkeypatch, name):
+    def no_cuda(*arguments):
+        raise AssertionError("torch was built without CUDA")
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", no_cuda)
+    found = by(torch.device(name))
+    assert found["NF4 weights"] == found["8-bit AdamW"] == found["head and loss"] == "torch"
+    assert found["packed attention"] == "blocks of torch's attention"
+
+
 @pytest.mark.parametrize(
     ("hip", "capability", "core"),
     [(None, (9, 0), "CUDA kernels"), (None, (7, 0), "torch"), ("7.0", (9, 4), "torch")],

@@ -7,7 +7,7 @@ import jsonschema
 import pytest
 
 from oddsmith import cli
-from oddsmith.check import folders, run, software, speed, trials
+from oddsmith.check import folders, hardware, run, software, speed, trials
 from oddsmith.errors import TorchError
 from support.paths import ROOT
 
@@ -53,6 +53,23 @@ def test_a_family_that_differs(monkeypatch, capsys):
     assert not found["ready"]
     assert found["problems"][0]["what"].startswith("head, forward in float32 on cpu is ")
     assert found["speeds"] == []
+
+
+def test_gpus_of_apple_and_intel(monkeypatch, capsys):
+    """torch reports them; what is used there is said, and that nobody has tried it."""
+    devices = [trials.torch.device(name) for name in ("mps", "xpu:0", "xpu:1")]
+    monkeypatch.setattr(hardware, "other_devices", lambda: devices)
+    assert cli.main(["check", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    jsonschema.validate(found, SCHEMA)
+    by = {
+        (route["device"], route["by"])
+        for route in found["routes"]
+        if route["what"] == "head and loss"
+    }
+    assert by == {("cpu", "Rust"), ("mps", "torch"), ("xpu:0", "torch"), ("xpu:1", "torch")}
+    assert {trial["device"] for trial in found["trials"]} == {"cpu"} and found["kernels"] == []
+    assert len([each for each in found["problems"] if "nobody has trained on" in each["what"]]) == 3
 
 
 def test_a_missing_package_is_fatal(monkeypatch, capsys):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..checks import check_adam, is_count
+from ..checks import check_adam, check_not_captured, is_count
 from . import saved_state
 from .fsdp import gathered, local, local_grad, split
 from .moments import is_8bit, layout, maps
@@ -114,6 +114,9 @@ class BlockAdamW(Optimizer):
             )
         super().add_param_group({**param_group, "params": params})
 
+    def _parameters(self) -> Iterator[Tensor]:
+        return (parameter for group in self.param_groups for parameter in group["params"])
+
     def _check_dtype(self, parameter: Tensor) -> None:
         if parameter.dtype not in _DTYPES:
             raise ValueError(
@@ -137,10 +140,12 @@ class BlockAdamW(Optimizer):
             closure (`Callable`, *optional*): Computes the loss again and returns it.
 
         Raises:
-            RuntimeError: If the state is paged, in a process that was forked after it was made.
+            RuntimeError: If the state is paged, in a process that was forked after it was made; while a CUDA
+                graph is captured.
         """
         if self._pages is not None:
             self._pages.check_process()
+        check_not_captured(type(self).__name__, self._parameters())
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -164,19 +169,22 @@ class BlockAdamW(Optimizer):
         updates, copies = [], []
         for parameter, group, index in found:
             state = self.state[parameter]
-            state["step"] += 1
+            number = state["step"] + 1
             value, grad = local(parameter), local_grad(parameter)
             if not value.is_contiguous():
                 copies.append((value, value.contiguous()))
                 value = copies[-1][1]
             if grad.dtype != value.dtype:
                 grad = grad.float()
-            seed = self._draw(index, state["step"]) if group["stochastic_rounding"] else None
-            rule = rule_of(group, state["step"])
+            seed = self._draw(index, number) if group["stochastic_rounding"] else None
+            rule = rule_of(group, number)
             updates.append(AdamUpdate(value, grad.contiguous(), state, rule, seed))
         self._run(updates)
         for value, moved in copies:
             value.copy_(moved)
+        # After everything that can fail, such as an allocation, so that a step that failed can be taken again.
+        for parameter, _, _ in found:
+            self.state[parameter]["step"] += 1
         if all(update.value.device.type == "cpu" for update in updates):
             self.report()
         return loss

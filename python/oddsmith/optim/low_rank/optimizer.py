@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..checks import check_adam, is_count, is_positive
+from ..checks import check_adam, check_not_captured, is_count, is_positive
 from .layerwise import LayerwiseHooks
 from .projection import PROJ_TYPES, project, sides
 from .rules import norm_of, update_parameter
@@ -201,7 +201,12 @@ class LowRankOptimizer(Optimizer):
 
         Args:
             closure (`Callable`, *optional*): Computes the loss again and returns it.
+
+        Raises:
+            RuntimeError: While a CUDA graph is captured.
         """
+        parameters = (each for group in self.param_groups for each in group["params"])
+        check_not_captured(type(self).__name__, parameters)
         loss = None
         if closure is not None:
             with torch.enable_grad():
