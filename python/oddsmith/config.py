@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from accelerate.utils import convert_file_size_to_int
 from transformers import TrainingArguments
 from transformers.utils import logging
 from transformers.utils.import_utils import (
@@ -27,10 +28,12 @@ _SHARE_PROMPT: dict[str, bool | Literal["auto"]] = {"auto": "auto", "true": True
 
 if TYPE_CHECKING:
     SharePrompt = bool | Literal["auto"]
+    ByteBudget = int | str | None
 else:
     # HfArgumentParser cannot make a flag of such a union, so it passes the text, which is parsed
     # here.
     SharePrompt = str
+    ByteBudget = str
 
 # What TRL assumed when max_length was None.
 _MAX_LENGTH_OF_NONE = 512
@@ -53,6 +56,10 @@ class ORPOConfig(LegacyArguments, TrainingArguments):
         gradient_checkpointing (`bool`, *optional*, defaults to `True`):
             Recompute activations in the backward pass. `activation_checkpointing`, its newer name
             in transformers, is used if both are given.
+        activation_budget (`int` or `str`, *optional*, defaults to `"auto"`):
+            Memory for activations that gradient checkpointing would recompute; what is computed is
+            the same. The last layers keep theirs as far as it reaches: bytes, a size such as
+            `"4GB"`, or `"auto"` for what is free. `None` or `"none"`: recompute all.
         bf16 (`bool`, *optional*):
             bfloat16 mixed precision. `None` means yes unless `fp16` is set. Falls back to fp32,
             with a log message, if the hardware has no bfloat16.
@@ -138,6 +145,13 @@ class ORPOConfig(LegacyArguments, TrainingArguments):
     gradient_checkpointing: bool = field(  # pyright: ignore[reportIncompatibleVariableOverride]
         default=True,
         metadata={"help": "Recompute activations in the backward pass to save memory."},
+    )
+    activation_budget: ByteBudget = field(
+        default="auto",
+        metadata={
+            "help": "Memory for activations that are kept instead of recomputed: auto (what is free), "
+            "a size such as 4GB, or none."
+        },
     )
     bf16: bool | None = flag(
         None,
@@ -330,6 +344,7 @@ class ORPOConfig(LegacyArguments, TrainingArguments):
                 f"share_prompt is {self.share_prompt!r}; must be True, False or 'auto'"
             )
         self.share_prompt = share_prompt
+        self.activation_budget = _read_budget(self.activation_budget)
         for name in (
             "max_length",
             "max_prompt_length",
@@ -418,6 +433,25 @@ def _check_weight(name: str, value: Any) -> None:
 def _check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} is {value!r}; must be one of {', '.join(map(repr, allowed))}")
+
+
+def _read_budget(value: Any) -> int | str | None:
+    """`activation_budget` as bytes, `"auto"` or None."""
+    if value is None or value in ("auto", "none"):
+        return None if value == "none" else value
+    try:
+        if isinstance(value, bool):
+            raise ValueError
+        size = value if isinstance(value, int) else int(value) if value.isdigit() else None
+        size = convert_file_size_to_int(value) if size is None else size
+    except (AttributeError, ValueError):
+        size = 0
+    if size <= 0:
+        raise ValueError(
+            f"activation_budget is {value!r}; must be a positive number of bytes, a size such as "
+            "'4GB' or '512MiB', 'auto' or 'none'"
+        )
+    return size
 
 
 def cpu_has_bf16() -> bool:

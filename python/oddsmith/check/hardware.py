@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
+from .. import memory
 from ..config import cpu_has_bf16
-from . import memory
 from .findings import Gpu, Problem, Processor
 from .software import nvidia_driver
 
