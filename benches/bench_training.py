@@ -239,7 +239,9 @@ def arguments() -> argparse.Namespace:
         action="store_true",
         help="mixed precision as by default, instead of float32",
     )
-    parser.add_argument("--child", choices=("oddsmith", "recomputed", "trl"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--child", choices=("oddsmith", "recomputed", "trl"), help=argparse.SUPPRESS
+    )
     parser.add_argument("--profile", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -255,7 +257,9 @@ def names(args: argparse.Namespace) -> tuple[str, str]:
     key += "_default_precision" if args.default_precision else ""
     case = f"step, Mistral shape {'tiny' if args.tiny else '56 M'}, 2 x 2 pairs of up to {MAX_LENGTH[args.tiny]:,} tokens"
     precision = "default precision" if args.default_precision else "float32"
-    case += f", {precision}, {kind}, {'' if args.checkpointing else 'no '}checkpointing, {rows} pairs"
+    case += (
+        f", {precision}, {kind}, {'' if args.checkpointing else 'no '}checkpointing, {rows} pairs"
+    )
     return key, case
 
 

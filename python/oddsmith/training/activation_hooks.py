@@ -63,7 +63,9 @@ class ActivationHooks(TrainerParts):
         except torch.OutOfMemoryError as error:
             if not kept.kept_layers or self.args.world_size > 1 or not before.restore():
                 if kept.kept_layers:
-                    _add_note(error, "Less activation_budget than now, or 'none', needs less memory.")
+                    _add_note(
+                        error, "Less activation_budget than now, or 'none', needs less memory."
+                    )
                 raise
         else:
             budget.after_batch(kept.tokens)

@@ -72,7 +72,10 @@ class MetricStore:
         """A copy, for [`set_state`]."""
         # Sums are replaced, not changed.
         return [
-            {split: {key: list(value) for key, value in each.items()} for split, each in part.items()}
+            {
+                split: {key: list(value) for key, value in each.items()}
+                for split, each in part.items()
+            }
             for part in (self._tensors, self._numbers)
         ]
 

@@ -43,7 +43,9 @@ def test_two_measurements_are_a_line(constant, slope):
     def saved(tokens, length):
         return tokens * (constant + slope * length)
 
-    rate = measured(*((tokens, length, saved(tokens, length)) for tokens, length in [(9, 9), (40, 20)]))
+    rate = measured(
+        *((tokens, length, saved(tokens, length)) for tokens, length in [(9, 9), (40, 20)])
+    )
     for tokens, length in [(7, 3), (30, 12), (20, 20)]:
         assert rate.bytes(tokens, length) == pytest.approx(saved(tokens, length))
     assert rate.bytes(64, 32) >= saved(64, 32)
@@ -67,7 +69,9 @@ def test_as_many_of_the_last_layers_as_fit(budget, first):
     assert stack.first_kept(10, 5) == first
     assert stack.kept == (4 - first, 100 * (4 - first), 10)
     # Twice the tokens keep half of the layers.
-    assert stack.first_kept(20, 5) == 4 - (4 - first if first == 0 and budget > 800 else budget // 200)
+    assert stack.first_kept(20, 5) == 4 - (
+        4 - first if first == 0 and budget > 800 else budget // 200
+    )
 
 
 def test_one_layer_of_an_unknown_kind_at_a_time():
@@ -95,7 +99,9 @@ def small_model(name="mistral", reentrant=False, lora=False, attention="sdpa"):
 def gradients(model, ids):
     model.zero_grad()
     model(ids, labels=ids, use_cache=False).loss.backward()
-    return {name: each.grad.clone() for name, each in model.named_parameters() if each.grad is not None}
+    return {
+        name: each.grad.clone() for name, each in model.named_parameters() if each.grad is not None
+    }
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -7,13 +7,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import LoraConfig
+from transformers import AutoModelForCausalLM
 
-from oddsmith import ORPOConfig, ORPOTrainer
+from oddsmith import NF4Config, ORPOConfig, ORPOTrainer
 from support.trainer_runs import arguments, make_model, make_tokenizer, pairs
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 
-LORA = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], lora_dropout=0.1, task_type="CAUSAL_LM")
+LORA = LoraConfig(
+    r=2, target_modules=["q_proj", "down_proj"], lora_dropout=0.1, task_type="CAUSAL_LM"
+)
 
 
 class Watched(ORPOTrainer):
@@ -26,7 +29,9 @@ class Watched(ORPOTrainer):
         return loss
 
 
-def trainer_for(tmp_path, budget, name="mistral", model=None, kind=Watched, adapter=None, **changed):
+def trainer_for(
+    tmp_path, budget, name="mistral", model=None, kind=Watched, adapter=None, **changed
+):
     settings = {"gradient_checkpointing": True, "max_steps": 3, "save_strategy": "no", **changed}
     return kind(
         make_model(name, make_tokenizer(name)) if model is None else model,
@@ -46,9 +51,13 @@ def run(*args, **kwargs):
 def assert_equal(trainer, other):
     for name, value in other.model.state_dict().items():
         assert torch.equal(trainer.model.state_dict()[name], value), name
-    kept = [{k: v for k, v in log.items() if not k.startswith("train_")} for log in other.state.log_history]
+    kept = [
+        {k: v for k, v in log.items() if not k.startswith("train_")}
+        for log in other.state.log_history
+    ]
     assert [
-        {k: v for k, v in log.items() if not k.startswith("train_")} for log in trainer.state.log_history
+        {k: v for k, v in log.items() if not k.startswith("train_")}
+        for log in trainer.state.log_history
     ] == kept
 
 
@@ -83,6 +92,21 @@ def test_a_run_is_the_same_to_the_bit(case, tmp_path):
     assert_equal(trainer, expected)
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_4_bit_model_with_an_adapter(bf16, tmp_path):
+    make_model("mistral", make_tokenizer()).save_pretrained(tmp_path / "full")
+
+    def model():
+        return AutoModelForCausalLM.from_pretrained(
+            tmp_path / "full", quantization_config=NF4Config()
+        )
+
+    expected = run(tmp_path, "none", model=model(), adapter=LORA, bf16=bf16)
+    trainer = run(tmp_path, "1GB", model=model(), adapter=LORA, bf16=bf16)
+    assert trainer.counts[-1] == 2
+    assert_equal(trainer, expected)
+
+
 def test_auto_waits_for_the_state_of_the_optimizer(tmp_path, caplog):
     caplog.set_level(logging.INFO, "oddsmith.training.activation_hooks")
     trainer = run(tmp_path, "auto")
@@ -108,7 +132,7 @@ def test_a_long_batch_keeps_fewer_layers(tmp_path):
     once = run(tmp_path, "1GB", **single)
     assert once.counts[1:] == [2] * 7
     some = run(tmp_path, 500_000, **single)
-    assert set(some.counts[1:]) == {1, 2}
+    assert {0, 2} <= set(some.counts[1:])
     assert_equal(some, once)
 
 
@@ -229,5 +253,7 @@ def test_sizes(given, read):
 
 @pytest.mark.parametrize("given", [0, -1, True, "much", "4 apples", 1.5, "-3GB", [1]])
 def test_what_is_no_size(given):
-    with pytest.raises(ValueError, match="activation_budget is .*; must be a positive number of bytes"):
+    with pytest.raises(
+        ValueError, match="activation_budget is .*; must be a positive number of bytes"
+    ):
         ORPOConfig(use_cpu=True, activation_budget=given)
