@@ -5,7 +5,6 @@ import numbers
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from accelerate.utils import convert_file_size_to_int
 from transformers import TrainingArguments
 from transformers.utils import logging
@@ -14,6 +13,7 @@ from transformers.utils.import_utils import (
     is_torch_xla_available,
 )
 
+from .bf16_products import cpu_has_bf16
 from .legacy_arguments import LEGACY_NAMES, LegacyArguments, flag, resolve_legacy
 
 logger = logging.get_logger(__name__)
@@ -452,9 +452,3 @@ def _read_budget(value: Any) -> int | str | None:
             "'4GB' or '512MiB', 'auto' or 'none'"
         )
     return size
-
-
-def cpu_has_bf16() -> bool:
-    # {"avx512_bf16": True, "amx_bf16": False, ...} on x86, "bf16" on ARM; absent from older torch.
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(name.endswith("bf16") and present is True for name, present in capabilities.items())

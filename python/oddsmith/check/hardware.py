@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from .. import memory
-from ..config import cpu_has_bf16
+from ..bf16_products import cpu_has_bf16
 from .findings import Gpu, Problem, Processor
 from .software import nvidia_driver
 
