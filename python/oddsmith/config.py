@@ -2,6 +2,7 @@
 
 import math
 import numbers
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -45,8 +46,7 @@ class ORPOConfig(LegacyArguments, TrainingArguments):
     Arguments of [`ORPOTrainer`]: those of [`~transformers.TrainingArguments`] and those below.
 
     Takes the arguments of every TRL release, and the names of older releases of transformers
-    ([`~oddsmith.legacy_arguments.LegacyArguments`]). Can be converted to command line flags with
-    [`~transformers.HfArgumentParser`].
+    ([`~oddsmith.legacy_arguments.LegacyArguments`]). [`~transformers.HfArgumentParser`] makes flags.
 
     Args:
         learning_rate (`float`, *optional*, defaults to `1e-6`):
@@ -54,12 +54,11 @@ class ORPOConfig(LegacyArguments, TrainingArguments):
         logging_steps (`float`, *optional*, defaults to `10`):
             Steps between two logs; below 1 a fraction of all steps.
         gradient_checkpointing (`bool`, *optional*, defaults to `True`):
-            Recompute activations in the backward pass. `activation_checkpointing`, its newer name
-            in transformers, is used if both are given.
+            Recompute activations. `activation_checkpointing`, its newer name, is used if both are
+            given.
         activation_budget (`int` or `str`, *optional*, defaults to `"auto"`):
-            Memory for activations that gradient checkpointing would recompute; what is computed is
-            the same. The last layers keep theirs as far as it reaches: bytes, a size such as
-            `"4GB"`, or `"auto"` for what is free. `None` or `"none"`: recompute all.
+            Memory for activations that are kept instead of recomputed, with the same results:
+            bytes, a size such as `"4GB"`, or `"auto"`, what is free. `None` or `"none"`: none.
         bf16 (`bool`, *optional*):
             bfloat16 mixed precision. `None` means yes unless `fp16` is set. Falls back to fp32,
             with a log message, if the hardware has no bfloat16.
@@ -99,13 +98,13 @@ class ORPOConfig(LegacyArguments, TrainingArguments):
             Set every dropout of the model, the adapter's included, to 0.
         generate_during_eval (`bool`, *optional*, defaults to `False`):
             Log completions of the model with each evaluation.
-        is_encoder_decoder (`bool`, *optional*):            Whether `model_init` returns an
-            encoder-decoder model.
+        is_encoder_decoder (`bool`, *optional*):
+            Whether `model_init` returns an encoder-decoder model.
         model_init_kwargs (`dict[str, Any]` or `str`, *optional*):
             Keyword arguments, or a JSON object of them, for `from_pretrained` if the model is a
             string.
-        trust_remote_code (`bool`, *optional*, defaults to `False`):            Allow models with
-            Python code in their repository.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Allow models with Python code in their repository.
         prompt_column (`str`, *optional*):
             Column of the dataset that is the prompt. `None`: `prompt`, or one of the usual names.
         column_mapping (`dict[str, str]` or `str`, *optional*):
@@ -439,13 +438,12 @@ def _read_budget(value: Any) -> int | str | None:
     """`activation_budget` as bytes, `"auto"` or None."""
     if value is None or value in ("auto", "none"):
         return None if value == "none" else value
-    try:
-        if isinstance(value, bool):
-            raise ValueError
-        size = value if isinstance(value, int) else int(value) if value.isdigit() else None
-        size = convert_file_size_to_int(value) if size is None else size
-    except (AttributeError, ValueError):
-        size = 0
+    size = 0
+    if isinstance(value, int) and not isinstance(value, bool):
+        size = value
+    elif isinstance(value, str):
+        with suppress(ValueError):
+            size = int(value) if value.isdigit() else convert_file_size_to_int(value)
     if size <= 0:
         raise ValueError(
             f"activation_budget is {value!r}; must be a positive number of bytes, a size such as "
