@@ -1,11 +1,12 @@
 """A whole training step beside TRL's: time and memory of real trainer runs.
 
     python benches/bench_training.py [--repeats 5] [--steps 4] [--no-checkpointing] [--lora | --qlora]
-                                     [--data FILE.jsonl.gz | --long-prompts] [--record]
+                                     [--data FILE.jsonl.gz | --long-prompts] [--default-precision] [--record]
 
 Each run is a new process that trains a Mistral-shaped model (8 layers, hidden 512, vocabulary 32,000, 56 M parameters,
 `float32`) for a few optimiser steps of two accumulated micro-batches of two pairs, `max_length` 1,024. Runs of the two
-trainers alternate. The time of a step is the median over the steps after the first. Memory is the peak of resident
+trainers alternate; `recomputed` is oddsmith with activation_budget="none", which
+recomputes every layer. The time of a step is the median over the steps after the first. Memory is the peak of resident
 memory above what the process held before training began (model and data), less the gradients and the optimiser's
 state, which every trainer needs. With --data the rows are real pairs in the UltraFeedback form and the tokenizer is
 Mistral's, from mistral-common. Without, they are random words of the same lengths, or with --long-prompts prompts of
@@ -86,7 +87,7 @@ def in_four_bits(model, folder: Path, trainer: str):
     """The model with NF4 weights, of bitsandbytes or of oddsmith."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    if trainer == "oddsmith":
+    if trainer != "trl":
         from oddsmith import use_for_bitsandbytes
 
         use_for_bitsandbytes()
@@ -146,6 +147,9 @@ def child(args: argparse.Namespace) -> None:
             self.seconds.append(time.perf_counter() - self.starts)
 
     clock = Clock()
+    # By default both take bfloat16 where the processor has it.
+    precision: dict = {} if args.default_precision else {"bf16": False}
+    budget = {"activation_budget": "none"} if args.child == "recomputed" else {}
     trainer = ORPOTrainer(
         model=model,
         args=ORPOConfig(
@@ -156,7 +160,8 @@ def child(args: argparse.Namespace) -> None:
             max_length=MAX_LENGTH[args.tiny],
             learning_rate=1e-5,
             logging_steps=1,
-            bf16=False,
+            **precision,
+            **budget,
             use_cpu=True,
             gradient_checkpointing=args.checkpointing,
             save_strategy="no",
@@ -229,7 +234,14 @@ def arguments() -> argparse.Namespace:
         default=True,
         help="gradient checkpointing for both, which is the default of both (default: on)",
     )
-    parser.add_argument("--child", choices=("oddsmith", "trl"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--default-precision",
+        action="store_true",
+        help="mixed precision as by default, instead of float32",
+    )
+    parser.add_argument(
+        "--child", choices=("oddsmith", "recomputed", "trl"), help=argparse.SUPPRESS
+    )
     parser.add_argument("--profile", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -242,8 +254,12 @@ def names(args: argparse.Namespace) -> tuple[str, str]:
         rows = slug(args.data.name.split(".")[0].split("_")[0])
     key = f"{kind}_{'tiny' if args.tiny else '56m'}_{rows}"
     key += "" if args.checkpointing else "_no_checkpointing"
+    key += "_default_precision" if args.default_precision else ""
     case = f"step, Mistral shape {'tiny' if args.tiny else '56 M'}, 2 x 2 pairs of up to {MAX_LENGTH[args.tiny]:,} tokens"
-    case += f", float32, {kind}, {'' if args.checkpointing else 'no '}checkpointing, {rows} pairs"
+    precision = "default precision" if args.default_precision else "float32"
+    case += (
+        f", {precision}, {kind}, {'' if args.checkpointing else 'no '}checkpointing, {rows} pairs"
+    )
     return key, case
 
 
@@ -255,10 +271,12 @@ def main() -> None:
     report = Report("bench_training", args, ("trl", "transformers", "peft", "bitsandbytes"))
     argv = [f"--steps={args.steps}", f"--threads={args.threads}"]
     argv += [f"--data={args.data}"] if args.data else []
-    for flag in ("tiny", "long_prompts", "lora", "qlora"):
+    for flag in ("tiny", "long_prompts", "lora", "qlora", "default_precision"):
         argv += [f"--{flag.replace('_', '-')}"] if getattr(args, flag) else []
     argv += ["--checkpointing" if args.checkpointing else "--no-checkpointing"]
-    results: dict[str, list[dict]] = {"oddsmith": []} | ({"trl": []} if installed("trl") else {})
+    results: dict[str, list[dict]] = {"oddsmith": []}
+    results |= {"recomputed": []} if args.checkpointing else {}
+    results |= {"trl": []} if installed("trl") else {}
     for index in range(args.repeats):
         for name, runs in results.items():
             runs.append(run(name, argv))

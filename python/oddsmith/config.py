@@ -2,10 +2,11 @@
 
 import math
 import numbers
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
+from accelerate.utils import convert_file_size_to_int
 from transformers import TrainingArguments
 from transformers.utils import logging
 from transformers.utils.import_utils import (
@@ -13,6 +14,7 @@ from transformers.utils.import_utils import (
     is_torch_xla_available,
 )
 
+from .bf16_products import cpu_has_bf16
 from .legacy_arguments import LEGACY_NAMES, LegacyArguments, flag, resolve_legacy
 
 logger = logging.get_logger(__name__)
@@ -27,10 +29,12 @@ _SHARE_PROMPT: dict[str, bool | Literal["auto"]] = {"auto": "auto", "true": True
 
 if TYPE_CHECKING:
     SharePrompt = bool | Literal["auto"]
+    ByteBudget = int | str | None
 else:
     # HfArgumentParser cannot make a flag of such a union, so it passes the text, which is parsed
     # here.
     SharePrompt = str
+    ByteBudget = str
 
 # What TRL assumed when max_length was None.
 _MAX_LENGTH_OF_NONE = 512
@@ -42,8 +46,7 @@ class ORPOConfig(LegacyArguments, TrainingArguments):
     Arguments of [`ORPOTrainer`]: those of [`~transformers.TrainingArguments`] and those below.
 
     Takes the arguments of every TRL release, and the names of older releases of transformers
-    ([`~oddsmith.legacy_arguments.LegacyArguments`]). Can be converted to command line flags with
-    [`~transformers.HfArgumentParser`].
+    ([`~oddsmith.legacy_arguments.LegacyArguments`]). [`~transformers.HfArgumentParser`] makes flags.
 
     Args:
         learning_rate (`float`, *optional*, defaults to `1e-6`):
@@ -51,8 +54,11 @@ class ORPOConfig(LegacyArguments, TrainingArguments):
         logging_steps (`float`, *optional*, defaults to `10`):
             Steps between two logs; below 1 a fraction of all steps.
         gradient_checkpointing (`bool`, *optional*, defaults to `True`):
-            Recompute activations in the backward pass. `activation_checkpointing`, its newer name
-            in transformers, is used if both are given.
+            Recompute activations. `activation_checkpointing`, its newer name, is used if both are
+            given.
+        activation_budget (`int` or `str`, *optional*, defaults to `"auto"`):
+            Memory for activations that are kept, not recomputed: bytes, a size such as `"4GB"`, or
+            `"auto"`, what is free. `None` or `"none"`: none.
         bf16 (`bool`, *optional*):
             bfloat16 mixed precision. `None` means yes unless `fp16` is set. Falls back to fp32,
             with a log message, if the hardware has no bfloat16.
@@ -92,13 +98,13 @@ class ORPOConfig(LegacyArguments, TrainingArguments):
             Set every dropout of the model, the adapter's included, to 0.
         generate_during_eval (`bool`, *optional*, defaults to `False`):
             Log completions of the model with each evaluation.
-        is_encoder_decoder (`bool`, *optional*):            Whether `model_init` returns an
-            encoder-decoder model.
+        is_encoder_decoder (`bool`, *optional*):
+            Whether `model_init` returns an encoder-decoder model.
         model_init_kwargs (`dict[str, Any]` or `str`, *optional*):
             Keyword arguments, or a JSON object of them, for `from_pretrained` if the model is a
             string.
-        trust_remote_code (`bool`, *optional*, defaults to `False`):            Allow models with
-            Python code in their repository.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Allow models with Python code in their repository.
         prompt_column (`str`, *optional*):
             Column of the dataset that is the prompt. `None`: `prompt`, or one of the usual names.
         column_mapping (`dict[str, str]` or `str`, *optional*):
@@ -110,8 +116,8 @@ class ORPOConfig(LegacyArguments, TrainingArguments):
             Run the model on one packed row of the batch's tokens without padding, if its attention
             allows it; otherwise the log says why not. Needs the fused head.
         share_prompt (`bool` or `"auto"`, *optional*, defaults to `"auto"`):
-            Compute the common beginning of a pair's sequences once, in a packed row; the results
-            are the same. `"auto"`: if that saves at least 5 % of a pair's tokens.
+            Compute the common beginning of a pair's sequences once, in a packed row, with the same
+            results. `"auto"`: if that saves at least 5 % of a pair's tokens.
         max_tokens_per_batch (`int`, *optional*):
             Most tokens of a training batch, both sequences of a pair counted in full, instead of
             `per_device_train_batch_size` pairs. An epoch has every pair once.
@@ -138,6 +144,12 @@ class ORPOConfig(LegacyArguments, TrainingArguments):
     gradient_checkpointing: bool = field(  # pyright: ignore[reportIncompatibleVariableOverride]
         default=True,
         metadata={"help": "Recompute activations in the backward pass to save memory."},
+    )
+    activation_budget: ByteBudget = field(
+        default="auto",
+        metadata={
+            "help": "Memory for activations that are kept: auto (what is free), 4GB, .., or none."
+        },
     )
     bf16: bool | None = flag(
         None,
@@ -330,6 +342,7 @@ class ORPOConfig(LegacyArguments, TrainingArguments):
                 f"share_prompt is {self.share_prompt!r}; must be True, False or 'auto'"
             )
         self.share_prompt = share_prompt
+        self.activation_budget = _read_budget(self.activation_budget)
         for name in (
             "max_length",
             "max_prompt_length",
@@ -420,7 +433,19 @@ def _check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} is {value!r}; must be one of {', '.join(map(repr, allowed))}")
 
 
-def cpu_has_bf16() -> bool:
-    # {"avx512_bf16": True, "amx_bf16": False, ...} on x86, "bf16" on ARM; absent from older torch.
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(name.endswith("bf16") and present is True for name, present in capabilities.items())
+def _read_budget(value: Any) -> int | str | None:
+    """`activation_budget` as bytes, `"auto"` or None."""
+    if value is None or value in ("auto", "none"):
+        return None if value == "none" else value
+    size = 0
+    if isinstance(value, int) and not isinstance(value, bool):
+        size = value
+    elif isinstance(value, str):
+        with suppress(ValueError):
+            size = int(value) if value.isdigit() else convert_file_size_to_int(value)
+    if size <= 0:
+        raise ValueError(
+            f"activation_budget is {value!r}; must be a positive number of bytes, a size such as "
+            "'4GB' or '512MiB', 'auto' or 'none'"
+        )
+    return size

@@ -20,6 +20,7 @@ from .data.processor import tokenizer_of
 from .data.tokenizer import ensure_pad_token
 from .integrations.model_path import TrainingPath, path_of
 from .stage import staged_file
+from .training.activation_hooks import ActivationHooks
 from .training.adamw_names import ADAMW_NAMES, adamw_optimizer
 from .training.arguments import check_arguments, own_config
 from .training.batch_hooks import BatchHooks
@@ -57,6 +58,7 @@ class ORPOTrainer(
     RowHooks,
     BatchHooks,
     LossHooks,
+    ActivationHooks,
     GradientHooks,
     EvaluationHooks,
     SaveHooks,

@@ -1,5 +1,6 @@
 """Small models of many families, with random weights: nothing is downloaded."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -119,3 +120,11 @@ def make_model(name: str, tokenizer: Any, seed: int = 11) -> Any:
     }
     torch.manual_seed(seed)
     return MODELS[name](len(tokenizer), tokens).float()
+
+
+def checkpointed(model: Any, reentrant: bool = False) -> Any:
+    """`model` in training mode with gradient checkpointing, by the name of any transformers."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    return model.train()

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from ..config import cpu_has_bf16
-from . import memory
+from .. import memory
+from ..bf16_products import cpu_has_bf16
 from .findings import Gpu, Problem, Processor
 from .software import nvidia_driver
 

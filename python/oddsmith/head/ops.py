@@ -7,6 +7,7 @@ Both functions run the Rust core through custom operators, so they work outside 
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch._C import _autograd as torch_autograd
 
 from .. import _core
+from ..bf16_products import bf16_products
 from .arguments import HeadArguments, Needs, ObjectiveArguments, PairArguments
 
 __all__ = ["LinearORPOOutput", "linear_logps", "linear_orpo"]
@@ -47,6 +49,11 @@ class LinearORPOOutput(NamedTuple):
     chosen_logits: Tensor
     rejected_logits: Tensor
     empty_completions: Tensor
+
+
+def _products_of(hidden: Tensor) -> AbstractContextManager[None]:
+    """The context of products with these rows: a CPU with bfloat16 instructions uses them."""
+    return bf16_products(hidden.dtype == torch.bfloat16 and hidden.device.type == "cpu")
 
 
 def _statistics_dtype(hidden: Tensor) -> torch.dtype:
@@ -83,12 +90,13 @@ def _linear_orpo(
     need_weight: bool,
     need_bias: bool,
 ) -> list[Tensor]:
-    report = _core.linear_orpo(
-        HeadArguments(hidden, weight, bias, targets, softcap, logit_scale),
-        PairArguments(sequence, completion, num_pairs, num_scored),
-        ObjectiveArguments(beta, nll_scope, odds_ratio_link, logits_budget),
-        Needs(need_hidden, need_weight, need_bias),
-    )
+    with _products_of(hidden):
+        report = _core.linear_orpo(
+            HeadArguments(hidden, weight, bias, targets, softcap, logit_scale),
+            PairArguments(sequence, completion, num_pairs, num_scored),
+            ObjectiveArguments(beta, nll_scope, odds_ratio_link, logits_budget),
+            Needs(need_hidden, need_weight, need_bias),
+        )
     gradients = report["gradients"]
     outputs = cast(dict[str, Any], report)
     return [
@@ -139,7 +147,8 @@ def _linear_logps(
     need_expectation: bool,
 ) -> list[Tensor]:
     head = HeadArguments(hidden, weight, bias, targets, softcap, logit_scale)
-    found = _core.linear_logps(head, need_expectation)
+    with _products_of(hidden):
+        found = _core.linear_logps(head, need_expectation)
     return [found["logps"], found["lse"], found["expectation"]]
 
 
@@ -165,7 +174,8 @@ def _linear_logps_backward(
 ) -> list[Tensor]:
     head = HeadArguments(hidden, weight, bias, targets, softcap, logit_scale)
     needs = Needs(need_hidden, need_weight, need_bias)
-    gradients = _core.linear_logps_backward(head, lse, d_logps, needs)
+    with _products_of(hidden):
+        gradients = _core.linear_logps_backward(head, lse, d_logps, needs)
     return [gradients["hidden"], gradients["weight"], gradients["bias"]]
 
 
@@ -289,7 +299,8 @@ def linear_logps(
     logps = logits.float().log_softmax(-1)[torch.arange(N), targets]  # 0 where targets is -100
     ```
 
-    Products are accumulated in `float32`; on the CPU half-precision inputs are widened first. With
+    Products are accumulated in `float32`; on a CPU half-precision inputs are widened first, unless
+    they are `bfloat16` and it has instructions for that. With
     a frozen head, forward and backward together cost two matrix products of all rows with the
     weight; with a trained one, four.
 

@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from ..bf16_products import bf16_products
 from ..head.ops import LinearORPOOutput, linear_orpo
 from ..packing.batch import PackedBatch
 from .head_probe import HeadMismatch, LogitMap, find_head, head_bias, head_weight, probe_head
@@ -213,15 +214,19 @@ def _loss(
     device = hidden.device.type
     hidden = hidden.reshape(-1, hidden.shape[-1])
     hidden = hidden.index_select(0, batch.rows.to(hidden.device))
-    # What autocast would do to the head, except that the CPU always multiplies in float32.
-    casts = device != "cpu" and torch.is_autocast_enabled(device)
+    # What autocast would do to the head. On a CPU tensors stay as they are, and are rounded within
+    # the products.
+    casts = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if casts else weight.dtype
+    rounds = device == "cpu" and dtype == torch.bfloat16
+    if device == "cpu":
+        dtype = weight.dtype
     if dtype == torch.float16:
         # Gradients are computed here, before the loss is scaled up, and would underflow.
         dtype = torch.float32
     hidden, weight = hidden.to(dtype), weight.to(dtype)
     bias = None if bias is None else bias.to(dtype)
-    with torch.autocast(device, enabled=False):
+    with torch.autocast(device, enabled=False), bf16_products(rounds):
         return linear_orpo(
             hidden,
             weight,

@@ -12,6 +12,7 @@ from .checkpointing import Checkpointing
 from .cpu_memory import CpuMemoryPool
 from .dropout import NoDropout
 from .import_hook import ImportHook
+from .kept_layers import KeptLayers
 from .module_forward import ModuleForward
 from .parameter_count import ParameterCount
 from .patch import Patch
@@ -35,6 +36,7 @@ PATCHES: tuple[type[Patch], ...] = (
     ModuleForward,
     NoDropout,
     Checkpointing,
+    KeptLayers,
     AdoptedLayers,
     KeptLayout,
     # The process, while it trains.

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import torch
 from torch import Tensor
 
 from .. import _core
+from ..bf16_products import bf16_products
 from .arguments import packed_weight
 from .nf4 import packed_bytes, scale_arguments
 from .state import QuantState, dtype_name, layout
@@ -150,8 +153,9 @@ class _LinearNF4Lora(torch.autograd.Function):
         *weight, weight_dtype = weight
         out = _linear_nf4(x, bias, packed, *weight)
         rows = x.reshape(-1, x.shape[-1])
-        low = rows.to(lora_a.dtype) @ lora_a.T
-        _add_product(out.view(-1, out.shape[-1]), low, lora_b.T, scaling)
+        with _products_of(x):
+            low = rows.to(lora_a.dtype) @ lora_a.T
+            _add_product(out.view(-1, out.shape[-1]), low, lora_b.T, scaling)
         tensors, ctx.sizes = weight[:4], weight[4:]
         ctx.save_for_backward(x, low, lora_a, lora_b, packed, *tensors)
         ctx.scaling, ctx.weight_dtype = scaling, weight_dtype
@@ -166,18 +170,24 @@ class _LinearNF4Lora(torch.autograd.Function):
         rows = grad.reshape(-1, grad.shape[-1])
         given = rows.to(lora_b.dtype)
         d_x = d_a = d_b = d_bias = None
-        d_low = (given @ lora_b).mul_(ctx.scaling)
-        if ctx.needs_input_grad[0]:
-            weight = packed, *tensors, *ctx.sizes, ctx.weight_dtype
-            d_x = _linear_nf4_input_gradient(grad, *weight)
-            _add_product(d_x.view(-1, d_x.shape[-1]), d_low, lora_a, 1.0)
-        if ctx.needs_input_grad[1]:
-            d_a = d_low.T @ x.reshape(-1, x.shape[-1]).to(lora_a.dtype)
-        if ctx.needs_input_grad[2]:
-            d_b = (given.T @ low).mul_(ctx.scaling)
+        with _products_of(x):
+            d_low = (given @ lora_b).mul_(ctx.scaling)
+            if ctx.needs_input_grad[0]:
+                weight = packed, *tensors, *ctx.sizes, ctx.weight_dtype
+                d_x = _linear_nf4_input_gradient(grad, *weight)
+                _add_product(d_x.view(-1, d_x.shape[-1]), d_low, lora_a, 1.0)
+            if ctx.needs_input_grad[1]:
+                d_a = d_low.T @ x.reshape(-1, x.shape[-1]).to(lora_a.dtype)
+            if ctx.needs_input_grad[2]:
+                d_b = (given.T @ low).mul_(ctx.scaling)
         if ctx.needs_input_grad[4]:
             d_bias = rows.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
         return (d_x, d_a, d_b, None, d_bias, *[None] * 10)
+
+
+def _products_of(x: Tensor) -> AbstractContextManager[None]:
+    """The context of products with an adapter: as autocast, which casts its matrices too."""
+    return bf16_products(x.dtype == torch.bfloat16 and x.device.type == "cpu")
 
 
 def _add_product(to: Tensor, left: Tensor, right: Tensor, factor: float) -> None:

@@ -68,6 +68,21 @@ class MetricStore:
                 state[0] = state[0] + torch.where(own > 0, value * own, 0.0)
                 state[1] = state[1] + own
 
+    def state(self) -> Any:
+        """A copy, for [`set_state`]."""
+        # Sums are replaced, not changed.
+        return [
+            {
+                split: {key: list(value) for key, value in each.items()}
+                for split, each in part.items()
+            }
+            for part in (self._tensors, self._numbers)
+        ]
+
+    def set_state(self, state: Any) -> None:
+        """Goes back to a state."""
+        self._tensors, self._numbers = state
+
     def watch(self, split: str, loss: torch.Tensor, step: int) -> None:
         """Count a loss that is NaN or infinite, without waiting for the device."""
         bad = ~torch.isfinite(loss.detach())

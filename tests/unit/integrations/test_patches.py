@@ -30,6 +30,7 @@ from oddsmith.integrations.checkpointing import Checkpointing
 from oddsmith.integrations.cpu_memory import POOL, CpuMemoryPool
 from oddsmith.integrations.dropout import NoDropout
 from oddsmith.integrations.import_hook import HOOK, ImportHook
+from oddsmith.integrations.kept_layers import KeptLayers
 from oddsmith.integrations.module_forward import ModuleForward
 from oddsmith.integrations.packed_masks import CannotPack
 from oddsmith.integrations.parameter_count import COUNT, ParameterCount
@@ -45,6 +46,7 @@ from oddsmith.integrations.quantizer_table import (
     QuantizerMerge,
     QuantizerTable,
 )
+from support.models import checkpointed
 from support.paths import ROOT
 from support.trainer_runs import make_model, make_tokenizer
 
@@ -81,6 +83,10 @@ def adoptable_model():
     bitsandbytes = pytest.importorskip("bitsandbytes")
     layer = bitsandbytes.nn.Linear4bit(64, 64, quant_type="nf4", compute_dtype=torch.float32)
     return nn.Sequential(layer).to("cpu")
+
+
+def checkpointed_model():
+    return checkpointed(make_model("mistral", make_tokenizer()))
 
 
 def attention_state():
@@ -129,6 +135,7 @@ CASES = {
     ModuleForward: lambda _: module_case(ModuleForward, nn.Linear(2, 2), lambda x: x),
     NoDropout: lambda _: module_case(NoDropout, dropout_model()),
     Checkpointing: lambda _: module_case(Checkpointing, make_model("mistral", make_tokenizer())),
+    KeptLayers: lambda _: module_case(KeptLayers, checkpointed_model(), lambda tokens: 0.0),
     AdoptedLayers: lambda _: module_case(AdoptedLayers, adoptable_model()),
     KeptLayout: lambda _: module_case(KeptLayout, adoptable_model()),
     CpuMemoryPool: pool_case,

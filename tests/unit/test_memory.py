@@ -2,7 +2,7 @@
 
 import pytest
 
-from oddsmith.check import memory
+from oddsmith import memory
 
 MEMINFO = "MemTotal:  4000 kB\nMemFree: 1 kB\nMemAvailable:   3000 kB\n"
 
