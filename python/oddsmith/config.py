@@ -54,8 +54,7 @@ class ORPOConfig(LegacyArguments, TrainingArguments):
         logging_steps (`float`, *optional*, defaults to `10`):
             Steps between two logs; below 1 a fraction of all steps.
         gradient_checkpointing (`bool`, *optional*, defaults to `True`):
-            Recompute activations. `activation_checkpointing`, its newer name, is used if both are
-            given.
+            Recompute activations. `activation_checkpointing`, its newer name, is used if given.
         activation_budget (`int` or `str`, *optional*, defaults to `"auto"`):
             Memory for activations that are kept, not recomputed: bytes, a size such as `"4GB"`, or
             `"auto"`, what is free. `None` or `"none"`: none.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,7 @@ class ActivationHooks(TrainerParts):
                 self._activations[1].undo()
             self._activations, self._budget_since, self._said_of_budget = None, None, False
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], *rest: Any) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *rest: Any, **named: Any) -> Tensor:
         """
         See [`~transformers.Trainer.training_step`].
 
@@ -51,15 +51,15 @@ class ActivationHooks(TrainerParts):
             self._budget_since = self.state.global_step
             self._activations = self._new_budget(model)
         if self._activations is None:
-            return super().training_step(model, inputs, *rest)
+            return super().training_step(model, inputs, *rest, **named)
         budget, kept = self._activations
         if not kept.ensure():
-            return super().training_step(model, inputs, *rest)
+            return super().training_step(model, inputs, *rest, **named)
         if budget.bytes is None and self.state.global_step > self._budget_since:
             self._look(budget)
         before = StepState(model, self._stored_metrics)
         try:
-            loss = super().training_step(model, inputs, *rest)
+            loss = super().training_step(model, inputs, *rest, **named)
         except torch.OutOfMemoryError as error:
             if not kept.kept_layers or self.args.world_size > 1 or not before.restore():
                 if kept.kept_layers:
@@ -80,7 +80,7 @@ class ActivationHooks(TrainerParts):
         )
         with budget.nothing():
             torch.cuda.empty_cache()
-            return super().training_step(model, inputs, *rest)
+            return super().training_step(model, inputs, *rest, **named)
 
     def _new_budget(self, model: nn.Module) -> tuple[ActivationBudget, KeptLayers] | None:
         setting = self.args.activation_budget
@@ -108,7 +108,7 @@ class ActivationHooks(TrainerParts):
         if self.args.world_size > 1:
             # Processes that share layers must recompute the same ones.
             own = torch.tensor([free], dtype=torch.float32, device=self.accelerator.device)
-            budget.bytes = float(self.accelerator.gather(own).min())
+            budget.bytes = float(cast(Tensor, self.accelerator.gather(own)).min())
 
     def _say_kept(self) -> None:
         if self._activations is None or self._said_of_budget:
@@ -125,5 +125,6 @@ class ActivationHooks(TrainerParts):
 
 
 def _add_note(error: Exception, note: str) -> None:
-    if hasattr(error, "add_note"):  # from Python 3.11 on
-        error.add_note(note)
+    add = getattr(error, "add_note", None)  # from Python 3.11 on
+    if add is not None:
+        add(note)
