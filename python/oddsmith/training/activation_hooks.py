@@ -40,7 +40,9 @@ class ActivationHooks(TrainerParts):
                 self._activations[1].undo()
             self._activations, self._budget_since, self._said_of_budget = None, None, False
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], *rest: Any, **named: Any) -> Tensor:
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], *rest: Any, **named: Any
+    ) -> Tensor:
         """
         See [`~transformers.Trainer.training_step`].
 
