@@ -153,7 +153,8 @@ def build(
     """
     kernels = sorted(KERNELS.glob("*.cu")) if sources is None else list(sources)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        inputs = [*kernels, EMULATOR / "block.cpp", EMULATOR / "driver.cpp"]
+        own = [EMULATOR / f"{name}.cpp" for name in ("block", "driver", "control")]
+        inputs = [*kernels, *own]
         defines = ("SMALL_ARGUMENTS",) if old_driver else ()
         objects = list(
             pool.map(lambda source: str(compile_object(source, headers, defines)), inputs)

@@ -1,128 +1,17 @@
 // The part of the CUDA driver API that src/cuda uses, on the host: a few devices, kernels that run while
 // they are launched, or when a graph that captured them is replayed. The names, numbers and order of arguments are
-// those of cuda.h.
-//
-// The `emulator_*` functions at the end are for tests.
+// those of cuda.h. Tests look at its state, and change it, by the functions of control.cpp.
 #include <cstdlib>
 #include <cstring>
-#include <deque>
 #include <exception>
-#include <mutex>
-#include <set>
 #include <sstream>
 #include <unistd.h>
 
-#include "block.h"
-#include "registry.h"
+#include "state.h"
+
+using namespace emulator;
 
 namespace {
-
-using emulator::Dim;
-using emulator::Kernel;
-
-enum Result {
-    SUCCESS = 0,
-    INVALID_VALUE = 1,
-    NOT_INITIALIZED = 3,
-    INVALID_IMAGE = 200,
-    INVALID_CONTEXT = 201,
-    NO_BINARY_FOR_GPU = 209,
-    INVALID_HANDLE = 400,
-    NOT_FOUND = 500,
-    ILLEGAL_ADDRESS = 700,
-    LAUNCH_FAILED = 719,
-    CAPTURE_UNSUPPORTED = 900,
-};
-
-struct Module {
-    std::string image;  // the names in it, where it is a cubin
-    bool is_elf;
-    void* context;
-};
-
-struct Function {
-    const Kernel* kernel;
-    void* context;
-    int dynamic_shared = 48 << 10;
-};
-
-/// A launch that a graph captured, with a copy of its arguments.
-struct Node {
-    const Kernel* kernel;
-    std::vector<std::vector<unsigned char>> arguments;
-    Dim grid, block;
-    unsigned shared;
-};
-
-struct Launch {
-    std::string kernel;
-    unsigned grid[3], block[3], shared;
-    void* stream;
-    void* context;
-};
-
-std::recursive_mutex mutex;
-bool initialised = false;
-constexpr int DEVICES = 3;
-int contexts[DEVICES];  // their addresses are the primary contexts
-thread_local void* current = nullptr;
-std::deque<Function> functions;
-std::deque<Launch> launches;
-long launches_until_failure = 0;
-bool reverse_order = false;
-// As a context after an illegal address: every later call fails.
-bool ruined = false;
-// Why the last call failed; LAUNCH_FAILED's description.
-std::string message;
-
-// The calls so far, by name; the one that is to fail, counted from now, and how.
-std::deque<std::string> calls;
-long calls_until_failure = 0;
-int failure = 0;
-// What has to be given back at the end.
-long modules = 0;
-// Streams on which a graph is captured, and what it has.
-std::set<void*> capturing;
-std::vector<Node> graph;
-bool graph_is_valid = true;
-
-// CUdevice_attribute, where a device does not have its own
-std::map<int, int> own_attributes[DEVICES];
-std::map<int, int> attributes = {
-    {1, 1024},               // threads of a block
-    {2, 1024}, {3, 1024}, {4, 64},
-    {5, 2147483647}, {6, 65535}, {7, 65535},
-    {8, 48 << 10},           // shared memory of a block without asking for more
-    {10, 32},                // lanes of a warp
-    {12, 65536},             // registers of a block
-    {16, 132},               // multiprocessors
-    {38, 50 << 20},          // bytes of L2
-    {39, 2048},              // threads of a multiprocessor
-    {75, 9}, {76, 0},        // compute capability
-    {81, 228 << 10},         // shared memory of a multiprocessor
-    {97, emulator::MAX_SHARED},
-};
-
-int fail(Result result, const std::string& why) {
-    message = why;
-    return result;
-}
-
-/// Counts a call; its error, if it is the one that is to fail.
-int counted(const char* name) {
-    calls.push_back(name);
-    if (calls_until_failure > 0 && --calls_until_failure == 0) {
-        message = std::string(name) + ": failed on request";
-        ruined = failure == ILLEGAL_ADDRESS;
-        return failure;
-    }
-    return SUCCESS;
-}
-
-int device_of(const void* context) {
-    const auto* own = static_cast<const int*>(context);
-    return own >= contexts && own < contexts + DEVICES ? int(own - contexts) : -1;
-}
 
 /// The section names of a cubin (a 64-bit ELF file): a kernel's code is in `.text.<kernel>`.
 std::string section_names(const char* image) {
@@ -208,8 +97,6 @@ void run_with(const Fault& fault, const Kernel& kernel, void** parameters, Dim g
 }  // namespace
 
 extern "C" {
-
-#define EXPORT __attribute__((visibility("default")))
 #define COUNTED \
     std::lock_guard<std::recursive_mutex> lock(mutex); \
     if (const int code = counted(__func__)) return code
@@ -467,116 +354,6 @@ EXPORT int cuGetErrorString(int error, const char** text) {
     kept = error == SUCCESS ? "no error" : message;
     *text = kept.c_str();
     return SUCCESS;
-}
-
-// ---- for tests ----
-
-EXPORT long emulator_launches() {
-    std::lock_guard<std::recursive_mutex> lock(mutex);
-    return long(launches.size());
-}
-
-/// Kernel name, sizes[7] (grid, block, shared bytes) and stream of launch `index`.
-EXPORT const char* emulator_launch(long index, unsigned* sizes, void** stream) {
-    std::lock_guard<std::recursive_mutex> lock(mutex);
-    if (index < 0 || index >= long(launches.size())) return nullptr;
-    const Launch& launch = launches[index];
-    std::memcpy(sizes, launch.grid, sizeof launch.grid);
-    std::memcpy(sizes + 3, launch.block, sizeof launch.block);
-    sizes[6] = launch.shared;
-    *stream = launch.stream;
-    return launch.kernel.c_str();
-}
-
-/// Forgets the launches, the failure that was asked for, the order, and a ruined context.
-EXPORT void emulator_reset() {
-    std::lock_guard<std::recursive_mutex> lock(mutex);
-    launches.clear();
-    launches_until_failure = 0;
-    calls.clear();
-    calls_until_failure = 0;
-    reverse_order = false;
-    ruined = false;
-    capturing.clear();
-}
-
-/// The device of launch `index`.
-EXPORT int emulator_launch_device(long index) {
-    std::lock_guard<std::recursive_mutex> lock(mutex);
-    return index < 0 || index >= long(launches.size()) ? -1 : device_of(launches[index].context);
-}
-
-EXPORT long emulator_calls() {
-    std::lock_guard<std::recursive_mutex> lock(mutex);
-    return long(calls.size());
-}
-
-/// The name of call `index` since the last reset.
-EXPORT const char* emulator_call(long index) {
-    std::lock_guard<std::recursive_mutex> lock(mutex);
-    return index < 0 || index >= long(calls.size()) ? nullptr : calls[index].c_str();
-}
-
-/// The `count`-th call from now fails with this error, whatever it is; 0: none does. After CUDA_ERROR_ILLEGAL_ADDRESS
-/// all later ones fail too.
-EXPORT void emulator_fail_call(long count, int code) {
-    std::lock_guard<std::recursive_mutex> lock(mutex);
-    calls_until_failure = count;
-    failure = code;
-}
-
-/// Modules that are loaded.
-EXPORT long emulator_modules() {
-    std::lock_guard<std::recursive_mutex> lock(mutex);
-    return modules;
-}
-
-/// Launches on this stream are captured from now on, and not run.
-EXPORT void emulator_capture(void* stream) {
-    std::lock_guard<std::recursive_mutex> lock(mutex);
-    graph.clear();
-    graph_is_valid = true;
-    capturing.insert(stream);
-}
-
-/// Ends the capture; the number of launches in the graph, or -1 if something made it invalid.
-EXPORT long emulator_end_capture() {
-    std::lock_guard<std::recursive_mutex> lock(mutex);
-    capturing.clear();
-    return graph_is_valid ? long(graph.size()) : -1;
-}
-
-/// Runs what was captured.
-EXPORT void emulator_replay() {
-    for (Node& node : graph) {
-        std::vector<void*> parameters;
-        for (auto& argument : node.arguments) parameters.push_back(argument.data());
-        emulator::run(node.kernel->call, parameters.data(), node.grid, node.block, node.shared, false);
-    }
-}
-
-/// The `count`-th launch from now fails, with CUDA_ERROR_LAUNCH_FAILED and nothing run. 0: none does.
-EXPORT void emulator_fail(long count) {
-    std::lock_guard<std::recursive_mutex> lock(mutex);
-    launches_until_failure = count;
-}
-
-/// Threads and blocks in descending order from now on, or ascending.
-EXPORT void emulator_reverse(int reverse) {
-    std::lock_guard<std::recursive_mutex> lock(mutex);
-    reverse_order = reverse != 0;
-}
-
-/// Sets a CUdevice_attribute, such as 75 and 76, the compute capability.
-EXPORT void emulator_set_attribute(int attribute, int value) {
-    std::lock_guard<std::recursive_mutex> lock(mutex);
-    attributes[attribute] = value;
-}
-
-/// The same of one device.
-EXPORT void emulator_set_attribute_of(int device, int attribute, int value) {
-    std::lock_guard<std::recursive_mutex> lock(mutex);
-    own_attributes[device][attribute] = value;
 }
 
 }  // extern "C"
