@@ -225,8 +225,8 @@ def test_the_launches_are_recorded(sample_driver):
     sample_driver.launch("places", out, grid=2, block=(4, 2))
     sample_driver.launch("static_and_dynamic", out, shared=32)
     assert sample_driver.launches() == [
-        emulation.Launch("places", (2, 1, 1), (4, 2, 1), 0, 0),
-        emulation.Launch("static_and_dynamic", (1, 1, 1), (32, 1, 1), 32, 0),
+        emulation.Launch("places", (2, 1, 1), (4, 2, 1), 0, 0, 0),
+        emulation.Launch("static_and_dynamic", (1, 1, 1), (32, 1, 1), 32, 0, 0),
     ]
     sample_driver.reset()
     assert sample_driver.launches() == []

@@ -43,7 +43,7 @@ std::string check(const Function& function, Dim grid, Dim block, unsigned shared
 }
 
 /// What is to go wrong with kernels whose names contain `kernel`.
-struct Fault {
+struct Wanted {
     std::string mode, kernel;
     std::size_t parameter = 0, offset = 3;
 };
@@ -55,12 +55,12 @@ struct Fault {
 /// - `hang`: it never ends;
 /// - `wrong`: afterwards a bit of a byte behind the pointer in a parameter is another: of the exponent of a float,
 ///   or of the second of two 16-bit numbers.
-Fault fault_of(const std::string& mode_or_any, const std::string& kernel) {
+Wanted fault_of(const std::string& mode_or_any, const std::string& kernel) {
     const char* all = std::getenv("EMULATOR_FAULT");
     std::istringstream faults(all ? all : "");
     for (std::string text; std::getline(faults, text, ',');) {
         std::istringstream parts(text);
-        Fault fault;
+        Wanted fault;
         std::string number;
         std::getline(parts, fault.mode, ':');
         std::getline(parts, fault.kernel, ':');
@@ -69,11 +69,11 @@ Fault fault_of(const std::string& mode_or_any, const std::string& kernel) {
         const bool wanted = mode_or_any.empty() ? fault.mode != "load" : fault.mode == mode_or_any;
         if (wanted && kernel.find(fault.kernel) != std::string::npos) return fault;
     }
-    return Fault{};
+    return Wanted{};
 }
 
 /// Runs a kernel with its fault.
-void run_with(const Fault& fault, const Kernel& kernel, void** parameters, Dim grid, Dim block, unsigned shared,
+void run_with(const Wanted& fault, const Kernel& kernel, void** parameters, Dim grid, Dim block, unsigned shared,
     bool reverse) {
     while (fault.mode == "hang") {
         pause();
@@ -317,7 +317,7 @@ EXPORT int cuLaunchKernel(void* function, unsigned grid_x, unsigned grid_y, unsi
         }
     }
     const Kernel& kernel = *static_cast<Function*>(function)->kernel;
-    const Fault wanted = fault_of("", kernel.name);
+    const Wanted wanted = fault_of("", kernel.name);
     try {
         run_with(wanted, kernel, parameters, grid, block, shared, reverse);
     } catch (const std::exception& fault) {
