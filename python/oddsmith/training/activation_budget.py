@@ -63,10 +63,9 @@ class ActivationBudget:
             peak = torch.cuda.max_memory_allocated(self.device)
             self._step = max(0.0, peak - self._before), max(tokens, self._step[1])
 
-    def look(self) -> float:
+    def look(self) -> None:
         """When the optimizer's state is there: what is free from now on."""
         self.bytes = self._free()
-        return self.bytes
 
     @contextmanager
     def nothing(self) -> Iterator[None]:

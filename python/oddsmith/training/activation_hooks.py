@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +58,7 @@ class ActivationHooks(TrainerParts):
         if not kept.ensure():
             return super().training_step(model, inputs, *rest, **named)
         if budget.bytes is None and self.state.global_step > self._budget_since:
-            self._look(budget)
+            budget.look()
         before = StepState(model, self._stored_metrics)
         try:
             loss = super().training_step(model, inputs, *rest, **named)
@@ -90,10 +90,9 @@ class ActivationHooks(TrainerParts):
             return None
         engine = engine_of(self.args, self.model)
         reason = None
-        if engine.zero == 3 or engine.fsdp == 1:
-            # Processes whose batches differ would keep different layers, and gather weights for
-            # the others once more.
-            reason = f"{engine.splits} gathers the weights of a recomputed layer once more"
+        if engine.zero == 3 or engine.fsdp == 1 or engine.tensor > 1:
+            # Processes that keep different layers would wait for each other.
+            reason = f"{engine.splits} exchanges data once more when a layer is recomputed"
         elif self.args.torch_compile:
             reason = "torch_compile decides what is recomputed"
         elif self.args.device.type not in ("cpu", "cuda") and setting == "auto":
@@ -104,13 +103,6 @@ class ActivationHooks(TrainerParts):
         budget = ActivationBudget(setting, self.args.device)
         budget.before_first_step()
         return budget, KeptLayers(model, budget)
-
-    def _look(self, budget: ActivationBudget) -> None:
-        free = budget.look()
-        if self.args.world_size > 1:
-            # Processes that share layers must recompute the same ones.
-            own = torch.tensor([free], dtype=torch.float32, device=self.accelerator.device)
-            budget.bytes = float(cast(Tensor, self.accelerator.gather(own)).min())
 
     def _say_kept(self) -> None:
         if self._activations is None or self._said_of_budget:

@@ -30,8 +30,8 @@ class StepState:
         ]
         self._metrics, self._kept = metrics, metrics.state()
         self._random = random.getstate(), np.random.get_state(), torch.get_rng_state()
-        started = torch.cuda.is_available() and torch.cuda.is_initialized()
-        self._devices = torch.cuda.get_rng_state_all() if started else []
+        devices = {each.device for each in model.parameters() if each.device.type == "cuda"}
+        self._devices = {device: torch.cuda.get_rng_state(device) for device in devices}
 
     def restore(self) -> bool:
         """
@@ -53,6 +53,6 @@ class StepState:
         random.setstate(python)
         np.random.set_state(numpy)
         torch.set_rng_state(host)
-        if self._devices:
-            torch.cuda.set_rng_state_all(self._devices)
+        for device, state in self._devices.items():
+            torch.cuda.set_rng_state(state, device)
         return True

@@ -150,8 +150,9 @@ def test_the_model_is_as_before_afterwards(tmp_path):
     "changed, reason",
     [
         ({"torch_compile": True}, "torch_compile decides what is recomputed"),
-        ({"zero": 3}, "DeepSpeed ZeRO-3 gathers the weights of a recomputed layer once more"),
-        ({"fsdp": 1}, "FSDP1 gathers the weights of a recomputed layer once more"),
+        ({"zero": 3}, "DeepSpeed ZeRO-3 exchanges data once more when a layer is recomputed"),
+        ({"fsdp": 1}, "FSDP1 exchanges data once more when a layer is recomputed"),
+        ({"tensor": 2}, "tensor parallelism exchanges data once more when a layer is recomputed"),
     ],
 )
 def test_engines_that_decide_themselves(changed, reason, tmp_path, monkeypatch, caplog):
