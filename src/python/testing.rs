@@ -36,7 +36,7 @@ fn compile_kernels(
             return Err(failed(format!("no kernel source is named {source:?}")));
         };
         let options = ["--ptxas-options=-v", SMALL_ARGUMENTS];
-        let options = &options[..1 + usize::from(small_arguments)];
+        let options = &options[..=usize::from(small_arguments)];
         nvrtc().and_then(|nvrtc| nvrtc.compile(code, architecture, options)).map_err(failed)
     })?;
     Ok((compiled.cubin, compiled.log))

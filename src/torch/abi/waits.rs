@@ -15,20 +15,26 @@ const OPERATORS: [&CStr; 3] = [c"aten::nonzero", c"aten::masked_select", c"aten:
 static WAITS: Mutex<BTreeMap<&'static str, u64>> = Mutex::new(BTreeMap::new());
 
 /// Counts a wait or a copy.
-pub fn note(_what: &'static str) {
-    #[cfg(feature = "testing")]
-    {
-        *WAITS.lock().unwrap_or_else(PoisonError::into_inner).entry(_what).or_default() += 1;
-    }
+#[cfg(feature = "testing")]
+pub fn note(what: &'static str) {
+    *WAITS.lock().unwrap_or_else(PoisonError::into_inner).entry(what).or_default() += 1;
 }
 
 /// Counts an operator, if it is one that waits.
-pub fn note_operator(_op: &CStr) {
-    #[cfg(feature = "testing")]
-    if let Some(known) = OPERATORS.into_iter().find(|known| *known == _op) {
+#[cfg(feature = "testing")]
+pub fn note_operator(op: &CStr) {
+    if let Some(known) = OPERATORS.into_iter().find(|known| *known == op) {
         note(known.to_str().unwrap_or("operator"));
     }
 }
+
+/// Nothing is counted in a library that is installed.
+#[cfg(not(feature = "testing"))]
+pub const fn note(_: &'static str) {}
+
+/// Nothing is counted in a library that is installed.
+#[cfg(not(feature = "testing"))]
+pub const fn note_operator(_: &CStr) {}
 
 /// The counts, which begin anew.
 #[cfg(feature = "testing")]

@@ -110,7 +110,7 @@ impl<const N: usize> Batch<N> {
     }
 
     /// Adds a tensor; false if there is no room for it.
-    fn add(&mut self, tensor: &Addresses) -> Result<bool> {
+    fn add(&mut self, tensor: &PlacedTensor) -> Result<bool> {
         let blocks = tensor.count.div_ceil(PER_BLOCK);
         if blocks > BLOCKS {
             return Err(Error::Internal(format!("a tensor of {} elements", tensor.count)));
@@ -122,7 +122,7 @@ impl<const N: usize> Batch<N> {
         }
         let Table { value, grad, m, v, m_absmax, v_absmax, .. } = &mut self.table;
         let places = [value, grad, m, v, m_absmax, v_absmax];
-        for (place, address) in places.into_iter().zip(tensor.addresses) {
+        for (place, address) in places.into_iter().zip(tensor.pointers) {
             place[at] = address;
         }
         let table = &mut self.table;
@@ -147,17 +147,17 @@ impl<const N: usize> Batch<N> {
 }
 
 /// A tensor as a kernel sees it.
-struct Addresses {
+struct PlacedTensor {
     kernel: &'static str,
     /// Of the value, the gradient, the moments, and the scales of 8-bit ones.
-    addresses: [u64; 6],
+    pointers: [u64; 6],
     count: u64,
     first: i64,
     rule: RuleOfTable,
     seed: Option<u32>,
 }
 
-impl Addresses {
+impl PlacedTensor {
     fn of(item: &Item) -> Result<Self> {
         let (kind, grad_kind) = (item.value.f_kind()?, item.grad.f_kind()?);
         let [eight, full] = kernels(kind, grad_kind);
@@ -173,7 +173,7 @@ impl Addresses {
         };
         Ok(Self {
             kernel,
-            addresses: addresses.map(cuda::Arg::address),
+            pointers: addresses.map(cuda::Arg::address),
             count: item.value.numel() as u64,
             first: item.first,
             rule: RuleOfTable::of(&item.rule),
@@ -184,7 +184,7 @@ impl Addresses {
 
 /// Updates all parameters, of any number of dtypes. Nothing is launched before all of them are known to be right.
 pub(super) fn update(device: Device, items: &[Item], bad: &Tensor) -> Result<()> {
-    let tensors = items.iter().map(Addresses::of).collect::<Result<Vec<_>>>()?;
+    let tensors = items.iter().map(PlacedTensor::of).collect::<Result<Vec<_>>>()?;
     let bad = pointer(bad, Kind::Int64)?.address();
     if cuda::has_large_arguments()? {
         launch_all::<LARGE_TABLE>(device, &tensors, bad)
@@ -193,7 +193,7 @@ pub(super) fn update(device: Device, items: &[Item], bad: &Tensor) -> Result<()>
     }
 }
 
-fn launch_all<const N: usize>(device: Device, tensors: &[Addresses], bad: u64) -> Result<()> {
+fn launch_all<const N: usize>(device: Device, tensors: &[PlacedTensor], bad: u64) -> Result<()> {
     let mut batches: Vec<Batch<N>> = Vec::new();
     for tensor in tensors.iter().filter(|tensor| tensor.count > 0) {
         let mut added = false;
@@ -216,9 +216,9 @@ fn launch_all<const N: usize>(device: Device, tensors: &[Addresses], bad: u64) -
 mod tests {
     use super::*;
 
-    fn tensor(count: u64, beta1: f32) -> Addresses {
+    fn tensor(count: u64, beta1: f32) -> PlacedTensor {
         let rule = RuleOfTable { beta1, ..RuleOfTable::NONE };
-        Addresses { kernel: "adamw_f32", addresses: [8; 6], count, first: 0, rule, seed: None }
+        PlacedTensor { kernel: "adamw_f32", pointers: [8; 6], count, first: 0, rule, seed: None }
     }
 
     #[test]
