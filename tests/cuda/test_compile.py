@@ -11,7 +11,9 @@ from support.emulation import KERNELS
 from support.kernel_usage import ARCHITECTURES, Usage, read_report, text_of, usage_of_all, write
 
 # Kernels that may spill registers, and why.
-MAY_SPILL: dict[str, str] = {}
+MAY_SPILL = {
+    "adamw8bit_f16": "4 bytes on sm_75, where ptxas uses 64 registers of its own accord",
+}
 
 
 @pytest.fixture(scope="module")

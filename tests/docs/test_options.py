@@ -87,7 +87,7 @@ def test_formats_of_prepare():
 
 
 # Of the feature `testing`, which is not installed.
-FOR_TESTS = {"ODDSMITH_CUDA_DRIVER", "ODDSMITH_HIDE_TORCH_FUNCTIONS"}
+FOR_TESTS = {"ODDSMITH_HIDE_TORCH_FUNCTIONS"}
 
 
 def test_variables_of_the_environment():

@@ -116,7 +116,10 @@ def test_qlora_with_flash_attention_packs(four_bits, tmp_path, monkeypatch):
         torch.manual_seed(5)
         trainer = ORPOTrainer(
             model=model,
-            args=ORPOConfig(**arguments(tmp_path / "out", padding_free=padding_free, bf16=True)),
+            args=ORPOConfig(
+                **arguments(tmp_path / "out", padding_free=padding_free, bf16=True),
+                activation_budget="none",
+            ),
             train_dataset=pairs(12),
             processing_class=make_tokenizer(),
             peft_config=LoraConfig(**LORA, task_type="CAUSAL_LM"),
