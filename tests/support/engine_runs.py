@@ -36,7 +36,11 @@ FEATURES: dict[str, Feature] = {
     "LoRA": Feature(lora=LORA),
     "NF4 + LoRA": Feature(nf4={}, lora=LORA),
     "NF4 in float32 + LoRA": Feature(nf4={"bnb_4bit_quant_storage": torch.float32}, lora=LORA),
-    "checkpointing": Feature(arguments={"gradient_checkpointing": True}),
+    # Where the budget has an effect, none, one or two of the two layers are recomputed, not always
+    # as many in both processes: by default none is after the first step.
+    "checkpointing": Feature(
+        arguments={"gradient_checkpointing": True, "activation_budget": 300_000}
+    ),
     "tied": Feature(model="qwen3_tied"),
     "max_tokens_per_batch": Feature(arguments={"max_tokens_per_batch": 200}),
     "uneven evaluation": Feature(evaluates=True),

@@ -161,7 +161,7 @@ def launcher_options(arguments: LaunchArguments, argv: list[str]) -> Any:
         argv (`list[str]`): The arguments of `oddsmith train`.
 
     Raises:
-        UserError: If accelerate cannot read the file.
+        UserError: If accelerate cannot read the file, or it is for another number of machines.
     """
     from accelerate.commands.config.config_args import load_config_from_file
     from accelerate.commands.launch import launch_command_parser
@@ -171,6 +171,14 @@ def launcher_options(arguments: LaunchArguments, argv: list[str]) -> Any:
         loaded = load_config_from_file(str(path))
     except Exception as error:  # of yaml, of accelerate's dataclass, or no mapping at all
         raise UserError(f"--accelerate_config {arguments.accelerate_config}: {error}") from error
+    # Those of the file would be overruled by the defaults here: each machine would train on its own.
+    machines = getattr(loaded, "num_machines", None) or 1
+    if machines > 1 and arguments.num_machines != machines:
+        raise UserError(
+            f"--accelerate_config {arguments.accelerate_config}: is for {machines} machines, and "
+            f"--num_machines is {arguments.num_machines}; give --num_machines, --machine_rank, "
+            "--main_process_ip and --main_process_port as flags too"
+        )
     processes = arguments.num_processes
     if processes is None and arguments.accelerate_config not in (None, *SHIPPED):
         processes = getattr(loaded, "num_processes", -1)

@@ -172,6 +172,23 @@ def test_a_file_of_the_users_says_how_many(tmp_path):
     assert launch.launcher_options(given, []).num_processes == 5
 
 
+def test_a_file_for_several_machines(tmp_path):
+    """One that was written on each machine, whose numbers the command's own would overrule."""
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nnum_processes: 4\n"
+        "num_machines: 2\nmachine_rank: 1\nmain_process_ip: 10.0.0.1\nmain_process_port: 29500\n"
+    )
+    with pytest.raises(UserError, match="is for 2 machines, and --num_machines is 1; give"):
+        launch.launcher_options(LaunchArguments(accelerate_config=str(path)), [])
+    given = LaunchArguments(
+        accelerate_config=str(path), num_processes=4, num_machines=2, machine_rank=1,
+        main_process_ip="10.0.0.1", main_process_port=29500,
+    )  # fmt: skip
+    options = launch.launcher_options(given, [])
+    assert (options.num_machines, options.machine_rank, options.num_processes) == (2, 1, 4)
+
+
 def test_what_cpus_do_not_do_is_said():
     said = launch.ignored_on_cpus("fsdp2", has_gpu=False)
     assert said == (
