@@ -13,6 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from oddsmith import _core
 from oddsmith.head.arguments import HeadArguments
 from oddsmith.optim import AdamW8bit, PagedAdamW8bit
+from oddsmith.optim.adamw.moments import encode
+from oddsmith.optim.adamw.step import AdamUpdate, NonFinite, adamw_step, rule_of
 from support import emulation
 from support.kernel_ops import FAMILIES
 from support.operators import called
@@ -121,6 +123,41 @@ def test_a_step_that_failed_is_taken_again(emulated_driver, kind, capfd, monkeyp
         assert all(torch.equal(*pair) for pair in zip(found, made()[0])), "nothing has changed"
         again.step()
         assert all(torch.equal(*pair) for pair in zip(found, expected)), last
+    capfd.readouterr()
+
+
+def test_a_step_by_torch_that_failed_leaves_whole_parameters(emulated_driver, capfd):
+    """Each with its value and moments of the same step."""
+    group = {"lr": 0.1, "betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0.1}
+
+    def updates():
+        made = []
+        for size in (300, 7):
+            value = torch.linspace(-1, 1, size)
+            state = encode(torch.zeros(size), torch.zeros(size))
+            made.append(AdamUpdate(value, value.cos(), state, rule_of(group, 1)))
+        return made
+
+    def tensors(update):
+        return [update.value, *(update.state[name] for name in ("state1", "absmax1", "absmax2"))]
+
+    _core.trust_kernels(0, [])
+    try:
+        before, after = updates(), updates()
+        with Short(0) as whole:
+            adamw_step(after, NonFinite())
+        for last in range(1, whole.count + 1):
+            found = updates()
+            with pytest.raises(torch.OutOfMemoryError), Short(last):
+                adamw_step(found, NonFinite())
+            for these, *others in zip(found, before, after):
+                same = [
+                    all(torch.equal(*pair) for pair in zip(tensors(these), tensors(other)))
+                    for other in others
+                ]
+                assert any(same), last
+    finally:
+        _core.trust_kernels(0, list(FAMILIES))
     capfd.readouterr()
 
 
