@@ -337,9 +337,11 @@ def adamw(device: torch.device, dtype: torch.dtype, bits: int) -> Measure:
     def with_wide_gradients() -> list[Tensor]:
         values = parts(start)
         states = [_moments(value, bits) for value in values]
+        # Of stochastic rounding, of one of a launch's tensors; bfloat16 alone has it.
+        seeds = [12345, None, None]
         for step, gradient in enumerate(wide, 1):
             rules = [rule_of({**options, "weight_decay": decay}, step) for decay in decays]
-            updates = zip(values, parts(gradient), states, rules, strict=True)
+            updates = zip(values, parts(gradient), states, rules, seeds, strict=True)
             adamw_step([AdamUpdate(*update) for update in updates], NonFinite())
         return [torch.cat(values)]
 
