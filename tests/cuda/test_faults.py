@@ -47,8 +47,11 @@ def run(*arguments):
     return done.stdout
 
 
-def test_every_call_of_the_driver_fails():
-    found = places(UNKNOWN, "adamw8", "blockwise8")
+@pytest.mark.parametrize(
+    ("code", "families"), [(UNKNOWN, ["adamw8", "blockwise8"]), (ILLEGAL_ADDRESS, ["nf4_quantize"])]
+)
+def test_every_call_of_the_driver_fails(code, families):
+    found = places(code, *families)
     assert min(found.values()) > 20
 
 
@@ -180,6 +183,23 @@ def test_memory_of_the_core_is_torch_s_error(emulated_driver, monkeypatch, capfd
     assert kinds == [RuntimeError, torch.OutOfMemoryError]
     assert str(raised.value).startswith("CUDA out of memory. ")
     capfd.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("code", "lost"), [(UNKNOWN, False), (MEMORY, False), (ILLEGAL_ADDRESS, True), (719, True)]
+)
+def test_what_ruins_a_process_says_so(emulated_driver, code, lost):
+    """CUDA_ERROR_LAUNCH_FAILED does too: of a kernel that ended in an exception."""
+    FAMILIES["nf4_quantize"]()
+    emulated_driver.reset()
+    calls = ["cuCtxGetCurrent", "cuCtxSetCurrent", "cuLaunchKernel"]
+    emulated_driver.fail_call(len(calls), code)
+    with pytest.raises(RuntimeError, match=rf"cuLaunchKernel: .* \({code}\): ") as raised:
+        FAMILIES["nf4_quantize"]()
+    assert emulated_driver.calls()[: len(calls)] == calls
+    emulated_driver.reset()
+    emulated_driver.lib.cuCtxSetCurrent(None)
+    assert ("start it again" in str(raised.value)) == lost
 
 
 def test_a_graph_is_captured_before_the_first_use():
