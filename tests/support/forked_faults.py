@@ -20,7 +20,6 @@ from oddsmith import _core
 from support import emulation
 from support.kernel_ops import FAMILIES
 
-
 # CUDA_ERROR_ILLEGAL_ADDRESS: nothing of the process works any more.
 LOST = 700
 
