@@ -36,7 +36,7 @@ pub const fn note(_: &'static str) {}
 #[cfg(not(feature = "testing"))]
 pub const fn note_operator(_: &CStr) {}
 
-/// The counts, which begin anew.
+/// The counts, which begin again at zero.
 #[cfg(feature = "testing")]
 pub fn taken() -> BTreeMap<&'static str, u64> {
     std::mem::take(&mut WAITS.lock().unwrap_or_else(PoisonError::into_inner))
