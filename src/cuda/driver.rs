@@ -78,7 +78,7 @@ fn open() -> Result<Driver, String> {
 }
 
 /// Errors after which every call of a process fails: of a kernel's memory, instructions or asserts, of the hardware.
-const LOSING: [c_int; 12] = [214, 220, 226, 700, 702, 709, 710, 714, 715, 716, 717, 718];
+const LOSING: [c_int; 13] = [214, 220, 226, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719];
 const LOST: &str = "; nothing can run on this GPU in this process any more, so start it again";
 
 impl Driver {

@@ -13,6 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from oddsmith import _core
 from oddsmith.head.arguments import HeadArguments
 from oddsmith.optim import AdamW8bit, PagedAdamW8bit
+from oddsmith.optim.adamw.moments import encode
+from oddsmith.optim.adamw.step import AdamUpdate, NonFinite, adamw_step, rule_of
 from support import emulation
 from support.kernel_ops import FAMILIES
 from support.operators import called
@@ -45,8 +47,11 @@ def run(*arguments):
     return done.stdout
 
 
-def test_every_call_of_the_driver_fails():
-    found = places(UNKNOWN, "adamw8", "blockwise8")
+@pytest.mark.parametrize(
+    ("code", "families"), [(UNKNOWN, ["adamw8", "blockwise8"]), (ILLEGAL_ADDRESS, ["nf4_quantize"])]
+)
+def test_every_call_of_the_driver_fails(code, families):
+    found = places(code, *families)
     assert min(found.values()) > 20
 
 
@@ -124,6 +129,41 @@ def test_a_step_that_failed_is_taken_again(emulated_driver, kind, capfd, monkeyp
     capfd.readouterr()
 
 
+def test_a_step_by_torch_that_failed_leaves_whole_parameters(emulated_driver, capfd):
+    """Each with its value and moments of the same step."""
+    group = {"lr": 0.1, "betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0.1}
+
+    def updates():
+        made = []
+        for size in (300, 7):
+            value = torch.linspace(-1, 1, size)
+            state = encode(torch.zeros(size), torch.zeros(size))
+            made.append(AdamUpdate(value, value.cos(), state, rule_of(group, 1)))
+        return made
+
+    def tensors(update):
+        return [update.value, *(update.state[name] for name in ("state1", "absmax1", "absmax2"))]
+
+    _core.trust_kernels(0, [])
+    try:
+        before, after = updates(), updates()
+        with Short(0) as whole:
+            adamw_step(after, NonFinite())
+        for last in range(1, whole.count + 1):
+            found = updates()
+            with pytest.raises(torch.OutOfMemoryError), Short(last):
+                adamw_step(found, NonFinite())
+            for these, *others in zip(found, before, after):
+                same = [
+                    all(torch.equal(*pair) for pair in zip(tensors(these), tensors(other)))
+                    for other in others
+                ]
+                assert any(same), last
+    finally:
+        _core.trust_kernels(0, list(FAMILIES))
+    capfd.readouterr()
+
+
 def test_memory_of_the_core_is_torch_s_error(emulated_driver, monkeypatch, capfd):
     """Callers who make their batches smaller look for it."""
     arguments = HeadArguments(
@@ -134,15 +174,32 @@ def test_memory_of_the_core_is_torch_s_error(emulated_driver, monkeypatch, capfd
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "memory_stats", lambda gpu: {"num_ooms": next(counts)})
     monkeypatch.setattr("oddsmith.errors._failed_allocations", 3)
-    kinds = []
+    errors = []
     for _ in range(2):
         with pytest.raises(RuntimeError, match="libtorch: ") as raised, Short(1):
             _core.linear_logps(arguments, True)
-        kinds.append(type(raised.value))
+        errors.append(raised.value)
     # As many failed allocations as before, and then one more.
-    assert kinds == [RuntimeError, torch.OutOfMemoryError]
-    assert str(raised.value).startswith("CUDA out of memory. ")
+    assert [type(error) for error in errors] == [RuntimeError, torch.OutOfMemoryError]
+    assert str(errors[1]).startswith("CUDA out of memory. ")
     capfd.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("code", "lost"), [(UNKNOWN, False), (MEMORY, False), (ILLEGAL_ADDRESS, True), (719, True)]
+)
+def test_what_ruins_a_process_says_so(emulated_driver, code, lost):
+    """CUDA_ERROR_LAUNCH_FAILED does too: of a kernel that ended in an exception."""
+    FAMILIES["nf4_quantize"]()
+    emulated_driver.reset()
+    calls = ["cuCtxGetCurrent", "cuCtxSetCurrent", "cuLaunchKernel"]
+    emulated_driver.fail_call(len(calls), code)
+    with pytest.raises(RuntimeError, match=rf"cuLaunchKernel: .* \({code}\): ") as raised:
+        FAMILIES["nf4_quantize"]()
+    assert emulated_driver.calls()[: len(calls)] == calls
+    emulated_driver.reset()
+    emulated_driver.lib.cuCtxSetCurrent(None)
+    assert ("start it again" in str(raised.value)) == lost
 
 
 def test_a_graph_is_captured_before_the_first_use():

@@ -20,6 +20,9 @@ from oddsmith import _core
 from support import emulation
 from support.kernel_ops import FAMILIES
 
+# CUDA_ERROR_ILLEGAL_ADDRESS: nothing of the process works any more.
+LOST = 700
+
 
 class Compiler:
     """The emulated NVRTC, which the core has opened."""
@@ -60,7 +63,9 @@ def in_a_fork(run: Callable[[], object]) -> Any:
 
 def digest(tensors: list[torch.Tensor]) -> list[str]:
     return [
-        tensor.detach().contiguous().view(torch.uint8).numpy().tobytes().hex() for tensor in tensors
+        # A loss has no dimension, and no view in bytes.
+        tensor.detach().reshape(-1).view(torch.uint8).numpy().tobytes().hex()
+        for tensor in tensors
     ]
 
 
@@ -81,7 +86,7 @@ def attempt(op: Callable, driver: emulation.Driver, compiler: Compiler, place, c
     compiler.lib.emulator_fail_compiler_call(0)
     calls = driver.calls()
     failed = calls[number - 1] if kind == "driver" else "nvrtc"
-    if code == 700 and message is not None:
+    if code == LOST and kind == "driver" and message is not None:
         # Everything fails from now on, each time with a sentence.
         try:
             op()
@@ -89,7 +94,9 @@ def attempt(op: Callable, driver: emulation.Driver, compiler: Compiler, place, c
             assert "start it again" in str(error), error
         else:
             raise AssertionError("a lost context is used")
+        # As in the process that is started again; this thread's context could not be restored.
         driver.lib.emulator_reset()
+        driver.lib.cuCtxSetCurrent(None)
     after = digest(op())
     assert driver.lib.cuCtxGetCurrent(ctypes.byref(context)) == 0
     return {

@@ -42,10 +42,14 @@ std::string check(const Function& function, Dim grid, Dim block, unsigned shared
     return "";
 }
 
-/// What is to go wrong with kernels whose names contain `kernel`.
+/// What is to go wrong with kernels whose names contain `kernel`, or are what comes behind its `=`.
 struct Wanted {
     std::string mode, kernel;
     std::size_t parameter = 0, offset = 3;
+
+    bool is_of(const std::string& name) const {
+        return kernel.rfind("=", 0) == 0 ? kernel.substr(1) == name : name.find(kernel) != std::string::npos;
+    }
 };
 
 /// The fault of a kernel in EMULATOR_FAULT, which has `mode:kernel[:parameter[:offset]]`, separated by commas:
@@ -67,7 +71,7 @@ Wanted fault_of(const std::string& mode_or_any, const std::string& kernel) {
         if (std::getline(parts, number, ':')) fault.parameter = std::stoul(number);
         if (std::getline(parts, number, ':')) fault.offset = std::stoul(number);
         const bool wanted = mode_or_any.empty() ? fault.mode != "load" : fault.mode == mode_or_any;
-        if (wanted && kernel.find(fault.kernel) != std::string::npos) return fault;
+        if (wanted && fault.is_of(kernel)) return fault;
     }
     return Wanted{};
 }

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from oddsmith.optim import AdamW8bit, GaLoreAdamW, PagedAdamW8bit
 from oddsmith.optim.checks import check_adam, is_count, is_number, is_positive
 
 
@@ -67,3 +68,23 @@ def test_what_is_allowed(options):
 def test_what_is_not(options, message):
     with pytest.raises(ValueError, match=message):
         check_adam(options)
+
+
+@pytest.mark.parametrize("kind", [AdamW8bit, PagedAdamW8bit, GaLoreAdamW])
+def test_a_step_in_a_captured_graph_is_an_error(kind, monkeypatch):
+    """Before anything has changed: a replay would have the same learning rate and bias correction for ever."""
+    parameter = torch.nn.Parameter(torch.ones(4, 4))
+    parameter.grad = torch.ones(4, 4)
+    optimizer = kind([parameter], lr=0.1)
+    # torch is asked only about parameters on a GPU: without one it may not know the question.
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    optimizer.step()
+    before = parameter.detach().clone()
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    with pytest.raises(RuntimeError, match=f"^{kind.__name__}: a step cannot be captured"):
+        optimizer.step()
+    monkeypatch.undo()
+    assert torch.equal(parameter, before) and optimizer.state[parameter]["step"] == 1
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    optimizer.step()
+    assert not torch.equal(parameter, before)

@@ -119,8 +119,9 @@ def _with_ops(update: AdamUpdate, bad: Tensor) -> None:
     moved = torch.where(finite, moved, value.float())
     if update.seed is not None and value.dtype == torch.bfloat16:
         moved = _nudged(moved, update.seed, update.first)
-    value.copy_(moved)
     after = encode(first, second) if is_8bit(state) else {"state1": first, "state2": second}
+    # After everything that allocates, so that value and moments are of the same step.
+    value.copy_(moved)
     for key, tensor in after.items():
         if not key.startswith("qmap"):
             state[key].copy_(tensor)
