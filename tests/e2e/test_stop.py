@@ -10,29 +10,19 @@ import threading
 from pathlib import Path
 
 import pytest
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 
 from oddsmith import ORPOConfig, ORPOTrainer
 from oddsmith.training.checkpoints import is_whole
 from oddsmith.training.stop_hooks import Stopped
 from support.processes import end, report, reports, two_processes
+from support.stopping import AskToStop
 from support.trainer_runs import arguments, make_model, make_tokenizer, pairs, train_logs
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
 STEPS = 7
 ASKED_AFTER = 3
-
-
-class AskToStop(TrainerCallback):
-    """What a system does to a job: SIGTERM in the middle of a step."""
-
-    def __init__(self, process):
-        self.process = process
-
-    def on_substep_end(self, args, state, control, **kwargs):
-        if state.global_step == ASKED_AFTER and args.process_index == self.process:
-            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def trainer_for(folder, callbacks=(), **changed):
@@ -74,7 +64,7 @@ def losses(trainer):
 
 def stopped_and_resumed(folder, process, **changed):
     """The step of the stop, its exit code, and what the resumed run ends with."""
-    trainer = trainer_for(folder, [AskToStop(process)], **changed)
+    trainer = trainer_for(folder, [AskToStop(ASKED_AFTER, process)], **changed)
     before = signal.getsignal(signal.SIGTERM)
     try:
         trainer.train()

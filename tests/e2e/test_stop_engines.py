@@ -3,8 +3,6 @@ same end to the bit. The two processes run this file as a script.
 """
 
 import io
-import os
-import signal
 import sys
 from contextlib import redirect_stderr
 from importlib.util import find_spec
@@ -13,7 +11,6 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from transformers import TrainerCallback
 
 from oddsmith.training import stop_hooks
 from oddsmith.training.checkpoints import is_whole
@@ -22,23 +19,13 @@ from support.deepspeed_on_cpu import allow_cpus, end_deepspeed, zero
 from support.engine_runs import FEATURES, make_trainer
 from support.engines import ENGINES, Engine, under, whole_weights
 from support.processes import end, report, reports, two_processes
+from support.stopping import AskToStop
 from support.trainer_runs import train_logs
 
 STEPS = 6
 ASKED_AFTER = 2
 FSDP2 = {name: ENGINES[name] for name in ("FSDP2 by arguments", "FSDP2 by environment")}
 ZERO: dict[str, Engine] = {f"ZeRO-{stage}": Engine(zero(stage)) for stage in (2, 3)}
-
-
-class AskToStop(TrainerCallback):
-    """SIGTERM for one of the processes, in the middle of a step."""
-
-    def __init__(self, process):
-        self.process = process
-
-    def on_substep_end(self, args, state, control, **kwargs):
-        if state.global_step == ASKED_AFTER and args.process_index == self.process:
-            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def trainer_for(engine, models, out, **changed):
@@ -55,7 +42,7 @@ def ended(trainer):
 
 def stopped_and_resumed(engine, models, out, process):
     trainer = trainer_for(engine, models, out)
-    trainer.add_callback(AskToStop(process))
+    trainer.add_callback(AskToStop(ASKED_AFTER, process))
     said = io.StringIO()
     try:
         with redirect_stderr(said):
