@@ -52,7 +52,7 @@ class ImageFiller:
         Args:
             inputs (`Mapping`): Sequences of a batch: `concatenated_input_ids` and the like, `(2B, T)`.
             extra (`Mapping`): From [`~oddsmith.data.image_collator.both_sides`].
-            padding_value (`int`): Token id that pads.
+            padding_value (`int`): Token id of the padding.
 
         Raises:
             ValueError: On all processes, if the sequence is needed and would be counted.
