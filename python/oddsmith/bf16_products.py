@@ -32,7 +32,8 @@ def cpu_has_bf16() -> bool:
 
 def _can_use_them() -> bool:
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", ""))
-    return cpu_has_bf16() and limit.upper() not in _WITHOUT and torch.backends.mkldnn.is_available()
+    there = hasattr(getattr(torch.backends.mkldnn, "matmul", None), "fp32_precision")
+    return there and cpu_has_bf16() and limit.upper() not in _WITHOUT
 
 
 @contextmanager

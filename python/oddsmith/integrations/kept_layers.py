@@ -14,7 +14,7 @@ from .model_core import core_of
 from .patch import Patch, Unsupported
 from .saved_bytes import SavedBytes
 
-__all__ = ["KeptLayers", "LayerStack"]
+__all__ = ["KeptLayers", "LayerStack", "is_checkpointed"]
 
 _FUNCTION = "_gradient_checkpointing_func"
 # Lengths that differ by less do not tell what grows with the length from what does not.
@@ -122,7 +122,9 @@ class _Function:
             return forward(*args, **kwargs)
         with SavedBytes(_known(forward, args, kwargs)) as saved:
             out = forward(*args, **kwargs)
-        rate.add(tokens, length, saved.total)
+        # Without a graph, as without gradients or before the first adapter, nothing is saved.
+        if _has_graph(out):
+            rate.add(tokens, length, saved.total)
         return out
 
 
@@ -211,6 +213,18 @@ class KeptLayers(Patch):
         return all(vars(layer).get(_FUNCTION) is function for layer, function in self._changed)
 
 
+def is_checkpointed(model: nn.Module) -> bool:
+    """Whether anything in a model is recomputed in the backward pass."""
+    modules = core_of(model).modules()
+    return any(getattr(module, "gradient_checkpointing", False) is True for module in modules)
+
+
+def _has_graph(out: Any) -> bool:
+    if isinstance(out, (tuple, list)):
+        return any(_has_graph(each) for each in out)
+    return isinstance(out, Tensor) and out.requires_grad
+
+
 def _checkpointed(core: nn.Module) -> Iterator[tuple[str, GradientCheckpointingLayer]]:
     for name, module in core.named_modules():
         if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
@@ -241,7 +255,7 @@ def _known(forward: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
             given.extend(each.values())
         elif isinstance(each, (list, tuple)):
             given.extend(each)
-    # Before transformers 5.20 the layer is bound to the method.
+    # In older transformers the layer is bound to the method.
     owner = getattr(getattr(forward, "func", forward), "__self__", None)
     if isinstance(owner, nn.Module):
         yield from chain(owner.parameters(), owner.buffers())

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from ..integrations.kept_layers import KeptLayers
+from ..integrations.kept_layers import KeptLayers, is_checkpointed
 from .activation_budget import ActivationBudget, memory_text
 from .engine import engine_of
 from .step_state import StepState
@@ -86,7 +86,8 @@ class ActivationHooks(TrainerParts):
 
     def _new_budget(self, model: nn.Module) -> tuple[ActivationBudget, KeptLayers] | None:
         setting = self.args.activation_budget
-        if setting is None or not self.args.gradient_checkpointing:
+        # Trainer switches it on in `train`, so that it is off in other loops.
+        if setting is None or not is_checkpointed(model):
             return None
         engine = engine_of(self.args, self.model)
         reason = None

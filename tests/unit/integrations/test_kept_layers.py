@@ -7,7 +7,12 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from oddsmith.integrations.kept_layers import KeptLayers, LayerStack, SavedRate
+from oddsmith.integrations.kept_layers import (
+    KeptLayers,
+    LayerStack,
+    SavedRate,
+    is_checkpointed,
+)
 from oddsmith.integrations.saved_bytes import SavedBytes
 from support.models import checkpointed
 from support.trainer_runs import make_model, make_tokenizer
@@ -159,6 +164,42 @@ def test_nothing_is_left_on_the_model():
     with KeptLayers(model, lambda tokens: 1e9):
         pass
     assert [vars(layer).keys() for layer in model.model.layers] == [each.keys() for each in before]
+
+
+def test_what_has_no_graph_measures_nothing():
+    model = small_model()
+    ids = torch.randint(3, 40, (2, 17))
+    kept = KeptLayers(model, lambda tokens: 1e9)
+    with kept:
+        with torch.no_grad():
+            model(ids, use_cache=False)
+        assert not kept.is_measured
+        gradients(model, ids)
+        assert kept.is_measured and kept.stacks[0].rates[-1].bytes(34, 17) > 0
+
+
+def test_frozen_layers_before_the_first_adapter_save_nothing():
+    """They are of the same kind as frozen layers behind it, which do."""
+    model = make_model("mistral", make_tokenizer())
+    model.model.layers.append(copy.deepcopy(model.model.layers[0]))
+    model.config.num_hidden_layers = 3
+    model.requires_grad_(False)
+    model.model.layers[1].mlp.down_proj.weight.requires_grad_(True)
+    model = checkpointed(model)
+    kept = KeptLayers(model, lambda tokens: 1e9)
+    with kept:
+        for length in (12, 20, 40, 40):
+            ids = torch.randint(3, 40, (2, length))
+            model(ids, labels=ids, use_cache=False).loss.backward()
+        first, middle, last = kept.stacks[0].rates
+    assert first is last and last is not middle
+    assert last.bytes(40, 20) > 40 * 48 * 4  # more than one tensor as wide as the hidden states
+
+
+def test_whether_anything_is_recomputed():
+    model = make_model("mistral", make_tokenizer())
+    assert not is_checkpointed(model)
+    assert is_checkpointed(checkpointed(model))
 
 
 def test_layers_of_two_stacks_share_the_budget():

@@ -10,6 +10,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
 from oddsmith import NF4Config, ORPOConfig, ORPOTrainer
+from support.models import checkpointed
 from support.trainer_runs import arguments, make_model, make_tokenizer, pairs
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
@@ -123,6 +124,15 @@ def test_without_checkpointing_nothing_is_recomputed(tmp_path):
     assert run(tmp_path, "auto", gradient_checkpointing=False).counts == [None] * 6
 
 
+def test_a_loop_without_train_is_not_checkpointed(tmp_path, caplog):
+    trainer = trainer_for(tmp_path, "auto")
+    trainer.create_optimizer()
+    trainer.current_gradient_accumulation_steps = 1  # as `train` sets it
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.training_step(trainer.model, batch)
+    assert trainer.counts == [None] and "activation_budget" not in caplog.text
+
+
 def test_a_long_batch_keeps_fewer_layers(tmp_path):
     single = {
         "per_device_train_batch_size": 1,
@@ -161,6 +171,7 @@ def test_engines_that_decide_themselves(changed, reason, tmp_path, monkeypatch, 
 
     activation_hooks.logger.warning_once.cache_clear()
     trainer = trainer_for(tmp_path, "auto")
+    checkpointed(trainer.model)
     if "torch_compile" in changed:
         trainer.args.torch_compile = True
     else:
@@ -171,6 +182,7 @@ def test_engines_that_decide_themselves(changed, reason, tmp_path, monkeypatch, 
 
 def test_devices_whose_memory_is_not_known(tmp_path, caplog):
     trainer = trainer_for(tmp_path, "auto")
+    checkpointed(trainer.model)
     trainer.args = SimpleNamespace(
         device=torch.device("mps"),
         activation_budget="auto",
