@@ -1,11 +1,14 @@
-"""Each kernel alone gives a wrong value, or reads far away: its family's trial must find it in the dtype that it serves."""
+"""Each kernel alone gives a wrong value, reads far away, never ends or does not compile: its family's trial must find it."""
 
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from oddsmith.check import trials
+from oddsmith import _core
+from oddsmith.check import trial_process, trials
 from support import emulation
 from support.broken_kernels import RESULTS
 
@@ -56,3 +59,55 @@ def test_every_kernel_that_is_broken(emulated_driver, monkeypatch):
         except AssertionError as error:
             missed.append(str(error).splitlines()[0])
     assert not missed, "\n".join(missed)
+
+
+# ---- one that never ends ----
+
+
+def not_ended(kernels, monkeypatch, limit, together):
+    """The errors of the kernels' families, each tried with this one kernel that never ends."""
+    # Of the second try nothing is left to find: a family whose kernels all end has passed in the first.
+    monkeypatch.setattr(trial_process, "LIMITS", (limit, 0.1))
+    given, own = trial_process.environment, threading.local()
+    monkeypatch.setattr(
+        trial_process, "environment", lambda env, gpu: given(env, gpu) | own.environment
+    )
+
+    def error(kernel):
+        own.environment = {"EMULATOR_FAULT": f"hang:={kernel}:0"}
+        (verdict,) = trial_process.verdicts(0, None, [parts_of(kernel)[0]])
+        return verdict.error
+
+    # They wait for most of the time.
+    with ThreadPoolExecutor(together) as threads:
+        return dict(zip(kernels, threads.map(error, kernels), strict=True))
+
+
+def test_a_kernel_that_never_ends(untried, monkeypatch):
+    """The last one of a family's last dtype: the others have ended before."""
+    kernel = "adamw8bit_bf16_f32"
+    assert "not ended within" in (not_ended([kernel], monkeypatch, 5.0, 1)[kernel] or "")
+
+
+@pytest.mark.slow
+def test_every_kernel_that_never_ends(untried, monkeypatch):
+    errors = not_ended(sorted(emulation.kernel_names()), monkeypatch, 30.0, 4)
+    assert errors and [name for name, error in errors.items() if "ended" not in (error or "")] == []
+
+
+# ---- one that does not compile ----
+
+
+@pytest.mark.slow
+def test_every_kernel_that_does_not_compile(untried, monkeypatch):
+    """What is compiled is a source as a whole: none of the families that it serves is used."""
+    sources = dict(_core.kernel_families())
+    first = {kernel: sources[parts_of(kernel)[0]][0] for kernel in emulation.kernel_names()}
+    for source in sorted(set(first.values())):
+        monkeypatch.setenv("EMULATOR_COMPILE_ERROR", source)
+        served = [name for name, names in sources.items() if source in names]
+        failed = trial_process.verdicts(0, None, served)
+        assert all(
+            f"{source}(1): error: broken on purpose" in (each.error or "") for each in failed
+        )
+        assert {parts_of(kernel)[0] for kernel in first if first[kernel] == source} <= set(served)
