@@ -25,6 +25,16 @@ impl Map {
         Self { midpoints: std::array::from_fn(|i| f64::midpoint(wide(i), wide(i + 1))) }
     }
 
+    /// What lies between consecutive codes for `f32` values: `x` has the code of the number of them that are
+    /// below it. The midpoints, rounded down, between which and the midpoints there is no `f32`.
+    #[must_use]
+    pub fn bounds(&self) -> [f32; MAP_LEN - 1] {
+        self.midpoints.map(|midpoint| {
+            let nearest = midpoint as f32;
+            if f64::from(nearest) > midpoint { nearest.next_down() } else { nearest }
+        })
+    }
+
     /// The code whose value is nearest to `x`, in `[-1, 1]`; of two, the lower.
     fn code(&self, x: f32) -> u8 {
         self.midpoints.partition_point(|&midpoint| midpoint < f64::from(x)) as u8

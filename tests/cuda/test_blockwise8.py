@@ -1,11 +1,11 @@
-"""The kernels of kernels/blockwise8.cu on the emulated GPU, compared with the slice algorithms."""
+"""The kernels of kernels/blockwise8.cu on the emulated GPU, and torch's operations, compared with the slice algorithms."""
 
 import pytest
 import torch
 
 from oddsmith import _core
 from oddsmith.quant.nf4 import dynamic_map
-from support.slices import DTYPES, at_a_page_s_end, same_bits, slices
+from support.slices import DTYPES, at_a_page_s_end, same_bits, slices, tensor_operations
 
 pytestmark = pytest.mark.usefixtures("emulated_driver")
 
@@ -46,6 +46,11 @@ def test_codes_and_values_equal_the_cpu(dtype, name, count, blocksize, emulated_
     assert same_bits(codes, expected_codes)
     assert same_bits(absmax, expected_absmax)
     assert same_bits(back, expected_back)
+    with tensor_operations():
+        found = _core.quantize_blockwise(x, code, blocksize)
+        found_back = _core.dequantize_blockwise(codes, absmax, code, blocksize, str(dtype)[6:])
+    assert same_bits(found[0], expected_codes) and same_bits(found[1], expected_absmax)
+    assert same_bits(found_back, expected_back)
 
 
 @pytest.mark.parametrize("name", MAPS)
@@ -55,8 +60,11 @@ def test_around_every_midpoint(name):
     up, down = torch.tensor(2.0), torch.tensor(-2.0)
     x = torch.cat([middles, middles.nextafter(up), middles.nextafter(down), torch.ones(3)])
     codes, _ = _core.quantize_blockwise(x, code, 1024)
+    with tensor_operations():
+        by_torch, _ = _core.quantize_blockwise(x, code, 1024)
     with slices():
-        assert torch.equal(codes, _core.quantize_blockwise(x, code, 1024)[0])
+        expected, _ = _core.quantize_blockwise(x, code, 1024)
+    assert torch.equal(codes, expected) and torch.equal(by_torch, expected)
 
 
 @pytest.mark.parametrize("special", [0.0, -0.0, float("nan"), float("inf"), 1e-45, -3e38])
@@ -64,10 +72,13 @@ def test_blocks_of_every_kind(special):
     for base in (torch.zeros(90), values(90, torch.float32)):
         x = base.clone()
         x[[3, 80]] = special
-        codes, absmax = _core.quantize_blockwise(x, MAPS["signed"], 32)
+        found = _core.quantize_blockwise(x, MAPS["signed"], 32)
+        with tensor_operations():
+            by_torch = _core.quantize_blockwise(x, MAPS["signed"], 32)
         with slices():
             expected = _core.quantize_blockwise(x, MAPS["signed"], 32)
-        assert same_bits(codes, expected[0]) and same_bits(absmax, expected[1])
+        for each in (found, by_torch):
+            assert same_bits(each[0], expected[0]) and same_bits(each[1], expected[1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -25,6 +25,17 @@ def slices():
         _core.emulate_cuda(True)
 
 
+@contextmanager
+def tensor_operations():
+    """CPU tensors take the path of devices without kernels, in a test with the emulated GPU."""
+    _core.use_tensor_ops(True)
+    try:
+        with slices():
+            yield
+    finally:
+        _core.use_tensor_ops(False)
+
+
 def same_bits(ours: Tensor, theirs: Tensor) -> bool:
     """Equal bits, except for the payloads of NaN."""
     assert ours.dtype == theirs.dtype and ours.shape == theirs.shape

@@ -108,8 +108,10 @@ pub fn quantize_blockwise(x: &Tensor, code: &Tensor, blocksize: i64) -> Result<[
         let code = code.f_contiguous()?;
         return blockwise8_cuda::quantize(gpu, &x.f_contiguous()?, &code, blocksize);
     }
-    // There are few scales, so other devices copy them to the CPU.
-    let x = x.f_to_device(Device::Cpu)?.f_contiguous()?;
+    if device != Device::Cpu || tensor_ops() {
+        return ops::quantize_blockwise(x, &map, blocksize);
+    }
+    let x = x.f_contiguous()?;
     let blocks = blocks_of(x.numel() as i64, blocksize);
     let mut codes = Tensor::f_empty(x.size(), (Kind::Uint8, Device::Cpu))?;
     let mut absmax = Tensor::f_empty([blocks], (Kind::Float, Device::Cpu))?;
@@ -119,7 +121,7 @@ pub fn quantize_blockwise(x: &Tensor, code: &Tensor, blocksize: i64) -> Result<[
         Kind::Half => blockwise8::quantize::<f16>(&TorchThreads, slice(&x)?, &map, block, out, largest),
         _ => blockwise8::quantize::<f32>(&TorchThreads, slice(&x)?, &map, block, out, largest),
     }
-    Ok([codes.f_to_device(device)?, absmax.f_to_device(device)?])
+    Ok([codes, absmax])
 }
 
 /// `code[x] * absmax`, rounded to `kind`, in the shape of `codes`.
@@ -145,16 +147,17 @@ pub fn dequantize_blockwise(
     check_len(OP, "absmax", absmax, blocks_of(count, blocksize), &format!("for {count} codes"))?;
     let _guard = tch::no_grad_guard();
     let device = codes.device();
-    if let Some(gpu) = device::of(codes, &[Family::Blockwise8])? {
-        // No check that the values are ascending: it would wait for the device.
-        check_map(OP, code)?;
-        let (codes, absmax) = (codes.f_contiguous()?, absmax.f_contiguous()?);
-        let code = code.f_contiguous()?;
+    // On a GPU no check that the values are ascending: it would wait for the device.
+    check_map(OP, code)?;
+    let gpu = device::of(codes, &[Family::Blockwise8])?;
+    let (codes, absmax, code) = (codes.f_contiguous()?, absmax.f_contiguous()?, code.f_contiguous()?);
+    if let Some(gpu) = gpu {
         return blockwise8_cuda::dequantize(gpu, &codes, &absmax, &code, blocksize, kind);
     }
-    let map = map(OP, code)?;
-    let host = |tensor: &Tensor| -> Result<Tensor> { Ok(tensor.f_to_device(Device::Cpu)?.f_contiguous()?) };
-    let (codes, absmax) = (host(codes)?, host(absmax)?);
+    if device != Device::Cpu || tensor_ops() {
+        return ops::dequantize_blockwise(&codes, &code, &absmax, blocksize, kind);
+    }
+    let map = map(OP, &code)?;
     let mut values = large::empty(&codes.size(), kind)?;
     let (codes, absmax, block) = (slice::<u8>(&codes)?, slice::<f32>(&absmax)?, blocksize as usize);
     match kind {
@@ -175,5 +178,5 @@ pub fn dequantize_blockwise(
             blockwise8::dequantize::<f32>(&TorchThreads, codes, &map, absmax, block, slice_mut(&mut values)?);
         }
     }
-    Ok(values.f_to_device(device)?)
+    Ok(values)
 }

@@ -1,9 +1,10 @@
-//! NF4 with libtorch's ops, on any device.
+//! NF4 and 8-bit blocks with libtorch's ops, on any device.
 
 use tch::{Kind, Tensor};
 
 use super::args::{Nested, Weight};
 use crate::base::error::Result;
+use crate::quant::blockwise8::Map;
 use crate::quant::codebook::{MIDPOINTS, NF4};
 
 /// As [`crate::quant::nf4::quantize`].
@@ -64,4 +65,51 @@ pub(super) fn scales(weight: &Weight) -> Result<Tensor> {
     let spread = nested.f_repeat_interleave_self_int(*blocksize, 0, None)?;
     let spread = spread.f_narrow(0, 0, codes.size()[0])?;
     Ok(map.f_index_select(0, &codes)?.f_mul(&spread)?.f_add(&offset.f_reshape([1])?)?)
+}
+
+/// As [`crate::quant::blockwise8::quantize`].
+pub(super) fn quantize_blockwise(x: &Tensor, map: &Map, blocksize: i64) -> Result<[Tensor; 2]> {
+    const LEAST: f64 = f32::from_bits(1) as f64;
+    let flat = x.f_reshape([-1])?.f_to_kind(Kind::Float)?;
+    let n = flat.size()[0];
+    let whole = n - n % blocksize;
+    // amax propagates NaN. The inverse of a subnormal overflows, so the values are divided.
+    let one = |value: f64| Tensor::f_full([1], value, (Kind::Float, x.device()));
+    let divisor = |absmax: &Tensor| one(1.0)?.f_where_self(&absmax.f_lt(LEAST)?, absmax);
+    let blocks = flat.f_narrow(0, 0, whole)?.f_view([whole / blocksize, blocksize])?;
+    let mut absmax = blocks.f_abs()?.f_amax([1], false)?;
+    let mut scaled = blocks.f_div(&divisor(&absmax)?.f_unsqueeze(1)?)?.f_reshape([-1])?;
+    if whole < n {
+        let rest = flat.f_narrow(0, whole, n - whole)?;
+        let largest = rest.f_abs()?.f_amax([0], true)?;
+        scaled = Tensor::f_cat(&[scaled, rest.f_div(&divisor(&largest)?)?], 0)?;
+        absmax = Tensor::f_cat(&[absmax, largest], 0)?;
+    }
+    let bounds = Tensor::f_from_slice(&map.bounds())?.f_to_device(x.device())?;
+    // NaN has the lowest code on the CPU.
+    let known = scaled.f_where_self(&scaled.f_ge(-1.0)?, &one(-1.0)?)?;
+    let codes = known.f_bucketize(&bounds, true, false)?.f_to_kind(Kind::Uint8)?;
+    Ok([codes.f_reshape(x.size())?, absmax])
+}
+
+/// As [`crate::quant::blockwise8::dequantize`].
+pub(super) fn dequantize_blockwise(
+    codes: &Tensor,
+    map: &Tensor,
+    absmax: &Tensor,
+    blocksize: i64,
+    kind: Kind,
+) -> Result<Tensor> {
+    let n = codes.numel() as i64;
+    let values = map.f_index_select(0, &codes.f_reshape([-1])?.f_to_kind(Kind::Int)?)?;
+    let scales = absmax.f_reshape([-1])?;
+    let whole = n - n % blocksize;
+    let blocks = whole / blocksize;
+    let first = values.f_narrow(0, 0, whole)?.f_view([blocks, blocksize])?;
+    let mut out = first.f_mul(&scales.f_narrow(0, 0, blocks)?.f_unsqueeze(1)?)?.f_reshape([-1])?;
+    if whole < n {
+        let rest = values.f_narrow(0, whole, n - whole)?.f_mul(&scales.f_narrow(0, blocks, 1)?)?;
+        out = Tensor::f_cat(&[out, rest], 0)?;
+    }
+    Ok(out.f_to_kind(kind)?.f_reshape(codes.size())?)
 }
