@@ -126,6 +126,8 @@ import json, sys, time
 def say(**line):
     print("oddsmith-trial " + json.dumps(line), flush=True)
 asked = json.loads(sys.argv[1])
+if "absent" in asked["families"]:
+    sys.exit("no such library")
 print("a library says something")
 say(load=asked["families"][0]) if "silent" not in asked["families"] else time.sleep(60)
 for family in asked["families"]:
@@ -169,6 +171,12 @@ def test_a_process_that_does_not_start(pretended, monkeypatch):
     monkeypatch.setattr(trial_process, "START_LIMIT", 1.0)
     with pytest.raises(trial_process.TrialError, match="a process did not start within 1 s"):
         tried("silent")
+
+
+def test_a_process_that_ends_at_once(pretended):
+    words = r"ended before it tried anything: no such library \(exit status 1\)"
+    with pytest.raises(trial_process.TrialError, match=words):
+        tried("absent")
 
 
 @pytest.mark.slow

@@ -69,8 +69,8 @@ def verdicts(gpu: int, uuid: str | None, families: list[str]) -> list[Verdict]:
         broken = [family for family, verdict in found.items() if not verdict.passed]
         with _started(gpu, uuid, waiting, broken) as lines:
             _follow(lines, device, found, slow)
-        if (len(found), len(slow)) == before:
-            raise TrialError(f"a process ended before it tried anything: {lines.last_words()}")
+            if (len(found), len(slow)) == before:
+                raise TrialError(f"a process ended before it tried anything: {lines.last_words()}")
     return [found[family] for family in families]
 
 
