@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers.trainer_utils import SaveStrategy, rotate_checkpoints
+from transformers.trainer_utils import SaveStrategy
 
 from ..errors import CheckpointError
 from ..stage import sync
 from .checkpoints import STATE_FILE, newest_whole
+from .rotation import keep_best, rotate
 from .trainer_parts import TrainerParts
 
 # In the output folder; transformers uploads nothing whose name begins like this.
@@ -70,12 +71,23 @@ class CheckpointHooks(TrainerParts):
         if self.args.push_to_hub:
             super()._push_from_checkpoint(str(place))
         if self.args.should_save:
-            rotate_checkpoints(
-                output_dir=str(folder),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
+            rotate(folder, self.args.save_total_limit, self.state.best_model_checkpoint, stage)
+
+    def _finalize_training(self, trial: Any, *args: Any) -> Any:
+        if not self.args.load_best_model_at_end:
+            self._keep_best(trial)
+        return super()._finalize_training(trial, *args)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._keep_best(self._trial)
+
+    def _keep_best(self, trial: Any) -> None:
+        """What transformers does next, file by file."""
+        best = self.state.best_model_checkpoint
+        if self.args.should_save and best is not None and self.args.save_total_limit == 1:
+            folder = Path(self._get_output_dir(trial))
+            keep_best(folder, best, folder / STAGE)
 
     def _init_training_state(
         self,

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -166,3 +167,23 @@ def test_a_stream_goes_on_in_its_second_pass(tokenizer, tmp_path):
     for step in (2, 4, 5):
         checkpoint = tmp_path / "whole" / f"checkpoint-{step}"
         assert losses(tmp_path / "other", str(checkpoint)) == whole
+
+
+def test_no_checkpoint_is_removed_under_its_name(tokenizer, tmp_path, monkeypatch):
+    removed, remove = [], shutil.rmtree
+
+    def watch(path, *args, **kwargs):
+        if Path(path).exists():
+            removed.append(Path(path).name)
+        remove(path, *args, **kwargs)
+
+    monkeypatch.setattr("shutil.rmtree", watch)
+    # The last one is not the best: with a limit of one, the end of the run removes it.
+    trainer = trainer_for(
+        tmp_path, tokenizer, load_best_model_at_end=True, eval_strategy="steps", eval_steps=1,
+        metric_for_best_model="eval_loss", greater_is_better=True, save_total_limit=1, learning_rate=0.01,
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.best_global_step < 3
+    assert folders(tmp_path) == [f"checkpoint-{trainer.state.best_global_step}"]
+    assert removed and set(removed) == {STAGE}
