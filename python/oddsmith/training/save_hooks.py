@@ -43,6 +43,11 @@ class SaveHooks(TrainerParts):
         if self.args.should_save:
             check_written(folder, before)
 
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """See [`~transformers.Trainer.push_to_hub`]. What is uploaded is whole, as in [`save_model`]."""
+        with _gathered(self):
+            return super().push_to_hub(*args, **kwargs)
+
     def _zero_adapter(self) -> bool:
         """Whether DeepSpeed trains an adapter."""
         plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)

@@ -51,6 +51,33 @@ def test_the_last_save_gathers(tmp_path, monkeypatch):
     assert plugin.state_dict_type == "SHARDED_STATE_DICT"
 
 
+@pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])
+def test_what_is_uploaded_is_gathered(engine, tmp_path, monkeypatch):
+    """`push_to_hub` saves as if into a checkpoint, which is in parts here."""
+    zero = SimpleNamespace(gather_16bit_weights_on_model_save=False)
+    plugin = SimpleNamespace(state_dict_type="SHARDED_STATE_DICT")
+    calls = []
+    kind, _ = trainer(tmp_path, True, [], **{f"{engine}_plugin": plugin})
+    kind.deepspeed = SimpleNamespace(_config=SimpleNamespace(zero_config=zero))
+    kind.model = SimpleNamespace()
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        calls.append((str(plugin.state_dict_type), zero.gather_16bit_weights_on_model_save))
+
+    def push_to_hub(self, *args, **kwargs):
+        self.save_model(_internal_call=True)
+        return args, kwargs
+
+    monkeypatch.setattr(Trainer, "save_model", save_model)
+    monkeypatch.setattr(Trainer, "push_to_hub", push_to_hub)
+    fake = object.__new__(type("Fake", (kind, Trainer), {}))
+    assert fake.push_to_hub("said", blocking=False) == (("said",), {"blocking": False})
+    fake.save_model(_internal_call=True)
+    parts = ("SHARDED_STATE_DICT", False)
+    whole = ("StateDictType.FULL_STATE_DICT", False) if engine == "fsdp" else (parts[0], True)
+    assert calls == [whole, parts]
+
+
 @pytest.fixture
 def whole(tmp_path):
     """A trainer that has saved a model, metrics and its state."""
