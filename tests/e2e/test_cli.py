@@ -253,3 +253,5 @@ def test_a_full_disk_is_one_line(
     argv = ("--model", tiny_mistral, "--dataset", data, "--output_dir", tmp_path / "out")
     said = error_of(capsys, *argv, *QUICK, "--save_strategy", strategy, "--save_steps", "1")
     assert "No space left on device" in said and said.endswith(left)
+    # They would lie beside the model of the run before.
+    assert not list((tmp_path / "out").glob("*_results.json"))

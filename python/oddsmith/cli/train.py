@@ -218,17 +218,38 @@ def run_train(
     trainer.how_to_go_on = how_to_go_on or trainer.how_to_go_on
     with _ends(config, trainer.how_to_go_on):
         result = trainer.train(resume_from_checkpoint=checkpoint)
-        trainer.save_metrics("train", result.metrics)
+        metrics = {"train": result.metrics}
         if eval_dataset is not None:
-            metrics = last_evaluation(trainer.state) or trainer.evaluate()
-            trainer.log_metrics("eval", metrics)
-            trainer.save_metrics("eval", metrics)
-        trainer.save_model()
-        trainer.save_state()
+            metrics["eval"] = last_evaluation(trainer.state) or trainer.evaluate()
+            trainer.log_metrics("eval", metrics["eval"])
+        save_run(trainer, metrics)
         if trainer.is_world_process_zero():
-            draw_curves(trainer.state.log_history, output_folder(config))
             what = "adapter" if adapter.use_peft else "model"
             print(f"Saved the {what} and its tokenizer to {config.output_dir}")
+
+
+def save_run(trainer: ORPOTrainer, metrics: dict[str, dict[str, float]]) -> None:
+    """
+    Saves the model first: if that fails, the folder keeps the model, the metrics and the state of the run before.
+    All of it is uploaded at the end.
+
+    Args:
+        trainer ([`~oddsmith.ORPOTrainer`]): Of a run that has ended.
+        metrics (`dict`): Those of `"train"` and, if there is one, of `"eval"`.
+    """
+    args = trainer.args
+    uploads, args.push_to_hub = args.push_to_hub, False
+    try:
+        trainer.save_model()
+    finally:
+        args.push_to_hub = uploads
+    trainer.save_state()
+    for split, values in metrics.items():
+        trainer.save_metrics(split, values)
+    if trainer.is_world_process_zero():
+        draw_curves(trainer.state.log_history, output_folder(args))
+    if uploads:
+        trainer.push_to_hub(commit_message="Model save", revision=args.hub_revision)
 
 
 class _Trainer(ORPOTrainer):

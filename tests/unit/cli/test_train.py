@@ -160,3 +160,49 @@ def test_an_interrupted_run_says_what_it_has_left(tmp_path):
     folder.mkdir(parents=True)
     (folder / "trainer_state.json").write_text('{"global_step": 7}')
     assert train._left(args, "oddsmith train") == f"{folder} is whole. To go on: oddsmith train"
+
+
+class Saves:
+    """A trainer that says what is saved and uploaded, in order."""
+
+    def __init__(self, args, fails=None):
+        self.args, self.fails, self.done = args, fails, []
+        self.state = SimpleNamespace(log_history=[])
+
+    def _did(self, what):
+        if what == self.fails:
+            raise OSError("No space left on device")
+        self.done.append(what)
+
+    def save_model(self):
+        self._did("model")
+        if self.args.push_to_hub:
+            self._did("upload")
+
+    def save_state(self):
+        self._did("state")
+
+    def save_metrics(self, split, metrics):
+        self._did(f"{split} {metrics}")
+
+    def push_to_hub(self, commit_message, revision):
+        self._did(f"upload: {commit_message}, {revision}")
+
+    def is_world_process_zero(self):
+        return True
+
+
+def test_metrics_are_saved_after_their_model_and_uploaded_with_it(tmp_path, monkeypatch):
+    args = config(tmp_path, hub_revision="v2")
+    args.push_to_hub = True
+    made = Saves(args)
+    monkeypatch.setattr(train, "draw_curves", lambda *given: made.done.append("curves"))
+    train.save_run(made, {"train": {"a": 1.0}, "eval": {"b": 2.0}})
+    assert made.done == [
+        "model", "state", "train {'a': 1.0}", "eval {'b': 2.0}", "curves", "upload: Model save, v2"
+    ]  # fmt: skip
+    assert args.push_to_hub
+    made = Saves(args, fails="model")
+    with pytest.raises(OSError, match="No space"):
+        train.save_run(made, {"train": {"a": 1.0}})
+    assert made.done == [] and args.push_to_hub
