@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftConfig
 from pyarrow import compute
 
 from ..errors import UserError
-from .folder import Tensor, read_tensors
+from .folder import Tensor, read_tensors, refuse_links
 from .rules import Factor, MergeUpdate
 
 _FILE = "adapter_model.safetensors"
@@ -74,6 +74,7 @@ class Adapter:
     def __init__(self, folder: Path):
         if not (folder / "adapter_config.json").is_file():
             raise UserError(f"{folder}: has no adapter_config.json")
+        refuse_links(folder)
         self.folder: Path = folder
         self.file: Path = folder / _FILE
         self.config: LoraConfig = self._read_config()
@@ -123,11 +124,9 @@ class Adapter:
             given |= {f"{name}, {key}": value for key, value in pattern.items()}
         for name, value in given.items():
             rank = name.startswith("r")
-            kinds = int if rank else (int, float)
-            good = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
-            if not good or (rank and value < 1):
+            if not _is_number(value, int if rank else (int, float)) or (rank and value < 1):
                 what = "a whole number above 0" if rank else "a finite number"
-                raise UserError(f"{self.folder}: {name} is {value!r}; must be {what}")
+                raise UserError(f"{self.folder}: {name} is {_short(value)}; must be {what}")
 
     def _sort_in(self, key: str) -> None:
         if not key.startswith(_PREFIX):
@@ -162,7 +161,12 @@ class Adapter:
             raise UserError(
                 f"{self.file}: {module} has trained rows but no trainable_token_indices"
             )
-        return list(given)
+        if not isinstance(given, list) or not all(_is_number(each, int) for each in given):
+            raise UserError(
+                f"{self.folder}: trainable_token_indices of {module} is {_short(given)}; must be a list of "
+                "numbers of tokens"
+            )
+        return given
 
     def scale(self, module: str) -> float:
         """
@@ -247,3 +251,18 @@ class Adapter:
         yield f"{module}.weight", MergeUpdate(left, right, scale, magnitude)
         if "lora_B.bias" in parts:
             yield f"{module}.bias", MergeUpdate(Factor(parts["lora_B.bias"]), None, scale)
+
+
+def _is_number(value: Any, kinds: type | tuple[type, ...]) -> bool:
+    """Whether it is a number of these kinds that a float can hold; JSON has whole ones of any length."""
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:50]}.. ({len(text)} characters)"

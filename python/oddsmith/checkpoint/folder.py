@@ -118,7 +118,7 @@ class Checkpoint:
         self.path = path
         if not path.is_dir():
             raise UserError(f"{path}: no such folder")
-        _refuse_links(path)
+        refuse_links(path)
         self.config: dict[str, Any] = read_json(path / "config.json")
         self.index: dict[str, Any] | None = None
         if (path / WEIGHTS).is_file():
@@ -172,7 +172,7 @@ class Checkpoint:
         return sorted(files)
 
 
-def _refuse_links(folder: Path) -> None:
+def refuse_links(folder: Path) -> None:
     """
     Checks that the links in a folder stay in it: what they lead to is read, and copied to the output.
 

@@ -132,6 +132,10 @@ def test_dora_needs_linear_layers(tmp_path):
         ({"alpha_pattern": {"q_proj": math.nan}}, "alpha_pattern, q_proj is nan; must be"),
         ({"rank_pattern": {"q_proj": True}}, "rank_pattern, q_proj is True; must be"),
         ({"rank_pattern": [2]}, r"rank_pattern is \[2\]; must be a JSON object"),
+        pytest.param(
+            {"lora_alpha": 10**400}, r"lora_alpha is 10+\.\. \(401 characters\)", id="long"
+        ),
+        pytest.param({"r": 10**400}, r"r is 10+\.\. \(401 characters\)", id="long rank"),
         ({"rank_pattern": {"(?=q)q_proj": 4}}, "is no pattern that can be used here"),
     ],
 )
@@ -142,6 +146,25 @@ def test_numbers_that_are_none(options, words, base, tmp_path):
     with pytest.raises(UserError, match=words):
         merge_adapter(base, adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_links_of_an_adapter_stay_in_its_folder(base, tmp_path):
+    """A file of the tokenizer is copied to the merged model, which others get."""
+    adapter = make_adapter(tmp_path)
+    secret = tmp_path / "secret.json"
+    secret.write_text("{}")
+    (adapter / "tokenizer_config.json").symlink_to(secret)
+    with pytest.raises(UserError, match=r"tokenizer_config.json: is a link to .*secret.json"):
+        merge_adapter(base, adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("given", ["12", 3, [None], [1.5], [True], [[1]], {"embed_tokens": 3}])
+def test_tokens_that_are_no_numbers(given, tmp_path):
+    adapter = Adapter(make_adapter(tmp_path))
+    adapter.config.trainable_token_indices = given
+    with pytest.raises(UserError, match="must be a list of numbers of tokens"):
+        adapter.token_indices("model.embed_tokens")
 
 
 def test_a_pattern_takes_no_time_whatever_it_is(tmp_path):
