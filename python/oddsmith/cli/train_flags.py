@@ -203,12 +203,14 @@ def read_settings(path: Path) -> dict[str, Any]:
     """
     try:
         text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"settings file {path} cannot be parsed: {error}") from error
     except OSError as error:
         reason = "no such file" if isinstance(error, FileNotFoundError) else error.strerror
         raise ValueError(f"settings file {path}: {reason}") from error
     try:
         settings = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (json.JSONDecodeError, yaml.YAMLError) as error:
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"settings file {path} cannot be parsed: {error}") from error
     if not isinstance(settings, dict):
         raise TypeError(f"settings file {path}: must be a mapping such as 'beta: 0.1'")

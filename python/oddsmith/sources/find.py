@@ -182,7 +182,7 @@ def saved_files(path: Path) -> dict[str, list[Path]]:
             ]
             for split, folder in folders.items()
         }
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"dataset {path} cannot be read: {reason(error)}") from error
 
 

@@ -26,8 +26,9 @@ def checkpoints(folder: str | Path) -> list[Path]:
 def is_whole(checkpoint: Path) -> bool:
     """Whether a checkpoint was written to its end."""
     try:
-        return "global_step" in json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
+        state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+        return type(state["global_step"]) is int
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return False
 
 
