@@ -3,6 +3,7 @@
 import json
 import os
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -195,7 +196,7 @@ class Saves:
 def test_metrics_are_saved_after_their_model_and_uploaded_with_it(tmp_path, monkeypatch):
     args = config(tmp_path, hub_revision="v2")
     args.push_to_hub = True
-    made = Saves(args)
+    made: Any = Saves(args)
     monkeypatch.setattr(train, "draw_curves", lambda *given: made.done.append("curves"))
     train.save_run(made, {"train": {"a": 1.0}, "eval": {"b": 2.0}})
     assert made.done == [

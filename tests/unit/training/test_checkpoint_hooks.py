@@ -184,6 +184,6 @@ def test_no_checkpoint_is_removed_under_its_name(tokenizer, tmp_path, monkeypatc
         metric_for_best_model="eval_loss", greater_is_better=True, save_total_limit=1, learning_rate=0.01,
     )  # fmt: skip
     trainer.train()
-    assert trainer.state.best_global_step < 3
+    assert trainer.state.best_global_step in (1, 2)
     assert folders(tmp_path) == [f"checkpoint-{trainer.state.best_global_step}"]
     assert removed and set(removed) == {STAGE}

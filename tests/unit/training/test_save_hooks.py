@@ -58,8 +58,6 @@ def test_what_is_uploaded_is_gathered(engine, tmp_path, monkeypatch):
     plugin = SimpleNamespace(state_dict_type="SHARDED_STATE_DICT")
     calls = []
     kind, _ = trainer(tmp_path, True, [], **{f"{engine}_plugin": plugin})
-    kind.deepspeed = SimpleNamespace(_config=SimpleNamespace(zero_config=zero))
-    kind.model = SimpleNamespace()
 
     def save_model(self, output_dir=None, _internal_call=False):
         calls.append((str(plugin.state_dict_type), zero.gather_16bit_weights_on_model_save))
@@ -70,7 +68,9 @@ def test_what_is_uploaded_is_gathered(engine, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Trainer, "save_model", save_model)
     monkeypatch.setattr(Trainer, "push_to_hub", push_to_hub)
-    fake = object.__new__(type("Fake", (kind, Trainer), {}))
+    engine_of_zero = SimpleNamespace(_config=SimpleNamespace(zero_config=zero))
+    own = {"deepspeed": engine_of_zero, "model": SimpleNamespace()}
+    fake = object.__new__(type("Fake", (kind, Trainer), own))
     assert fake.push_to_hub("said", blocking=False) == (("said",), {"blocking": False})
     fake.save_model(_internal_call=True)
     parts = ("SHARDED_STATE_DICT", False)
