@@ -28,7 +28,7 @@ oddsmith: ORPO preference tuning, a drop-in for TRL's ORPOTrainer.
   oddsmith merge BASE ADAPTER OUT          merge a LoRA adapter into its base, 4-bit or not
   oddsmith check                           whether what is installed can train, and what to do if not
   oddsmith COMMAND --help                  the flags of a command
-  oddsmith --version
+  oddsmith --version                       or -V
 """
 
 TRAIN_USAGE = """\
@@ -223,7 +223,7 @@ def main(argv: list[str] | None = None) -> int:
     if argv[:1] in (["-h"], ["--help"]):
         print(USAGE, end="")
         return 0
-    if argv[:1] == ["--version"]:
+    if argv[:1] in (["-V"], ["--version"]):
         print(f"oddsmith {version('oddsmith')}")
         return 0
     if not argv or argv[0] not in COMMANDS:

@@ -21,8 +21,9 @@ def test_help_names_the_commands(flag, capsys):
         assert f"oddsmith {command}" in shown
 
 
-def test_version(capsys):
-    assert cli.main(["--version"]) == 0
+@pytest.mark.parametrize("flag", ["--version", "-V"])
+def test_version(flag, capsys):
+    assert cli.main([flag]) == 0
     assert capsys.readouterr().out == f"oddsmith {version('oddsmith')}\n"
 
 
@@ -37,7 +38,7 @@ def test_no_or_an_unknown_command(argv, capsys):
 
 @pytest.mark.parametrize(
     "argv",
-    [["--help"], ["--version"], [], ["trian"]]
+    [["--help"], ["--version"], ["-V"], [], ["trian"]]
     + [[command, "--help"] for command in commands.COMMANDS]
     + [
         [command] for command in commands.COMMANDS if command not in ("demo", "check")
@@ -54,7 +55,7 @@ def test_help_and_typing_errors_answer_at_once(argv):
         "sys.exit(f'imports {slow}' if slow else code)"
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    asked = bool({"--help", "--version"} & set(argv))
+    asked = bool({"--help", "--version", "-V"} & set(argv))
     assert run.returncode == (0 if asked else 2), run.stderr
     assert (run.stdout if asked else run.stderr).strip()
 
