@@ -15,6 +15,7 @@ from ..errors import UserError
 from ..torch_version import missing
 from . import once, signals
 from .flags import positive
+from .near_misses import Parser, nearest
 
 USAGE = """\
 oddsmith: ORPO preference tuning, a drop-in for TRL's ORPOTrainer.
@@ -81,7 +82,7 @@ Errors are shown in one line; set ODDSMITH_TRACEBACK=1 for the traceback.
 
 
 def demo_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="oddsmith demo",
         description="Train a small model with ORPO from scratch, offline, in about two minutes.",
     )
@@ -180,7 +181,7 @@ def merge(argv: list[str]) -> int:
 
 
 def check_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="oddsmith check",
         description="Look at the packages, the processor, the GPUs and the folders that a run needs, "
         "and try out every family of operations beside torch's.",
@@ -228,7 +229,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if not argv or argv[0] not in COMMANDS:
         if argv:
-            print(f"oddsmith: error: no command {argv[0]!r}\n", file=sys.stderr)
+            near = nearest(argv[0], COMMANDS)
+            hint = f"; did you mean oddsmith {near}?" if near else ""
+            print(f"oddsmith: error: no command {argv[0]!r}{hint}\n", file=sys.stderr)
         print(USAGE, end="", file=sys.stderr)
         return 2
     name, arguments = argv[0], argv[1:]

@@ -1,7 +1,6 @@
 """The arguments of `oddsmith train`: flags, a YAML or JSON file, or both."""
 
 import argparse
-import difflib
 import json
 import os
 from dataclasses import dataclass, field, fields
@@ -14,6 +13,7 @@ from transformers import HfArgumentParser
 from ..config import ORPOConfig
 from . import once
 from .launch import LaunchArguments
+from .near_misses import nearest
 
 FILE_SUFFIXES = (".yaml", ".yml", ".json")
 
@@ -189,9 +189,11 @@ class TrainParser(HfArgumentParser):
         return names
 
     def suggest(self, name: str) -> str:
-        close = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), self.names(), n=1)
         dashes = "--" if name.startswith("-") else ""
-        return f"; did you mean {dashes}{close[0]}?" if close else ""
+        if name.lstrip("-") in ("config", "settings", "config_file", "yaml"):
+            return "; a settings file comes first and without a flag: oddsmith train run.yaml --flag value"
+        near = nearest(name, self.names())
+        return f"; did you mean {dashes}{near}?" if near else ""
 
 
 def read_settings(path: Path) -> dict[str, Any]:
