@@ -14,6 +14,7 @@ from ..config import ORPOConfig
 from . import once
 from .launch import LaunchArguments
 from .near_misses import nearest
+from .yaml_switches import load_yaml, meant
 
 FILE_SUFFIXES = (".yaml", ".yml", ".json")
 
@@ -209,7 +210,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         reason = "no such file" if isinstance(error, FileNotFoundError) else error.strerror
         raise ValueError(f"settings file {path}: {reason}") from error
     try:
-        settings = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        settings = json.loads(text) if path.suffix == ".json" else load_yaml(text)
     except (json.JSONDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"settings file {path} cannot be parsed: {error}") from error
     if not isinstance(settings, dict):
@@ -232,6 +233,7 @@ def settings_to_flags(parser: TrainParser, settings: dict[str, Any]) -> list[str
         name = names.get(str(key).replace("-", "_"))
         if name is None:
             raise ValueError(f"unknown setting {key!r}{parser.suggest(str(key))}")
+        value = meant(parser._option_string_actions[f"--{name}"], value)
         if value is None or isinstance(value, (list, dict)):
             parser.set_defaults(**{name: value})
         else:
