@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import yaml
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments
 
 from ..config import ORPOConfig
+from ..legacy_arguments import LegacyArguments
 from . import once
 from .launch import LaunchArguments
 from .near_misses import nearest
@@ -147,6 +148,27 @@ class AdapterArguments:
         ]
 
 
+def flag_groups() -> dict[str, str]:
+    """The group of each flag in the help, by the name of its field, in the order of the help."""
+    groups = {
+        "model and data": RunArguments,
+        "adapter (PEFT)": AdapterArguments,
+        "ORPO, data and memory": ORPOConfig,
+        "processes": LaunchArguments,
+        "run (transformers.TrainingArguments)": TrainingArguments,
+        "of older releases": LegacyArguments,
+    }
+    found: dict[str, str] = {}
+    inherited = {each.name for each in fields(TrainingArguments)}
+    legacy = {each.name for each in fields(cast(Any, LegacyArguments))} - inherited
+    for title, arguments in groups.items():
+        for each in fields(cast(Any, arguments)):
+            own = each.name not in inherited and each.name not in legacy
+            if own or arguments is not ORPOConfig:
+                found.setdefault(each.name, title)
+    return found
+
+
 class _OneOrMore(argparse.Action):
     """A value, or the list of several."""
 
@@ -173,6 +195,19 @@ class TrainParser(HfArgumentParser):
             # A string or a list; HfArgumentParser takes the first of the two.
             if action.dest == "optim_target_modules":
                 action.__class__, action.nargs = _OneOrMore, "+"
+        self._group()
+
+    def _group(self) -> None:
+        """Puts the flags, which HfArgumentParser has made in one list, under a title each."""
+        group_of = flag_groups()
+        groups = {
+            title: self.add_argument_group(title) for title in dict.fromkeys(group_of.values())
+        }
+        for action in list(self._optionals._group_actions):
+            title = group_of.get(action.dest)
+            if title is not None:
+                self._optionals._group_actions.remove(action)
+                groups[title]._group_actions.append(action)
 
     def error(self, message: str) -> NoReturn:
         once.say(f"oddsmith train: error: {message}\nSee oddsmith train --help")

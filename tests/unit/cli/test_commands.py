@@ -9,7 +9,7 @@ import pytest
 
 from oddsmith import cli
 from oddsmith.cli import commands
-from oddsmith.cli.train_flags import TrainParser
+from oddsmith.cli.train_flags import TrainParser, flag_groups
 from oddsmith.errors import UserError
 
 
@@ -137,8 +137,31 @@ def test_every_flag_in_the_short_help_exists():
     assert named <= set(known)
 
 
+def test_the_short_help_has_every_flag_of_ours():
+    """Those of transformers.TrainingArguments are too many for it; the common ones are there."""
+    names = TrainParser().names()
+    shown = set(re.findall(r"--(\w+)", commands.TRAIN_USAGE))
+    shown |= {name.removeprefix("no_") for name in shown}
+    shown = {names[name] for name in shown if name in names}
+    theirs = ("run (", "of older")
+    ours = {name for name, title in flag_groups().items() if not title.startswith(theirs)}
+    assert len(ours) > 50
+    assert ours <= shown
+    assert {"optim", "push_to_hub", "learning_rate", "max_steps", "eval_strategy"} <= shown
+    assert max(map(len, commands.TRAIN_USAGE.splitlines())) <= 110
+
+
 def test_help_all_lists_training_arguments(capsys):
     assert cli.main(["train", "--help_all"]) == 0
     shown = capsys.readouterr().out
+    parts = re.split(r"^(\S.*):$", shown, flags=re.MULTILINE)[1:]
+    groups = dict(zip(parts[::2], parts[1::2], strict=True))
+    assert list(groups) == ["options", *dict.fromkeys(flag_groups().values())]
+    assert flag_groups()["lora_r"] == "adapter (PEFT)"
+    known = TrainParser()._option_string_actions
+    for name, title in flag_groups().items():
+        if f"--{name}" in known:
+            assert re.search(rf"--{name}\b", groups[title]), name
+    assert "--" not in groups["options"].replace("--help_all", "").replace("--help-all", "")
     for flag in ("--lora_r", "--beta_schedule", "--evaluation_strategy", "--learning_rate"):
         assert flag in shown
