@@ -95,7 +95,9 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, **settings)
         self._given: list[str] = []
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+    def parse_known_args(  # pyright: ignore[reportIncompatibleMethodOverride]  # its overloads
+        self, args: Any = None, namespace: Any = None
+    ) -> Any:
         """See [`argparse.ArgumentParser`]."""
         self._given = list(args or [])
         return super().parse_known_args(args, namespace)
