@@ -9,10 +9,11 @@ from ..checkpoint.rules import DTYPES
 from ..errors import UserError
 from ..quant.block_sizes import BLOCK_SIZES
 from .flags import add
+from .near_misses import Parser
 
 
 def quantize_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="oddsmith quantize",
         description="Write an NF4 checkpoint in the format of bitsandbytes, of the linear layers that "
         "transformers would quantise on loading, without loading the model.",
@@ -57,7 +58,7 @@ def quantize_parser() -> argparse.ArgumentParser:
 
 
 def merge_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="oddsmith merge",
         description="Merge a LoRA or DoRA adapter of peft into its base, tensor by tensor, without "
         "loading the model.",

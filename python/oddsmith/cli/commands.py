@@ -15,6 +15,7 @@ from ..errors import UserError
 from ..torch_version import missing
 from . import once, signals
 from .flags import positive
+from .near_misses import Parser, nearest
 
 USAGE = """\
 oddsmith: ORPO preference tuning, a drop-in for TRL's ORPOTrainer.
@@ -28,7 +29,7 @@ oddsmith: ORPO preference tuning, a drop-in for TRL's ORPOTrainer.
   oddsmith merge BASE ADAPTER OUT          merge a LoRA adapter into its base, 4-bit or not
   oddsmith check                           whether what is installed can train, and what to do if not
   oddsmith COMMAND --help                  the flags of a command
-  oddsmith --version
+  oddsmith --version                       or -V
 """
 
 TRAIN_USAGE = """\
@@ -42,6 +43,10 @@ model
   --dtype TYPE                 weights as float32, bfloat16, float16 or auto (default: auto)
   --attn_implementation NAME   sdpa, flash_attention_2, eager, ...
   --chat_template FILE         Jinja chat template to use for conversations
+  --load_in_4bit               keep the base in NF4; needs --use_peft (QLoRA)
+  --use_bnb_nested_quant       quantise the scales of 4-bit weights too (--bnb_4bit_quant_type nf4)
+  --model_init_kwargs JSON     more arguments of from_pretrained
+  --trust_remote_code          allow models with Python code in their repository
 data
   --dataset ID_OR_PATH         hub id, .jsonl/.json/.parquet file (.gz too), or folder of such files
                                or of datasets.save_to_disk (also --dataset_name); the rows have
@@ -52,6 +57,12 @@ data
   --eval_dataset ID_OR_PATH    evaluation rows from another dataset
   --prompt_column NAME         the prompt, if its column has no usual name
   --column_mapping JSON        names of other columns, such as '{"good": "chosen", "bad": "rejected"}'
+  --max_line_mb 64             longest row of a JSON file, in megabytes
+  --dataset_num_proc N         processes that prepare the data
+  --max_length 1024 --max_prompt_length 512 --max_completion_length N
+  --overlength drop            leave out pairs that are too long (default: truncate them)
+  --truncation_mode keep_end   which end of a prompt that is too long is kept (or keep_start)
+  --padding_value ID --label_pad_token_id -100 --is_encoder_decoder
 adapter (PEFT)
   --use_peft                   train a LoRA adapter instead of all weights
   --lora_r 16 --lora_alpha 32 --lora_dropout 0.05 --lora_target_modules q_proj v_proj ...
@@ -60,28 +71,45 @@ ORPO
   --beta 0.1                   weight of the odds ratio term
   --beta_schedule linear --beta_end 0.05 --beta_anneal_start 0.8     anneal it
   --nll_scope completion       likelihood of the completion only (default: full, as TRL)
-  --max_length 1024 --max_prompt_length 512
+  --odds_ratio_link logsigmoid what the odds ratio goes through (or identity)
+  --no_disable_dropout         keep the model's dropout
+  --generate_during_eval       log completions of the model with each evaluation
+batches and memory
+  --max_tokens_per_batch N     most tokens of a batch, instead of a number of pairs
+  --no_padding_free            batches with padding
+  --share_prompt auto          compute each prompt once: auto (if it saves time), true or false
+  --activation_budget auto     memory for activations that are not recomputed: auto, 4GB, .. or none
+  --no_gradient_checkpointing  recompute nothing
+  --logits_budget BYTES        most bytes of logits that the fused head may hold
+  --no_use_fused_head          the loss from whole logits
+optimizer
+  --optim NAME                 adamw_torch_fused (default), adamw_8bit, paged_adamw_8bit,
+                               galore_adamw, apollo_adamw, ...
+  --optim_args LIST --optim_target_modules NAME ...    options, and modules of GaLore and APOLLO
+  --learning_rate 8e-6 --lr_scheduler_type linear --warmup_ratio 0.1 --weight_decay 0 --max_grad_norm 1
 run (every argument of transformers.TrainingArguments is a flag, and those of older releases)
-  --output_dir DIR  --learning_rate 8e-6  --max_steps 500  --num_train_epochs 1
-  --per_device_train_batch_size 2  --gradient_accumulation_steps 4  --lr_scheduler_type linear
-  --warmup_ratio 0.1  --logging_steps 10  --eval_strategy steps --eval_steps 50
+  --output_dir DIR  --max_steps 500  --num_train_epochs 1  --seed 42  --bf16
+  --per_device_train_batch_size 2  --gradient_accumulation_steps 4
+  --logging_steps 10  --eval_strategy steps --eval_steps 50
   --save_strategy steps --save_steps 100  --report_to tensorboard
   --resume_from_checkpoint true   continue from the newest checkpoint in --output_dir
   --resume_from_checkpoint auto   the same if there is one, else start from the beginning
+  --push_to_hub  --hub_model_id ID  --hub_strategy every_save  --hub_private_repo true
 processes (names of accelerate launch and torchrun)
   --num_processes N            start N processes, as a rule one for each GPU
   --accelerate_config NAME     ddp (default), fsdp2, zero2, zero3, or a file of accelerate config
   --num_machines M --machine_rank I --main_process_ip HOST --main_process_port PORT
                                the same command on each of M machines; N is the sum
+  --gpu_ids 0,1                GPUs of this machine
   --max_restarts K             start again from the last checkpoint after a process has failed
 
-  --help_all                   every flag with its default
+  --help_all                   every flag with its default, by group
 Errors are shown in one line; set ODDSMITH_TRACEBACK=1 for the traceback.
 """
 
 
 def demo_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="oddsmith demo",
         description="Train a small model with ORPO from scratch, offline, in about two minutes.",
     )
@@ -180,7 +208,7 @@ def merge(argv: list[str]) -> int:
 
 
 def check_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="oddsmith check",
         description="Look at the packages, the processor, the GPUs and the folders that a run needs, "
         "and try out every family of operations beside torch's.",
@@ -223,12 +251,14 @@ def main(argv: list[str] | None = None) -> int:
     if argv[:1] in (["-h"], ["--help"]):
         print(USAGE, end="")
         return 0
-    if argv[:1] == ["--version"]:
+    if argv[:1] in (["-V"], ["--version"]):
         print(f"oddsmith {version('oddsmith')}")
         return 0
     if not argv or argv[0] not in COMMANDS:
         if argv:
-            print(f"oddsmith: error: no command {argv[0]!r}\n", file=sys.stderr)
+            near = nearest(argv[0], COMMANDS)
+            hint = f"; did you mean oddsmith {near}?" if near else ""
+            print(f"oddsmith: error: no command {argv[0]!r}{hint}\n", file=sys.stderr)
         print(USAGE, end="", file=sys.stderr)
         return 2
     name, arguments = argv[0], argv[1:]

@@ -5,6 +5,7 @@ import json
 from typing import Any
 
 from .flags import add, positive
+from .near_misses import Parser
 
 FORMATS = (
     "auto",
@@ -20,7 +21,7 @@ FORMATS = (
 
 
 def prepare_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="oddsmith prepare",
         description="Make preference pairs from UltraFeedback, OpenAssistant trees, HH-RLHF "
         "dialogues, or any scored or ranked answers; drop pairs that are not useful; report what "
@@ -212,7 +213,7 @@ def run_prepare(argv: list[str]) -> int:
 
 
 def inspect_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="oddsmith inspect",
         description="Check a preference dataset: token lengths, rows that are too long, repeated prompts, "
         "likely mistakes, and the cost of padding and of computing prompts twice.",

@@ -1,7 +1,6 @@
 """The arguments of `oddsmith train`: flags, a YAML or JSON file, or both."""
 
 import argparse
-import difflib
 import json
 import os
 from dataclasses import dataclass, field, fields
@@ -9,11 +8,14 @@ from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import yaml
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments
 
 from ..config import ORPOConfig
+from ..legacy_arguments import LegacyArguments
 from . import once
 from .launch import LaunchArguments
+from .near_misses import nearest
+from .yaml_switches import load_yaml, meant
 
 FILE_SUFFIXES = (".yaml", ".yml", ".json")
 
@@ -146,6 +148,27 @@ class AdapterArguments:
         ]
 
 
+def flag_groups() -> dict[str, str]:
+    """The group of each flag in the help, by the name of its field, in the order of the help."""
+    groups = {
+        "model and data": RunArguments,
+        "adapter (PEFT)": AdapterArguments,
+        "ORPO, data and memory": ORPOConfig,
+        "processes": LaunchArguments,
+        "run (transformers.TrainingArguments)": TrainingArguments,
+        "of older releases": LegacyArguments,
+    }
+    found: dict[str, str] = {}
+    inherited = {each.name for each in fields(TrainingArguments)}
+    legacy = {each.name for each in fields(cast(Any, LegacyArguments))} - inherited
+    for title, arguments in groups.items():
+        for each in fields(cast(Any, arguments)):
+            own = each.name not in inherited and each.name not in legacy
+            if own or arguments is not ORPOConfig:
+                found.setdefault(each.name, title)
+    return found
+
+
 class _OneOrMore(argparse.Action):
     """A value, or the list of several."""
 
@@ -172,6 +195,19 @@ class TrainParser(HfArgumentParser):
             # A string or a list; HfArgumentParser takes the first of the two.
             if action.dest == "optim_target_modules":
                 action.__class__, action.nargs = _OneOrMore, "+"
+        self._group()
+
+    def _group(self) -> None:
+        """Puts the flags, which HfArgumentParser has made in one list, under a title each."""
+        group_of = flag_groups()
+        groups = {
+            title: self.add_argument_group(title) for title in dict.fromkeys(group_of.values())
+        }
+        for action in list(self._optionals._group_actions):
+            title = group_of.get(action.dest)
+            if title is not None:
+                self._optionals._group_actions.remove(action)
+                groups[title]._group_actions.append(action)
 
     def error(self, message: str) -> NoReturn:
         once.say(f"oddsmith train: error: {message}\nSee oddsmith train --help")
@@ -189,9 +225,11 @@ class TrainParser(HfArgumentParser):
         return names
 
     def suggest(self, name: str) -> str:
-        close = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), self.names(), n=1)
         dashes = "--" if name.startswith("-") else ""
-        return f"; did you mean {dashes}{close[0]}?" if close else ""
+        if name.lstrip("-") in ("config", "settings", "config_file", "yaml"):
+            return "; a settings file comes first and without a flag: oddsmith train run.yaml --flag value"
+        near = nearest(name, self.names())
+        return f"; did you mean {dashes}{near}?" if near else ""
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -209,7 +247,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         reason = "no such file" if isinstance(error, FileNotFoundError) else error.strerror
         raise ValueError(f"settings file {path}: {reason}") from error
     try:
-        settings = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        settings = json.loads(text) if path.suffix == ".json" else load_yaml(text)
     except (ValueError, yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"settings file {path} cannot be parsed: {error}") from error
     if not isinstance(settings, dict):
@@ -232,6 +270,7 @@ def settings_to_flags(parser: TrainParser, settings: dict[str, Any]) -> list[str
         name = names.get(str(key).replace("-", "_"))
         if name is None:
             raise ValueError(f"unknown setting {key!r}{parser.suggest(str(key))}")
+        value = meant(parser._option_string_actions[f"--{name}"], value)
         if value is None or isinstance(value, (list, dict)):
             parser.set_defaults(**{name: value})
         else:

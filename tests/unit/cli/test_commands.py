@@ -9,7 +9,7 @@ import pytest
 
 from oddsmith import cli
 from oddsmith.cli import commands
-from oddsmith.cli.train_flags import TrainParser
+from oddsmith.cli.train_flags import TrainParser, flag_groups
 from oddsmith.errors import UserError
 
 
@@ -21,8 +21,9 @@ def test_help_names_the_commands(flag, capsys):
         assert f"oddsmith {command}" in shown
 
 
-def test_version(capsys):
-    assert cli.main(["--version"]) == 0
+@pytest.mark.parametrize("flag", ["--version", "-V"])
+def test_version(flag, capsys):
+    assert cli.main([flag]) == 0
     assert capsys.readouterr().out == f"oddsmith {version('oddsmith')}\n"
 
 
@@ -37,7 +38,7 @@ def test_no_or_an_unknown_command(argv, capsys):
 
 @pytest.mark.parametrize(
     "argv",
-    [["--help"], ["--version"], [], ["trian"]]
+    [["--help"], ["--version"], ["-V"], [], ["trian"]]
     + [[command, "--help"] for command in commands.COMMANDS]
     + [
         [command] for command in commands.COMMANDS if command not in ("demo", "check")
@@ -54,7 +55,7 @@ def test_help_and_typing_errors_answer_at_once(argv):
         "sys.exit(f'imports {slow}' if slow else code)"
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    asked = bool({"--help", "--version"} & set(argv))
+    asked = bool({"--help", "--version", "-V"} & set(argv))
     assert run.returncode == (0 if asked else 2), run.stderr
     assert (run.stdout if asked else run.stderr).strip()
 
@@ -136,8 +137,31 @@ def test_every_flag_in_the_short_help_exists():
     assert named <= set(known)
 
 
+def test_the_short_help_has_every_flag_of_ours():
+    """Those of transformers.TrainingArguments are too many for it; the common ones are there."""
+    names = TrainParser().names()
+    shown = set(re.findall(r"--(\w+)", commands.TRAIN_USAGE))
+    shown |= {name.removeprefix("no_") for name in shown}
+    shown = {names[name] for name in shown if name in names}
+    theirs = ("run (", "of older")
+    ours = {name for name, title in flag_groups().items() if not title.startswith(theirs)}
+    assert len(ours) > 50
+    assert ours <= shown
+    assert {"optim", "push_to_hub", "learning_rate", "max_steps", "eval_strategy"} <= shown
+    assert max(map(len, commands.TRAIN_USAGE.splitlines())) <= 110
+
+
 def test_help_all_lists_training_arguments(capsys):
     assert cli.main(["train", "--help_all"]) == 0
     shown = capsys.readouterr().out
+    parts = re.split(r"^(\S.*):$", shown, flags=re.MULTILINE)[1:]
+    groups = dict(zip(parts[::2], parts[1::2], strict=True))
+    assert list(groups) == ["options", *dict.fromkeys(flag_groups().values())]
+    assert flag_groups()["lora_r"] == "adapter (PEFT)"
+    known = TrainParser()._option_string_actions
+    for name, title in flag_groups().items():
+        if f"--{name}" in known:
+            assert re.search(rf"--{name}\b", groups[title]), name
+    assert "--" not in groups["options"].replace("--help_all", "").replace("--help-all", "")
     for flag in ("--lora_r", "--beta_schedule", "--evaluation_strategy", "--learning_rate"):
         assert flag in shown
