@@ -73,10 +73,10 @@ class CheckpointHooks(TrainerParts):
         if self.args.should_save:
             rotate(folder, self.args.save_total_limit, self.state.best_model_checkpoint, stage)
 
-    def _finalize_training(self, trial: Any, *args: Any) -> Any:
+    def _finalize_training(self, trial: Any, *args: Any, **kwargs: Any) -> Any:
         if not self.args.load_best_model_at_end:
             self._keep_best(trial)
-        return super()._finalize_training(trial, *args)
+        return super()._finalize_training(trial, *args, **kwargs)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
