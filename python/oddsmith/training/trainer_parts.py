@@ -67,6 +67,8 @@ if TYPE_CHECKING:
         _run_with: dict[str, Any]
         how_to_go_on: str
         _staging: bool
+        # Of transformers.Trainer.
+        _trial: Any
 
         # ---- Used by other parts ----
 
