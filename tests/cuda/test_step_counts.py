@@ -62,6 +62,8 @@ def step(packed, state, head, factors, optimizer, scored=10):
 
 def counted(driver, run):
     """Launches and waits of a step."""
+    # Another test may have left its context current, and then none is set.
+    driver.lib.cuCtxSetCurrent(None)
     driver.reset()
     _core.host_waits()
     with Waits() as waits:
