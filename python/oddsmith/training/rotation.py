@@ -55,9 +55,8 @@ def _remove(checkpoint: Path, stage: Path) -> None:
         # The stage itself, not a folder in it: a full disk, which this makes room on, has none for a new one.
         os.rename(checkpoint, stage)
         sync(stage.parent)
-    except (
-        OSError
-    ):  # it is a mount, or a file of it is open on Windows: at least it is not whole now
+    except OSError:
+        # It is a mount, or a file of it is open on Windows: at least it is not whole now.
         (checkpoint / STATE_FILE).unlink(missing_ok=True)
         shutil.rmtree(checkpoint, ignore_errors=True)
     shutil.rmtree(stage, ignore_errors=True)
