@@ -43,10 +43,21 @@ pub(super) fn dequantize_nf4(weight: &Weight, shape: &[i64], kind: Kind) -> Resu
     let codes = Tensor::f_stack(&pairs, 1)?.f_reshape([-1])?.f_to_kind(Kind::Int)?;
     let n: i64 = shape.iter().product();
     let values = code.f_index_select(0, &codes.f_narrow(0, 0, n)?)?;
-    let scales = scales(weight)?;
-    let whole = n - n % weight.blocksize;
-    let blocks = whole / weight.blocksize;
-    let first = values.f_narrow(0, 0, whole)?.f_view([blocks, weight.blocksize])?;
+    times_scales(&values, &scales(weight)?, weight.blocksize, kind, shape)
+}
+
+/// Flat values times the scale of their block, rounded to `kind`; the last block may be shorter.
+fn times_scales(
+    values: &Tensor,
+    scales: &Tensor,
+    blocksize: i64,
+    kind: Kind,
+    shape: &[i64],
+) -> Result<Tensor> {
+    let n = values.size()[0];
+    let whole = n - n % blocksize;
+    let blocks = whole / blocksize;
+    let first = values.f_narrow(0, 0, whole)?.f_view([blocks, blocksize])?;
     let mut out = first.f_mul(&scales.f_narrow(0, 0, blocks)?.f_unsqueeze(1)?)?.f_reshape([-1])?;
     if whole < n {
         let rest = values.f_narrow(0, whole, n - whole)?.f_mul(&scales.f_narrow(0, blocks, 1)?)?;
@@ -73,10 +84,11 @@ pub(super) fn quantize_blockwise(x: &Tensor, map: &Map, blocksize: i64) -> Resul
     let flat = x.f_reshape([-1])?.f_to_kind(Kind::Float)?;
     let n = flat.size()[0];
     let whole = n - n % blocksize;
-    // amax propagates NaN. The inverse of a subnormal overflows, so the values are divided.
     let one = |value: f64| Tensor::f_full([1], value, (Kind::Float, x.device()));
+    // The inverse of a subnormal overflows, so the values are divided.
     let divisor = |absmax: &Tensor| one(1.0)?.f_where_self(&absmax.f_lt(LEAST)?, absmax);
     let blocks = flat.f_narrow(0, 0, whole)?.f_view([whole / blocksize, blocksize])?;
+    // amax propagates NaN.
     let mut absmax = blocks.f_abs()?.f_amax([1], false)?;
     let mut scaled = blocks.f_div(&divisor(&absmax)?.f_unsqueeze(1)?)?.f_reshape([-1])?;
     if whole < n {
@@ -100,16 +112,6 @@ pub(super) fn dequantize_blockwise(
     blocksize: i64,
     kind: Kind,
 ) -> Result<Tensor> {
-    let n = codes.numel() as i64;
     let values = map.f_index_select(0, &codes.f_reshape([-1])?.f_to_kind(Kind::Int)?)?;
-    let scales = absmax.f_reshape([-1])?;
-    let whole = n - n % blocksize;
-    let blocks = whole / blocksize;
-    let first = values.f_narrow(0, 0, whole)?.f_view([blocks, blocksize])?;
-    let mut out = first.f_mul(&scales.f_narrow(0, 0, blocks)?.f_unsqueeze(1)?)?.f_reshape([-1])?;
-    if whole < n {
-        let rest = values.f_narrow(0, whole, n - whole)?.f_mul(&scales.f_narrow(0, blocks, 1)?)?;
-        out = Tensor::f_cat(&[out, rest], 0)?;
-    }
-    Ok(out.f_to_kind(kind)?.f_reshape(codes.size())?)
+    times_scales(&values, &absmax.f_reshape([-1])?, blocksize, kind, &codes.size())
 }
